@@ -1,0 +1,176 @@
+"""HEF, head-expression follow: how well one clip's expression follows another's (design section 10)."""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from loki_jax.head.asset import HeadAsset
+from loki_jax.head.camera import camera_from_world, crop_box, ndc_from_camera, project
+from loki_jax.head.skinning import (
+    expression_offsets,
+    make_identity,
+    mesh_faces,
+    mesh_render_mask,
+    world_vertices,
+)
+from loki_jax.head.types import Camera, Coefficients
+from loki_jax.raster import interpolate, rasterize
+
+# Standard deviation of the expression offsets of the training data, metres (design section 5).
+OFFSET_SCALE = 0.0104
+
+
+class HeadExpressionFollow(NamedTuple):
+    """Result of `head_expression_follow`.
+
+    Attributes:
+      distance: mean over frames; None without a common frame.
+      uncovered: mean share of the target's masked pixels that the swapped mesh leaves bare, where
+        the target's expression is compared with 0 (design section 11, row 15).
+      n_frames: number of frames compared.
+      per_frame: distance of every compared frame.
+    """
+
+    distance: float | None
+    uncovered: float | None
+    n_frames: int
+    per_frame: Float[np.ndarray, " n"]
+
+
+def masked_l1(
+    prediction: Float[Array, "*b h w c"], target: Float[Array, "*b h w c"], mask: Bool[Array, "*b h w"]
+) -> Float[Array, "*b"]:
+    """Mean absolute difference over the channels, then over the pixels of `mask`; 0 if it is empty."""
+    difference = jnp.abs(prediction - target).mean(-1)
+    total = jnp.where(mask, difference, 0).sum((-2, -1))
+    return total / jnp.maximum(mask.sum((-2, -1)), 1)
+
+
+def offset_map(
+    ndc: Float[Array, "*b V 3"],
+    offsets: Float[Array, "*b V 3"],
+    faces: Int[Array, "F 3"],
+    render_mask: Bool[Array, " V"],
+    size: int,
+) -> tuple[Float[Array, "*b s s 3"], Bool[Array, "*b s s"]]:
+    """Render expression offsets, in units of their standard deviation; 0 on the background.
+
+    Returns:
+      The map, not cleared by the render mask, and the mask of pixels whose face has a vertex in
+      `render_mask`.
+    """
+    fragments = rasterize(ndc, faces, size)
+    image = interpolate(fragments, faces, offsets / OFFSET_SCALE)
+    belongs = render_mask[faces].any(-1)
+    return image, (fragments.face >= 0) & belongs[jnp.maximum(fragments.face, 0)]
+
+
+def offset_distance(
+    target_ndc: Float[Array, "*b V 3"],
+    target_offsets: Float[Array, "*b V 3"],
+    swapped_ndc: Float[Array, "*b V 3"],
+    swapped_offsets: Float[Array, "*b V 3"],
+    faces: Int[Array, "F 3"],
+    render_mask: Bool[Array, " V"],
+    size: int,
+) -> tuple[Float[Array, "*b"], Float[Array, "*b"]]:
+    """HEF of posed meshes: the distance and the uncovered share of each frame.
+
+    Args:
+      target_ndc, swapped_ndc: vertices in the NDC of the target's crop box.
+      target_offsets, swapped_offsets: expression offsets, metres.
+    """
+    target_map, target_mask = offset_map(target_ndc, target_offsets, faces, render_mask, size)
+    swapped_map, swapped_mask = offset_map(swapped_ndc, swapped_offsets, faces, render_mask, size)
+    bare = (target_mask & ~swapped_mask).sum((-2, -1)) / jnp.maximum(target_mask.sum((-2, -1)), 1)
+    return masked_l1(swapped_map, target_map, target_mask), bare
+
+
+@functools.partial(jax.jit, static_argnames=("size", "integer_box"))
+def _frame_distances(head, identity, target, swapped, camera, size, integer_box):
+    """Distances and uncovered shares of frames, one after another to bound the memory."""
+    faces, mask = mesh_faces(head), mesh_render_mask(head)
+
+    def one(item):
+        target, swapped, camera = item
+        points = camera_from_world(world_vertices(head, identity, target), camera)
+        pixels = project(points, camera)
+        # Vertices outside the mask must not widen the box: they take the place of one inside.
+        box = crop_box(jnp.where(mask[:, None], pixels, pixels[jnp.argmax(mask)]), integer=integer_box)
+        swapped_points = camera_from_world(world_vertices(head, identity, swapped), camera)
+        return offset_distance(
+            ndc_from_camera(points, camera, box),
+            expression_offsets(head, identity, target),
+            ndc_from_camera(swapped_points, camera, box),
+            expression_offsets(head, identity, swapped),
+            faces,
+            mask,
+            size,
+        )
+
+    return jax.lax.map(one, (target, swapped, camera))
+
+
+def head_expression_follow(
+    head: HeadAsset,
+    prediction: Coefficients,
+    target: Coefficients,
+    camera: Camera,
+    size: int = 512,
+    n_frames: int | None = None,
+    integer_box: bool = False,
+) -> HeadExpressionFollow:
+    """Head-expression follow of a prediction behind a target; lower is better (design section 10).
+
+    Two renders of the expression-offset map are compared: the target's mesh, and the target's mesh
+    with the prediction's expression, jaw and eyes. Pose, neck, shape and camera are the target's in
+    both, so that only the expression counts.
+
+    Args:
+      head: the head both sets of coefficients belong to.
+      prediction: fields (n_pred, ...).
+      target: fields (n_target, ...); `shape` may be (n_shape,), shared by all frames.
+      camera: the target's, fields (n_target, ...) or unbatched.
+      size: edge of the square renders in pixels.
+      n_frames: at most so many frames; default all common ones.
+      integer_box: truncate the crop box to integers, as the public code does.
+
+    Raises:
+      ValueError: the coefficients do not fit the head.
+    """
+    for name, value in (("prediction", prediction), ("target", target)):
+        if value.expression.ndim != 2 or value.expression.shape[1] != head.n_expression:
+            raise ValueError(
+                f"head_expression_follow: {name} has expression {value.expression.shape}, "
+                f"but head {head.name!r} expects (frames, {head.n_expression})"
+            )
+    length = min(len(prediction.expression), len(target.expression))
+    length = length if n_frames is None else min(length, n_frames)
+    if length == 0:
+        return HeadExpressionFollow(None, None, 0, np.zeros(0))
+    shape = jnp.asarray(target.shape)
+    shape = shape if shape.ndim == 1 else shape[0]
+    identity = make_identity(head, shape)
+    target = target._replace(shape=jnp.broadcast_to(shape, (len(target.expression), *shape.shape)))
+    target = jax.tree.map(lambda x: jnp.asarray(x)[:length], target)
+    swapped = target._replace(
+        **{field: jnp.asarray(getattr(prediction, field))[:length] for field in ("expression", "jaw", "eyes")}
+    )
+    camera = Camera(
+        jnp.broadcast_to(_rows(camera.intrinsics, 1, length), (length, 4)),
+        jnp.broadcast_to(_rows(camera.extrinsics, 2, length), (length, 4, 4)),
+    )
+    distance, bare = _frame_distances(head, identity, target, swapped, camera, size, integer_box)
+    per_frame = np.asarray(distance, np.float64)
+    return HeadExpressionFollow(float(per_frame.mean()), float(np.mean(bare)), length, per_frame)
+
+
+def _rows(value, unbatched_ndim, length):
+    value = jnp.asarray(value)
+    return value if value.ndim == unbatched_ndim or len(value) == 1 else value[:length]

@@ -1,0 +1,101 @@
+"""HPF, head-pose follow: how well one clip's head rotation follows another's (design section 10)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Float
+from scipy.spatial.transform import Rotation
+
+
+class HeadPoseFollow(NamedTuple):
+    """Result of `head_pose_follow`.
+
+    Attributes:
+      degrees: mean over frames of the angle between the two rotations relative to the first common
+        frame (which counts, with 0); None where fewer than two frames are common.
+      absolute_degrees: mean angle between the rotations themselves, which HPF is blind to; None
+        as above.
+      track_rate: share of the asked frames that both clips have; 0 where there is no value.
+      n_frames: number of common frames.
+      per_frame: angle of every asked frame, NaN where it is not common.
+    """
+
+    degrees: float | None
+    absolute_degrees: float | None
+    track_rate: float
+    n_frames: int
+    per_frame: Float[np.ndarray, " n"]
+
+
+def head_rotation(rot: Float[np.ndarray, "n 3"], neck: Float[np.ndarray, "n 3"] | None = None) -> Rotation:
+    """Total head rotations R(rot) R(neck) of rotation vectors in radians; no neck means no bend."""
+    total = Rotation.from_rotvec(np.asarray(rot, np.float64))
+    return total if neck is None else total * Rotation.from_rotvec(np.asarray(neck, np.float64))
+
+
+def head_pose_follow(
+    pred_rot: Float[np.ndarray, "n_pred 3"],
+    target_rot: Float[np.ndarray, "n_target 3"],
+    pred_neck: Float[np.ndarray, "n_pred 3"] | None = None,
+    target_neck: Float[np.ndarray, "n_target 3"] | None = None,
+    n_frames: int | None = None,
+    pred_valid: Bool[np.ndarray, " n_pred"] | None = None,
+    target_valid: Bool[np.ndarray, " n_target"] | None = None,
+) -> HeadPoseFollow:
+    """Head-pose follow of a prediction behind a target, in degrees; lower is better.
+
+    With R_t = R(rot_t) R(neck_t) and D_t = R_t R_0^T, the mean over t of the geodesic angle between
+    D_pred and D_target (design section 10).
+
+    Args:
+      pred_rot, target_rot: rotation vectors, radians.
+      pred_neck, target_neck: neck rotation vectors; None is no bend.
+      n_frames: number of frames asked for; default the target's.
+      pred_valid, target_valid: frames that were tracked; default all. Frame 0 is the first frame
+        tracked in both.
+
+    Raises:
+      ValueError: an array is not (n, 3), or its lengths disagree.
+    """
+    arrays = {"pred_rot": pred_rot, "target_rot": target_rot, "pred_neck": pred_neck, "target_neck": target_neck}
+    for name, value in arrays.items():
+        if value is not None and (np.ndim(value) != 2 or np.shape(value)[1] != 3):
+            raise ValueError(f"head_pose_follow: {name} has shape {np.shape(value)}, expected (frames, 3)")
+    for side, rot, others in (
+        ("pred", pred_rot, (pred_neck, pred_valid)),
+        ("target", target_rot, (target_neck, target_valid)),
+    ):
+        for other in others:
+            if other is not None and len(other) != len(rot):
+                raise ValueError(
+                    f"head_pose_follow: {side}_rot has {len(rot)} frames, its neck or validity {len(other)}"
+                )
+    asked = len(target_rot) if n_frames is None else n_frames
+    length = min(len(pred_rot), len(target_rot), asked)
+    common = np.ones(length, bool)
+    for valid in (pred_valid, target_valid):
+        if valid is not None:
+            common &= np.asarray(valid[:length], bool)
+    index = np.flatnonzero(common)
+    per_frame = np.full(asked, np.nan)
+    if len(index) < 2:
+        return HeadPoseFollow(None, None, 0.0, len(index), per_frame)
+
+    def pick(value):
+        return None if value is None else np.asarray(value)[index]
+
+    prediction = head_rotation(pick(pred_rot), pick(pred_neck))
+    target = head_rotation(pick(target_rot), pick(target_neck))
+    # `magnitude` is the geodesic angle 2 arccos |q . q|, computed without the arccos that loses half
+    # of the digits near 0.
+    relative = (prediction * prediction[0].inv()).inv() * (target * target[0].inv())
+    per_frame[index] = np.degrees(relative.magnitude())
+    return HeadPoseFollow(
+        degrees=float(per_frame[index].mean()),
+        absolute_degrees=float(np.degrees((prediction.inv() * target).magnitude()).mean()),
+        track_rate=len(index) / asked,
+        n_frames=len(index),
+        per_frame=per_frame,
+    )
