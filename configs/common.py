@@ -1,0 +1,115 @@
+"""What all configurations share; every key is explained here and nowhere else."""
+
+from ml_collections import ConfigDict
+
+
+def base_config() -> ConfigDict:
+    """The paper's full-size recipe with our decisions (docs/decisions.md) as defaults."""
+    c = ConfigDict()
+    c.seed = 0
+    c.steps = 30_000
+    c.batch_size = 16  # windows a step, over all devices
+    c.window = 16  # frames a window
+    c.image_size = 512
+
+    # Start from the parameters of another run: a workdir, a .safetensors file or "demo". Empty: none.
+    c.init_from = ""
+    # Folder with converted SD 2.1 weights (`python -m loki_jax.convert`). A config whose reference
+    # branch is frozen stops without it: features of a random network carry no identity.
+    c.pretrained = ""
+
+    c.data = ConfigDict()
+    c.data.path = ""  # folder that holds dataset_info.json and head.npz
+    c.data.workers = 0  # Grain worker processes; the order of samples does not depend on it
+    c.data.cache_mb = 0  # decoded frames kept in memory
+    c.data.fixed_reference = False  # True: the same reference frame for a window for ever
+
+    c.driver = ConfigDict()
+    c.driver.arm = "full"  # full | no_posenc | no_deform | flame_vector
+    c.driver.neck = True  # False: the fitted neck rotation never reaches the driver map
+
+    c.model = ConfigDict()
+    c.model.dtype = "bfloat16"  # of activations; parameters, norms, softmax and loss are float32
+    c.model.attention_backend = "auto"  # auto | xla | chunked | cudnn
+    c.model.remat = True
+    c.model.latent_channels = 4
+    c.model.unet = ConfigDict()
+    c.model.unet.channels = 320
+    c.model.unet.multipliers = (1, 2, 4, 4)
+    c.model.unet.num_res_blocks = 2
+    c.model.unet.attention_levels = (0, 1, 2)
+    c.model.unet.attention_modes = ("spatial", "3d", "3d", "3d")  # by level; the middle follows the last
+    c.model.unet.head_channels = 64
+    c.model.encoder = ConfigDict()
+    c.model.encoder.stem = 64
+    c.model.encoder.widths = (128, 256, 320)  # one residual block and one stride-2 convolution each
+    c.model.reference = ConfigDict()
+    c.model.reference.trainable = False
+    c.model.reference.context_dim = 1024  # cross-attention to the null prompt; 0: none
+    c.model.autoencoder = ConfigDict()
+    c.model.autoencoder.kind = "kl"  # kl: SD 2.1's VAE | pixel: space-to-depth, no weights
+    c.model.autoencoder.channels = 128
+    c.model.autoencoder.multipliers = (1, 2, 4, 4)
+    c.model.autoencoder.num_res_blocks = 2
+    c.model.autoencoder.latent_channels = 4
+    c.model.autoencoder.patch = 0  # of the pixel autoencoder
+    c.model.autoencoder.scale = 0.18215
+    c.model.autoencoder.sample_reference = False  # True: the reference latent is a random posterior draw
+
+    c.diffusion = ConfigDict()
+    c.diffusion.prediction = "epsilon"  # epsilon | v
+    c.diffusion.rescale_zero_snr = True
+    c.diffusion.shift_frames = 15  # SNR shifted by sqrt(64^2 / (latent size^2 n)); 0: not shifted
+
+    # Shares of samples that lose the identity features, the driver map, or both together.
+    c.dropout = ConfigDict()
+    c.dropout.identity = 0.05
+    c.dropout.motion = 0.05
+    c.dropout.both = 0.1
+
+    c.optimizer = ConfigDict()
+    c.optimizer.learning_rate = 1e-4
+    c.optimizer.warmup_steps = 0
+    c.optimizer.decay = "constant"  # constant | cosine (to zero at `steps`)
+    c.optimizer.b1 = 0.9
+    c.optimizer.b2 = 0.999
+    c.optimizer.weight_decay = 0.01
+    c.optimizer.clip_norm = 1.0  # 0: no clipping
+    c.ema_decay = 0.9999  # 0: no moving average
+
+    # Mesh: `data` replicates parameters, `fsdp` shards them; -1 takes the devices that are left.
+    c.mesh = ConfigDict()
+    c.mesh.data = -1
+    c.mesh.fsdp = 1
+    # First match of the regular expression on the parameter path decides: "fsdp" shards the largest
+    # dimension that the axis divides, "replicate" keeps a whole copy on each device.
+    c.sharding_rules = ((r".*", "fsdp"),)
+    c.sharding_min_size = 2**16  # smaller arrays are not worth a collective
+
+    c.log = ConfigDict(dict(every=50))
+    c.checkpoint = ConfigDict(dict(every=1000, keep=3))
+    c.validation = ConfigDict(dict(every=1000, batches=8))
+    c.sample = ConfigDict(dict(every=5000, pairs=4, steps=50, guidance=2.0, spacing="trailing"))
+    return c
+
+
+def apply_official(c: ConfigDict) -> ConfigDict:
+    """The public code's choices, for reproducing it (docs/decisions.md lists each with ours)."""
+    c.data.fixed_reference = True
+    c.driver.neck = False
+    c.model.autoencoder.sample_reference = True
+    c.dropout.identity = 0.0
+    c.dropout.motion = 0.0
+    c.dropout.both = 0.1
+    c.optimizer.clip_norm = 0.0
+    c.ema_decay = 0.0
+    c.sample.spacing = "official"
+    return c
+
+
+def take_variant(arg: str | None, allowed: tuple[str, ...]) -> str:
+    """The variant named after the colon of `--config file.py:variant`; an unknown one is an error."""
+    variant = arg or ""
+    if variant and variant not in allowed:
+        raise ValueError(f"config variant {variant!r} is not one of {', '.join(allowed)}")
+    return variant

@@ -1,0 +1,98 @@
+"""Mesh and parameter sharding: axes and rules come from the config, nothing else decides.
+
+Axis `data` replicates parameters, axis `fsdp` shards them; the batch is split over both.
+"""
+
+from __future__ import annotations
+
+import re
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+BATCH_AXES = ("data", "fsdp")
+
+
+def make_mesh(data: int, fsdp: int, devices: list | None = None) -> Mesh:
+    """Mesh (data, fsdp); one of the two may be -1 and takes the devices that are left.
+
+    Raises:
+      ValueError: the axes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    count = len(devices)
+    if data == -1 and fsdp == -1:
+        raise ValueError("config.mesh: only one of data and fsdp can be -1")
+    if data == -1:
+        data = count // fsdp
+    if fsdp == -1:
+        fsdp = count // data
+    if data * fsdp != count or count == 0:
+        raise ValueError(
+            f"config.mesh: data={data} x fsdp={fsdp} does not match {count} devices; "
+            "set config.mesh.data and config.mesh.fsdp so that they multiply to it"
+        )
+    return jax.make_mesh((data, fsdp), BATCH_AXES, axis_types=(AxisType.Auto,) * 2, devices=devices)
+
+
+def path_name(path: tuple) -> str:
+    """A pytree key path as `a/b/c`."""
+    parts = []
+    for key in path:
+        for attribute in ("key", "name", "idx"):
+            if hasattr(key, attribute):
+                parts.append(str(getattr(key, attribute)))
+                break
+    return "/".join(parts)
+
+
+def leaf_spec(shape: tuple[int, ...], rule: str, fsdp: int, min_size: int) -> PartitionSpec:
+    """Spec of one array under `rule` ("fsdp": largest dimension that the axis divides; "replicate")."""
+    if rule == "replicate" or fsdp == 1 or int(np.prod(shape)) < min_size:
+        return PartitionSpec()
+    if rule != "fsdp":
+        raise ValueError(f"config.sharding_rules: unknown rule {rule!r}, use fsdp or replicate")
+    divisible = [axis for axis, size in enumerate(shape) if size % fsdp == 0]
+    if not divisible:
+        return PartitionSpec()
+    axis = max(divisible, key=lambda a: shape[a])
+    return PartitionSpec(*(("fsdp",) if i == axis else (None,) for i in range(len(shape))))
+
+
+def tree_shardings(tree, mesh: Mesh, rules, min_size: int):
+    """NamedSharding of every leaf of `tree` (arrays or ShapeDtypeStructs).
+
+    Optimiser moments and the moving average carry their parameter's path as a suffix, so the same
+    regular expressions place all of them alike.
+
+    Args:
+      rules: pairs (regular expression on the path, "fsdp" | "replicate"); the first match decides.
+
+    Returns:
+      (shardings, unsharded): the tree of shardings, and the paths and shapes of the arrays of at
+      least `min_size` elements that stay whole although the mesh has an fsdp axis.
+    """
+    fsdp = mesh.shape["fsdp"]
+    unsharded = []
+
+    def place(path, leaf):
+        name, shape = path_name(path), tuple(leaf.shape)
+        rule = next((rule for pattern, rule in rules if re.search(pattern, name)), "replicate")
+        spec = leaf_spec(shape, rule, fsdp, min_size)
+        if fsdp > 1 and spec == PartitionSpec() and int(np.prod(shape)) >= min_size:
+            unsharded.append((name, shape))
+        return NamedSharding(mesh, spec)
+
+    return jax.tree_util.tree_map_with_path(place, tree), unsharded
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """The leading axis of a batch is split over all devices."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def global_batch(local_batch, mesh: Mesh):
+    """This process's part of a batch (numpy) -> global arrays split over the mesh."""
+    sharding = batch_sharding(mesh)
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), local_batch)
