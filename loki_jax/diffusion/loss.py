@@ -1,0 +1,82 @@
+"""The training objective: mean squared error of the predicted noise (or v). Design section 7."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from loki_jax.diffusion.schedule import Schedule
+
+PREDICTIONS = ("epsilon", "v")
+
+
+def sample_timesteps(
+    key: PRNGKeyArray, batch: int, frames: int, num_timesteps: int = 1000
+) -> Int[Array, "b t"]:
+    """Uniform timesteps, independent for each frame."""
+    return jax.random.randint(key, (batch, frames), 0, num_timesteps)
+
+
+def q_sample(
+    schedule: Schedule, x0: Float[Array, "*n h w c"], timesteps: Int[Array, "*n"], noise: Float[Array, "*n h w c"]
+) -> Float[Array, "*n h w c"]:
+    """x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) noise."""
+    signal, sigma = _coefficients(schedule, timesteps)
+    return signal * x0 + sigma * noise
+
+
+def prediction_target(
+    schedule: Schedule,
+    x0: Float[Array, "*n h w c"],
+    timesteps: Int[Array, "*n"],
+    noise: Float[Array, "*n h w c"],
+    prediction: str = "epsilon",
+) -> Float[Array, "*n h w c"]:
+    """What the network should predict: the noise, or v = sqrt(alpha_bar) noise - sqrt(1 - alpha_bar) x_0."""
+    check_prediction(prediction)
+    if prediction == "epsilon":
+        return noise
+    signal, sigma = _coefficients(schedule, timesteps)
+    return signal * noise - sigma * x0
+
+
+def diffusion_loss(
+    predict: Callable[[Float[Array, "b t h w c"], Int[Array, "b t"]], Float[Array, "b t h w c"]],
+    x0: Float[Array, "b t h w c"],
+    key: PRNGKeyArray,
+    schedule: Schedule,
+    prediction: str = "epsilon",
+) -> tuple[Float[Array, ""], dict[str, Array]]:
+    """Mean squared error over all frames at random, per-frame timesteps.
+
+    Args:
+      predict: the network as a function of noisy latents and timesteps.
+      x0: clean latents.
+      key: randomness of timesteps and noise.
+      prediction: "epsilon" or "v".
+
+    Returns:
+      The loss, and {"mse": error of each frame (B,T), "timesteps": (B,T)}.
+    """
+    key_time, key_noise = jax.random.split(key)
+    timesteps = sample_timesteps(key_time, *x0.shape[:2], len(schedule.alphas_cumprod))
+    x0 = x0.astype(jnp.float32)
+    noise = jax.random.normal(key_noise, x0.shape)
+    target = prediction_target(schedule, x0, timesteps, noise, prediction)
+    error = predict(q_sample(schedule, x0, timesteps, noise), timesteps).astype(jnp.float32) - target
+    mse = jnp.square(error).mean((2, 3, 4))
+    return mse.mean(), {"mse": mse, "timesteps": timesteps}
+
+
+def check_prediction(prediction: str) -> None:
+    """Raises ValueError unless `prediction` is "epsilon" or "v"."""
+    if prediction not in PREDICTIONS:
+        raise ValueError(f"unknown prediction {prediction!r}; one of {', '.join(PREDICTIONS)}")
+
+
+def _coefficients(schedule: Schedule, timesteps: Array) -> tuple[Array, Array]:
+    take = lambda a: jnp.asarray(a)[timesteps][..., None, None, None]
+    return take(schedule.sqrt_alphas_cumprod), take(schedule.sqrt_one_minus_alphas_cumprod)

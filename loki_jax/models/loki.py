@@ -1,0 +1,171 @@
+"""The whole network: driver encoder, generation UNet and reference UNet. Design sections 1, 6, 11.
+
+Keys of `config.model` (an `ml_collections.ConfigDict`; a value in brackets is the default where the
+key may be absent):
+
+  latent_channels, latent_size   c and the side h = w of the latents
+  dtype ["float32"]              of the computation; parameters are float32
+  attention_backend ["auto"]     see `models/attention.py`
+  remat [False]                  recompute blocks of the generation UNet in the backward pass
+  norm_groups [32]               groups of every GroupNorm in encoder and UNets
+  unet.channels, unet.multipliers, unet.num_res_blocks, unet.attention_levels, unet.head_channels
+  unet.attention_modes           one of "spatial", "3d", "temporal" a level
+  unet.context_dim [None]        keep text cross-attention in the generation UNet as well
+  encoder.kind ["map"]           "map" (driver map) or "vector" (flame_vector)
+  encoder.in_channels            45, 42 or 3; for "vector" the length of the coefficient vector
+  encoder.stem, encoder.widths   "map": one stride-2 stage for each width
+  encoder.hidden                 "vector": width of the MLP
+  reference.trainable            whether `params["reference"]` is trained (False: frozen)
+  reference.context_dim [None]   width of the null-prompt embedding; None for no cross-attention
+  reference.channels, .multipliers, .num_res_blocks
+                                 [those of unet]; the attended widths must be the generation UNet's
+  autoencoder.kind               "kl": .widths, .num_res_blocks, .scale; "pixel": .patch, .scale
+
+Parameters are {"generation": {"unet", "encoder"}, "reference": {...}}; the autoencoder is separate
+(`models/autoencoder.py`).
+
+Null conditions for classifier-free guidance (design section 11, rows 1 and 2): a dropped identity is
+zero *features* (`drop_identity`), a dropped motion is a zero *driver map*, so that the encoder still
+runs (`drop_motion`). Zero features are not the same as none: the zero tokens take part in the
+softmax. The public code's training instead ran the reference UNet on a zero latent; to reproduce it,
+call `reference_features(drop_motion(latent, keep))`, multiplying the latent.
+"""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
+
+from loki_jax.models.encoder import ConditioningEncoder, VectorEncoder
+from loki_jax.models.unet import UNet
+
+Features = tuple[Float[Array, "b n d"], ...]
+
+
+class Generation(nn.Module):
+    """What is trained in the paper: the driver encoder and the generation UNet."""
+
+    encoder: ConditioningEncoder | VectorEncoder
+    unet: UNet
+
+    def encode(self, driver: Float[Array, "n *s c"]) -> Float[Array, "n h w c0"]:
+        return self.encoder(driver)
+
+    def denoise(self, x, timesteps, condition, features, context=None):
+        return self.unet(x, timesteps, condition, features, context)[0]
+
+
+class Loki(nn.Module):
+    """Both branches. Call its methods through `model.apply({"params": params}, ..., method="denoise")`."""
+
+    generation: Generation
+    reference: UNet
+
+    def encode_condition(self, driver: Float[Array, "b t *s c"]) -> Float[Array, "b t h w c0"]:
+        """Residual for the generation UNet from driver maps (B,T,S,S,C), or vectors (B,T,C)."""
+        batch, frames = driver.shape[:2]
+        out = self.generation.encode(driver.reshape(batch * frames, *driver.shape[2:]))
+        return out.reshape(batch, frames, *out.shape[1:])
+
+    def reference_features(
+        self, reference_latent: Float[Array, "b h w c"], context: Float[Array, "b l e"] | None = None
+    ) -> Features:
+        """The tokens entering every self-attention of the reference UNet at t = 0.
+
+        Args:
+          reference_latent: scaled latent of the reference portrait, without noise.
+          context: embedding of the empty prompt, (B, 77, 1024) for SD 2.1; None without cross-attention.
+        """
+        timesteps = jnp.zeros((reference_latent.shape[0], 1), jnp.int32)
+        return self.reference(reference_latent[:, None], timesteps, context=context)[1]
+
+    def denoise(
+        self,
+        x: Float[Array, "b t h w c"],
+        timesteps: Int[Array, "b t"],
+        condition: Float[Array, "b t h w c0"] | None,
+        features: Features | None,
+        context: Float[Array, "b l e"] | None = None,
+    ) -> Float[Array, "b t h w c"]:
+        """The generation UNet's prediction (noise or v), float32."""
+        return self.generation.denoise(x, timesteps, condition, features, context)
+
+    def __call__(self, x, timesteps, driver, reference_latent, reference_context=None, context=None):
+        """Everything in sequence; touches every parameter (for `init`)."""
+        features = self.reference_features(reference_latent, reference_context)
+        return self.denoise(x, timesteps, self.encode_condition(driver), features, context)
+
+
+def drop_identity(features: Features, keep: Bool[Array, " b"]) -> Features:
+    """Zero features for the samples that are not kept."""
+    return tuple(jnp.where(keep[:, None, None], f, jnp.zeros_like(f)) for f in features)
+
+
+def drop_motion(driver: Float[Array, "b *rest"], keep: Bool[Array, " b"]) -> Float[Array, "b *rest"]:
+    """A zero driver map (or vector, or latent) for the samples that are not kept."""
+    return jnp.where(keep.reshape(-1, *(1,) * (driver.ndim - 1)), driver, jnp.zeros_like(driver))
+
+
+def make_loki(config) -> Loki:
+    """The networks of `config.model` (see the module docstring). Raises ValueError on bad options."""
+    dtype = jnp.dtype(config.get("dtype", "float32"))
+    groups = config.get("norm_groups", 32)
+    unet, reference, encoder = config.unet, config.reference, config.encoder
+    common = dict(
+        out_channels=config.latent_channels,
+        attention_levels=tuple(unet.attention_levels),
+        attention_modes=tuple(unet.attention_modes),
+        head_channels=unet.head_channels,
+        norm_groups=groups,
+        dtype=dtype,
+        attention_backend=config.get("attention_backend", "auto"),
+    )
+    sizes = {key: unet[key] for key in ("channels", "multipliers", "num_res_blocks")}
+    generation_unet = UNet(**common, **_tuples(sizes), context_dim=unet.get("context_dim", None),
+                           remat=config.get("remat", False))
+    reference_unet = UNet(
+        **common,
+        **_tuples({key: reference.get(key, value) for key, value in sizes.items()}),
+        context_dim=reference.get("context_dim", None),
+        # Kept activations are only needed when gradients flow through the branch.
+        remat=config.get("remat", False) and reference.trainable,
+    )
+    kind = encoder.get("kind", "map")
+    if kind == "map":
+        driver_encoder = ConditioningEncoder(encoder.stem, tuple(encoder.widths), unet.channels, groups, dtype)
+    elif kind == "vector":
+        driver_encoder = VectorEncoder(encoder.hidden, unet.channels, (config.latent_size,) * 2, dtype)
+    else:
+        raise ValueError(f"unknown model.encoder.kind {kind!r}; one of 'map', 'vector'")
+    return Loki(Generation(driver_encoder, generation_unet), reference_unet)
+
+
+def init_params(model: Loki, config, key: PRNGKeyArray) -> PyTree:
+    """Random float32 parameters (traceable, so `jax.eval_shape` gives their shapes for nothing).
+
+    Nothing in the networks depends on the size of the images, so the smallest one that fits is used.
+    """
+    size = 2 ** (max(len(model.generation.unet.multipliers), len(model.reference.multipliers)) - 1)
+    channels = config.encoder.in_channels
+    if isinstance(model.generation.encoder, VectorEncoder):
+        size = config.latent_size
+        driver = jnp.zeros((1, 1, channels))
+    else:
+        side = size * 2 ** len(model.generation.encoder.widths)
+        driver = jnp.zeros((1, 1, side, side, channels))
+    x = jnp.zeros((1, 1, size, size, config.latent_channels))
+    null = lambda unet: None if unet.context_dim is None else jnp.zeros((1, 1, unet.context_dim))
+    variables = model.init(key, x, jnp.zeros((1, 1), jnp.int32), driver, x[:, 0],
+                           null(model.reference), null(model.generation.unet))
+    return variables["params"]
+
+
+def count_parameters(params: PyTree) -> int:
+    """Number of scalars in a tree of arrays or shapes."""
+    return sum(int(leaf.size) for leaf in jax.tree.leaves(params))
+
+
+def _tuples(options: dict) -> dict:
+    return {key: tuple(value) if isinstance(value, (list, tuple)) else value for key, value in options.items()}

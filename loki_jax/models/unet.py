@@ -1,0 +1,307 @@
+"""The denoising UNet of Stable Diffusion 2.1, made spatio-temporal. Design section 6.
+
+One module serves both branches. The generation branch runs on windows of T frames without text
+cross-attention and receives tokens of the reference; the reference branch runs on single images
+(T = 1) and is called for the features it returns. Nothing is stashed on modules: what one branch
+hands to the other is an argument and a return value.
+"""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from loki_jax.models.attention import attend, attend_shared
+from loki_jax.models.layers import (
+    Conv3x3,
+    Dtype,
+    GroupNorm,
+    LayerNorm,
+    dense,
+    timestep_embedding,
+    upsample_nearest,
+)
+
+ATTENTION_MODES = ("spatial", "3d", "temporal")
+
+
+class ResidualBlock(nn.Module):
+    """GroupNorm, SiLU, 3x3 conv, + time, GroupNorm, SiLU, 3x3 conv (zero at the start), + skip."""
+
+    features: int
+    groups: int
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "n h w c"], time: Float[Array, "n e"]) -> Float[Array, "n h w f"]:
+        h = nn.silu(GroupNorm(self.groups, name="norm1")(x))
+        h = Conv3x3(self.features, dtype=self.dtype, name="conv1")(h)
+        h = h + dense(self.features, "time", self.dtype)(nn.silu(time))[:, None, None, :]
+        h = nn.silu(GroupNorm(self.groups, name="norm2")(h))
+        h = Conv3x3(self.features, zero_init=True, dtype=self.dtype, name="conv2")(h)
+        if x.shape[-1] != self.features:
+            x = dense(self.features, "skip", self.dtype)(x)
+        return x + h
+
+
+class Attention(nn.Module):
+    """Multi-head attention of `tokens` to themselves, to extra tokens, or to a context.
+
+    q, k, v have no bias, the output projection has one. `mode` says which tokens of the window see
+    each other: "spatial" those of the same frame, "3d" all, "temporal" those of the same pixel.
+    """
+
+    head_channels: int
+    backend: str
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens: Float[Array, "b t n c"],
+        mode: str,
+        extra: Float[Array, "b m c"] | None = None,
+        context: Float[Array, "b l e"] | None = None,
+    ) -> Float[Array, "b t n c"]:
+        b, t, n, channels = tokens.shape
+        heads = channels // self.head_channels
+        project = lambda name: dense(channels, name, self.dtype, use_bias=False)
+        to_q, to_k, to_v = project("q"), project("k"), project("v")
+        split = lambda x: x.reshape(*x.shape[:-1], heads, self.head_channels)
+        q = split(to_q(tokens))
+        if context is not None:
+            k, v = split(to_k(context)), split(to_v(context))
+            out = attend(q.reshape(b, t * n, heads, -1), k, v, self.backend)
+        elif mode == "temporal":
+            per_pixel = lambda x: x.swapaxes(1, 2).reshape(b * n, t, heads, -1)
+            out = attend(per_pixel(q), per_pixel(split(to_k(tokens))), per_pixel(split(to_v(tokens))),
+                         self.backend)
+            out = out.reshape(b, n, t, channels).swapaxes(1, 2)
+        else:
+            k, v = split(to_k(tokens)), split(to_v(tokens))
+            # The reference goes through the same projections as the frames' own tokens.
+            extra_kv = None if extra is None else (split(to_k(extra)), split(to_v(extra)))
+            if mode == "3d" or t == 1:
+                flat = lambda x: x.reshape(b, t * n, heads, -1)
+                k, v = flat(k), flat(v)
+                if extra_kv is not None:
+                    k, v = jnp.concatenate([k, extra_kv[0]], 1), jnp.concatenate([v, extra_kv[1]], 1)
+                out = attend(flat(q), k, v, self.backend)
+            elif extra_kv is not None:
+                out = attend_shared(q, k, v, *extra_kv, self.backend)
+            else:
+                flat = lambda x: x.reshape(b * t, n, heads, -1)
+                out = attend(flat(q), flat(k), flat(v), self.backend)
+        return dense(channels, "out", self.dtype)(out.reshape(b, t, n, channels))
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention, optional temporal and cross-attention, GEGLU feed-forward, each residual.
+
+    Returns the tokens and the LayerNorm output that entered self-attention, (B, T N, C): the
+    feature the reference branch hands on.
+    """
+
+    head_channels: int
+    mode: str
+    context_dim: int | None
+    backend: str
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "b t n c"],
+        reference: Float[Array, "b m c"] | None,
+        context: Float[Array, "b l e"] | None,
+    ) -> tuple[Float[Array, "b t n c"], Float[Array, "b tn c"]]:
+        b, t, n, channels = x.shape
+        attention = lambda name: Attention(self.head_channels, self.backend, self.dtype, name=name)
+        normed = LayerNorm(name="self_norm")(x)
+        within = "3d" if self.mode == "3d" else "spatial"
+        x = x + attention("self_attention")(normed, within, extra=reference)
+        if self.mode == "temporal":
+            x = x + attention("temporal_attention")(LayerNorm(name="temporal_norm")(x), "temporal")
+        if self.context_dim is not None:
+            h = LayerNorm(name="cross_norm")(x)
+            x = x + attention("cross_attention")(h, "context", context=context)
+        h = LayerNorm(name="ff_norm")(x)
+        h, gate = jnp.split(dense(8 * channels, "ff_in", self.dtype)(h), 2, axis=-1)
+        h = h * nn.gelu(gate, approximate=False)
+        x = x + dense(channels, "ff_out", self.dtype)(h)
+        return x, normed.reshape(b, t * n, channels)
+
+
+class SpatioTemporalTransformer(nn.Module):
+    """GroupNorm, linear in, one transformer block, linear out (zero at the start), + input."""
+
+    frames: int
+    groups: int
+    head_channels: int
+    mode: str
+    context_dim: int | None
+    backend: str
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "bt h w c"],
+        reference: Float[Array, "b m c"] | None = None,
+        context: Float[Array, "b l e"] | None = None,
+    ) -> tuple[Float[Array, "bt h w c"], Float[Array, "b n c"]]:
+        bt, height, width, channels = x.shape
+        h = GroupNorm(self.groups, eps=1e-6, name="norm")(x)
+        h = dense(channels, "proj_in", self.dtype)(h)
+        h = h.reshape(bt // self.frames, self.frames, height * width, channels)
+        h, feature = TransformerBlock(
+            self.head_channels, self.mode, self.context_dim, self.backend, self.dtype, name="block"
+        )(h, reference, context)
+        h = dense(channels, "proj_out", self.dtype, zero_init=True)(h)
+        return x + h.reshape(x.shape), feature
+
+
+class UNet(nn.Module):
+    """Denoising UNet on windows of frames; equivariant to permuting the frames of a window.
+
+    Attributes:
+      out_channels: channels of the prediction.
+      channels: width of the first level.
+      multipliers: width of each level as a multiple of `channels`; a stride of 2 between levels.
+      num_res_blocks: residual blocks a level going down (one more going up).
+      attention_levels: levels whose residual blocks are followed by a transformer; the middle
+        always has one.
+      attention_modes: "spatial", "3d" or "temporal" (per-frame, then per-pixel over time) for each
+        level; the middle uses the last.
+      head_channels: channels of an attention head; must divide every attended width.
+      context_dim: width of the cross-attention context, None for no cross-attention.
+      norm_groups: groups of every GroupNorm; must divide every width.
+      dtype: of the computation; parameters are float32.
+      attention_backend: see `attention.attend`.
+      remat: recompute residual blocks and transformers in the backward pass.
+    """
+
+    out_channels: int = 4
+    channels: int = 320
+    multipliers: tuple[int, ...] = (1, 2, 4, 4)
+    num_res_blocks: int = 2
+    attention_levels: tuple[int, ...] = (0, 1, 2)
+    attention_modes: tuple[str, ...] = ("spatial", "3d", "3d", "3d")
+    head_channels: int = 64
+    context_dim: int | None = None
+    norm_groups: int = 32
+    dtype: Dtype = jnp.float32
+    attention_backend: str = "auto"
+    remat: bool = False
+
+    def num_features(self) -> int:
+        """Number of self-attention layers, hence of reference features."""
+        attended = sum(level < len(self.multipliers) for level in self.attention_levels)
+        return attended * (2 * self.num_res_blocks + 1) + 1
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "b t h w c"],
+        timesteps: Int[Array, "b t"],
+        condition: Float[Array, "b t h w c0"] | None = None,
+        reference: tuple[Float[Array, "b n d"], ...] | None = None,
+        context: Float[Array, "b l e"] | None = None,
+    ) -> tuple[Float[Array, "b t h w out"], tuple[Float[Array, "b tn d"], ...]]:
+        """Predicts noise (or v) and returns the tokens that entered each self-attention.
+
+        Args:
+          x: noisy latents.
+          timesteps: diffusion time of each frame.
+          condition: added once, after the first convolution.
+          reference: for each self-attention in order (down, middle, up), tokens appended to its keys
+            and values; None appends nothing.
+          context: cross-attention tokens, needed when `context_dim` is set.
+
+        Returns:
+          The prediction, float32, and one (B, T h w, D) feature for each self-attention.
+
+        Raises:
+          ValueError: inputs that do not fit the configuration, with the offending shapes.
+        """
+        self._check(x, timesteps, condition, reference, context)
+        batch, frames = x.shape[:2]
+        residual_block = nn.remat(ResidualBlock) if self.remat else ResidualBlock
+        transformer = nn.remat(SpatioTemporalTransformer) if self.remat else SpatioTemporalTransformer
+        pending = iter(reference) if reference is not None else None
+        features = []
+
+        def residual(h: Array, width: int, name: str) -> Array:
+            return residual_block(width, self.norm_groups, self.dtype, name=name)(h, time)
+
+        def attention(h: Array, level: int, name: str) -> Array:
+            h, feature = transformer(
+                frames, self.norm_groups, self.head_channels, self.attention_modes[level],
+                self.context_dim, self.attention_backend, self.dtype, name=name,
+            )(h, None if pending is None else next(pending), context)
+            features.append(feature)
+            return h
+
+        widths = [self.channels * m for m in self.multipliers]
+        time = timestep_embedding(timesteps.reshape(-1), self.channels).astype(self.dtype)
+        time = dense(4 * self.channels, "time_in", self.dtype)(time)
+        time = dense(4 * self.channels, "time_out", self.dtype)(nn.silu(time))
+
+        h = x.reshape(batch * frames, *x.shape[2:]).astype(self.dtype)
+        h = Conv3x3(self.channels, dtype=self.dtype, name="conv_in")(h)
+        if condition is not None:
+            h = h + condition.reshape(h.shape).astype(self.dtype)
+
+        skips = [h]
+        for level, width in enumerate(widths):
+            for i in range(self.num_res_blocks):
+                h = residual(h, width, f"down_{level}_residual_{i}")
+                if level in self.attention_levels:
+                    h = attention(h, level, f"down_{level}_transformer_{i}")
+                skips.append(h)
+            if level + 1 < len(widths):
+                h = Conv3x3(width, stride=2, dtype=self.dtype, name=f"down_{level}_sample")(h)
+                skips.append(h)
+
+        h = residual(h, widths[-1], "middle_residual_0")
+        h = attention(h, -1, "middle_transformer")
+        h = residual(h, widths[-1], "middle_residual_1")
+
+        for level, width in reversed(list(enumerate(widths))):
+            for i in range(self.num_res_blocks + 1):
+                h = residual(jnp.concatenate([h, skips.pop()], -1), width, f"up_{level}_residual_{i}")
+                if level in self.attention_levels:
+                    h = attention(h, level, f"up_{level}_transformer_{i}")
+            if level:
+                h = upsample_nearest(h)
+                h = Conv3x3(width, dtype=self.dtype, name=f"up_{level}_sample")(h)
+
+        h = nn.silu(GroupNorm(self.norm_groups, name="norm_out")(h))
+        h = Conv3x3(self.out_channels, zero_init=True, dtype=self.dtype, name="conv_out")(h)
+        out = h.astype(jnp.float32).reshape(batch, frames, *h.shape[1:])
+        return out, tuple(features)
+
+    def _check(self, x, timesteps, condition, reference, context) -> None:
+        if len(self.attention_modes) != len(self.multipliers):
+            raise ValueError(f"attention_modes {self.attention_modes} must name one mode for each of the "
+                             f"{len(self.multipliers)} levels")
+        if unknown := set(self.attention_modes) - set(ATTENTION_MODES):
+            raise ValueError(f"unknown attention modes {sorted(unknown)}; known are {ATTENTION_MODES}")
+        attended = {self.channels * self.multipliers[level] for level in (*self.attention_levels, -1)}
+        if any(width % self.head_channels for width in attended):
+            raise ValueError(f"head_channels {self.head_channels} must divide the widths {sorted(attended)}")
+        if x.ndim != 5 or timesteps.shape != x.shape[:2]:
+            raise ValueError(f"x must be (B, T, h, w, c) and timesteps (B, T): {x.shape}, {timesteps.shape}")
+        stride = 2 ** (len(self.multipliers) - 1)
+        if x.shape[2] % stride or x.shape[3] % stride:
+            raise ValueError(f"latents of {x.shape[2]} x {x.shape[3]} are not divisible by {stride}, "
+                             f"which {len(self.multipliers)} levels need")
+        if condition is not None and condition.shape != (*x.shape[:4], self.channels):
+            raise ValueError(f"condition {condition.shape} must be {(*x.shape[:4], self.channels)}")
+        if reference is not None and len(reference) != self.num_features():
+            raise ValueError(f"{len(reference)} reference features for {self.num_features()} self-attentions")
+        if (context is None) != (self.context_dim is None):
+            raise ValueError(f"context_dim is {self.context_dim} but context is "
+                             f"{'missing' if context is None else 'given'}")
