@@ -38,6 +38,7 @@ _MATRICES = {
 _BT709, _LIMITED_RANGE = 1, 1
 # Audio codecs that an MP4 file may hold as they are; others are encoded again as AAC.
 _COPIED_AUDIO = ("aac", "mp3", "ac3", "alac")
+_AAC_RATES = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000, 64000, 88200, 96000)
 _CONTAINERS = (".mp4", ".m4v", ".mov", ".mkv")
 
 
@@ -324,8 +325,10 @@ class _AudioTrack:
             if self._copied:
                 self._out = output.add_stream_from_template(self._stream)
             else:
-                self._out = output.add_stream("aac", rate=self._stream.rate)
-                self._out.layout = self._stream.layout
+                rate = self._stream.rate
+                self._out = output.add_stream("aac", rate=rate if rate in _AAC_RATES else 48000)
+                # Not the source's layout: raw audio may leave it unnamed, which the encoder refuses.
+                self._out.layout = "mono" if self._stream.layout.nb_channels == 1 else "stereo"
             self._packets = self._copy() if self._copied else self._encode()
             self._next: tuple[Fraction, av.Packet] | None = None
         except (av.error.FFmpegError, OSError, IndexError, ValueError) as error:
