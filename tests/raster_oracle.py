@@ -1,0 +1,84 @@
+"""Brute-force float64 rasteriser: every face against every pixel, the conventions spelled out.
+
+Written for clarity, independent of `loki_jax.raster`, which it judges.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+EPSILON = float(np.finfo(np.float32).eps)
+
+
+class Oracle(NamedTuple):
+    face: np.ndarray  # (S, S), -1 on the background
+    bary: np.ndarray  # (S, S, 3)
+    depth: np.ndarray  # (S, S), infinite on the background
+    certain: np.ndarray  # (S, S): float32 rounding cannot change the winner
+
+
+def pixel_centres(size):
+    """x (S,) of columns and y (S,) of rows."""
+    centre = 1 - (2 * np.arange(size, dtype=np.float64) + 1) / size
+    return centre, centre
+
+
+def rasterize_oracle(vertices, faces, size, cull=True, perspective_correct=False, slack=16):
+    """Reference image of one frame; `slack` scales the float32 epsilon within which it is unsure."""
+    vertices = np.asarray(vertices, np.float64)
+    column_x, row_y = pixel_centres(size)
+    px, py = np.meshgrid(column_x, row_y)
+    best_depth = np.full((size, size), np.inf)
+    best_face = np.full((size, size), -1)
+    best_bary = np.zeros((size, size, 3))
+    unsure_depth = np.full((size, size), np.inf)  # nearest face that rounding may or may not cover
+    second_depth = np.full((size, size), np.inf)
+    tolerance = np.zeros((size, size))
+    for index, face in enumerate(np.asarray(faces)):
+        p = vertices[face]
+        if not np.isfinite(p).all() or (p[:, 2] < 1e-8).any():
+            continue
+        area = (p[1, 0] - p[0, 0]) * (p[2, 1] - p[0, 1]) - (p[1, 1] - p[0, 1]) * (p[2, 0] - p[0, 0])
+        if area == 0 or (cull and area > 0):
+            continue
+        turn = 1 if area > 0 else -1
+        inside = np.ones((size, size), bool)
+        surely_out = np.zeros((size, size), bool)
+        surely_in = np.ones((size, size), bool)
+        edges = []
+        for a, b in ((1, 2), (2, 0), (0, 1)):
+            d = p[b, :2] - p[a, :2]
+            first, second = d[0] * (py - p[a, 1]), d[1] * (px - p[a, 0])
+            edge = turn * (first - second)
+            # On screen x points right, so mirror; walk the outline counter-clockwise there.
+            walk = np.array([-d[0], d[1]]) * (1 if turn < 0 else -1)
+            top_left = walk[1] < 0 or (walk[1] == 0 and walk[0] < 0)
+            inside &= (edge > 0) | ((edge == 0) & top_left)
+            reach = np.abs(p[:, :2]).max() + 2 / size
+            margin = slack * EPSILON * (np.abs(d).sum() * np.minimum(reach, np.hypot(*d) + np.abs(first) / max(abs(d[0]), 1e-30) + np.abs(second) / max(abs(d[1]), 1e-30)))
+            surely_out |= edge < -margin
+            surely_in &= edge > margin
+            edges.append(edge)
+        bary = np.stack(edges, -1) / abs(area)
+        if perspective_correct:
+            bary = bary / p[:, 2]
+            bary = bary / bary.sum(-1, keepdims=True)
+        depth = bary @ p[:, 2]
+        unsure = ~surely_in & ~surely_out
+        unsure_depth = np.where(unsure, np.minimum(unsure_depth, np.minimum(depth, p[:, 2].max())), unsure_depth)
+        # A sliver's depth is as uncertain as its barycentrics are.
+        longest = max(np.hypot(*(p[b, :2] - p[a, :2])) for a, b in ((1, 2), (2, 0), (0, 1)))
+        spread = np.ptp(p[:, 2]) * min(1.0, slack * EPSILON * (longest + 2 / size) * max(longest, 0) / abs(area))
+        own = slack * EPSILON * np.abs(p[:, 2]).max() + spread
+        closer = inside & (depth < best_depth)
+        second_depth = np.where(closer, best_depth, np.where(inside, np.minimum(second_depth, depth), second_depth))
+        tolerance = np.where(inside, np.maximum(tolerance, own), tolerance)
+        best_depth = np.where(closer, depth, best_depth)
+        best_face = np.where(closer, index, best_face)
+        best_bary = np.where(closer[..., None], bary, best_bary)
+    with np.errstate(invalid="ignore"):
+        rival = np.minimum(second_depth, unsure_depth)
+        certain = ~(rival <= best_depth + 2 * tolerance) | ((best_face < 0) & np.isinf(unsure_depth))
+    certain &= ~((best_face < 0) & np.isfinite(unsure_depth))
+    # A winner that is itself unsure is covered above: its depth equals unsure_depth.
+    return Oracle(best_face, best_bary, best_depth, certain)
