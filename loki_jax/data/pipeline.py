@@ -163,7 +163,7 @@ def _open_slots(
         longest = max((clip.length for clip in clips), default=0)
         raise DatasetError(
             f"{dataset.path}: split {split!r} has {len(clips)} clips, the longest of {longest} frames: none holds a "
-            f"window of {window}. Add longer clips or choose a shorter window (`config.data.window`)."
+            f"window of {window}. Add longer clips or choose a shorter window (`config.window`)."
         )
     return dataset, slots
 
