@@ -85,7 +85,7 @@ _LIP_UP, _LIP_DOWN = 0.0080, 0.0100
 _LIP_POINTS = 10
 
 # Brow: centre line (x, y).
-_BROW = np.array([(0.0110, 0.0285), (0.0200, 0.0325), (0.0320, 0.0350), (0.0430, 0.0335), (0.0520, 0.0285)])
+BROW = np.array([(0.0110, 0.0285), (0.0200, 0.0325), (0.0320, 0.0350), (0.0430, 0.0335), (0.0520, 0.0285)])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -241,10 +241,10 @@ def _lip_rows():
 
 def _brow_points():
     """Frontal points of five rows along the left brow."""
-    curve = PchipInterpolator(_BROW[:, 0], _BROW[:, 1])
-    x = np.linspace(_BROW[0, 0], _BROW[-1, 0], 11)
+    curve = PchipInterpolator(BROW[:, 0], BROW[:, 1])
+    x = np.linspace(BROW[0, 0], BROW[-1, 0], 11)
     rows = [
-        np.stack([x + shift, curve(np.clip(x, _BROW[0, 0], _BROW[-1, 0])) + rise], -1)
+        np.stack([x + shift, curve(np.clip(x, BROW[0, 0], BROW[-1, 0])) + rise], -1)
         for rise, shift in ((-0.0052, 0.0012), (-0.0022, 0.0), (0.0016, 0.0012), (0.0046, 0.0))
     ]
     return np.concatenate(rows)
