@@ -1,0 +1,169 @@
+"""The driver map: head coefficients as an image the generation network can read (design section 5).
+
+Channels of the full map, zero wherever the head is not seen:
+  0..41   sines and cosines of the *canonical template position* of the surface point. For axis
+          c = 0, 1, 2 and k = 0..6: channel 14 c + k is sin(2^k p_c), channel 14 c + 7 + k is
+          cos(2^k p_c). The values name the point of the head; pose shows in where they land.
+  42..44  the point's displacement by expression, jaw and eyes, over 0.0104 m.
+
+Ablation arms: "full" (45 channels), "no_posenc" (the last 3), "no_deform" (the first 42). The fourth
+arm has no map: `flame_vector` gives its numbers.
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from loki_jax.head.asset import HeadAsset
+from loki_jax.head.camera import camera_from_world, ndc_from_camera
+from loki_jax.head.skinning import (
+    Identity,
+    expression_offsets,
+    mesh_faces,
+    mesh_render_mask,
+    template_vertices,
+    world_vertices,
+)
+from loki_jax.head.types import Camera, Coefficients
+from loki_jax.raster import Fragments, interpolate, rasterize
+
+EXPRESSION_SCALE = 0.0104  # metres: standard deviation of the offsets, design section 5
+_FREQUENCIES = 2.0 ** np.arange(7, dtype=np.float32)
+_CHANNELS = {"full": 45, "no_posenc": 3, "no_deform": 42}
+
+
+def driver_channels(arm: str) -> int:
+    """Channels of the driver map of an ablation arm.
+
+    Raises:
+      ValueError: there is no such arm, or it has no map.
+    """
+    if arm not in _CHANNELS:
+        hint = " (its numbers come from `flame_vector`)" if arm == "flame_vector" else ""
+        raise ValueError(f"arm {arm!r} has no driver map{hint}; arms with one: {', '.join(_CHANNELS)}")
+    return _CHANNELS[arm]
+
+
+def canonical_positions(vertices: Float[Array, "V 3"]) -> Float[Array, "V 3"]:
+    """Template vertices minus their mean, over the largest (signed) coordinate of all."""
+    centred = vertices - jnp.mean(vertices, axis=0)
+    return centred / jnp.max(centred)
+
+
+def positional_encoding(positions: Float[Array, "*b 3"]) -> Float[Array, "*b 42"]:
+    """Per axis sin(2^k p), then cos(2^k p), k = 0..6, without a factor pi.
+
+    Evaluated directly: doubling angles is neither faster here nor as exact (1e-6 against 6e-8).
+    """
+    angles = positions[..., None] * _FREQUENCIES
+    encoded = jnp.stack([jnp.sin(angles), jnp.cos(angles)], axis=-2)
+    return encoded.reshape(*positions.shape[:-1], 42)
+
+
+def ndc_vertices(
+    head: HeadAsset,
+    identity: Identity,
+    coefficients: Coefficients,
+    camera: Camera,
+    crop: Float[Array, "*b 4"],
+) -> Float[Array, "*b V_all 3"]:
+    """The posed mesh in the rasteriser's coordinates for a crop box x0, y0, x1, y1 in pixels."""
+    world = world_vertices(head, identity, coefficients)
+    return ndc_from_camera(camera_from_world(world, camera), camera, crop)
+
+
+def clear_hidden_faces(
+    fragments: Fragments, faces: Int[Array, "F 3"], vertex_mask: Bool[Array, " V"]
+) -> Fragments:
+    """Turn pixels into background whose face has no vertex in `vertex_mask`.
+
+    Such faces have already occluded what lies behind them.
+    """
+    if faces.shape[0] == 0:
+        return fragments
+    shown = jnp.any(jnp.asarray(vertex_mask)[jnp.asarray(faces)], axis=-1)
+    kept = (fragments.face >= 0) & shown[jnp.maximum(fragments.face, 0)]
+    return Fragments(
+        jnp.where(kept, fragments.face, -1),
+        jnp.where(kept[..., None], fragments.bary, 0.0),
+        jnp.where(kept, fragments.depth, jnp.inf),
+    )
+
+
+def encode_fragments(
+    fragments: Fragments,
+    faces: Int[Array, "F 3"],
+    canonical: Float[Array, "V 3"],
+    offsets: Float[Array, "*b V 3"],
+    arm: str = "full",
+    dtype=jnp.float32,
+) -> Float[Array, "*b S S C"]:
+    """The driver map of rasterised fragments: 3 + 3 interpolated numbers, encoded at the pixel."""
+    driver_channels(arm)
+    covered = (fragments.face >= 0)[..., None]
+    parts = []
+    if arm != "no_posenc":
+        encoded = positional_encoding(interpolate(fragments, faces, canonical))
+        # The cosine of the background's zeros is one.
+        parts.append(jnp.where(covered, encoded, 0.0).astype(dtype))
+    if arm != "no_deform":
+        parts.append((interpolate(fragments, faces, offsets) / EXPRESSION_SCALE).astype(dtype))
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1)
+
+
+def driver_map(
+    head: HeadAsset,
+    identity: Identity,
+    coefficients: Coefficients,
+    camera: Camera,
+    crop: Float[Array, "*b 4"],
+    size: int,
+    arm: str = "full",
+    dtype=jnp.float32,
+) -> Float[Array, "*b S S C"]:
+    """The driver map of every frame in the leading axes of `coefficients`.
+
+    The whole mesh is rasterised so that it occludes; faces without a vertex in the render mask are
+    then cleared.
+
+    Args:
+      head: the head asset.
+      identity: from `make_identity`; its leading axes broadcast against those of `coefficients`.
+      coefficients: expression, pose and rigid motion, metres and radians.
+      camera: of the uncropped frame; leading axes broadcast.
+      crop: box x0, y0, x1, y1 in pixels that fills the map; leading axes broadcast.
+      size: S, side of the map in pixels.
+      arm: "full", "no_posenc" or "no_deform".
+      dtype: of the result; the arithmetic is float32 throughout.
+
+    Returns:
+      C = `driver_channels(arm)` channels, exactly zero on the background.
+
+    Raises:
+      ValueError: unknown arm, or coefficients that are not the head's.
+    """
+    driver_channels(arm)
+    faces = mesh_faces(head)
+    vertices = ndc_vertices(head, identity, coefficients, camera, crop)
+    fragments = clear_hidden_faces(rasterize(vertices, faces, size), faces, mesh_render_mask(head))
+    offsets = jnp.broadcast_to(expression_offsets(head, identity, coefficients), vertices.shape)
+    return encode_fragments(
+        fragments, faces, canonical_positions(template_vertices(head)), offsets, arm, dtype
+    )
+
+
+def flame_vector(head: HeadAsset, coefficients: Coefficients) -> Float[Array, "*b n_expr+12"]:
+    """Expression, head rotation, neck, jaw and eyes as one vector a frame (the vector arm).
+
+    Raises:
+      ValueError: the number of expression coefficients is not the head's.
+    """
+    if coefficients.expression.shape[-1:] != (head.n_expression,):
+        raise ValueError(
+            f"expression coefficients {tuple(coefficients.expression.shape)} do not end in the "
+            f"{head.n_expression} axes of head {head.name!r}"
+        )
+    c = coefficients
+    return jnp.concatenate([c.expression, c.rot, c.neck, c.jaw, c.eyes], axis=-1)
