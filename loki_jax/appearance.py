@@ -257,7 +257,7 @@ def _paint(mesh: BuiltinMesh, style: _Style, rng: np.random.Generator) -> Float[
     natural = hair if draw < 0.95 else _HAIR[1]
     brow_colour = np.clip(natural * rng.uniform(0.45, 0.85), 0.02, 0.5)
     brow_curve = np.interp(ax, builtin.BROW[:, 0], builtin.BROW[:, 1])
-    thickness = rng.uniform(0.0018, 0.0042)
+    thickness = rng.uniform(0.0018, 0.0042) * (0.25 + 0.75 * smoothstep(0.060, 0.044, ax))
     brow = smoothstep(thickness + 0.0022, thickness, np.abs(y - brow_curve)) * smoothstep(0.0060, 0.0100, ax) * smoothstep(0.0590, 0.0520, ax)
     colour = over(colour, brow_colour, rng.uniform(0.75, 1.0) * brow * front * skin_part * (mesh.eye_ring < 0))
     colour = _paint_beard(mesh, colour, natural, rng)

@@ -117,7 +117,7 @@ def identity_axes(mesh: b.BuiltinMesh) -> tuple[tuple[str, ...], Float[np.ndarra
     # Eyes: ball and lids grow together about the ball's centre; slant turns the lids round it.
     relative = p - _eye_centres(mesh)
     lids = _lid_weight(mesh)[:, None]
-    ring_size = np.array([1.0, 1.0, 1.0, 0.7, 0.35])
+    ring_size = np.array([1.0, 1.0, 1.0, 0.95, 0.6])
     grow = np.where(mesh.eye_ring >= 0, ring_size[np.maximum(mesh.eye_ring, 0)], 0.0)
     grow = np.where((mesh.part == b.EYEBALL) | (mesh.part == b.LID_RIM), 1.0, grow)[:, None]
     add("eye_size", 0.045 * relative * grow)
@@ -153,7 +153,7 @@ def _eye_centres(mesh):
 
 def _lid_weight(mesh):
     """How much each vertex moves with the eyeball: 1 on the ball, its rim and the lid's edge."""
-    on_ring = np.where(mesh.eye_ring >= 0, b.LID_WEIGHT[np.maximum(mesh.eye_ring, 0)], 0.0)
+    on_ring = np.where(mesh.eye_ring >= 0, np.array([1.0, 1.0, 1.0, 0.9, 0.5])[np.maximum(mesh.eye_ring, 0)], 0.0)
     return np.where((mesh.part == b.EYEBALL) | (mesh.part == b.LID_RIM), 1.0, on_ring)
 
 
@@ -226,7 +226,7 @@ def _blink(mesh, amount_upper, amount_lower):
     # Towards the ball's surface, the lid's thickness above it; the crease flattens as the lid goes
     # down. The bulge at the end keeps the straight path of a linear axis out of the ball half-way.
     travelled = np.clip(np.abs(dy) / np.maximum(opening, 1e-3) / 0.6, 0, 1)
-    firm = np.where(mesh.eye_ring >= 0, np.array([1.0, 1.0, 1.0, 0.55, 0.0])[np.maximum(mesh.eye_ring, 0)], 0.0)
+    firm = np.where(mesh.eye_ring >= 0, np.array([1.0, 1.0, 1.0, 0.85, 0.15])[np.maximum(mesh.eye_ring, 0)], 0.0)
     hold = np.where(mesh.eye_ring >= 0, b.LID_WEIGHT[np.maximum(mesh.eye_ring, 0)], 0.0)
     rim = np.where(mesh.part == b.LID_RIM, -0.0012 - b.LID_THICKNESS, 0.0)
     radius = b.EYE_RADIUS + b.LID_THICKNESS + rim
