@@ -1,0 +1,402 @@
+"""Reads head coefficients back from frames of a head whose appearance is known.
+
+The ruler of the built-in heads (design section 10): identity, colours, camera and crop are given, the
+coefficients of every frame are sought such that the rendered head looks like the frame. Nothing of
+the driver enters: the first frame starts from the neutral, frontal head in the middle of the crop.
+
+Method: robust Gauss-Newton on blurred image differences (Lucas and Kanade; the gradient is the mean of
+the rendered and the observed image's, as in Benhimane and Malis 2004, "efficient second-order
+minimisation"). The Jacobian of a pixel is its image gradient times the screen motion of the surface point
+it shows, interpolated from the vertices; pixels just outside the outline take the motion of the nearest
+surface point, which makes the outline pull. From coarse to fine blur; frame t starts from frame t - 1.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Shaped
+
+from loki_jax.appearance import Appearance, render
+from loki_jax.head.asset import HeadAsset
+from loki_jax.head.camera import camera_from_world, crop_box, ndc_from_camera, project
+from loki_jax.head.rotation import matrix_from_rotvec, rotvec_from_matrix
+from loki_jax.head.skinning import Identity, make_identity, mesh_faces, mesh_render_mask, world_vertices
+from loki_jax.head.types import Camera, Coefficients
+from loki_jax.raster import rasterize
+
+_PRECISION = jax.lax.Precision.HIGHEST
+
+
+class PhotometricPrior(NamedTuple):
+    """Standard deviations of the coefficients: of a frame, and of its change since the last one.
+
+    Radians and metres; expression in units of the head's `expression_sigma`. Rotation and
+    translation are about the start pose, everything else about 0.
+    """
+
+    rot: float = 0.5
+    tra: float = 0.08
+    neck: float = 0.2
+    jaw: tuple[float, float, float] = (0.2, 0.03, 0.03)
+    eyes: float = 0.2
+    expression: float = 1.0
+    change: float = 0.35  # of all of the above, per frame
+
+
+class _Problem(NamedTuple):
+    """What stays fixed while one clip is tracked."""
+
+    head: HeadAsset
+    identity: Identity
+    shape: Float[Array, " n_shape"]
+    appearance: Appearance
+    camera: Camera
+    crop: Float[Array, " 4"]
+    mean: Coefficients  # centre of the prior
+    sigma: Coefficients  # its standard deviations
+    low: Float[Array, " n_expr"]
+    high: Float[Array, " n_expr"]
+
+
+_FREE = ("rot", "tra", "neck", "jaw", "eyes", "expression")
+
+
+def _coefficients(problem: _Problem, unknowns: Float[Array, " k"]) -> Coefficients:
+    """Coefficients of unknowns counted in standard deviations of the prior."""
+    values, start = {"shape": problem.shape}, 0
+    for field in _FREE:
+        mean, sigma = getattr(problem.mean, field), getattr(problem.sigma, field)
+        values[field] = mean + sigma * unknowns[start : start + len(mean)]
+        start += len(mean)
+    return Coefficients(**values)
+
+
+def _within_bounds(problem: _Problem, unknowns: Float[Array, " k"]) -> Float[Array, " k"]:
+    n = len(problem.low)
+    sigma = jnp.maximum(problem.sigma.expression, 1e-9)
+    mean = problem.mean.expression
+    return unknowns.at[-n:].set(
+        jnp.clip(unknowns[-n:], (problem.low - mean) / sigma, (problem.high - mean) / sigma)
+    )
+
+
+def _screen(problem: _Problem, unknowns: Float[Array, " k"]) -> Float[Array, "V 3"]:
+    """Vertices in NDC."""
+    world = world_vertices(problem.head, problem.identity, _coefficients(problem, unknowns))
+    return ndc_from_camera(camera_from_world(world, problem.camera), problem.camera, problem.crop)
+
+
+def _motion(problem: _Problem, unknowns: Float[Array, " k"]) -> Float[Array, "V 2 k"]:
+    """Screen motion (NDC) of every vertex per unit of each unknown."""
+    return jax.jacfwd(lambda u: _screen(problem, u)[:, :2])(unknowns)
+
+
+def _spread(face: Array, bary: Array, steps: int) -> tuple[Array, Array]:
+    """Give background pixels up to `steps` away from the head the fragment of a covered neighbour."""
+
+    def grow(_, state):
+        face, bary = state
+        for axis in (0, 1):
+            for shift in (1, -1):
+                # Rolling wraps round the image's edge; a head there is cut off anyway.
+                other_face, other_bary = jnp.roll(face, shift, axis), jnp.roll(bary, shift, axis)
+                take = (face < 0) & (other_face >= 0)
+                face = jnp.where(take, other_face, face)
+                bary = jnp.where(take[..., None], other_bary, bary)
+        return face, bary
+
+    return jax.lax.fori_loop(0, steps, grow, (face, bary))
+
+
+def _blur_matrix(size: int, sigma: Float[Array, ""]) -> Float[Array, "s s"]:
+    """Rows are Gaussian windows, normalised so that the image's edges keep their brightness."""
+    index = jnp.arange(size)
+    weights = jnp.exp(-0.5 * ((index[:, None] - index) / sigma) ** 2)
+    return weights / weights.sum(1, keepdims=True)
+
+
+def _blur(image: Float[Array, "s s c"], sigma: Float[Array, ""]) -> Float[Array, "s s c"]:
+    matrix = _blur_matrix(image.shape[0], sigma)
+    return jnp.einsum("ij,jkc,lk->ilc", matrix, image, matrix)
+
+
+def _gradient(image: Float[Array, "s s c"]) -> Float[Array, "s s c 2"]:
+    """Central differences along NDC x (left) and y (up), per unit of NDC."""
+    half = image.shape[0] / 2
+    padded = jnp.pad(image, ((1, 1), (1, 1), (0, 0)), mode="edge")
+    along_columns = (padded[1:-1, 2:] - padded[1:-1, :-2]) / 2
+    along_rows = (padded[2:, 1:-1] - padded[:-2, 1:-1]) / 2
+    return -half * jnp.stack([along_columns, along_rows], -1)
+
+
+def _match_colours(rendered, observed, weight):
+    """Per-channel gain and bias that take `rendered` to `observed`, drawn towards 1 and 0."""
+    # The prior counts as this share of the image's pixels.
+    share = 0.05 * rendered.shape[0] * rendered.shape[1]
+
+    def channel(x, y, w):
+        # min sum w (g x + b - y)^2 + share ((g - 1)^2 0.25 + b^2)
+        sw, sx, sy = w.sum(), (w * x).sum(), (w * y).sum()
+        sxx, sxy = (w * x * x).sum(), (w * x * y).sum()
+        a11, a12, a22 = sxx + 0.25 * share, sx, sw + share
+        b1, b2 = sxy + 0.25 * share, sy
+        det = a11 * a22 - a12 * a12
+        return (b1 * a22 - b2 * a12) / det, (a11 * b2 - a12 * b1) / det
+
+    gain, bias = jax.vmap(channel, in_axes=(-1, -1, -1))(rendered, observed, weight)
+    return gain * rendered + bias
+
+
+class _Step(NamedTuple):
+    unknowns: Array
+    residual: Array
+
+
+def _step(problem, observed, previous, change, motion, unknowns, sigma, active):
+    """One Gauss-Newton step at blur `sigma` pixels.
+
+    Args:
+      previous: unknowns of the last frame, towards which the solution is drawn; `change` is the
+        standard deviation of the difference (infinite: no pull).
+      motion: `_motion` at or near `unknowns`.
+      active: (k,) 1 where an unknown may move.
+
+    Returns:
+      The new unknowns, and the robust residual (RMS, image in [0, 1]) before the step.
+    """
+    size = observed.shape[0]
+    faces = mesh_faces(problem.head)
+    fragments = rasterize(_screen(problem, unknowns), faces, size)
+    rendered = render(
+        problem.head,
+        problem.identity,
+        _coefficients(problem, unknowns),
+        problem.camera,
+        problem.crop,
+        problem.appearance,
+        size,
+    )
+    rendered, observed = _blur(rendered, sigma), _blur(observed, sigma)
+
+    face, bary = _spread(fragments.face, fragments.bary, max(2, size // 16))
+    inside = face >= 0
+    corners = faces[jnp.maximum(face, 0)]
+    flow = jnp.einsum("rcv,rcvxk->rcxk", bary * inside[..., None], motion[corners])
+
+    weight = jnp.broadcast_to(inside[..., None], observed.shape).astype(jnp.float32)
+    matched = _match_colours(rendered, observed, weight)
+    difference = observed - matched
+    # Median absolute deviation as the scale of the noise; Huber weights beyond 1.5 of it.
+    spread = jnp.nanmedian(jnp.where(inside[..., None], jnp.abs(difference), jnp.nan)) * 1.48
+    noise = jnp.maximum(jnp.nan_to_num(spread), 0.004)
+    weight = weight * jnp.minimum(1, 1.5 * noise / jnp.maximum(jnp.abs(difference), 1e-6))
+    matched = _match_colours(rendered, observed, weight)
+    difference = observed - matched
+
+    gradient = (_gradient(matched) + _gradient(observed)) / 2
+    # Neighbouring pixels of a blurred image repeat each other: count independent ones.
+    scale = 1 / (noise**2 * (1 + 4 * jnp.pi * sigma**2))
+    tensor = jnp.einsum("rcn,rcnx,rcny->rcxy", weight, gradient, gradient) * scale
+    pull = jnp.einsum("rcn,rcnx,rcn->rcx", weight, gradient, difference) * scale
+    # A point that moves by d shows at p what was at p - d: the image changes by -gradient . d.
+    flow = -flow * active
+    normal = jnp.einsum("rcxk,rcxl->kl", flow, jnp.einsum("rcxy,rcyl->rcxl", tensor, flow), precision=_PRECISION)
+    right = jnp.einsum("rcxk,rcx->k", flow, pull, precision=_PRECISION)
+
+    inertia = 1 / change**2
+    normal = normal + jnp.diag(1 + inertia + 1e-4 * jnp.diag(normal))
+    right = right - unknowns * active - inertia * (unknowns - previous) * active
+    step = jnp.linalg.solve(normal, right)
+    # A step of more than one standard deviation leaves what the linearisation can see.
+    step = step * jnp.minimum(1, 0.7 / jnp.maximum(jnp.abs(step).max(), 1e-9)) * active
+    residual = jnp.sqrt((weight * difference**2).sum() / jnp.maximum(weight.sum(), 1))
+    return _Step(_within_bounds(problem, unknowns + step), residual)
+
+
+def _descend(problem, observed, previous, change, unknowns, sigmas, active):
+    """Gauss-Newton over the blurs `sigmas`, then the residual of the result at the last of them."""
+
+    def body(unknowns, sigma):
+        motion = _motion(problem, unknowns)
+        step = _step(problem, observed, previous, change, motion, unknowns, sigma, active)
+        return step.unknowns, (unknowns, step.residual)
+
+    # One step too many: its residual belongs to the unknowns before it.
+    sigmas = jnp.concatenate([sigmas, sigmas[-1:]])
+    _, (path, residuals) = jax.lax.scan(body, unknowns, sigmas)
+    return path[-1], residuals[-1]
+
+
+def start_pose(
+    head: HeadAsset, identity: Identity, camera: Camera, crop: Float[Array, " 4"]
+) -> tuple[Float[Array, " 3"], Float[Array, " 3"]]:
+    """`rot` and `tra` of a head that faces the camera and fills the crop box as a fitted box would.
+
+    The search for coefficients starts here, so that it knows nothing of what it looks for.
+    """
+    flip = jnp.diag(jnp.array([1.0, -1.0, -1.0]))
+    # Camera axes = E flip R head axes, and a head that faces the camera has flip: R = flip E^T flip.
+    to_camera = camera.extrinsics[:3, :3]
+    rotation = flip @ to_camera.T @ flip
+    rot = rotvec_from_matrix(rotation)
+    mask = mesh_render_mask(head)
+    neutral = _neutral(head, rot, jnp.zeros(3))
+    middle = (crop[:2] + crop[2:]) / 2
+    side = crop[2] - crop[0]
+    focal = camera.intrinsics[:2]
+
+    def refine(_, position):
+        # `position` is the head's origin in camera axes.
+        tra = flip @ (to_camera.T @ (position - camera.extrinsics[:3, 3]))
+        points = camera_from_world(world_vertices(head, identity, neutral._replace(tra=tra)), camera)
+        pixels = project(points, camera)
+        box = crop_box(jnp.where(mask[:, None], pixels, pixels[jnp.argmax(mask)]))
+        grow = (box[2] - box[0]) / side
+        shift = (middle - (box[:2] + box[2:]) / 2) * position[2] / focal
+        return (position + jnp.array([shift[0], shift[1], 0.0])) * grow
+
+    # Far enough that the whole head lies in front of the camera at first.
+    extent = jnp.ptp(identity.vertices, axis=0).max()
+    far = extent * focal.mean() / side + extent
+    position = jax.lax.fori_loop(0, 8, refine, jnp.array([0.0, 0.0, 1.0]) * far)
+    return rot, flip @ (to_camera.T @ (position - camera.extrinsics[:3, 3]))
+
+
+def _neutral(head: HeadAsset, rot: Float[Array, " 3"], tra: Float[Array, " 3"]) -> Coefficients:
+    zero = jnp.zeros(3)
+    return Coefficients(jnp.zeros(head.n_shape), jnp.zeros(head.n_expression), rot, tra, zero, zero, zero)
+
+
+@functools.partial(jax.jit, static_argnames=("prior",))
+def _track_clips(frames, head, shape, appearance, camera, crop, prior):
+    """`fit_photometric` for a batch of clips: all arguments but head and prior have a leading axis."""
+    size = frames.shape[-2]
+    per_pixel = size / 64  # blurs below are for 64 pixels
+
+    def clip(frames, shape, appearance, camera, crop):
+        identity = make_identity(head, shape)
+        rot, tra = start_pose(head, identity, jax.tree.map(lambda x: x[0], camera), crop[0])
+        sigma = Coefficients(
+            shape=jnp.zeros(head.n_shape),
+            expression=prior.expression * jnp.asarray(head.expression_sigma),
+            rot=jnp.full(3, prior.rot),
+            tra=jnp.full(3, prior.tra),
+            neck=jnp.full(3, prior.neck),
+            jaw=jnp.array(prior.jaw),
+            eyes=jnp.full(3, prior.eyes),
+        )
+
+        def problem(camera, crop):
+            low, high = jnp.asarray(head.expression_bounds).T
+            return _Problem(
+                head, identity, shape, appearance, camera, crop, _neutral(head, rot, tra), sigma, low, high
+            )
+
+        k = 15 + head.n_expression
+        rigid = (jnp.arange(k) < 6).astype(jnp.float32)
+        first = problem(jax.tree.map(lambda x: x[0], camera), crop[0])
+
+        # Frame 0: the rigid motion from several turns of the head, then everything from the best.
+        turns = jnp.radians(jnp.array([-30.0, -15.0, 0.0, 15.0, 30.0]))
+        turned = jax.vmap(
+            lambda angle: rotvec_from_matrix(
+                matrix_from_rotvec(rot) @ matrix_from_rotvec(jnp.array([0.0, 1.0, 0.0]) * angle)
+            )
+        )(turns)
+        starts = jnp.zeros((len(turns), k)).at[:, :3].set((turned - rot) / prior.rot)
+        coarse = per_pixel * jnp.array([5.0, 4.0, 4.0, 3.0, 3.0, 2.0, 2.0])
+        found, residual = jax.vmap(
+            lambda start: _descend(first, frames[0], start, jnp.inf, start, coarse, rigid)
+        )(starts)
+        best = found[jnp.argmin(residual)]
+        everything = jnp.ones(k)
+        fine = per_pixel * jnp.array([2.0, 2.0, 1.5, 1.5, 1.0, 1.0, 1.0])
+        start, _ = _descend(first, frames[0], best, jnp.inf, best, fine, everything)
+
+        # From frame to frame; frame 0 again, so that all frames end alike.
+        follow = per_pixel * jnp.array([2.0, 1.4, 1.0])
+
+        def track(unknowns, item):
+            frame, camera, crop = item
+            unknowns, residual = _descend(
+                problem(camera, crop), frame, unknowns, prior.change, unknowns, follow, everything
+            )
+            return unknowns, (unknowns, residual)
+
+        _, (unknowns, residual) = jax.lax.scan(track, start, (frames, camera, crop))
+        return jax.vmap(lambda u: _coefficients(first, u))(unknowns), residual
+
+    return jax.vmap(clip)(frames, shape, appearance, camera, crop)
+
+
+def fit_photometric_clips(
+    frames: Shaped[Array, "clips n s s 3"],
+    head: HeadAsset,
+    shape: Float[Array, "clips n_shape"],
+    appearance: Appearance,
+    camera: Camera,
+    crop: Float[Array, "clips ... 4"],
+    prior: PhotometricPrior = PhotometricPrior(),
+) -> tuple[Coefficients, Float[np.ndarray, "clips n"]]:
+    """Fit many clips at once; see `fit_photometric`. Every argument gains a leading clip axis."""
+    frames = jnp.asarray(frames)
+    if frames.ndim != 5 or frames.shape[2] != frames.shape[3] or frames.shape[4] != 3:
+        raise ValueError(f"fit_photometric_clips: frames have shape {frames.shape}, expected (clips, n, s, s, 3)")
+    if jnp.issubdtype(frames.dtype, jnp.integer):
+        frames = frames.astype(jnp.float32) / 255
+    clips, n = frames.shape[:2]
+
+    def per_frame(value, item):
+        value = jnp.asarray(value, jnp.float32)
+        if value.ndim == 1 + item:
+            value = value[:, None]
+        return jnp.broadcast_to(value, (clips, n, *value.shape[2:]))
+
+    camera = Camera(per_frame(camera.intrinsics, 1), per_frame(camera.extrinsics, 2))
+    coefficients, residual = _track_clips(
+        frames, head, jnp.asarray(shape), appearance, camera, per_frame(crop, 1), prior
+    )
+    return coefficients, np.asarray(residual)
+
+
+def fit_photometric(
+    frames: Shaped[Array, "n s s 3"],
+    head: HeadAsset,
+    shape: Float[Array, " n_shape"],
+    appearance: Appearance,
+    camera: Camera,
+    crop: Float[Array, "... 4"],
+    prior: PhotometricPrior = PhotometricPrior(),
+) -> tuple[Coefficients, Float[np.ndarray, " n"]]:
+    """Read the coefficients of consecutive frames of a known head back from its pixels.
+
+    Args:
+      frames: cropped square frames, uint8 or float in [0, 1].
+      head, shape, appearance: who is seen.
+      camera: fields unbatched or (n, ...); intrinsics in pixels of the uncropped frame.
+      crop: crop box (4,) or (n, 4): x0, y0, x1, y1 in those pixels.
+      prior: how far coefficients stray from a neutral head, and from frame to frame.
+
+    Returns:
+      Coefficients with fields (n, ...), and the robust residual (n,), root mean square of images in
+      [0, 1] after a gain and bias per channel. How the total rotation R(rot) R(neck) splits between
+      the two is not observable where no shoulders show; the total is.
+
+    Raises:
+      ValueError: frames are not (n, s, s, 3).
+    """
+    frames = jnp.asarray(frames)
+    if frames.ndim != 4:
+        raise ValueError(f"fit_photometric: frames have shape {frames.shape}, expected (n, s, s, 3)")
+    coefficients, residual = fit_photometric_clips(
+        *jax.tree.map(lambda x: jnp.asarray(x)[None], (frames,)),
+        head,
+        *jax.tree.map(lambda x: jnp.asarray(x)[None], (shape, appearance, camera, crop)),
+        prior,
+    )
+    return jax.tree.map(lambda x: x[0], coefficients), residual[0]
