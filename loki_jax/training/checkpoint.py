@@ -23,7 +23,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 from safetensors import SafetensorError, safe_open
 from safetensors.flax import save_file
@@ -67,8 +66,31 @@ def config_from_json(text: str) -> ConfigDict:
     return ConfigDict(freeze(json.loads(text)))
 
 
+def _flatten(tree: dict[str, Any], separator: str, prefix: str = "") -> dict[str, Any]:
+    """Nested dicts -> one dict whose keys are the joined names."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, separator, f"{prefix}{key}{separator}")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _nest(flat: dict[str, Any], separator: str) -> dict[str, Any]:
+    """The inverse of `_flatten`."""
+    tree: dict[str, Any] = {}
+    for name, value in flat.items():
+        *parents, leaf = name.split(separator)
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[leaf] = value
+    return tree
+
+
 def _flat_config(config: ConfigDict) -> dict[str, Any]:
-    flat = flatten_dict(json.loads(config_to_json(config)), sep=".")
+    flat = _flatten(json.loads(config_to_json(config)), ".")
     return {key: value for key, value in flat.items() if not any(key == k or key.startswith(k + ".") for k in RUN_KEYS)}
 
 
@@ -227,7 +249,7 @@ def save_model_file(path: Path, checkpoint: Checkpoint) -> None:
     if checkpoint.head.name != builtin_head().name:
         raise CheckpointError(f"head {checkpoint.head.name!r} cannot travel inside a model file; share the workdir instead.")
     tensors = {
-        key: jnp.asarray(value, jnp.bfloat16) for key, value in flatten_dict(checkpoint.params, sep="/").items()
+        key: jnp.asarray(value, jnp.bfloat16) for key, value in _flatten(checkpoint.params, "/").items()
     }
     metadata = {
         "format": "loki_jax-1",
@@ -265,6 +287,6 @@ def load_model_file(path: Path) -> Checkpoint:
     total = float(np.abs(np.asarray(head.template, np.float64)).sum())
     if metadata["head"] != head.name or not np.isclose(total, float(metadata["head_template_sum"]), rtol=1e-6):
         raise CheckpointError(f"{path}: made with another built-in head ({metadata['head']}); use the version that made it.")
-    return Checkpoint(config_from_json(metadata["config"]), unflatten_dict(tensors, sep="/"), head, int(metadata["step"]))
+    return Checkpoint(config_from_json(metadata["config"]), _nest(tensors, "/"), head, int(metadata["step"]))
 
 
