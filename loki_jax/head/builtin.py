@@ -369,7 +369,11 @@ def _triangulate(parameters):
     centroid = plane[faces].mean(1)
     limit = _unroll(np.stack([np.full(len(faces), np.pi), centroid[:, 1]], -1))[:, 0]
     on_back = (parameters[faces, 0] == np.pi).all(-1)
-    return faces[(np.abs(area) > 1e-10) & ~on_back & (centroid[:, 0] < limit)]
+    faces = faces[(np.abs(area) > 1e-10) & ~on_back & (centroid[:, 0] < limit)]
+    # One order whatever the library's version: smallest index first in a face, faces sorted.
+    first = np.argmin(faces, axis=1)
+    faces = np.take_along_axis(faces, (first[:, None] + np.arange(3)) % 3, axis=1)
+    return faces[np.lexsort(faces.T[::-1])]
 
 
 def _relax(parameters, n_fixed, rounds):
@@ -518,11 +522,11 @@ def _add_mouth(half, upper, lower):
     # Teeth: gum line, neck, edge, back of the edge. Columns from the midline outwards.
     a = np.linspace(0.0, 1.0, 8)
     for part, sign, front in ((UPPER_TEETH, 1.0, 0.0), (LOWER_TEETH, -1.0, -0.0018)):
-        x = 0.0235 * np.sin(a * np.pi / 2)
-        z = xyz[upper[0], 2] - 0.0062 + front - 0.0230 * (1 - np.cos(a * np.pi / 2))
+        x = 0.0200 * np.sin(a * np.pi / 2)
+        z = xyz[upper[0], 2] - 0.0082 + front - 0.0250 * (1 - np.cos(a * np.pi / 2))
         rows = []
         base = -0.0014 if sign > 0 else 0.0018
-        for row, (rise, back) in enumerate(((0.0115, 0.0012), (0.0082, 0.0), (0.0, 0.0002), (0.0004, -0.0035))):
+        for row, (rise, back) in enumerate(((0.0100, 0.0002), (0.0078, 0.0), (0.0, 0.0002), (0.0004, -0.0035))):
             points = np.stack([x, np.full_like(x, MOUTH_Y) + sign * (rise + base), z + back * np.ones_like(x)], -1)
             rows.append(half.add(points, part, depth=row))
         for first, second in zip(rows[:-1], rows[1:]):
@@ -557,6 +561,11 @@ def _add_ear(half):
     half.fan(np.append(rings[0], rings[0][0]), back_apex[0], flip=not flip)
 
 
+def _on_grid(values):
+    """Round to 1e-8: removes last-bit differences between math libraries."""
+    return np.round(values, 8) + 0.0
+
+
 def builtin_mesh() -> BuiltinMesh:
     """Template, faces and per-vertex tags of the built-in head (see `BuiltinMesh`)."""
     half = _Half()
@@ -575,8 +584,7 @@ def builtin_mesh() -> BuiltinMesh:
     rows = {key: np.concatenate([value, value[~middle]]) for key, value in rows.items()}
     left = np.concatenate([np.where(middle, 0, 1), np.full(len(mirrored), -1)])
     faces = np.concatenate([faces, partner[faces][:, ::-1]])
-    # A nanometre grid removes last-bit differences between math libraries.
-    vertices = np.round(np.concatenate([xyz, mirrored]), 9)
+    vertices = _on_grid(np.concatenate([xyz, mirrored]))
     integer = {key: rows[key].astype(np.int32) for key in ("part", "eye_ring", "lip", "depth")}
     return BuiltinMesh(
         vertices=vertices, faces=faces.astype(np.int32), phi=rows["phi"], v=rows["v"], left=left.astype(np.int32), **integer
@@ -709,7 +717,7 @@ def _ibug68(mesh):
     mark_face, mark_bary = _vertex_landmark(mesh.faces, [*right_eye, *left_eye, *mouth])
     return Landmarks(
         np.concatenate([skin[jaw_face], face_face, mark_face]).astype(np.int32),
-        np.concatenate([jaw_bary, face_bary, mark_bary]).astype(np.float32),
+        np.round(np.concatenate([jaw_bary, face_bary, mark_bary]).astype(np.float64), 5).astype(np.float32),
     )
 
 
@@ -737,12 +745,12 @@ def builtin_head() -> HeadAsset:
     head = HeadAsset(
         template=p.astype(np.float32),
         faces=mesh.faces,
-        shape_basis=shape_basis.astype(np.float32),
-        expression_basis=expression_basis.astype(np.float32),
+        shape_basis=_on_grid(shape_basis).astype(np.float32),
+        expression_basis=_on_grid(expression_basis).astype(np.float32),
         pose_correctives=np.zeros((0, len(p), 3), np.float32),
-        joint_regressor=regressor.astype(np.float32),
+        joint_regressor=_on_grid(regressor).astype(np.float32),
         parents=np.array([-1, 0, 1, 1, 1], np.int32),
-        skinning_weights=skinning_weights(mesh).astype(np.float32),
+        skinning_weights=_on_grid(skinning_weights(mesh)).astype(np.float32),
         render_mask=~below,
         inner_mouth=np.isin(mesh.part, [CAVITY, UPPER_TEETH, LOWER_TEETH]),
         shape_sigma=np.ones(len(shape_names), np.float32),

@@ -306,7 +306,7 @@ def expression_axes(
     sides("mouthDimple", soft * _vector(dx=0.0040 * sign * corner, dz=-0.0050 * corner))
     pull = np.exp(-0.5 * ((y - b.MOUTH_Y) / 0.014) ** 2) * np.exp(-0.5 * (np.maximum(ax - 0.022, 0) / 0.012) ** 2)
     lips = upper + lower
-    add("mouthPucker", soft * _vector(dx=-0.38 * x * pull, dz=0.0075 * g(0, b.MOUTH_Y, 0.014, 0.012)))
+    add("mouthPucker", soft * _vector(dx=-0.32 * x * pull, dz=0.0075 * g(0, b.MOUTH_Y, 0.014, 0.012)))
     add(
         "mouthFunnel",
         soft
@@ -317,7 +317,7 @@ def expression_axes(
     thin = np.abs(mesh.lip) == 3
     sides("mouthPress", soft * _vector(dy=np.where(thin, -0.0022 * np.sign(mesh.lip), 0.0) * lips, dz=-0.0022 * lips))
     add("mouthRollUpper", soft * _vector(dy=np.where(mesh.lip > 1, -0.0032, 0.0) * upper, dz=-0.0045 * upper))
-    add("mouthRollLower", soft * _vector(dy=np.where(mesh.lip < -1, 0.0036, 0.0) * lower, dz=-0.0050 * lower))
+    add("mouthRollLower", soft * _vector(dy=np.where(mesh.lip < -1, 0.0036, 0.0) * lower, dz=-0.0036 * lower))
     up_side, down_side = upper * g(0.012, -0.054, 0.012, 0.02), lower * g(0.012, -0.066, 0.012, 0.02)
     sides("mouthUpperUp", soft * _vector(dy=0.0068 * up_side, dz=0.0008 * up_side))
     sides("mouthLowerDown", soft * _vector(dy=-0.0072 * down_side, dz=0.0006 * down_side))
