@@ -1,6 +1,7 @@
 """What all configurations share; every key is explained here and nowhere else."""
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 
 def base_config() -> ConfigDict:
@@ -20,7 +21,8 @@ def base_config() -> ConfigDict:
 
     c.data = ConfigDict()
     c.data.path = ""  # folder that holds dataset_info.json and head.npz
-    c.data.workers = 0  # Grain worker processes; the order of samples does not depend on it
+    c.data.workers = 0  # Grain worker processes beside the threads; 0: threads only
+    c.data.threads = 8  # that read and decode ahead; neither changes the order of samples
     c.data.cache_mb = 0  # decoded frames kept in memory
     c.data.fixed_reference = False  # True: the same reference frame for a window for ever
 
@@ -40,19 +42,20 @@ def base_config() -> ConfigDict:
     c.model.unet.attention_levels = (0, 1, 2)
     c.model.unet.attention_modes = ("spatial", "3d", "3d", "3d")  # by level; the middle follows the last
     c.model.unet.head_channels = 64
+    c.model.norm_groups = 32  # of every GroupNorm in encoder and UNets
     c.model.encoder = ConfigDict()
     c.model.encoder.stem = 64
     c.model.encoder.widths = (128, 256, 320)  # one residual block and one stride-2 convolution each
+    c.model.encoder.hidden = 1024  # of the flame_vector arm's MLP
     c.model.reference = ConfigDict()
     c.model.reference.trainable = False
-    c.model.reference.context_dim = 1024  # cross-attention to the null prompt; 0: none
+    c.model.reference.context_dim = placeholder(int)  # width of the null prompt of its cross-attention
+    c.model.reference.context_dim = 1024
     c.model.autoencoder = ConfigDict()
     c.model.autoencoder.kind = "kl"  # kl: SD 2.1's VAE | pixel: space-to-depth, no weights
-    c.model.autoencoder.channels = 128
-    c.model.autoencoder.multipliers = (1, 2, 4, 4)
+    c.model.autoencoder.widths = (128, 256, 512, 512)
     c.model.autoencoder.num_res_blocks = 2
-    c.model.autoencoder.latent_channels = 4
-    c.model.autoencoder.patch = 0  # of the pixel autoencoder
+    c.model.autoencoder.patch = 4  # of the pixel autoencoder
     c.model.autoencoder.scale = 0.18215
     c.model.autoencoder.sample_reference = False  # True: the reference latent is a random posterior draw
 
@@ -61,11 +64,15 @@ def base_config() -> ConfigDict:
     c.diffusion.rescale_zero_snr = True
     c.diffusion.shift_frames = 15  # SNR shifted by sqrt(64^2 / (latent size^2 n)); 0: not shifted
 
+    c.diffusion.clip = 0.0  # bound on the estimate of the clean latents while sampling; 0: none
+
     # Shares of samples that lose the identity features, the driver map, or both together.
     c.dropout = ConfigDict()
     c.dropout.identity = 0.05
     c.dropout.motion = 0.05
     c.dropout.both = 0.1
+    # What a lost identity is: zero features, or a zero latent through the reference branch.
+    c.dropout.null_reference = "features"
 
     c.optimizer = ConfigDict()
     c.optimizer.learning_rate = 1e-4
@@ -89,7 +96,7 @@ def base_config() -> ConfigDict:
     c.log = ConfigDict(dict(every=50))
     c.checkpoint = ConfigDict(dict(every=1000, keep=3))
     c.validation = ConfigDict(dict(every=1000, batches=8))
-    c.sample = ConfigDict(dict(every=5000, pairs=4, steps=50, guidance=2.0, spacing="trailing"))
+    c.sample = ConfigDict(dict(every=5000, pairs=4, steps=50, guidance=2.0, spacing="leading"))
     return c
 
 
@@ -101,6 +108,7 @@ def apply_official(c: ConfigDict) -> ConfigDict:
     c.dropout.identity = 0.0
     c.dropout.motion = 0.0
     c.dropout.both = 0.1
+    c.dropout.null_reference = "latent"
     c.optimizer.clip_norm = 0.0
     c.ema_decay = 0.0
     c.sample.spacing = "official"

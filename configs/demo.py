@@ -22,21 +22,23 @@ def get_config(arg=None):
     c.model.dtype = "float32"
     c.model.remat = False
     c.model.latent_channels = 48
-    c.model.unet.channels = 48
-    c.model.unet.multipliers = (1, 2, 2)
+    c.model.unet.channels = 64
+    c.model.unet.multipliers = (1, 1, 1)
     c.model.unet.num_res_blocks = 1
     c.model.unet.attention_modes = ("spatial", "3d", "3d")
-    c.model.unet.head_channels = 48
+    c.model.unet.head_channels = 64
+    c.model.norm_groups = 8
     c.model.encoder.stem = 16
     c.model.encoder.widths = (32, 48)
     c.model.reference.trainable = True
-    c.model.reference.context_dim = 0
+    c.model.reference.context_dim = None
     c.model.autoencoder.kind = "pixel"
     c.model.autoencoder.patch = 4
     c.model.autoencoder.scale = 1.0
     # v-prediction keeps flat colours right at the noisiest steps, where a small network's epsilon
     # errors would be amplified (docs/decisions.md).
     c.diffusion.prediction = "v"
+    c.diffusion.clip = 1.0  # space-to-depth latents are pixels
     c.diffusion.shift_frames = 0
     c.optimizer.learning_rate = 5e-4
     c.optimizer.warmup_steps = 200
@@ -48,6 +50,7 @@ def get_config(arg=None):
     c.validation.batches = 4
     c.sample.every = 2000
     c.sample.steps = 20
+    c.sample.spacing = "trailing"
     c.sample.guidance = 1.5
     if take_variant(arg, ("tiny",)) == "tiny":
         c.batch_size = 2

@@ -1,0 +1,177 @@
+"""What training, sampling and evaluation share: networks built from a config, and their inputs."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree, UInt8
+from ml_collections import ConfigDict
+
+from loki_jax.diffusion.sampler import ddim_sample
+from loki_jax.diffusion.schedule import Schedule, make_schedule
+from loki_jax.driver import driver_map, flame_vector
+from loki_jax.head.asset import HeadAsset
+from loki_jax.head.skinning import make_identity
+from loki_jax.head.types import Camera, Coefficients
+from loki_jax.models.autoencoder import make_autoencoder, sample_posterior
+from loki_jax.models.loki import Loki, init_params, make_loki
+
+MAP_CHANNELS = {"full": 45, "no_posenc": 3, "no_deform": 42}
+
+
+class Networks(NamedTuple):
+    """The networks of a config; their parameters travel separately.
+
+    Parameters are a dict: "generation" and "reference" (see `models/loki.py`), "autoencoder" (empty
+    for the pixel autoencoder) and, where the reference branch has cross-attention, "null_prompt".
+    """
+
+    loki: Loki
+    autoencoder: Any
+    schedule: Schedule
+    model_config: ConfigDict
+
+
+def build_networks(config: ConfigDict, head: HeadAsset) -> Networks:
+    """Build the networks of `config` for a head.
+
+    Raises:
+      ValueError: an option is unknown, or sizes do not fit each other.
+    """
+    arm = config.driver.arm
+    if arm not in (*MAP_CHANNELS, "flame_vector"):
+        raise ValueError(f"config.driver.arm={arm!r}: use {', '.join(MAP_CHANNELS)} or flame_vector")
+    model_config = ConfigDict(config.model.to_dict())
+    autoencoder = make_autoencoder(model_config)
+    if config.image_size % autoencoder.stride:
+        raise ValueError(f"config.image_size={config.image_size} is not divisible by {autoencoder.stride}")
+    model_config.latent_size = config.image_size // autoencoder.stride
+    model_config.encoder.kind = "vector" if arm == "flame_vector" else "map"
+    model_config.encoder.in_channels = MAP_CHANNELS.get(arm, head.n_expression + 12)
+    stages = len(model_config.encoder.widths)
+    if arm != "flame_vector" and 2**stages != autoencoder.stride:
+        raise ValueError(
+            f"config.model.encoder.widths has {stages} stride-2 stages, the latents have stride {autoencoder.stride}"
+        )
+    schedule = make_schedule(
+        rescale_zero_snr=config.diffusion.rescale_zero_snr,
+        shift_frames=config.diffusion.shift_frames or None,
+        latent_size=model_config.latent_size,
+    )
+    return Networks(make_loki(model_config), autoencoder, schedule, model_config)
+
+
+def random_params(networks: Networks, key: PRNGKeyArray) -> PyTree:
+    """Random parameters of all networks, float32; traceable."""
+    loki_key, autoencoder_key = jax.random.split(key)
+    params = dict(init_params(networks.loki, networks.model_config, loki_key))
+    image = jnp.zeros((1, networks.autoencoder.stride * 2, networks.autoencoder.stride * 2, 3))
+    params["autoencoder"] = networks.autoencoder.init(autoencoder_key, image).get("params", {})
+    context_dim = networks.loki.reference.context_dim
+    if context_dim is not None:
+        params["null_prompt"] = jnp.zeros((1, 77, context_dim))
+    return params
+
+
+def driver_input(
+    config: ConfigDict,
+    head: HeadAsset,
+    coefficients: Coefficients,
+    camera: Camera,
+    crop: Float[Array, "b t 4"],
+) -> Float[Array, "b t *s c"]:
+    """The driver path's input: driver maps (B,T,S,S,C), or vectors (B,T,n) in the flame_vector arm.
+
+    Args:
+      coefficients, camera: leading axes (B, T); a window shows one identity, the one of its first frame.
+      crop: boxes in pixels of the uncropped frames.
+    """
+    if not config.driver.neck:
+        coefficients = coefficients._replace(neck=jnp.zeros_like(coefficients.neck))
+    if config.driver.arm == "flame_vector":
+        return flame_vector(head, coefficients)
+    identity = make_identity(head, coefficients.shape[:, :1])
+    return driver_map(
+        head, identity, coefficients, camera, crop, config.image_size, arm=config.driver.arm,
+        dtype=jnp.dtype(config.model.dtype),
+    )
+
+
+def unit_range(images: UInt8[Array, "*b s s 3"]) -> Float[Array, "*b s s 3"]:
+    """uint8 RGB -> float32 in [-1, 1]."""
+    return images.astype(jnp.float32) / 127.5 - 1.0
+
+
+def encode_images(
+    networks: Networks, params: PyTree, images: UInt8[Array, "*b s s 3"], key: PRNGKeyArray | None = None
+) -> Float[Array, "*b h w c"]:
+    """Scaled latents: the posterior mean, or a random draw when a key is given."""
+    flat = unit_range(images.reshape(-1, *images.shape[-3:]))
+    mean, logvar = networks.autoencoder.apply({"params": params["autoencoder"]}, flat, method="encode")
+    latents = mean if key is None else sample_posterior(key, mean, logvar)
+    return latents.reshape(*images.shape[:-3], *latents.shape[1:])
+
+
+def decode_latents(networks: Networks, params: PyTree, latents: Float[Array, "*b h w c"]) -> UInt8[Array, "*b s s 3"]:
+    """Latents -> uint8 RGB, one frame at a time (the decoder's activations are the largest there are)."""
+    decode = lambda z: networks.autoencoder.apply({"params": params["autoencoder"]}, z[None], method="decode")[0]
+    images = jax.lax.map(decode, latents.reshape(-1, *latents.shape[-3:]))
+    images = jnp.round(jnp.clip(images * 127.5 + 127.5, 0, 255)).astype(jnp.uint8)
+    return images.reshape(*latents.shape[:-3], *images.shape[1:])
+
+
+def reference_features(networks: Networks, params: PyTree, latent: Float[Array, "b h w c"]):
+    """Features of the reference portrait, one array for each self-attention."""
+    context = params.get("null_prompt")
+    if context is not None:
+        context = jnp.broadcast_to(context, (latent.shape[0], *context.shape[1:]))
+    return networks.loki.apply(_loki_params(params), latent, context, method="reference_features")
+
+
+def encode_condition(networks: Networks, params: PyTree, driver: Float[Array, "b t *s c"]):
+    """The generation UNet's residual (B,T,h,w,C0)."""
+    return networks.loki.apply(_loki_params(params), driver, method="encode_condition")
+
+
+def denoise(networks: Networks, params: PyTree, x, timesteps, condition, features):
+    """The generation UNet's prediction, float32."""
+    return networks.loki.apply(_loki_params(params), x, timesteps, condition, features, method="denoise")
+
+
+def _loki_params(params: PyTree) -> dict:
+    return {"params": {"generation": params["generation"], "reference": params["reference"]}}
+
+
+def sample_window(
+    config: ConfigDict,
+    networks: Networks,
+    params: PyTree,
+    reference: UInt8[Array, "b s s 3"],
+    driver: Float[Array, "b t *s c"],
+    key: PRNGKeyArray,
+    *,
+    steps: int,
+    guidance: float,
+    spacing: str,
+) -> UInt8[Array, "b t s s 3"]:
+    """Animate each reference with its driver input for one window; traceable.
+
+    The unconditional branch has zero features and a zero driver map (docs/decisions.md, row 1).
+    """
+    latent = encode_images(networks, params, reference)
+    features = reference_features(networks, params, latent)
+    condition = encode_condition(networks, params, driver)
+    unconditional = None
+    if guidance != 1:
+        unconditional = (
+            encode_condition(networks, params, jnp.zeros_like(driver)), jax.tree.map(jnp.zeros_like, features),
+        )
+    noise = jax.random.normal(key, (*driver.shape[:2], *latent.shape[1:]))
+    latents = ddim_sample(
+        lambda x, t, inputs: denoise(networks, params, x, t, *inputs), noise, networks.schedule,
+        conditional=(condition, features), unconditional=unconditional, steps=steps, guidance=guidance,
+        spacing=spacing, prediction=config.diffusion.prediction, clip=config.diffusion.clip or None,
+    )
+    return decode_latents(networks, params, latents)

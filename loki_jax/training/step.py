@@ -1,0 +1,195 @@
+"""The train step: from a batch of frames and coefficients to new parameters. Design sections 1, 7, 11."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+import orbax.checkpoint as ocp
+from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+from ml_collections import ConfigDict
+
+from loki_jax.diffusion.loss import check_prediction, diffusion_loss
+from loki_jax.head.asset import HeadAsset
+from loki_jax.models.autoencoder import sample_posterior
+from loki_jax.models.loki import drop_identity, drop_motion
+from loki_jax.networks import (
+    Networks, denoise, driver_input, encode_condition, encode_images, random_params, reference_features,
+)
+from loki_jax.training.checkpoint import CheckpointError, load_checkpoint
+from loki_jax.training.sharding import BATCH_AXES
+from loki_jax.training.state import TrainState, update_ema
+
+
+def check_config(config: ConfigDict) -> None:
+    """Raise ValueError for options that contradict each other."""
+    check_prediction(config.diffusion.prediction)
+    if config.dropout.null_reference not in ("features", "latent"):
+        raise ValueError(f"config.dropout.null_reference={config.dropout.null_reference!r}: use features or latent")
+    if config.dropout.identity + config.dropout.motion + config.dropout.both > 1:
+        raise ValueError("config.dropout: the three shares add up to more than 1")
+    if config.model.reference.trainable and config.model.reference.context_dim is not None:
+        raise ValueError("config.model.reference: a branch that is trained has no null prompt; set context_dim=None")
+    if not config.model.reference.trainable and not config.pretrained and not config.init_from:
+        raise CheckpointError(
+            "config.pretrained is empty, but the reference branch is frozen and a random one carries no identity. "
+            "Convert Stable Diffusion 2.1 with `python -m loki_jax.convert` and give --config.pretrained=DIR."
+        )
+
+
+# --------------------------------------------------------------------------------------- parameters
+
+
+def split_params(config: ConfigDict, params: PyTree) -> tuple[PyTree, PyTree]:
+    """(trained, frozen) parts of all parameters; frozen ones in the computation's dtype."""
+    trained = {"generation"} | ({"reference"} if config.model.reference.trainable else set())
+    dtype = jnp.dtype(config.model.dtype)
+    frozen = {key: jax.tree.map(lambda x: x.astype(dtype), value) for key, value in params.items() if key not in trained}
+    return {key: params[key] for key in sorted(trained)}, frozen
+
+
+def initial_params(config: ConfigDict, networks: Networks, head: HeadAsset) -> tuple[PyTree, PyTree]:
+    """(trained, frozen) parameters that a run starts from.
+
+    `config.init_from` names another run's model; else `config.pretrained` gives SD 2.1, whose UNet
+    (without cross-attention) starts the generation branch; else everything is random.
+
+    Raises:
+      CheckpointError: a file is missing, or its arrays do not fit the config.
+    """
+    abstract = jax.eval_shape(lambda: random_params(networks, jax.random.key(0)))
+    if config.init_from:
+        loaded = load_checkpoint(config.init_from)
+        params = {key: loaded.params.get(key, {}) for key in abstract}
+        _check_fit(params, abstract, f"config.init_from={config.init_from}")
+        return split_params(config, jax.tree.map(jnp.asarray, params))
+    params = jax.jit(lambda: random_params(networks, jax.random.key(config.seed)))()
+    if config.pretrained:
+        path = Path(config.pretrained)
+        if not path.is_dir():
+            raise CheckpointError(
+                f"{path}: no converted weights there. Make them with `python -m loki_jax.convert` from SD 2.1-base."
+            )
+        with ocp.StandardCheckpointer() as checkpointer:
+            backbone = checkpointer.restore(path.absolute())
+        _check_fit(backbone, {k: abstract[k] for k in ("reference", "autoencoder", "null_prompt") if k in abstract}, str(path))
+        params |= backbone
+        params["generation"] = dict(params["generation"]) | {
+            "unet": _take_shared(params["generation"]["unet"], backbone["reference"])
+        }
+    return split_params(config, params)
+
+
+def _take_shared(target: PyTree, source: PyTree) -> PyTree:
+    """`target` with every array that `source` also has taken from it."""
+    if not isinstance(target, dict):
+        return source
+    return {key: _take_shared(value, source[key]) if key in source else value for key, value in target.items()}
+
+
+def _check_fit(params: PyTree, abstract: PyTree, source: str) -> None:
+    found = {jax.tree_util.keystr(p): tuple(x.shape) for p, x in jax.tree_util.tree_leaves_with_path(params)}
+    wanted = {jax.tree_util.keystr(p): tuple(x.shape) for p, x in jax.tree_util.tree_leaves_with_path(abstract)}
+    wrong = [
+        f"{key}: {found.get(key, 'missing')} there, {wanted.get(key, 'none')} in this config"
+        for key in sorted(found.keys() | wanted.keys())
+        if found.get(key) != wanted.get(key)
+    ]
+    if wrong:
+        raise CheckpointError(
+            f"{source}: weights of another architecture ({len(wrong)} arrays differ):\n  " + "\n  ".join(wrong[:8])
+            + "\nUse the config they were made with."
+        )
+
+
+# --------------------------------------------------------------------------------------------- loss
+
+
+def sharded_driver_input(config: ConfigDict, mesh: Mesh) -> Callable:
+    """`driver_input` where each device draws the windows it holds, so that nothing is gathered."""
+    batch = PartitionSpec(BATCH_AXES)
+    return jax.shard_map(
+        lambda head, *inputs: driver_input(config, head, *inputs),
+        mesh=mesh, in_specs=(PartitionSpec(), batch, batch, batch), out_specs=batch, check_vma=False,
+    )
+
+
+def dropout_masks(key: PRNGKeyArray, count: int, dropout: ConfigDict) -> tuple[Array, Array]:
+    """(keep identity, keep motion), each (count,) bool: exclusive shares lose one, the other or both."""
+    u = jax.random.uniform(key, (count,))
+    both, identity = dropout.both, dropout.both + dropout.identity
+    lost_both, lost_identity = u < both, (u >= both) & (u < identity)
+    lost_motion = (u >= identity) & (u < identity + dropout.motion)
+    return ~(lost_both | lost_identity), ~(lost_both | lost_motion)
+
+
+def make_loss(config: ConfigDict, networks: Networks, mesh: Mesh) -> Callable:
+    """loss(trained, frozen, batch, head, key, dropout) -> scalar."""
+    draw = sharded_driver_input(config, mesh)
+
+    def loss(trained: PyTree, frozen: PyTree, batch: dict[str, Any], head: HeadAsset, key: PRNGKeyArray, dropout: bool):
+        params = trained | frozen
+        keys = dict(zip(("latent", "reference", "dropout", "diffusion"), jax.random.split(key, 4)))
+        x0 = _latents(networks, params, batch, "", keys["latent"])
+        reference = _latents(
+            networks, params, batch, "reference_", keys["reference"] if config.model.autoencoder.sample_reference else None
+        )
+        driver = draw(head, batch["coefficients"], batch["camera"], batch["crop"])
+        keep_identity, keep_motion = jnp.ones((2, x0.shape[0]), bool)
+        if dropout:
+            keep_identity, keep_motion = dropout_masks(keys["dropout"], x0.shape[0], config.dropout)
+        if config.dropout.null_reference == "latent":
+            features = reference_features(networks, params, drop_motion(reference, keep_identity))
+        else:
+            features = drop_identity(reference_features(networks, params, reference), keep_identity)
+        condition = encode_condition(networks, params, drop_motion(driver, keep_motion))
+        predict = lambda x, t: denoise(networks, params, x, t, condition, features)
+        return diffusion_loss(predict, x0, keys["diffusion"], networks.schedule, config.diffusion.prediction)[0]
+
+    return loss
+
+
+def _latents(networks: Networks, params: PyTree, batch: dict, prefix: str, key) -> Float[Array, "*b h w c"]:
+    """Latents of the frames or of the reference: from the shards where they hold them, else encoded."""
+    if f"{prefix}latent_mean" in batch:
+        scale = networks.autoencoder.scale
+        mean = batch[f"{prefix}latent_mean"].astype(jnp.float32) * scale
+        logvar = batch[f"{prefix}latent_logvar"].astype(jnp.float32) + 2 * jnp.log(scale)
+        return mean if key is None else sample_posterior(key, mean, logvar)
+    return encode_images(networks, params, batch["reference" if prefix else "frames"], key)
+
+
+# -------------------------------------------------------------------------------------------- steps
+
+
+def make_train_step(
+    config: ConfigDict, networks: Networks, optimizer: optax.GradientTransformation, mesh: Mesh
+) -> Callable[[TrainState, dict, HeadAsset], tuple[TrainState, dict[str, Array]]]:
+    """step(state, batch, head) -> (state, {"loss", "grad_norm"})."""
+    loss_of = make_loss(config, networks, mesh)
+
+    def step(state: TrainState, batch: dict, head: HeadAsset):
+        key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+        loss, grads = jax.value_and_grad(loss_of)(state.params, state.frozen, batch, head, key, True)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        ema = None if state.ema is None else update_ema(state.ema, params, state.step, config.ema_decay)
+        metrics = {"loss": loss, "grad_norm": optax.global_norm(grads)}
+        return TrainState(state.step + 1, params, ema, opt_state, state.frozen), metrics
+
+    return step
+
+
+def make_eval_step(config: ConfigDict, networks: Networks, mesh: Mesh) -> Callable:
+    """loss(trained, frozen, batch, head, index) at noise and timesteps fixed by `index`, nothing dropped."""
+    loss_of = make_loss(config, networks, mesh)
+
+    def evaluate(trained: PyTree, frozen: PyTree, batch: dict, head: HeadAsset, index: int):
+        return loss_of(trained, frozen, batch, head, jax.random.fold_in(jax.random.key(0), index), False)
+
+    return evaluate

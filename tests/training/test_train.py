@@ -1,0 +1,175 @@
+"""The real training program on a tiny config and a tiny synthetic dataset."""
+
+from fractions import Fraction
+
+import jax
+import numpy as np
+import pytest
+
+from configs import demo, hdtf
+from loki_jax.data.records import Clip, DatasetError, write_dataset
+from loki_jax.head.builtin import builtin_head
+from loki_jax.head.types import Camera, Coefficients
+from loki_jax.networks import build_networks, random_params
+from loki_jax.train import train
+from loki_jax.training.checkpoint import CheckpointError, load_checkpoint, load_model_file, save_model_file
+from loki_jax.training.logging import read_metrics
+from loki_jax.training.step import initial_params
+
+SIZE = 16
+
+
+def tiny_clips(head, count=4, frames=6):
+    rng = np.random.default_rng(0)
+    for i in range(count):
+        moving = lambda n, scale: (rng.standard_normal((frames, n)) * scale).astype(np.float32)
+        yield Clip(
+            clip_id=f"clip{i}", identity=f"person{i}", fps=Fraction(25), split="validation" if i == 0 else "train",
+            source="test", licence="test",
+            coefficients=Coefficients(
+                shape=rng.standard_normal(head.n_shape).astype(np.float32), expression=moving(head.n_expression, 0.1),
+                rot=moving(3, 0.2), tra=moving(3, 0.0), neck=moving(3, 0.05), jaw=moving(3, 0.1), eyes=moving(3, 0.1),
+            ),
+            camera=Camera(
+                np.array([400, 400, 64, 64], np.float32),
+                np.array([[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 1], [0, 0, 0, 1]], np.float32),
+            ),
+            crop=np.array([0, 0, 128, 128], np.float32),
+            images=list(rng.integers(0, 255, (frames, SIZE, SIZE, 3), dtype=np.uint8)),
+        )
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "shards"
+    head = builtin_head()
+    write_dataset(path, head, tiny_clips(head), SIZE)
+    return path
+
+
+def tiny_config(shards, steps):
+    config = demo.get_config("tiny")
+    config.image_size = SIZE
+    config.data.path = str(shards)
+    config.steps = steps
+    config.optimizer.warmup_steps = 0
+    config.optimizer.decay = "constant"
+    config.checkpoint.every = 2
+    config.validation.every = 2
+    config.log.every = 1
+    return config
+
+
+@pytest.fixture(scope="module")
+def finished(shards, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("run")
+    train(tiny_config(shards, 4), workdir)
+    return workdir
+
+
+def test_resumed_run_is_bit_identical(shards, finished, tmp_path):
+    train(tiny_config(shards, 2), tmp_path)
+    train(tiny_config(shards, 4), tmp_path)
+    for use_ema in (True, False):
+        straight, resumed = (load_checkpoint(path, use_ema) for path in (finished, tmp_path))
+        assert straight.step == resumed.step == 4
+        jax.tree.map(np.testing.assert_array_equal, straight.params, resumed.params)
+    start = initial_params(tiny_config(shards, 4), build_networks(straight.config, straight.head), straight.head)[0]
+    moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), start["generation"], dict(resumed.params)["generation"])
+    assert max(jax.tree.leaves(moved)) > 0
+
+
+def test_metrics_are_logged(finished):
+    rows = read_metrics(finished / "metrics.jsonl")
+    assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3, 4]
+    assert [row["step"] for row in rows if "val_loss" in row] == [2, 4]
+    assert all(np.isfinite(list(row.values())).all() for row in rows)
+    assert list((finished / "tensorboard").iterdir())
+
+
+def test_workdir_of_another_config_is_refused(shards, finished):
+    config = tiny_config(shards, 6)
+    config.model.unet.channels = 32
+    with pytest.raises(CheckpointError, match=r"another config(.|\n)*model.unet.channels: 16 -> 32(.|\n)*--workdir"):
+        train(config, finished)
+
+
+def test_init_from_another_architecture_is_refused(shards, finished, tmp_path):
+    config = tiny_config(shards, 1)
+    config.init_from = str(finished)
+    config.model.encoder.stem = 16
+    with pytest.raises(CheckpointError, match="another architecture"):
+        train(config, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_missing_pretrained_weights_stop_the_run(shards, tmp_path):
+    config = tiny_config(shards, 1)
+    config.model.reference.trainable = False
+    with pytest.raises(CheckpointError, match="pretrained"):
+        train(config, tmp_path / "new")
+    config.pretrained = str(tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match="nowhere"):
+        train(config, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("size", [32])
+def test_dataset_of_another_size_is_refused(shards, tmp_path, size):
+    config = tiny_config(shards, 1)
+    config.image_size = size
+    with pytest.raises(DatasetError, match=f"{SIZE} pixels.*{size}"):
+        train(config, tmp_path / "new")
+
+
+def test_model_file_round_trip_and_damage(finished, tmp_path):
+    checkpoint = load_checkpoint(finished)
+    path = tmp_path / "model.safetensors"
+    save_model_file(path, checkpoint)
+    back = load_model_file(path)
+    assert back.config.to_dict() == checkpoint.config.to_dict() and back.step == 4
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2**-8, atol=1e-30), dict(back.params), dict(checkpoint.params))
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(CheckpointError, match="model.safetensors"):
+        load_model_file(path)
+    with pytest.raises(CheckpointError, match="config.json"):
+        load_checkpoint(tmp_path)
+
+
+def test_frozen_reference_comes_from_pretrained_weights_and_stays(shards, tmp_path):
+    import orbax.checkpoint as ocp
+
+    config = tiny_config(shards, 2)
+    config.model.reference.trainable = False
+    config.model.reference.context_dim = 8
+    config.pretrained = str(tmp_path / "sd")
+    head = builtin_head()
+    params = random_params(build_networks(config, head), jax.random.key(7))
+    backbone = {key: params[key] for key in ("reference", "autoencoder", "null_prompt")}
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "sd", backbone)
+    train(config, tmp_path / "run")
+    trained = load_checkpoint(tmp_path / "run", use_ema=False).params
+    jax.tree.map(np.testing.assert_array_equal, trained["reference"], jax.tree.map(np.asarray, backbone["reference"]))
+    # The generation branch started from the same backbone and moved.
+    start, now = backbone["reference"]["conv_in"]["kernel"], trained["generation"]["unet"]["conv_in"]["kernel"]
+    assert 0 < float(np.abs(now - start).max()) < 0.1
+
+
+@pytest.mark.parametrize("arm", ["no_posenc", "no_deform", "flame_vector"])
+def test_ablation_arms_train(shards, tmp_path, arm):
+    config = tiny_config(shards, 1)
+    config.driver.arm = arm
+    config.sample.every = 100
+    assert np.isfinite(train(config, tmp_path))
+
+
+def test_full_size_parameters_are_split_as_in_the_paper():
+    config = hdtf.get_config()
+    networks = build_networks(config, builtin_head())
+    shapes = jax.eval_shape(lambda: random_params(networks, jax.random.key(0)))
+    count = lambda tree: sum(x.size for x in jax.tree.leaves(tree))
+    assert count(shapes["generation"]) == 822_878_788
+    assert count(shapes["generation"]["encoder"]) == 7_345_344
+    assert count(shapes["reference"]) == 865_910_724
+    assert count(shapes["autoencoder"]) == 83_653_863
