@@ -62,7 +62,8 @@ _loki_setup_locked() {
         fi
     fi
     echo "set-up: installing loki_jax[$extras] into .venv (some minutes the first time)"
-    "${pip[@]}" -e "${root}[$extras]" || return
+    # setuptools warns of every editable installation; nothing to act on.
+    PYTHONWARNINGS=ignore "${pip[@]}" -e "${root}[$extras]" || return
     echo "$wanted" >"$stamp"
 }
 

@@ -76,7 +76,9 @@ def _check_file(path: Path, kind: str) -> None:
 def _frame_rate(stream: av.VideoStream, path: Path) -> Fraction:
     rate = stream.average_rate or stream.guessed_rate or stream.base_rate
     if not rate or rate <= 0:
-        raise MediaError(f"{path}: states no frame rate. Write it again with one (`ffmpeg -i IN -r 25 OUT.mp4`).")
+        raise MediaError(
+            f"{path}: states no frame rate. Write it again with one (`ffmpeg -i IN -r 25 OUT.mp4`)."
+        )
     rate = Fraction(rate)
     # Containers with coarse time stamps report averages such as 5994000/200001: take the standard
     # rate if the two differ by less than half a frame over the whole clip.
@@ -177,7 +179,9 @@ class VideoReader:
             covers = av.stream.Disposition.attached_pic
             streams = [s for s in self._container.streams.video if not s.disposition & covers]
             if not streams:
-                raise MediaError(f"{self.path}: has no video track, only audio. Give a file that holds pictures.")
+                raise MediaError(
+                    f"{self.path}: has no video track, only audio. Give a file that holds pictures."
+                )
             self._stream = streams[0]
             self._stream.thread_type = "AUTO"
             self.fps = _frame_rate(self._stream, self.path)
@@ -216,12 +220,15 @@ class VideoReader:
                 f"{self.path}: damaged after {count} frames ({error}). Copy or download it again."
             ) from error
         if count == 0:
-            raise MediaError(f"{self.path}: its video track holds no frames. Copy it again or give another file.")
+            raise MediaError(
+                f"{self.path}: its video track holds no frames. Copy it again or give another file."
+            )
         # Edit lists may hide a few frames that the container counts.
         missing = self._expected_frames() - count
         if missing > max(2, count // 20):
             raise MediaError(
-                f"{self.path}: truncated: {count} of {count + missing} frames can be read. Copy or download it again."
+                f"{self.path}: truncated: {count} of {count + missing} frames can be read. "
+                "Copy or download it again."
             )
 
     def __iter__(self) -> Iterator[UInt8[np.ndarray, "H W 3"]]:
@@ -231,8 +238,8 @@ class VideoReader:
             shape = shape or image.shape
             if image.shape != shape:
                 raise MediaError(
-                    f"{self.path}: changes size from {shape[1]}x{shape[0]} to {image.shape[1]}x{image.shape[0]} "
-                    f"at frame {index}. Convert it to one size first."
+                    f"{self.path}: changes size from {shape[1]}x{shape[0]} to "
+                    f"{image.shape[1]}x{image.shape[0]} at frame {index}. Convert it to one size first."
                 )
             yield image
 
@@ -297,7 +304,8 @@ def read_image(path: str | os.PathLike) -> UInt8[np.ndarray, "H W 3"]:
             return np.array(picture.convert("RGB"))
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise MediaError(
-            f"{path}: not a readable picture, or truncated ({error}). Copy it again or save it as PNG or JPEG."
+            f"{path}: not a readable picture, or truncated ({error}). "
+            "Copy it again or save it as PNG or JPEG."
         ) from error
 
 
@@ -412,7 +420,8 @@ class VideoWriter:
         self.path = Path(path)
         if self.path.suffix.lower() not in _CONTAINERS:
             raise MediaError(
-                f"{self.path}: unknown kind of video file {self.path.suffix!r}. Name it .mp4 (or {', '.join(_CONTAINERS)})."
+                f"{self.path}: unknown kind of video file {self.path.suffix!r}. "
+                f"Name it .mp4 (or {', '.join(_CONTAINERS)})."
             )
         if not self.path.parent.is_dir():
             raise MediaError(f"{self.path}: the folder {self.path.parent} does not exist. Make it first.")

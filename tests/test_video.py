@@ -50,8 +50,12 @@ def make_driver(path, count=50, fps=NTSC, *, audio="aac", rate=44100, click=1.0,
             seconds = float(count / fps)
             time = np.arange(int(seconds * rate)) / rate
             wave = np.where(time >= click, 0.5 * np.sin(2 * np.pi * 440 * time), 0)
-            resampler = av.AudioResampler(format=sound.codec_context.format, layout="mono", rate=rate, frame_size=1024)
-            tone = av.AudioFrame.from_ndarray((wave * 32767).astype(np.int16)[None], format="s16", layout="mono")
+            resampler = av.AudioResampler(
+                format=sound.codec_context.format, layout="mono", rate=rate, frame_size=1024
+            )
+            tone = av.AudioFrame.from_ndarray(
+                (wave * 32767).astype(np.int16)[None], format="s16", layout="mono"
+            )
             tone.sample_rate, tone.pts, tone.time_base = rate, 0, Fraction(1, rate)
             for part in [*resampler.resample(tone), *resampler.resample(None)]:
                 container.mux(sound.encode(part))
@@ -71,7 +75,9 @@ def decode_audio(path):
         return wave / max(np.abs(wave).max(), 1e-9), stream.rate, start, stream.codec_context.name
 
 
-@pytest.mark.parametrize("fps", [NTSC, Fraction(25), Fraction(24000, 1001), Fraction(12000, 1001), Fraction(10)])
+@pytest.mark.parametrize(
+    "fps", [NTSC, Fraction(25), Fraction(24000, 1001), Fraction(12000, 1001), Fraction(10)]
+)
 def test_frame_rate_and_frames_survive_exactly(tmp_path, fps):
     path = tmp_path / "clip.mp4"
     write_video(path, numbered_frames(40), fps)
@@ -124,7 +130,9 @@ def test_odd_sizes_are_read_as_they_are_and_written_with_one_more_line(tmp_path)
         stream = container.add_stream("ffv1", rate=25)
         stream.width, stream.height, stream.pix_fmt = 35, 27, "bgr0"
         image = np.random.default_rng(0).integers(0, 256, (27, 35, 3), dtype=np.uint8)
-        container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24").reformat(format="bgr0")))
+        container.mux(
+            stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24").reformat(format="bgr0"))
+        )
         container.mux(stream.encode(None))
     np.testing.assert_array_equal(read_video(path).frames[0], image)
     write_video(tmp_path / "even.mp4", read_video(path).frames, Fraction(25))
@@ -181,7 +189,8 @@ def test_max_frames_stops_early(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("codec", "suffix", "rate"), [("aac", ".mp4", 44100), ("pcm_s16le", ".mkv", 44100), ("libopus", ".mkv", 48000)]
+    ("codec", "suffix", "rate"),
+    [("aac", ".mp4", 44100), ("pcm_s16le", ".mkv", 44100), ("libopus", ".mkv", 48000)],
 )
 def test_audio_stays_in_time(tmp_path, codec, suffix, rate):
     driver = make_driver(tmp_path / f"driver{suffix}", 60, audio=codec, click=1.0, rate=rate)
@@ -310,7 +319,9 @@ def test_audio_only_file_is_refused(tmp_path):
 
 def test_resampling_is_exact_and_nearest_in_time():
     np.testing.assert_array_equal(video.resample_indices(4, Fraction(25), Fraction(25)), range(4))
-    np.testing.assert_array_equal(video.resample_indices(4, Fraction(25), Fraction(50)), [0, 1, 1, 2, 2, 3, 3, 3])
+    np.testing.assert_array_equal(
+        video.resample_indices(4, Fraction(25), Fraction(50)), [0, 1, 1, 2, 2, 3, 3, 3]
+    )
     for fps in (NTSC, Fraction(30), Fraction(50), Fraction(24000, 1001), Fraction(12)):
         count = 301
         indices = video.resample_indices(count, fps, Fraction(25))
@@ -320,7 +331,12 @@ def test_resampling_is_exact_and_nearest_in_time():
     # An hour of 29.97: rounding must not drift.
     hour = video.resample_indices(107892, NTSC, Fraction(25))
     assert abs(hour[-2] / float(NTSC) - (len(hour) - 2) / 25) <= 0.5 / float(NTSC) + 1e-9
-    clip = video.Video(np.arange(60, dtype=np.uint8)[:, None, None, None] + np.zeros((60, 2, 2, 3), np.uint8), Fraction(50), False, "x")
+    clip = video.Video(
+        np.arange(60, dtype=np.uint8)[:, None, None, None] + np.zeros((60, 2, 2, 3), np.uint8),
+        Fraction(50),
+        False,
+        "x",
+    )
     half = video.resample_to_fps(clip, Fraction(25))
     assert half.fps == 25
     np.testing.assert_array_equal(half.frames[:, 0, 0, 0], np.arange(0, 60, 2))
@@ -356,7 +372,9 @@ def test_images_come_upright_and_as_rgb(tmp_path):
 
 
 def test_unreadable_images_give_one_clear_error(tmp_path):
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(tmp_path / "whole.png")
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(
+        tmp_path / "whole.png"
+    )
     data = (tmp_path / "whole.png").read_bytes()
     for name, content, message in (
         ("missing.png", None, "no such image"),

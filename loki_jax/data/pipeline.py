@@ -13,6 +13,7 @@ form global batch k, and the state of an iterator is one number.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -60,7 +61,7 @@ def window_slots(clips: Sequence[ClipInfo], window: int) -> list[_Slot]:
     for clip in clips:
         count, starts = clip.length // window, clip.length - window + 1
         bounds = [index * starts // count for index in range(count + 1)] if count else []
-        slots += [_Slot(clip, a, b - 1) for a, b in zip(bounds, bounds[1:], strict=False)]
+        slots += [_Slot(clip, a, b - 1) for a, b in itertools.pairwise(bounds)]
     return slots
 
 
@@ -111,9 +112,9 @@ class _ReadWindow(grain.transforms.Map):
         first = chosen.clip.first_record
         records = [first + chosen.start + offset for offset in range(self._window)]
         *frames, reference = self._read([*records, first + chosen.reference])
-        if [frame.frame_index for frame in frames] != list(range(chosen.start, chosen.start + self._window)) or any(
-            frame.clip_index != chosen.clip.clip_index for frame in (*frames, reference)
-        ):
+        found = [(frame.clip_index, frame.frame_index) for frame in (*frames, reference)]
+        indices = [*range(chosen.start, chosen.start + self._window), chosen.reference]
+        if found != [(chosen.clip.clip_index, index) for index in indices]:
             raise DatasetError(
                 f"{self._dataset.path}: clips.json does not fit the shards at clip {chosen.clip.clip_id!r}. "
                 "Copy the whole dataset folder again."
@@ -145,7 +146,9 @@ def _local_batch(batch: int, process_index: int, process_count: int) -> int:
     if not 0 <= process_index < process_count:
         raise ValueError(f"process_index {process_index} is not one of {process_count} processes")
     if batch <= 0 or batch % process_count:
-        raise ValueError(f"the global batch of {batch} windows cannot be shared evenly by {process_count} processes")
+        raise ValueError(
+            f"the global batch of {batch} windows cannot be shared evenly by {process_count} processes"
+        )
     return batch // process_count
 
 
@@ -162,8 +165,8 @@ def _open_slots(
     if not slots:
         longest = max((clip.length for clip in clips), default=0)
         raise DatasetError(
-            f"{dataset.path}: split {split!r} has {len(clips)} clips, the longest of {longest} frames: none holds a "
-            f"window of {window}. Add longer clips or choose a shorter window (`config.window`)."
+            f"{dataset.path}: split {split!r} has {len(clips)} clips, the longest of {longest} frames: none "
+            f"holds a window of {window}. Add longer clips or choose a shorter window (`config.window`)."
         )
     return dataset, slots
 

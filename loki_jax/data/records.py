@@ -33,7 +33,7 @@ from PIL import Image
 from tensorflow_datasets.proto import tf_example_pb2
 
 import loki_jax
-from loki_jax.head.asset import HeadAsset, HeadAssetError, file_sha256, load_head, save_head
+from loki_jax.head.asset import HeadAsset, file_sha256, load_head, save_head
 from loki_jax.head.types import Camera, Coefficients
 
 SCHEMA_VERSION = 1
@@ -96,7 +96,7 @@ class Clip:
 
 @dataclasses.dataclass(frozen=True)
 class ClipInfo:
-    """One row of the clip table; the clip's records are [first_record, first_record + length) of its split."""
+    """One row of the clip table; its records are first_record .. first_record + length - 1 of its split."""
 
     clip_index: int
     clip_id: str
@@ -198,7 +198,7 @@ def encode_image(image: UInt8[np.ndarray, "S S 3"], image_format: str, jpeg_qual
 
 
 def assign_split(identity: str, validation_share: float = 0.02, seed: int = 0) -> str:
-    """"train" or "validation", a fixed function of the identity's name: all its clips go together."""
+    """ "train" or "validation", a fixed function of the identity's name: all its clips go together."""
     digest = hashlib.sha256(f"{seed}/{identity}".encode()).digest()
     return SPLITS[int.from_bytes(digest[:8], "big") < validation_share * 2**64]
 
@@ -290,7 +290,9 @@ def _clip_arrays(clip: Clip, head: HeadAsset) -> dict[str, np.ndarray]:
         arrays[name] = np.broadcast_to(value, shape)
     box = arrays["crop"]
     if (box[:, 2] <= box[:, 0]).any() or (box[:, 3] <= box[:, 1]).any():
-        raise DatasetError(f"clip {clip.clip_id!r} ({clip.source}): a crop box is empty. Crop the clip again.")
+        raise DatasetError(
+            f"clip {clip.clip_id!r} ({clip.source}): a crop box is empty. Crop the clip again."
+        )
     return arrays
 
 
@@ -346,7 +348,8 @@ def _check_row(clip: Clip, seen_ids: set[str], split_of: dict[str, str]) -> None
         raise DatasetError(f"clip id {clip.clip_id!r} occurs twice. Give every clip its own id.")
     if split_of.setdefault(clip.identity, clip.split) != clip.split:
         raise DatasetError(
-            f"identity {clip.identity!r} has clips in both splits. Choose the split by identity (`assign_split`)."
+            f"identity {clip.identity!r} has clips in both splits. "
+            "Choose the split by identity (`assign_split`)."
         )
     if not isinstance(clip.fps, Fraction) or clip.fps <= 0:
         raise DatasetError(f"clip {clip.clip_id!r}: fps {clip.fps!r} must be a positive fractions.Fraction.")
@@ -359,7 +362,9 @@ def _check_target(path: Path, overwrite: bool) -> None:
     if path.is_dir() and not any(path.iterdir()):
         return
     if not overwrite:
-        raise DatasetError(f"{path}: exists already. Choose another folder or pass overwrite (`--overwrite`).")
+        raise DatasetError(
+            f"{path}: exists already. Choose another folder or pass overwrite (`--overwrite`)."
+        )
     if not (path / "dataset_info.json").is_file():
         raise DatasetError(f"{path}: is not a dataset, so it is not overwritten. Choose another folder.")
 
@@ -429,7 +434,9 @@ def write_dataset(
                 stored_format = None if clip.images is None else image_format
                 latent_shape = None if clip.latent_mean is None else tuple(np.shape(clip.latent_mean)[1:])
                 if stored_format is None and latent_shape is None:
-                    raise DatasetError(f"clip {clip.clip_id!r} has neither images nor latents. Give one of them.")
+                    raise DatasetError(
+                        f"clip {clip.clip_id!r} has neither images nor latents. Give one of them."
+                    )
                 features = record_features(
                     head.n_shape, head.n_expression, image_size, stored_format, latent_shape
                 )
@@ -608,7 +615,8 @@ class Dataset:
         if split not in self._sources:
             if split not in self.metadata.records:
                 raise DatasetError(
-                    f"{self.path}: has no split {split!r}, only {', '.join(self.metadata.records)}. {_REBUILD}"
+                    f"{self.path}: has no split {split!r}, only {', '.join(self.metadata.records)}. "
+                    f"{_REBUILD}"
                 )
             self._sources[split] = tfds.builder_from_directory(self.path).as_data_source(
                 split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
@@ -623,7 +631,9 @@ class Dataset:
         """
         source = self.source(split)
         try:
-            return [decode_record(raw, self.metadata, with_image) for raw in source.__getitems__(list(records))]
+            return [
+                decode_record(raw, self.metadata, with_image) for raw in source.__getitems__(list(records))
+            ]
         except Exception as error:  # the readers raise many types; the file is what the reader needs to know
             raise DatasetError(
                 f"{self.path}: records {list(records)} of split {split!r} are damaged ({error}). "
@@ -666,7 +676,8 @@ def read_metadata(path: str | os.PathLike) -> Metadata:
     version = stored.get("schema_version") if isinstance(stored, dict) else None
     if version != SCHEMA_VERSION:
         raise DatasetError(
-            f"{path / METADATA_FILE}: schema version {version}, this loki_jax reads version {SCHEMA_VERSION}. {_REBUILD}"
+            f"{path / METADATA_FILE}: schema version {version}, this loki_jax reads {SCHEMA_VERSION}. "
+            f"{_REBUILD}"
         )
     try:
         metadata = Metadata(**stored)
@@ -714,8 +725,8 @@ def open_dataset(path: str | os.PathLike, head_sha256: str | None = None) -> Dat
         )
     if head_sha256 is not None and head_sha256 != metadata.head_sha256:
         raise DatasetError(
-            f"{path}: was made with the head {metadata.head_name!r} ({metadata.head_sha256[:12]}...), not with "
-            f"the one in use ({head_sha256[:12]}...). Build the dataset with that head, or use a fresh workdir."
+            f"{path}: was made with the head {metadata.head_name!r} ({metadata.head_sha256[:12]}...), not "
+            f"with the one in use ({head_sha256[:12]}...). Build it with that head, or use a fresh workdir."
         )
     rows = _read_json(path / CLIPS_FILE)
     try:

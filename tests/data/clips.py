@@ -53,7 +53,9 @@ def make_clip(number, length, split="train", *, latents=False, images=True, **ch
 
     coefficients = Coefficients(
         shape=rng.normal(size=4),
-        expression=np.stack([np.full(6, number + frame / 100) for frame in range(length)]) if length else np.zeros((0, 6)),
+        expression=np.stack([np.full(6, number + frame / 100) for frame in range(length)])
+        if length
+        else np.zeros((0, 6)),
         **{name: rng.normal(size=(length, 3)) for name in ("rot", "tra", "neck", "jaw", "eyes")},
     )
     fields = {

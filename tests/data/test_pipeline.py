@@ -9,10 +9,10 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from tests.data.clips import SIZE, make_clip, small_head
 
 from loki_jax.data.pipeline import iterate, make_dataset, make_validation_dataset, window_slots
 from loki_jax.data.records import DatasetError, open_dataset, write_dataset
+from tests.data.clips import SIZE, make_clip, small_head
 
 # Training clips of 23, 8, 3 (too short for a window of 4) and 13 frames; two held-out identities.
 TRAIN, VALIDATION = {0: 23, 1: 8, 2: 3, 3: 13}, {4: 9, 5: 6}
@@ -24,7 +24,9 @@ SLOTS = 23 // T + 8 // T + 13 // T
 def shards(tmp_path_factory):
     path = tmp_path_factory.mktemp("data") / "shards"
     train = [make_clip(number, length, latents=True) for number, length in TRAIN.items()]
-    held_out = [make_clip(number, length, "validation", latents=True) for number, length in VALIDATION.items()]
+    held_out = [
+        make_clip(number, length, "validation", latents=True) for number, length in VALIDATION.items()
+    ]
     write_dataset(path, small_head(), [*train, *held_out], SIZE)
     return path
 
@@ -53,7 +55,10 @@ def test_a_batch_holds_what_the_records_hold(shards):
     dataset = open_dataset(shards)
     batch = make_dataset(shards, T, 3, seed=1)[0]
     shapes = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype.name), batch)
-    assert shapes["frames"] == ((3, T, SIZE, SIZE, 3), "uint8") and shapes["reference"] == ((3, SIZE, SIZE, 3), "uint8")
+    assert shapes["frames"] == ((3, T, SIZE, SIZE, 3), "uint8") and shapes["reference"] == (
+        (3, SIZE, SIZE, 3),
+        "uint8",
+    )
     assert shapes["latent_mean"] == ((3, T, 2, 2, 4), "bfloat16")
     assert shapes["reference_latent_logvar"] == ((3, 2, 2, 4), "bfloat16")
     assert shapes["crop"] == ((3, T, 4), "float32") and shapes["confidence"] == ((3, T), "float32")
@@ -71,8 +76,10 @@ def test_a_batch_holds_what_the_records_hold(shards):
         assert_equal(batch["reference"][b], reference.image)
         assert_equal(batch["reference_latent_mean"][b], reference.latent_mean)
         stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *(f.coefficients for f in frames))
-        assert_equal(jax.tree.map(lambda leaf: leaf[b], batch["coefficients"]), stacked)
-        assert_equal(jax.tree.map(lambda leaf: leaf[b], batch["reference_coefficients"]), reference.coefficients)
+        assert_equal(jax.tree.map(lambda leaf, b=b: leaf[b], batch["coefficients"]), stacked)
+        assert_equal(
+            jax.tree.map(lambda leaf, b=b: leaf[b], batch["reference_coefficients"]), reference.coefficients
+        )
         np.testing.assert_allclose(batch["confidence"][b], [f.confidence for f in frames])
 
 
@@ -80,7 +87,12 @@ def test_window_slots_cover_all_starts_once(shards):
     slots = window_slots(open_dataset(shards).clips_of("train"), T)
     assert len(slots) == SLOTS
     for number, length in TRAIN.items():
-        starts = [s for slot in slots if slot.clip.clip_id == f"clip{number}" for s in range(slot.first_start, slot.last_start + 1)]
+        starts = [
+            s
+            for slot in slots
+            if slot.clip.clip_id == f"clip{number}"
+            for s in range(slot.first_start, slot.last_start + 1)
+        ]
         assert starts == (list(range(length - T + 1)) if length >= T else [])
 
 
@@ -106,7 +118,9 @@ def test_epochs_visit_every_slot_and_draw_anew(shards):
 
 def test_fixed_reference_belongs_to_the_window(shards):
     found = {}
-    for clip, start, reference in windows(take(make_dataset(shards, T, SLOTS, seed=5, fixed_reference=True), 40)):
+    for clip, start, reference in windows(
+        take(make_dataset(shards, T, SLOTS, seed=5, fixed_reference=True), 40)
+    ):
         found.setdefault((clip, start), set()).add(reference)
     assert all(len(references) == 1 for references in found.values())
     assert len({next(iter(r)) for r in found.values()}) > 8  # and is not one frame for all
@@ -187,7 +201,8 @@ def main(argv):
     iterator = iterate(make_dataset(argv[1], 4, 3, seed=11), workers=2, threads=1, prefetch=1)
     for _ in range(5):
         batch = next(iterator)
-        print(batch["clip_index"].tolist(), batch["frame_index"][:, 0].tolist(), batch["reference_index"].tolist())
+        indices = batch["clip_index"], batch["frame_index"][:, 0], batch["reference_index"]
+        print(*(index.tolist() for index in indices))
     iterator.close()
 
 if __name__ == "__main__":
@@ -196,8 +211,11 @@ if __name__ == "__main__":
     )
     root = str(Path(__file__).parents[2])
     done = subprocess.run(
-        [sys.executable, str(program), str(shards)], capture_output=True, text=True, env={"PYTHONPATH": root, "JAX_PLATFORMS": "cpu"}
-    )  # fmt: skip
+        [sys.executable, str(program), str(shards)],
+        capture_output=True,
+        text=True,
+        env={"PYTHONPATH": root, "JAX_PLATFORMS": "cpu"},
+    )
     assert done.returncode == 0, done.stderr
     expected = [
         f"{b['clip_index'].tolist()} {b['frame_index'][:, 0].tolist()} {b['reference_index'].tolist()}"

@@ -11,11 +11,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
-from tests.data.clips import SIZE, make_clip, small_head
 
 from loki_jax.data import records
 from loki_jax.data.records import DatasetError, open_dataset, write_dataset
 from loki_jax.head.asset import save_head
+from tests.data.clips import SIZE, make_clip, small_head
 
 LENGTHS = (5, 9, 7, 4)
 
@@ -49,7 +49,9 @@ def test_everything_comes_back(written):
         assert {f.clip_index for f in frames} == {row.clip_index}
         for index, (frame, image) in enumerate(zip(frames, clip.images, strict=True)):
             np.testing.assert_array_equal(frame.image, image)  # PNG is lossless
-            np.testing.assert_array_equal(frame.coefficients.shape, clip.coefficients.shape.astype(np.float32))
+            np.testing.assert_array_equal(
+                frame.coefficients.shape, clip.coefficients.shape.astype(np.float32)
+            )
             for name in ("expression", "rot", "tra", "neck", "jaw", "eyes"):
                 expected = getattr(clip.coefficients, name)[index].astype(np.float32)
                 np.testing.assert_array_equal(getattr(frame.coefficients, name), expected)
@@ -138,7 +140,9 @@ def test_jpeg_and_encoded_images(tmp_path):
 
 def test_latents_without_images_and_per_frame_boxes(tmp_path):
     boxes = np.array([[0, 0, 10 + i, 12 + i] for i in range(5)], np.float32)
-    write_dataset(tmp_path / "d", small_head(), [make_clip(0, 5, latents=True, images=False, crop=boxes)], SIZE)
+    write_dataset(
+        tmp_path / "d", small_head(), [make_clip(0, 5, latents=True, images=False, crop=boxes)], SIZE
+    )
     dataset = open_dataset(tmp_path / "d")
     assert dataset.metadata.image_format is None and dataset.metadata.latent_shape == (2, 2, 4)
     frames = dataset.read("train", range(5))
@@ -154,7 +158,13 @@ def test_clips_are_streamed_one_at_a_time(tmp_path):
             log.append(("made", number))
             yield make_clip(number, 3)
 
-    write_dataset(tmp_path / "d", small_head(), source(), SIZE, progress=lambda row: log.append(("wrote", row.clip_index)))
+    write_dataset(
+        tmp_path / "d",
+        small_head(),
+        source(),
+        SIZE,
+        progress=lambda row: log.append(("wrote", row.clip_index)),
+    )
     assert log == [(what, number) for number in range(4) for what in ("made", "wrote")]
 
 
@@ -172,27 +182,34 @@ def test_split_is_a_function_of_the_identity():
     assert splits != [records.assign_split(f"speaker{i}", 0.1, seed=1) for i in range(4000)]
 
 
+def picture(size=SIZE, dtype=np.uint8):
+    return np.zeros((size, size, 3), dtype)
+
+
+FIVE_EXPRESSIONS = make_clip(0, 4).coefficients._replace(expression=np.zeros((4, 5)))
+
+# What is wrong: (length, changed fields, message).
 BAD_CLIPS = {
-    "wrong number of expressions": (lambda: make_clip(0, 4, coefficients=make_clip(0, 4).coefficients._replace(expression=np.zeros((4, 5)))), "expression has shape"),
-    "not finite": (lambda: make_clip(0, 4, confidence=np.array([1, np.nan, 1, 1])), "confidence holds values that are not finite"),
-    "image of another size": (lambda: make_clip(0, 1, images=[np.zeros((8, 8, 3), np.uint8)]), "frame 0 is uint8"),
-    "float image": (lambda: make_clip(0, 1, images=[np.zeros((SIZE, SIZE, 3))]), "frame 0 is float64"),
-    "too few images": (lambda: make_clip(0, 3, images=[np.zeros((SIZE, SIZE, 3), np.uint8)] * 2), "3 frames of coefficients but 2 images"),
-    "too many images": (lambda: make_clip(0, 3, images=[np.zeros((SIZE, SIZE, 3), np.uint8)] * 5), "but more images"),
-    "no frames": (lambda: make_clip(0, 0), "has no frames"),
-    "empty box": (lambda: make_clip(0, 3, crop=np.array([5, 5, 5, 9.0])), "crop box is empty"),
-    "unknown split": (lambda: make_clip(0, 3, "test"), "split 'test'"),
-    "float rate": (lambda: make_clip(0, 3, fps=29.97), "fractions.Fraction"),
-    "half latents": (lambda: make_clip(0, 3, latents=True, latent_logvar=None), "latents have shapes"),
-    "nothing to see": (lambda: make_clip(0, 3, images=False), "neither images nor latents"),
-}  # fmt: skip
+    "wrong number of expressions": (4, {"coefficients": FIVE_EXPRESSIONS}, "expression has shape"),
+    "not finite": (4, {"confidence": np.array([1, np.nan, 1, 1])}, "confidence holds values .* not finite"),
+    "image of another size": (1, {"images": [picture(8)]}, "frame 0 is uint8"),
+    "float image": (1, {"images": [picture(dtype=float)]}, "frame 0 is float64"),
+    "too few images": (3, {"images": [picture()] * 2}, "3 frames of coefficients but 2 images"),
+    "too many images": (3, {"images": [picture()] * 5}, "but more images"),
+    "no frames": (0, {}, "has no frames"),
+    "empty box": (3, {"crop": np.array([5, 5, 5, 9.0])}, "crop box is empty"),
+    "unknown split": (3, {"split": "test"}, "split 'test'"),
+    "float rate": (3, {"fps": 29.97}, "fractions.Fraction"),
+    "half latents": (3, {"latents": True, "latent_logvar": None}, "latents have shapes"),
+    "nothing to see": (3, {"images": False}, "neither images nor latents"),
+}
 
 
 @pytest.mark.parametrize("case", BAD_CLIPS)
 def test_bad_clips_are_refused_and_nothing_is_left(tmp_path, case):
-    make, message = BAD_CLIPS[case]
+    length, changes, message = BAD_CLIPS[case]
     with pytest.raises(DatasetError, match=message):
-        write_dataset(tmp_path / "d", small_head(), [make()], SIZE)
+        write_dataset(tmp_path / "d", small_head(), [make_clip(0, length, **changes)], SIZE)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -200,7 +217,10 @@ def test_clips_that_do_not_fit_together_are_refused(tmp_path):
     cases = {
         "occurs twice": [make_clip(0, 3), make_clip(0, 3)],
         "in both splits": [make_clip(0, 3), make_clip(1, 3, "validation", identity="person0")],
-        "some clips have images": [make_clip(0, 3, latents=True), make_clip(1, 3, latents=True, images=False)],
+        "some clips have images": [
+            make_clip(0, 3, latents=True),
+            make_clip(1, 3, latents=True, images=False),
+        ],
         "as in the first clip": [make_clip(0, 3, latents=True), make_clip(1, 3)],
         "no clip to write": [],
     }
@@ -268,7 +288,7 @@ def damage(path, how):
 DAMAGES = {
     "truncated shard": r"loki-train\.array_record-00000-of-0000.: has \d+ bytes, \d+ were written",
     "missing shard": "shard is missing",
-    "other schema": "metadata.json: schema version 99, this loki_jax reads version 1",
+    "other schema": "metadata.json: schema version 99, this loki_jax reads 1",
     "other head": "head.npz: SHA-256",
     "missing head": "head asset is missing",
     "missing clips": "clips.json: no such file",
