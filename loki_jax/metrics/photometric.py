@@ -219,17 +219,20 @@ def _step(problem, observed, previous, change, motion, unknowns, sigma, active):
 
 
 def _descend(problem, observed, previous, change, unknowns, sigmas, active):
-    """Gauss-Newton over the blurs `sigmas`, then the residual of the result at the last of them."""
+    """One Gauss-Newton step for each entry of `sigmas` (n,) and `active` (n, k).
 
-    def body(unknowns, sigma):
+    Returns:
+      The unknowns after all steps, and the robust residual before the last one.
+    """
+
+    def body(unknowns, item):
+        sigma, active = item
         motion = _motion(problem, unknowns)
         step = _step(problem, observed, previous, change, motion, unknowns, sigma, active)
-        return step.unknowns, (unknowns, step.residual)
+        return step.unknowns, step.residual
 
-    # One step too many: its residual belongs to the unknowns before it.
-    sigmas = jnp.concatenate([sigmas, sigmas[-1:]])
-    _, (path, residuals) = jax.lax.scan(body, unknowns, sigmas)
-    return path[-1], residuals[-1]
+    unknowns, residuals = jax.lax.scan(body, unknowns, (sigmas, active))
+    return unknowns, residuals[-1]
 
 
 def start_pose(
@@ -301,7 +304,7 @@ def _track_clips(frames, head, shape, appearance, camera, crop, prior):
         rigid = (jnp.arange(k) < 6).astype(jnp.float32)
         first = problem(jax.tree.map(lambda x: x[0], camera), crop[0])
 
-        # Frame 0: the rigid motion from several turns of the head, then everything from the best.
+        # Frame 0, from several turns of the head: first the rigid motion alone, then everything.
         turns = jnp.radians(jnp.array([-30.0, -15.0, 0.0, 15.0, 30.0]))
         turned = jax.vmap(
             lambda angle: rotvec_from_matrix(
@@ -309,17 +312,17 @@ def _track_clips(frames, head, shape, appearance, camera, crop, prior):
             )
         )(turns)
         starts = jnp.zeros((len(turns), k)).at[:, :3].set((turned - rot) / prior.rot)
-        coarse = per_pixel * jnp.array([5.0, 4.0, 4.0, 3.0, 3.0, 2.0, 2.0])
+        coarse, fine = [5, 4, 4, 3, 3, 2, 2], [2, 2, 1.5, 1.5, 1, 1, 1, 1, 1, 1]
+        blurs = per_pixel * jnp.array(coarse + fine, jnp.float32)
+        active = jnp.where(jnp.arange(len(blurs))[:, None] < len(coarse), rigid, 1.0)
         found, residual = jax.vmap(
-            lambda start: _descend(first, frames[0], start, jnp.inf, start, coarse, rigid)
+            lambda start: _descend(first, frames[0], start, jnp.inf, start, blurs, active)
         )(starts)
-        best = found[jnp.argmin(residual)]
-        everything = jnp.ones(k)
-        fine = per_pixel * jnp.array([2.0, 2.0, 1.5, 1.5, 1.0, 1.0, 1.0])
-        start, _ = _descend(first, frames[0], best, jnp.inf, best, fine, everything)
+        start = found[jnp.argmin(residual)]
 
         # From frame to frame; frame 0 again, so that all frames end alike.
-        follow = per_pixel * jnp.array([2.0, 1.4, 1.0])
+        follow = per_pixel * jnp.array([2.0, 1.4, 1.0, 1.0])
+        everything = jnp.ones((len(follow), k))
 
         def track(unknowns, item):
             frame, camera, crop = item
