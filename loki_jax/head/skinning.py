@@ -164,24 +164,30 @@ def _world_transforms(
     return rotation, offset
 
 
-def _skinned(
-    head: HeadAsset, identity: Identity, coefficients: Coefficients, with_neck: bool
+def skin(
+    head: HeadAsset,
+    identity: Identity,
+    expression: Float[Array, "*b n_expr"],
+    rotations: Float[Array, "*b J 3 3"],
 ) -> Float[Array, "*b V_all 3"]:
-    """Linear blend skinning with the root unrotated; `with_neck` False ignores the neck too."""
+    """Linear blend skinning with a rotation for every joint, relative to its parent.
+
+    The root turns about its own joint, as in `smplx.FLAME`; the package's rigid motion does not use it
+    (see `world_vertices`). The inner mouth follows the neck.
+
+    Raises:
+      ValueError: the number of expression coefficients is not the head's.
+    """
     n_vertices = head.template.shape[0]
-    if coefficients.expression.shape[-1:] != (head.n_expression,):
+    if expression.shape[-1:] != (head.n_expression,):
         raise ValueError(
-            f"expression coefficients {tuple(coefficients.expression.shape)} do not end in the "
+            f"expression coefficients {tuple(expression.shape)} do not end in the "
             f"{head.n_expression} axes of head {head.name!r}"
         )
     neutral, mouth = identity.vertices[..., :n_vertices, :], identity.vertices[..., n_vertices:, :]
-    shaped = neutral + jnp.einsum(
-        "...e,evc->...vc", coefficients.expression, head.expression_basis, precision=_HIGHEST
-    )
+    posed = neutral + jnp.einsum("...e,evc->...vc", expression, head.expression_basis, precision=_HIGHEST)
     # As in FLAME, joints follow the mesh with its expression.
-    joints = jnp.einsum("jv,...vc->...jc", head.joint_regressor, shaped, precision=_HIGHEST)
-    rotations = _joint_rotations(head, coefficients, with_neck)
-    posed = shaped
+    joints = jnp.einsum("jv,...vc->...jc", head.joint_regressor, posed, precision=_HIGHEST)
     if head.pose_correctives.shape[0]:
         feature = (rotations[..., 1:, :, :] - jnp.eye(3)).reshape(*rotations.shape[:-3], -1)
         posed = posed + jnp.einsum("...p,pvc->...vc", feature, head.pose_correctives, precision=_HIGHEST)
@@ -231,7 +237,8 @@ def head_vertices(
     Raises:
       ValueError: the number of expression coefficients is not the head's.
     """
-    return _skinned(head, identity, coefficients, with_neck=True)
+    rotations = _joint_rotations(head, coefficients, with_neck=True)
+    return skin(head, identity, coefficients.expression, rotations)
 
 
 def expression_offsets(
@@ -241,7 +248,8 @@ def expression_offsets(
 
     Zero on inner-mouth vertices (design section 3).
     """
-    offsets = _skinned(head, identity, coefficients, with_neck=False) - identity.vertices
+    rotations = _joint_rotations(head, coefficients, with_neck=False)
+    offsets = skin(head, identity, coefficients.expression, rotations) - identity.vertices
     n_vertices = head.template.shape[0]
     extra = identity.vertices.shape[-2] - n_vertices
     inner = jnp.concatenate([jnp.asarray(head.inner_mouth), jnp.ones(extra, bool)])
