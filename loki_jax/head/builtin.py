@@ -34,6 +34,7 @@ NAME = "builtin"
 # Anatomy of the mean head.
 EYE = np.array([0.0315, 0.0100, 0.0680])  # centre of the left eyeball
 EYE_RADIUS = 0.0125
+IRIS_DEGREES = 26.0  # the iris's edge, from the pupil's centre
 LID_THICKNESS = 0.0009
 MOUTH_Y = -0.0590
 MOUTH_HALF_WIDTH = 0.0250
@@ -608,7 +609,7 @@ def _joint_regressor(vertices, groups, joints):
     return rows
 
 
-def _locate(vertices, faces, points):
+def locate(vertices, faces, points):
     """Face and barycentrics of the surface points of `faces` nearest to `points` (n, 3)."""
     a, b, c = (vertices[faces[:, k]] for k in range(3))
     near_face, near_bary = [], []
@@ -666,17 +667,24 @@ def _on_face(mesh, xy):
     phi, v = _face_parameters(np.abs(xy[:, 0]), xy[:, 1]).T
     points = _sculpt(_loft(phi, v), phi) * np.where(xy[:, :1] < 0, [[-1.0, 1.0, 1.0]], 1.0)
     skin = np.flatnonzero((mesh.part[mesh.faces] == SKIN).all(-1))
-    face, bary = _locate(mesh.vertices, mesh.faces[skin], points)
+    face, bary = locate(mesh.vertices, mesh.faces[skin], points)
     return skin[face].astype(np.int32), bary
 
 
-def _lid_vertices(mesh, left):
+def mirror_vertices(mesh: BuiltinMesh) -> Int[np.ndarray, " V"]:
+    """For each vertex the index of its mirror image (itself on the midline)."""
+    partner = np.arange(len(mesh.left))
+    partner[mesh.left > 0], partner[mesh.left < 0] = np.flatnonzero(mesh.left < 0), np.flatnonzero(mesh.left > 0)
+    return partner
+
+
+def lid_vertices(mesh, left):
     """Lid-edge vertices of one eye from outer corner over the upper lid, then back below."""
     index = np.flatnonzero((mesh.part == SKIN) & (mesh.eye_ring == 0) & (mesh.left == (1 if left else -1)))
     return index  # both halves keep the order of `_eye_ring`
 
 
-def _lip_vertices(mesh, tag):
+def lip_vertices(mesh, tag):
     """Vertices of one lip row ordered from the subject's right to left; inner rows own the corners."""
     index = np.flatnonzero((mesh.part == SKIN) & (mesh.lip == tag))
     return index[np.argsort(mesh.vertices[index, 0], kind="stable")]
@@ -686,22 +694,22 @@ def _ibug68(mesh):
     """The 68 landmarks in iBUG order (subject's right first)."""
 
     def nearest(tag, x):
-        row = _lip_vertices(mesh, tag)
+        row = lip_vertices(mesh, tag)
         return [row[np.argmin(np.abs(mesh.vertices[row, 0] - at))] for at in x]
 
     width = MOUTH_HALF_WIDTH
-    right, left = _lid_vertices(mesh, False), _lid_vertices(mesh, True)
+    right, left = lid_vertices(mesh, False), lid_vertices(mesh, True)
     n = _EYE_POINTS
     lids = [0, 3, n // 2 - 3, n // 2, n // 2 + 3, n - 3]  # outer, upper x 2, inner, lower x 2
     right_eye = [right[k] for k in lids]
     left_eye = [left[k] for k in (n // 2, n // 2 - 3, 3, 0, n - 3, n // 2 + 3)]
-    corners = _lip_vertices(mesh, 1)[[0, -1]]
+    corners = lip_vertices(mesh, 1)[[0, -1]]
     outer_up = nearest(3, width * np.array([-0.62, -0.25, 0.0, 0.25, 0.62]))
     outer_down = nearest(-3, width * np.array([0.62, 0.28, 0.0, -0.28, -0.62]))
     inner_up = nearest(1, width * np.array([-0.40, 0.0, 0.40]))
     inner_down = nearest(-1, width * np.array([0.40, 0.0, -0.40]))
     # Inside corners lie one vertex inwards of the outer ones.
-    row = _lip_vertices(mesh, 1)
+    row = lip_vertices(mesh, 1)
     mouth = [corners[0], *outer_up, corners[1], *outer_down, row[1], *inner_up, row[-2], *inner_down]
 
     contour_v = np.array([-0.005, -0.022, -0.040, -0.058, -0.076, -0.090, -0.100, -0.106, -0.108])
@@ -709,7 +717,7 @@ def _ibug68(mesh):
     jaw = _sculpt(_loft(contour_phi, contour_v), contour_phi)
     jaw = np.concatenate([jaw * [-1, 1, 1], jaw[-2::-1]])
     skin = np.flatnonzero((mesh.part[mesh.faces] == SKIN).all(-1))
-    jaw_face, jaw_bary = _locate(mesh.vertices, mesh.faces[skin], jaw)
+    jaw_face, jaw_bary = locate(mesh.vertices, mesh.faces[skin], jaw)
     brow = np.array([(0.0515, 0.0300), (0.0430, 0.0352), (0.0325, 0.0370), (0.0215, 0.0345), (0.0125, 0.0300)])
     nose = [(0, 0.014), (0, 0.001), (0, -0.012), (0, -0.0250)]
     under = [(-0.0135, -0.0365), (-0.0070, -0.0385), (0, -0.0385), (0.0070, -0.0385), (0.0135, -0.0365)]

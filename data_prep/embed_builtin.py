@@ -1,0 +1,291 @@
+"""Place MediaPipe's 478 face landmarks on the built-in head, and write the result as package data.
+
+    python -m data_prep.embed_builtin [--wheel mediapipe.whl] [--out FILE.npz] [--sheet FILE.png]
+
+Run once by the authors after the mesh is final; users get the file with the package. The mean head is
+rendered in several colourings, poses and mouth openings; the landmark networks mark each render; every
+mark is carried back to the surface it lies on; the median over all renders, made symmetric, is the
+landmark. Lid and lip contours are then laid exactly on the mesh's own contours (upper and lower apart),
+where a render of a closed mouth cannot tell them, and irises on the eyeballs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+from scipy.optimize import linear_sum_assignment
+from scipy.spatial import cKDTree
+
+from data_prep.landmarker import Landmarker, LandmarkError, fetch_models
+from data_prep.synth import render_frames
+from loki_jax.appearance import sample_appearance
+from loki_jax.head import builtin
+from loki_jax.head.asset import HeadAsset
+from loki_jax.head.builtin import BuiltinMesh, builtin_head, builtin_mesh
+from loki_jax.head.camera import camera_from_world, ndc_from_camera
+from loki_jax.head.skinning import make_identity, world_vertices
+from loki_jax.head.types import Camera, Coefficients
+from loki_jax.raster import rasterize
+
+_SIZE = 512
+_N = 478
+
+# MediaPipe's contours, each from the subject's right to left (lids: from the outer corner).
+_LID_RIGHT_UPPER = (33, 246, 161, 160, 159, 158, 157, 173, 133)
+_LID_RIGHT_LOWER = (33, 7, 163, 144, 145, 153, 154, 155, 133)
+_LID_LEFT_UPPER = (263, 466, 388, 387, 386, 385, 384, 398, 362)
+_LID_LEFT_LOWER = (263, 249, 390, 373, 374, 380, 381, 382, 362)
+_LIP_OUTER_UPPER = (61, 185, 40, 39, 37, 0, 267, 269, 270, 409, 291)
+_LIP_OUTER_LOWER = (61, 146, 91, 181, 84, 17, 314, 405, 321, 375, 291)
+_LIP_INNER_UPPER = (78, 191, 80, 81, 82, 13, 312, 311, 310, 415, 308)
+_LIP_INNER_LOWER = (78, 95, 88, 178, 87, 14, 317, 402, 318, 324, 308)
+_IRIS_RIGHT, _IRIS_LEFT = 468, 473
+_MIDLINE = (
+    10, 151, 9, 8, 168, 6, 197, 195, 5, 4, 1, 19, 94, 2, 164, 0, 11, 12, 13, 14, 15, 16, 17, 18, 200, 199, 175, 152
+)  # fmt: skip
+
+
+def _views(head: HeadAsset) -> Coefficients:
+    """Poses of the mean head: turns, nods, open mouth, raised brows; (n, ...)."""
+    rows = []
+    for yaw, pitch, jaw in (
+        *((y, 0.0, 0.0) for y in (-20, -12, -6, 0, 6, 12, 20)),
+        *((0.0, p, 0.0) for p in (-10, 10)),
+        *((y, 0.0, j) for y in (-10, 0, 10) for j in (0.10, 0.22)),
+    ):
+        rows.append((np.deg2rad([pitch, yaw, 0.0]), [jaw, 0.0, 0.0], jaw / 0.26))
+    rot, jaw, opening = (np.array(x, np.float32) for x in zip(*rows))
+    n = len(rows)
+    expression = np.zeros((n, head.n_expression), np.float32)
+    expression[:, head.expression_names.index("jawOpen")] = opening
+    zero = np.zeros((n, 3), np.float32)
+    return Coefficients(np.zeros((n, head.n_shape), np.float32), expression, rot, zero, zero, jaw, zero)
+
+
+def _camera() -> Camera:
+    extrinsics = np.eye(4, dtype=np.float32)
+    extrinsics[2, 3] = 1.0
+    focal = _SIZE / 0.34
+    return Camera(np.array([focal, focal, _SIZE / 2, _SIZE / 2], np.float32), extrinsics)
+
+
+def _mark(landmarker: Landmarker, image: np.ndarray) -> tuple[np.ndarray, float] | None:
+    """Landmarks (478, 2) in pixels and the face score, or None where no face is seen."""
+    faces = landmarker.detect(image)
+    if not faces:
+        return None
+    region = landmarker.face_region(faces[0])
+    for _ in range(3):
+        points, _, score = landmarker.points_in(image, region)
+        region = landmarker.next_region(points)
+    return points[:, :2], score
+
+
+def _surface_points(mesh: BuiltinMesh, faces: np.ndarray, bary: np.ndarray, pixels: np.ndarray) -> np.ndarray:
+    """Template positions (n, 3) of the skin nearest to each pixel (n, 2) of a rasterised view."""
+    skin_face = (mesh.part[mesh.faces] == builtin.SKIN).all(-1)
+    rows, columns = np.nonzero((faces >= 0) & skin_face[np.maximum(faces, 0)])
+    _, nearest = cKDTree(np.stack([columns + 0.5, rows + 0.5], -1)).query(pixels)
+    face, weight = faces[rows[nearest], columns[nearest]], bary[rows[nearest], columns[nearest]]
+    return np.einsum("nk,nkx->nx", weight, mesh.vertices[mesh.faces[face]])
+
+
+def _observe(head: HeadAsset, mesh: BuiltinMesh, landmarker: Landmarker, seeds: range, keep: int):
+    """Marks carried back to the template: (renders, 478, 3), irises meaningless, and one marked image."""
+    views, camera = _views(head), _camera()
+    crop = np.array([0, 0, _SIZE, _SIZE], np.float32)
+    n = len(views.rot)
+
+    @jax.jit
+    def fragments(coefficients):
+        vertices = world_vertices(head, make_identity(head, coefficients.shape), coefficients)
+        tiled = Camera(jnp.tile(camera.intrinsics, (n, 1)), jnp.tile(camera.extrinsics, (n, 1, 1)))
+        ndc = ndc_from_camera(camera_from_world(vertices, tiled), tiled, jnp.tile(crop, (n, 1)))
+        return rasterize(ndc, head.faces, _SIZE)
+
+    found = fragments(views)
+    faces, bary = np.asarray(found.face), np.asarray(found.bary)
+    scored = []
+    for seed in seeds:
+        frontal = Coefficients(*(field[3:4] for field in views))
+        image = render_frames(head, frontal, camera, crop, sample_appearance(seed, head), _SIZE)[0]
+        marks = _mark(landmarker, image)
+        scored.append((-1.0 if marks is None else marks[1], seed))
+    chosen = [seed for score, seed in sorted(scored, reverse=True)[:keep] if score > 0.5]
+    if not chosen:
+        raise LandmarkError("the landmark networks see no face in any render of the built-in head")
+    observed, sheet, irises = [], None, []
+    for seed in chosen:
+        frames = render_frames(head, views, camera, crop, sample_appearance(seed, head), _SIZE)
+        for view in range(n):
+            marks = _mark(landmarker, frames[view])
+            if marks is None or marks[1] < 0.5:
+                continue
+            observed.append(_surface_points(mesh, faces[view], bary[view], marks[0]))
+            if view == 3:
+                irises.append(marks[0][_IRIS_RIGHT:])
+                sheet = frames[view].copy() if sheet is None else sheet
+    return np.stack(observed), np.stack(irises), sheet
+
+
+def _mirror_pairs(points: np.ndarray) -> np.ndarray:
+    """The permutation that exchanges left and right among 468 points."""
+    pairs = np.full(468, -1)
+    pairs[list(_MIDLINE)] = _MIDLINE
+    for right, left in (
+        (_LID_RIGHT_UPPER, _LID_LEFT_UPPER),
+        (_LID_RIGHT_LOWER, _LID_LEFT_LOWER),
+        *((row, row[::-1]) for row in (_LIP_OUTER_UPPER, _LIP_OUTER_LOWER, _LIP_INNER_UPPER, _LIP_INNER_LOWER)),
+    ):
+        for a, b in zip(right, left):
+            pairs[a], pairs[b] = b, a
+    free = np.flatnonzero(pairs < 0)
+    mirrored = points[free] * [-1, 1, 1]
+    distance = ((mirrored[:, None] - points[free][None]) ** 2).sum(-1)
+    _, match = linear_sum_assignment(distance + distance.T)
+    pairs[free] = free[match]
+    if not (pairs[pairs] == np.arange(468)).all():
+        raise LandmarkError("the marks are not symmetric enough to pair left with right")
+    return pairs
+
+
+def _along(mesh: BuiltinMesh, chain: np.ndarray, fractions: np.ndarray):
+    """Landmarks at fractions of the length of a chain of mesh vertices: exactly on its edges."""
+    length = np.linalg.norm(np.diff(mesh.vertices[chain], axis=0), axis=-1)
+    at = np.concatenate([[0.0], np.cumsum(length)]) / length.sum()
+    skin = np.flatnonzero((mesh.part[mesh.faces] == builtin.SKIN).all(-1))
+    face, bary = [], []
+    for fraction in fractions:
+        k = int(np.clip(np.searchsorted(at, fraction, side="right") - 1, 0, len(chain) - 2))
+        share = np.clip((fraction - at[k]) / (at[k + 1] - at[k]), 0, 1)
+        both = [f for f in skin if {chain[k], chain[k + 1]} <= set(mesh.faces[f].tolist())]
+        weights = np.zeros(3)
+        weights[list(mesh.faces[both[0]]).index(chain[k])] = 1 - share
+        weights[list(mesh.faces[both[0]]).index(chain[k + 1])] = share
+        face.append(both[0])
+        bary.append(weights)
+    return np.array(face), np.array(bary)
+
+
+def _fractions(points: np.ndarray, row: tuple[int, ...]) -> np.ndarray:
+    """Where a contour's marks lie between its corners (0..1); even spacing if they are out of order."""
+    length = np.linalg.norm(np.diff(points[list(row)][:, :2], axis=0), axis=-1)
+    at = np.concatenate([[0.0], np.cumsum(length)]) / max(length.sum(), 1e-9)
+    even = np.linspace(0, 1, len(row))
+    return 0.5 * (at + even) if np.abs(at - even).max() < 0.12 else even
+
+
+def embed(head: HeadAsset, landmarker: Landmarker, seeds: range = range(40), keep: int = 8):
+    """Face indices (478,) and barycentrics (478, 3) of MediaPipe's landmarks, and a marked render."""
+    mesh = builtin_mesh()
+    observed, irises, sheet = _observe(head, mesh, landmarker, seeds, keep)
+    points = np.median(observed[:, :468], axis=0)
+    pairs = _mirror_pairs(points)
+    points = 0.5 * (points + points[pairs] * [-1, 1, 1])
+    # The whole face is laid on one side and mirrored, so that both sides are exact mirror images.
+    skin = np.flatnonzero((mesh.part[mesh.faces] == builtin.SKIN).all(-1))
+    face = np.zeros(_N, int)
+    bary = np.zeros((_N, 3))
+    near_face, bary[:468] = builtin.locate(mesh.vertices, mesh.faces[skin], points)
+    face[:468] = skin[near_face]
+    partner = builtin.mirror_vertices(mesh)
+    by_corners = {tuple(sorted(corners)): f for f, corners in enumerate(mesh.faces.tolist())}
+
+    def mirror(index, source):
+        corners = partner[mesh.faces[face[source]]].tolist()
+        face[index] = by_corners[tuple(sorted(corners))]
+        bary[index] = [bary[source][corners.index(c)] for c in mesh.faces[face[index]].tolist()]
+
+    for index in np.flatnonzero(points[:, 0] < 0):
+        mirror(index, pairs[index])
+
+    # Contours: laid on the left half, mirrored to the right.
+    ring = builtin.lid_vertices(mesh, left=True)
+    half = len(ring) // 2
+    for row, right, chain in (
+        (_LID_LEFT_UPPER, _LID_RIGHT_UPPER, ring[: half + 1]),
+        (_LID_LEFT_LOWER, _LID_RIGHT_LOWER, np.concatenate([ring[:1], ring[half:][::-1]])),
+    ):
+        index = list(row)
+        face[index], bary[index] = _along(mesh, chain, _fractions(points, row))
+        for a, b in zip(right, row):
+            mirror(a, b)
+    for row, tag in (
+        (_LIP_OUTER_UPPER, 3), (_LIP_OUTER_LOWER, -3), (_LIP_INNER_UPPER, 1), (_LIP_INNER_LOWER, -1),
+    ):  # fmt: skip
+        corner = builtin.lip_vertices(mesh, 1)[-1]
+        chain = builtin.lip_vertices(mesh, tag)
+        chain = chain[mesh.vertices[chain, 0] >= 0]
+        if chain[-1] != corner:
+            chain = np.append(chain, corner)
+        fractions = _fractions(points, row[5:])
+        if abs(tag) == 1:
+            # The inner corner landmark lies a little inside the outer one.
+            fractions = fractions * 0.95
+        index = list(row[5:])
+        face[index], bary[index] = _along(mesh, chain, fractions)
+        for a, b in zip(row[:5], row[:5:-1]):
+            mirror(a, b)
+
+    # Irises: the pupil's centre and four points on the iris's edge, in the networks' own order.
+    middle = irises.mean(0)
+    for first, left in ((_IRIS_RIGHT, False), (_IRIS_LEFT, True)):
+        ball = np.flatnonzero((mesh.part == builtin.EYEBALL) & (mesh.left == (1 if left else -1)))
+        pole = ball[mesh.depth[ball] == 0][0]
+        centre = builtin.EYE * ([1, 1, 1] if left else [-1, 1, 1])
+        face[first], bary[first] = next(
+            (f, (corners == pole).astype(float)) for f, corners in enumerate(mesh.faces) if pole in corners
+        )
+        on_ball = np.flatnonzero(np.isin(mesh.faces, ball).all(-1))
+        five = middle[first - _IRIS_RIGHT : first - _IRIS_RIGHT + 5]
+        for k in range(1, 5):
+            dx, dy = five[k] - five[0]  # image axes: x right is the subject's left, y down
+            aim = np.array([np.sign(dx), 0.0]) if abs(dx) > abs(dy) else np.array([0.0, -np.sign(dy)])
+            t = np.deg2rad(builtin.IRIS_DEGREES)
+            target = centre + builtin.EYE_RADIUS * np.array([*(np.sin(t) * aim), np.cos(t)])
+            near, weights = builtin.locate(mesh.vertices, mesh.faces[on_ball], target[None])
+            face[first + k], bary[first + k] = on_ball[near[0]], weights[0]
+    return face.astype(np.int32), np.round(bary, 5).astype(np.float32), sheet
+
+
+def _draw(sheet: np.ndarray, head: HeadAsset, face: np.ndarray, bary: np.ndarray) -> np.ndarray:
+    """The frontal render, twice as large, with the landmarks as dots."""
+    points = np.einsum("nk,nkx->nx", bary, np.asarray(head.template)[np.asarray(head.faces)[face]])
+    focal = _SIZE / 0.34
+    x = _SIZE / 2 + focal * points[:, 0] / (1.0 - points[:, 2])
+    y = _SIZE / 2 - focal * points[:, 1] / (1.0 - points[:, 2])
+    big = np.repeat(np.repeat(sheet, 2, 0), 2, 1)
+    for k, (px, py) in enumerate(zip((2 * x).astype(int), (2 * y).astype(int))):
+        big[py - 1 : py + 2, px - 1 : px + 2] = (255, 40, 40) if k >= 468 else (40, 255, 80)
+    return big
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m data_prep.embed_builtin", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--wheel", type=Path, help="the MediaPipe wheel with the landmark models (else the cache)")
+    parser.add_argument(
+        "--out", type=Path, default=Path(builtin.__file__).with_name("builtin_mediapipe478.npz"), help="file to write"
+    )
+    parser.add_argument("--sheet", type=Path, help="also write a render with the landmarks drawn on it")
+    args = parser.parse_args(argv)
+    head = builtin_head()
+    try:
+        face, bary, sheet = embed(head, Landmarker(fetch_models(args.wheel)))
+    except LandmarkError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    np.savez_compressed(args.out, face=face, bary=bary)
+    if args.sheet is not None:
+        Image.fromarray(_draw(sheet, head, face, bary)).save(args.sheet)
+    print(f"wrote {args.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
