@@ -11,15 +11,12 @@ from ml_collections import ConfigDict
 
 from loki_jax.diffusion.sampler import ddim_sample
 from loki_jax.diffusion.schedule import Schedule, make_schedule
-from loki_jax.driver import driver_map, flame_vector
+from loki_jax.driver import driver_channels, driver_map, flame_vector
 from loki_jax.head.asset import HeadAsset
 from loki_jax.head.skinning import make_identity
 from loki_jax.head.types import Camera, Coefficients
 from loki_jax.models.autoencoder import make_autoencoder, sample_posterior
 from loki_jax.models.loki import Loki, init_params, make_loki
-
-MAP_CHANNELS = {"full": 45, "no_posenc": 3, "no_deform": 42}
-
 
 class Networks(NamedTuple):
     """The networks of a config; their parameters travel separately.
@@ -40,18 +37,17 @@ def build_networks(config: ConfigDict, head: HeadAsset) -> Networks:
     Raises:
       ValueError: an option is unknown, or sizes do not fit each other.
     """
-    arm = config.driver.arm
-    if arm not in (*MAP_CHANNELS, "flame_vector"):
-        raise ValueError(f"config.driver.arm={arm!r}: use {', '.join(MAP_CHANNELS)} or flame_vector")
+    vector = config.driver.arm == "flame_vector"
+    in_channels = head.n_expression + 12 if vector else driver_channels(config.driver.arm)
     model_config = ConfigDict(config.model.to_dict())
     autoencoder = make_autoencoder(model_config)
     if config.image_size % autoencoder.stride:
         raise ValueError(f"config.image_size={config.image_size} is not divisible by {autoencoder.stride}")
     model_config.latent_size = config.image_size // autoencoder.stride
-    model_config.encoder.kind = "vector" if arm == "flame_vector" else "map"
-    model_config.encoder.in_channels = MAP_CHANNELS.get(arm, head.n_expression + 12)
+    model_config.encoder.kind = "vector" if vector else "map"
+    model_config.encoder.in_channels = in_channels
     stages = len(model_config.encoder.widths)
-    if arm != "flame_vector" and 2**stages != autoencoder.stride:
+    if not vector and 2**stages != autoencoder.stride:
         raise ValueError(
             f"config.model.encoder.widths has {stages} stride-2 stages, the latents have stride {autoencoder.stride}"
         )
@@ -156,19 +152,37 @@ def sample_window(
     guidance: float,
     spacing: str,
 ) -> UInt8[Array, "b t s s 3"]:
-    """Animate each reference with its driver input for one window; traceable.
+    """Animate each reference with its driver input for one window; traceable."""
+    features = reference_features(networks, params, encode_images(networks, params, reference))
+    return sample_from_features(
+        config, networks, params, features, driver, key, steps=steps, guidance=guidance, spacing=spacing
+    )
+
+
+def sample_from_features(
+    config: ConfigDict,
+    networks: Networks,
+    params: PyTree,
+    features: PyTree,
+    driver: Float[Array, "b t *s c"],
+    key: PRNGKeyArray,
+    *,
+    steps: int,
+    guidance: float,
+    spacing: str,
+) -> UInt8[Array, "b t s s 3"]:
+    """`sample_window` where the reference features are there already, as for a clip's later windows.
 
     The unconditional branch has zero features and a zero driver map (docs/decisions.md, row 1).
     """
-    latent = encode_images(networks, params, reference)
-    features = reference_features(networks, params, latent)
     condition = encode_condition(networks, params, driver)
     unconditional = None
     if guidance != 1:
         unconditional = (
             encode_condition(networks, params, jnp.zeros_like(driver)), jax.tree.map(jnp.zeros_like, features),
         )
-    noise = jax.random.normal(key, (*driver.shape[:2], *latent.shape[1:]))
+    size, channels = networks.model_config.latent_size, networks.model_config.latent_channels
+    noise = jax.random.normal(key, (*driver.shape[:2], size, size, channels))
     latents = ddim_sample(
         lambda x, t, inputs: denoise(networks, params, x, t, *inputs), noise, networks.schedule,
         conditional=(condition, features), unconditional=unconditional, steps=steps, guidance=guidance,

@@ -17,14 +17,13 @@ import sys
 import time
 from pathlib import Path
 
-import grain
 import jax
 import numpy as np
-from absl import app, flags
+from absl import app, flags, logging
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import config_flags
 
-from loki_jax.data.pipeline import make_dataset, make_validation_dataset
+from loki_jax.data.pipeline import iterate, make_dataset, make_validation_dataset
 from loki_jax.data.records import DatasetError, open_dataset
 from loki_jax.head.asset import HeadAssetError
 from loki_jax.networks import build_networks
@@ -66,14 +65,11 @@ def train(config, workdir: Path) -> float:
         path=config.data.path, window=config.window, batch=config.batch_size, seed=config.seed,
         process_index=jax.process_index(), process_count=jax.process_count(), cache_bytes=config.data.cache_mb * 2**20,
     )
-    reading = grain.ReadOptions(num_threads=config.data.threads, prefetch_buffer_size=2 * config.data.threads)
-    windows = make_dataset(**source, fixed_reference=config.data.fixed_reference).to_iter_dataset(reading)
-    if config.data.workers:
-        windows = windows.mp_prefetch(grain.MultiprocessingOptions(num_workers=config.data.workers))
-    iterator = iter(windows)
+    windows = make_dataset(**source, fixed_reference=config.data.fixed_reference)
+    iterator = iterate(windows, config.data.workers, config.data.threads, prefetch=2 * config.data.threads)
     held_out = []
     if dataset.clips_of("validation"):
-        held_out = list(itertools.islice(iter(make_validation_dataset(**source)), config.validation.batches))
+        held_out = list(itertools.islice(iterate(make_validation_dataset(**source)), config.validation.batches))
 
     # ------------------------------------------------------------------------- model and state
     head = dataset.head()
@@ -158,6 +154,8 @@ def train(config, workdir: Path) -> float:
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unknown arguments: {' '.join(argv[1:])}")
+    # Orbax and TFDS report every file they open; the progress lines are ours.
+    logging.set_verbosity(logging.WARNING)
     if FLAGS.distributed:
         jax.distributed.initialize()
     try:

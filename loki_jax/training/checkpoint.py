@@ -224,14 +224,15 @@ def load_checkpoint(source: str | os.PathLike, use_ema: bool = True) -> Checkpoi
     if step is None:
         raise CheckpointError(f"{folder}: holds no finished checkpoint. Train for at least one checkpoint interval.")
     item = "ema" if use_ema and (folder / str(step) / "ema").exists() else "params"
-    # Without a target Orbax would want the devices of the training run back.
-    params = dict(_restore_as_numpy((folder / str(step) / item).absolute()))
+    # The pixel autoencoder has no parameters, and files keep no empty dict.
+    params = {"autoencoder": {}} | _restore_as_numpy((folder / str(step) / item).absolute())
     if (path / "frozen").is_dir():
         params |= _restore_as_numpy((path / "frozen").absolute())
     return Checkpoint(config, params, head, step)
 
 
-def _restore_as_numpy(path: Path):
+def _restore_as_numpy(path: Path) -> dict:
+    """A saved tree without a target, which would want the devices of the training run back."""
     with ocp.PyTreeCheckpointer() as checkpointer:
         tree = checkpointer.metadata(path).item_metadata.tree
         restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
@@ -287,6 +288,7 @@ def load_model_file(path: Path) -> Checkpoint:
     total = float(np.abs(np.asarray(head.template, np.float64)).sum())
     if metadata["head"] != head.name or not np.isclose(total, float(metadata["head_template_sum"]), rtol=1e-6):
         raise CheckpointError(f"{path}: made with another built-in head ({metadata['head']}); use the version that made it.")
-    return Checkpoint(config_from_json(metadata["config"]), _nest(tensors, "/"), head, int(metadata["step"]))
+    params = {"autoencoder": {}} | _nest(tensors, "/")
+    return Checkpoint(config_from_json(metadata["config"]), params, head, int(metadata["step"]))
 
 
