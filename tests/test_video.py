@@ -28,14 +28,16 @@ def frame_number(frame):
     return (float(centre.mean()) - 40) / 3
 
 
-def make_driver(path, count=50, fps=NTSC, *, audio="aac", rate=44100, click=1.0, rotation=None, stamps=None):
+def make_driver(
+    path, count=50, fps=NTSC, *, audio="aac", rate=44100, click=1.0, rotation=None, stamps=None, flips=None
+):
     """A driver clip: numbered frames and a tone that starts `click` seconds in."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=fps)
         stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
         stream.options = {"crf": "10"}
         if rotation is not None:
-            stream.set_display_rotation(rotation)
+            stream.set_display_rotation(rotation, **(flips or {}))
         stream.codec_context.time_base = Fraction(1, 90000) if stamps else 1 / fps
         if audio:
             sound = container.add_stream(audio, rate=rate)
@@ -122,6 +124,18 @@ def test_rotation_flag_is_applied(tmp_path, angle):
     # Corner colours tell all four orientations apart.
     for corner in ((2, 2), (2, -3), (-3, 2), (-3, -3)):
         assert np.abs(clip.frames[0][corner].astype(int) - expected[corner]).max() < 20
+
+
+@pytest.mark.parametrize("angle", [0, 90, 180, 270])
+@pytest.mark.parametrize("flip", ["hflip", "vflip"])
+def test_mirror_flags_are_applied(tmp_path, angle, flip):
+    path = make_driver(tmp_path / "clip.mp4", 3, audio=None, rotation=angle, flips={flip: True})
+    turned = np.rot90(next(iter(numbered_frames(1))), angle // 90)
+    expected = turned[:, ::-1] if flip == "hflip" else turned[::-1]
+    found = read_video(path).frames[0]
+    assert found.shape == expected.shape
+    for corner in ((2, 2), (2, -3), (-3, 2), (-3, -3)):
+        assert np.abs(found[corner].astype(int) - expected[corner]).max() < 20
 
 
 def test_odd_sizes_are_read_as_they_are_and_written_with_one_more_line(tmp_path):

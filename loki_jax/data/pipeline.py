@@ -279,7 +279,5 @@ def iterate(
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch)
     batches = dataset.to_iter_dataset(options)
     if workers:
-        batches = batches.mp_prefetch(
-            grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=max(1, prefetch))
-        )
+        batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
     return iter(batches)
