@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Array, Float, UInt8
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
@@ -16,8 +17,8 @@ from PIL import Image
 _FREQUENCIES = 7  # of the positional encoding, per axis (design section 5)
 
 
-def driver_map_picture(driver: Float[np.ndarray, "*b s s c"]) -> UInt8[np.ndarray, "*b s s 3"]:
-    """A driver map as RGB: canonical position as colour, brightened or darkened by the deformation.
+def driver_map_picture(driver: Float[Array, "*b s s c"]) -> UInt8[Array, "*b s s 3"]:
+    """A driver map as RGB: canonical position as colour, tinted by the deformation; traceable.
 
     Args:
       driver: 45, 42 (no deformation) or 3 channels (no positional encoding); zero off the head.
@@ -30,18 +31,19 @@ def driver_map_picture(driver: Float[np.ndarray, "*b s s c"]) -> UInt8[np.ndarra
     Raises:
       ValueError: the map has another number of channels.
     """
-    driver = np.asarray(driver, np.float32)
     channels = driver.shape[-1]
     if channels not in (3, 42, 45):
         raise ValueError(f"driver_map_picture: a map has 45, 42 or 3 channels, not {channels}")
-    colour = np.full((*driver.shape[:-1], 3), 0.5, np.float32)
+    driver = driver.astype(jnp.float32)
+    colour = jnp.full((*driver.shape[:-1], 3), 0.5)
     if channels >= 42:
-        # The lowest frequency of each axis: |p| <= 1, so sin(p) <= 0.84.
-        colour = 0.5 + 0.45 * driver[..., [0, 2 * _FREQUENCIES, 4 * _FREQUENCIES]] / 0.84
+        # Sines of the lowest frequency; |p| <= 1 or so, hence the contrast.
+        sines = jnp.stack([driver[..., axis * 2 * _FREQUENCIES] for axis in range(3)], -1)
+        colour = 0.5 + 0.5 * sines
     if channels != 42:
         colour = colour + 0.15 * driver[..., -3:]
     covered = (driver != 0).any(-1, keepdims=True)
-    return np.rint(255 * np.clip(np.where(covered, colour, 1), 0, 1)).astype(np.uint8)
+    return jnp.round(255 * jnp.clip(jnp.where(covered, colour, 1), 0, 1)).astype(jnp.uint8)
 
 
 def resize_frames(frames: UInt8[np.ndarray, "n h w 3"], height: int) -> UInt8[np.ndarray, "n height w2 3"]:
