@@ -14,6 +14,9 @@ How it is made (all lengths in metres, head frame: x to the subject's left, y up
 Identity and expression axes are in `loki_jax.head.builtin_axes`. Everything is deterministic: no
 random numbers, and no tie in the triangulation (fill points come from a low-discrepancy sequence and
 are relaxed), so every machine gets the same arrays.
+
+FROZEN since commit 7f310d9: the shipped demo model was trained on exactly these vertices, faces, bases and
+weights. A change to any of them needs new demo shards and a new demo model.
 """
 
 from __future__ import annotations
