@@ -106,6 +106,28 @@ def find_clip(folder: Path, clip_id: str, head: HeadAsset) -> tuple[Dataset, Cli
     raise DatasetError(f"{folder}: has no clip {clip_id!r}. Its clips: {names}{', ...' * (len(dataset.clips) > 8)}")
 
 
+def fit_portrait(path: str, head: HeadAsset):
+    """`data_prep.face_track.fit_image` of a file; its landmark networks are loaded for real pictures only."""
+    from data_prep.face_track import fit_image
+    from data_prep.landmarker import LandmarkError
+
+    try:
+        return fit_image(path, head)
+    except LandmarkError as error:
+        raise MediaError(str(error)) from error
+
+
+def fit_clip(path: str, head: HeadAsset):
+    """`data_prep.face_track.fit_video` of a file, at its own frame rate."""
+    from data_prep.face_track import fit_video
+    from data_prep.landmarker import LandmarkError
+
+    try:
+        return fit_video(path, head)
+    except LandmarkError as error:
+        raise MediaError(str(error)) from error
+
+
 def load_portrait(source: str, head: HeadAsset, size: int) -> Portrait:
     """Read a reference from an image file (fitted) or a dataset's clip (its first frame).
 
@@ -114,14 +136,7 @@ def load_portrait(source: str, head: HeadAsset, size: int) -> Portrait:
     """
     found = split_clip_source(source)
     if found is None:
-        # Landmark networks are needed for real pictures only.
-        from data_prep.face_track import fit_image
-        from data_prep.landmarker import LandmarkError
-
-        try:
-            fitted = fit_image(source, head)
-        except LandmarkError as error:
-            raise MediaError(str(error)) from error
+        fitted = fit_portrait(source, head)
         coefficients = jax.tree.map(lambda x: np.asarray(x)[0], fitted.fit.coefficients)
         image = crop_and_resize(fitted.frames[0], fitted.crop, size)
         return Portrait(image, coefficients, fitted.fit.camera, fitted.crop, source)
@@ -139,13 +154,7 @@ def load_performance(source: str, head: HeadAsset, size: int) -> Performance:
     """
     found = split_clip_source(source)
     if found is None:
-        from data_prep.face_track import fit_video
-        from data_prep.landmarker import LandmarkError
-
-        try:
-            fitted = fit_video(source, head)
-        except LandmarkError as error:
-            raise MediaError(str(error)) from error
+        fitted = fit_clip(source, head)
         frames = np.stack([crop_and_resize(frame, fitted.crop, size) for frame in fitted.frames])
         valid = np.asarray(fitted.fit.confidence) > 0
         return Performance(
