@@ -1,0 +1,109 @@
+"""The attention backends against each other, their memory, and their errors."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from loki_jax.models import attention
+from loki_jax.models.attention import attend, attend_shared
+
+
+def random_qkv(n, m, batch=1, heads=2, d=4, dtype=jnp.float32):
+    keys = jax.random.split(jax.random.key(0), 3)
+    return tuple(3 * jax.random.normal(k, (batch, size, heads, d), dtype) for k, size in zip(keys, (n, m, m), strict=True))
+
+
+def test_against_numpy_float64():
+    q, k, v = random_qkv(5, 7, batch=2, heads=3, d=4)
+    logits = np.einsum("bqhd,bkhd->bhqk", np.float64(q), np.float64(k)) / 2
+    weights = np.exp(logits - logits.max(-1, keepdims=True))
+    expected = np.einsum("bhqk,bkhd->bqhd", weights / weights.sum(-1, keepdims=True), np.float64(v))
+    for backend in ("xla", "chunked", "auto"):
+        np.testing.assert_allclose(attend(q, k, v, backend), expected, atol=1e-5)
+
+
+def test_large_logits_do_not_overflow():
+    q, k, v = random_qkv(3, 4)
+    out = attend(1e4 * q, k, v, "xla")
+    best = jnp.argmax(jnp.einsum("bqhd,bkhd->bhqk", q, k), -1)  # softmax has become a choice
+    expected = jnp.take_along_axis(v.swapaxes(1, 2), best[..., None], axis=2).swapaxes(1, 2)
+    np.testing.assert_allclose(out, expected, atol=1e-5)
+
+
+def test_chunked_equals_xla_over_several_uneven_blocks(monkeypatch):
+    monkeypatch.setattr(attention, "_CHUNK_LOGITS", 2 * 50 * 16)  # 16 queries a block
+    q, k, v = random_qkv(37, 50)
+    cotangent = jax.random.normal(jax.random.key(1), q.shape)
+
+    def run(backend):
+        out, pullback = jax.vjp(lambda *qkv: attend(*qkv, backend), q, k, v)
+        return out, pullback(cotangent)
+
+    for ours, expected in zip(jax.tree.leaves(run("chunked")), jax.tree.leaves(run("xla")), strict=True):
+        np.testing.assert_allclose(ours, expected, atol=3e-5, rtol=3e-5)
+
+
+@pytest.mark.parametrize("backend, fits", [("chunked", True), ("xla", False)])
+def test_memory_of_the_backward_pass(backend, fits):
+    """At 8,192 x 8,192 tokens of two heads the logits take 512 MiB: chunked never holds them."""
+    q, k, v = (jax.ShapeDtypeStruct((1, 8192, 2, 4), jnp.float32),) * 3
+    gradient = jax.grad(lambda q, k, v: attend(q, k, v, backend).sum(), argnums=(0, 1, 2))
+    memory = jax.jit(gradient).lower(q, k, v).compile().memory_analysis()
+    assert (memory.temp_size_in_bytes < 2**29) == fits
+
+
+def test_auto_never_materialises_the_full_size_logits():
+    """16,384 queries x 17,408 keys (design section 6): auto on CPU takes the chunked backend."""
+    q = jax.ShapeDtypeStruct((2, 16384, 10, 64), jnp.bfloat16)
+    k = jax.ShapeDtypeStruct((2, 17408, 10, 64), jnp.bfloat16)
+    jaxpr = jax.make_jaxpr(attend)(q, k, k)
+    sizes = [var.aval.size for eqn in all_equations(jaxpr.jaxpr) for var in eqn.outvars]
+    assert max(sizes) <= max(q.size, k.size, attention._CHUNK_LOGITS)
+
+
+def test_shared_tokens_are_appended_to_every_frame():
+    batch, frames, n, m = 2, 3, 4, 5
+    keys = jax.random.split(jax.random.key(0), 5)
+    q, k, v = (jax.random.normal(key, (batch, frames, n, 2, 4)) for key in keys[:3])
+    shared_k, shared_v = (jax.random.normal(key, (batch, m, 2, 4)) for key in keys[3:])
+    out = attend_shared(q, k, v, shared_k, shared_v)
+    for frame in range(frames):
+        expected = attend(q[:, frame], jnp.concatenate([k[:, frame], shared_k], 1),
+                          jnp.concatenate([v[:, frame], shared_v], 1), "xla")
+        np.testing.assert_allclose(out[:, frame], expected, atol=1e-6)
+
+
+def test_bfloat16_is_accumulated_in_float32():
+    q, k, v = random_qkv(16, 512, dtype=jnp.bfloat16)
+    out = attend(q, k, v, "xla")
+    exact = attend(*(x.astype(jnp.float32) for x in (q, k, v)), "xla")
+    assert out.dtype == jnp.bfloat16
+    np.testing.assert_allclose(out.astype(jnp.float32), exact, atol=0.06)
+
+
+def test_errors():
+    q, k, v = random_qkv(3, 4)
+    with pytest.raises(ValueError, match="unknown attention backend 'flash'"):
+        attend(q, k, v, "flash")
+    with pytest.raises(ValueError, match="shapes do not fit"):
+        attend(q, k, v[:, :3])
+    if jax.default_backend() != "gpu":
+        with pytest.raises(ValueError, match="CUDA GPU"):
+            attend(q, k, v, "cudnn")
+
+
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="the fused kernel needs a CUDA GPU")
+def test_cudnn_equals_xla():
+    q, k, v = random_qkv(256, 320, d=64, dtype=jnp.bfloat16)
+    fused, plain = (attend(q, k, v, backend).astype(jnp.float32) for backend in ("cudnn", "xla"))
+    np.testing.assert_allclose(fused, plain, atol=0.03)
+
+
+def all_equations(jaxpr):
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for value in eqn.params.values():
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from all_equations(inner)
