@@ -17,7 +17,7 @@ from loki_jax.diffusion.loss import check_prediction
 from loki_jax.diffusion.schedule import Schedule, ddim_timesteps
 
 # Epsilon prediction at a lower signal power is divided by almost nothing.
-_MIN_SIGNAL_POWER = 1e-7
+_MIN_SIGNAL_POWER = 1e-8
 
 
 def ddim_sample(
@@ -59,7 +59,7 @@ def ddim_sample(
     timesteps, alpha, alpha_prev = ddim_alphas(schedule, steps, spacing)
     if prediction == "epsilon" and alpha[0] < _MIN_SIGNAL_POWER:
         raise ValueError(f"epsilon prediction cannot start at step {timesteps[0]}, where the signal power is "
-                         f"{alpha[0]:.1e}; use spacing 'leading' or prediction 'v'")
+                         f"{alpha[0]:.1e}; use spacing 'leading', fewer steps, or prediction 'v'")
     if guided:
         inputs = jax.tree.map(lambda u, c: jnp.concatenate([u, c]), unconditional, conditional)
     else:

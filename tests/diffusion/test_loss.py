@@ -1,0 +1,75 @@
+"""The training objective."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from loki_jax.diffusion.loss import diffusion_loss, prediction_target, q_sample, sample_timesteps
+from loki_jax.diffusion.schedule import make_schedule
+
+SCHEDULE = make_schedule()
+
+
+def test_timesteps_are_uniform_and_independent_for_each_frame():
+    timesteps = np.asarray(sample_timesteps(jax.random.key(0), 4000, 4))
+    assert timesteps.shape == (4000, 4)
+    assert timesteps.min() == 0 and timesteps.max() == 999
+    counts = np.histogram(timesteps, bins=10, range=(0, 1000))[0]
+    assert np.abs(counts - 1600).max() < 200  # five standard deviations
+    correlation = np.corrcoef(timesteps.T) - np.eye(4)
+    assert np.abs(correlation).max() < 0.08
+
+
+def test_q_sample_mixes_each_frame_at_its_own_time():
+    x0, noise = jax.random.normal(jax.random.key(0), (2, 2, 3, 4, 4, 5))
+    timesteps = jnp.array([[0, 500, 999], [10, 20, 30]])
+    x = q_sample(SCHEDULE, x0, timesteps, noise)
+    for b in range(2):
+        for t in range(3):
+            alpha = SCHEDULE.alphas_cumprod[timesteps[b, t]]
+            expected = np.sqrt(alpha) * x0[b, t] + np.sqrt(1 - alpha) * noise[b, t]
+            np.testing.assert_allclose(x[b, t], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v"])
+def test_loss_of_a_known_prediction(prediction):
+    x0 = jax.random.normal(jax.random.key(0), (3, 4, 4, 4, 2))
+    seen = {}
+
+    def zero(x, t):
+        seen.update(x=x, t=t)
+        return jnp.zeros_like(x)
+
+    loss, aux = diffusion_loss(zero, x0, jax.random.key(1), SCHEDULE, prediction)
+    # Recover the noise from what the network was shown.
+    alpha = jnp.asarray(SCHEDULE.alphas_cumprod)[seen["t"]][..., None, None, None]
+    noise = (seen["x"] - jnp.sqrt(alpha) * x0) / jnp.sqrt(1 - alpha)
+    target = noise if prediction == "epsilon" else jnp.sqrt(alpha) * noise - jnp.sqrt(1 - alpha) * x0
+    np.testing.assert_allclose(aux["mse"], jnp.square(target).mean((2, 3, 4)), rtol=1e-3)
+    np.testing.assert_allclose(loss, aux["mse"].mean(), rtol=1e-6)
+    np.testing.assert_array_equal(aux["timesteps"], seen["t"])
+    np.testing.assert_allclose(
+        prediction_target(SCHEDULE, x0, seen["t"], noise, prediction), target, atol=1e-5)
+
+
+def test_a_perfect_prediction_has_no_loss():
+    x0 = jnp.ones((2, 3, 4, 4, 2))
+
+    def perfect(x, t):
+        alpha = jnp.asarray(SCHEDULE.alphas_cumprod)[t][..., None, None, None]
+        return (x - jnp.sqrt(alpha)) / jnp.sqrt(1 - alpha)
+
+    loss, _ = diffusion_loss(perfect, x0, jax.random.key(0), SCHEDULE)
+    assert loss < 1e-8
+
+
+def test_key_decides_everything():
+    x0 = jnp.ones((2, 3, 4, 4, 2))
+    run = lambda seed: diffusion_loss(lambda x, t: x, x0, jax.random.key(seed), SCHEDULE)[0]
+    assert run(0) == run(0) != run(1)
+
+
+def test_unknown_prediction():
+    with pytest.raises(ValueError, match="unknown prediction 'x0'"):
+        diffusion_loss(lambda x, t: x, jnp.ones((1, 1, 2, 2, 1)), jax.random.key(0), SCHEDULE, "x0")
