@@ -12,6 +12,7 @@ its metadata); the package ships one, called "demo".
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from importlib import resources
@@ -256,7 +257,7 @@ def save_model_file(path: Path, checkpoint: Checkpoint) -> None:
         "format": "loki_jax-1",
         "config": config_to_json(checkpoint.config),
         "head": checkpoint.head.name,
-        "head_template_sum": repr(float(np.abs(np.asarray(checkpoint.head.template, np.float64)).sum())),
+        "head_geometry": _geometry_digest(checkpoint.head),
         "step": str(checkpoint.step),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -266,6 +267,14 @@ def save_model_file(path: Path, checkpoint: Checkpoint) -> None:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _geometry_digest(head: HeadAsset) -> str:
+    """SHA-256 of what the driver map depends on, to a hundredth of a millimetre; landmarks may change."""
+    digest = hashlib.sha256(np.asarray(head.faces, np.int32).tobytes())
+    for array in (head.template, head.shape_basis, head.expression_basis, head.skinning_weights, head.render_mask):
+        digest.update(np.round(np.asarray(array, np.float64) * 1e5).astype(np.int64).tobytes())
+    return digest.hexdigest()
 
 
 def load_model_file(path: Path) -> Checkpoint:
@@ -285,8 +294,7 @@ def load_model_file(path: Path) -> Checkpoint:
     if metadata.get("format") != "loki_jax-1":
         raise CheckpointError(f"{path}: not a loki_jax model file. For other weights use `python -m loki_jax.convert`.")
     head = builtin_head()
-    total = float(np.abs(np.asarray(head.template, np.float64)).sum())
-    if metadata["head"] != head.name or not np.isclose(total, float(metadata["head_template_sum"]), rtol=1e-6):
+    if metadata["head"] != head.name or metadata["head_geometry"] != _geometry_digest(head):
         raise CheckpointError(f"{path}: made with another built-in head ({metadata['head']}); use the version that made it.")
     params = {"autoencoder": {}} | _nest(tensors, "/")
     return Checkpoint(config_from_json(metadata["config"]), params, head, int(metadata["step"]))
