@@ -173,6 +173,23 @@ def _along(mesh: BuiltinMesh, chain: np.ndarray, fractions: np.ndarray):
     return np.array(face), np.array(bary)
 
 
+def _on_midline(mesh: BuiltinMesh, points: np.ndarray):
+    """Landmarks on the edges of the skin's front midline nearest to the given points."""
+    on = (mesh.left == 0) & (mesh.part == builtin.SKIN) & (mesh.phi == 0)
+    candidates = np.flatnonzero(on[mesh.faces].sum(-1) == 2)
+    corners = mesh.vertices[mesh.faces[candidates]]
+    # Only the edge matters: pull the third corner onto it.
+    edge = on[mesh.faces[candidates]]
+    anchor = corners[np.arange(len(edge)), np.argmax(edge, axis=1)]
+    flat = np.where(edge[..., None], corners, anchor[:, None])
+    index, bary = builtin.locate(flat.reshape(-1, 3), np.arange(3 * len(flat)).reshape(-1, 3), points)
+    third, first = np.argmin(edge, axis=1)[index], np.argmax(edge, axis=1)[index]
+    rows = np.arange(len(points))
+    bary[rows, first] += bary[rows, third]
+    bary[rows, third] = 0.0
+    return candidates[index], bary
+
+
 def _fractions(points: np.ndarray, row: tuple[int, ...]) -> np.ndarray:
     """Where a contour's marks lie between its corners (0..1); even spacing if they are out of order."""
     length = np.linalg.norm(np.diff(points[list(row)][:, :2], axis=0), axis=-1)
@@ -181,7 +198,7 @@ def _fractions(points: np.ndarray, row: tuple[int, ...]) -> np.ndarray:
     return 0.5 * (at + even) if np.abs(at - even).max() < 0.12 else even
 
 
-def embed(head: HeadAsset, landmarker: Landmarker, seeds: range = range(40), keep: int = 8):
+def embed(head: HeadAsset, landmarker: Landmarker, seeds: range = range(24), keep: int = 8):
     """Face indices (478,) and barycentrics (478, 3) of MediaPipe's landmarks, and a marked render."""
     mesh = builtin_mesh()
     observed, irises, sheet = _observe(head, mesh, landmarker, seeds, keep)
@@ -194,6 +211,9 @@ def embed(head: HeadAsset, landmarker: Landmarker, seeds: range = range(40), kee
     bary = np.zeros((_N, 3))
     near_face, bary[:468] = builtin.locate(mesh.vertices, mesh.faces[skin], points)
     face[:468] = skin[near_face]
+    # Means of surface points lie a little inside the surface: midline marks must not slip sideways.
+    middle = np.flatnonzero(pairs == np.arange(468))
+    face[middle], bary[middle] = _on_midline(mesh, points[middle])
     partner = builtin.mirror_vertices(mesh)
     by_corners = {tuple(sorted(corners)): f for f, corners in enumerate(mesh.faces.tolist())}
 
@@ -234,7 +254,7 @@ def embed(head: HeadAsset, landmarker: Landmarker, seeds: range = range(40), kee
             mirror(a, b)
 
     # Irises: the pupil's centre and four points on the iris's edge, in the networks' own order.
-    middle = irises.mean(0)
+    iris_marks = irises.mean(0)
     for first, left in ((_IRIS_RIGHT, False), (_IRIS_LEFT, True)):
         ball = np.flatnonzero((mesh.part == builtin.EYEBALL) & (mesh.left == (1 if left else -1)))
         pole = ball[mesh.depth[ball] == 0][0]
@@ -243,7 +263,7 @@ def embed(head: HeadAsset, landmarker: Landmarker, seeds: range = range(40), kee
             (f, (corners == pole).astype(float)) for f, corners in enumerate(mesh.faces) if pole in corners
         )
         on_ball = np.flatnonzero(np.isin(mesh.faces, ball).all(-1))
-        five = middle[first - _IRIS_RIGHT : first - _IRIS_RIGHT + 5]
+        five = iris_marks[first - _IRIS_RIGHT : first - _IRIS_RIGHT + 5]
         for k in range(1, 5):
             dx, dy = five[k] - five[0]  # image axes: x right is the subject's left, y down
             aim = np.array([np.sign(dx), 0.0]) if abs(dx) > abs(dy) else np.array([0.0, -np.sign(dy)])
