@@ -60,7 +60,7 @@ def base_config() -> ConfigDict:
     c.model.autoencoder.sample_reference = False  # True: the reference latent is a random posterior draw
 
     c.diffusion = ConfigDict()
-    c.diffusion.prediction = "epsilon"  # epsilon | v
+    c.diffusion.prediction = "epsilon"  # epsilon | v | x0
     c.diffusion.rescale_zero_snr = True
     c.diffusion.shift_frames = 15  # SNR shifted by sqrt(64^2 / (latent size^2 n)); 0: not shifted
 

@@ -1,4 +1,4 @@
-"""The training objective: mean squared error of the predicted noise (or v). Design section 7."""
+"""The training objective: mean squared error of the predicted noise, v or clean latents. Design section 7."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from loki_jax.diffusion.schedule import Schedule
 
-PREDICTIONS = ("epsilon", "v")
+PREDICTIONS = ("epsilon", "v", "x0")
 
 
 def sample_timesteps(
@@ -35,10 +35,12 @@ def prediction_target(
     noise: Float[Array, "*n h w c"],
     prediction: str = "epsilon",
 ) -> Float[Array, "*n h w c"]:
-    """What the network should predict: the noise, or v = sqrt(alpha_bar) noise - sqrt(1 - alpha_bar) x_0."""
+    """What the network should predict: noise, v = sqrt(alpha_bar) noise - sqrt(1 - alpha_bar) x_0, or x_0."""
     check_prediction(prediction)
     if prediction == "epsilon":
         return noise
+    if prediction == "x0":
+        return x0
     signal, sigma = _coefficients(schedule, timesteps)
     return signal * noise - sigma * x0
 
@@ -56,7 +58,7 @@ def diffusion_loss(
       predict: the network as a function of noisy latents and timesteps.
       x0: clean latents.
       key: randomness of timesteps and noise.
-      prediction: "epsilon" or "v".
+      prediction: "epsilon", "v" or "x0".
 
     Returns:
       The loss, and {"mse": error of each frame (B,T), "timesteps": (B,T)}.
@@ -72,7 +74,7 @@ def diffusion_loss(
 
 
 def check_prediction(prediction: str) -> None:
-    """Raises ValueError unless `prediction` is "epsilon" or "v"."""
+    """Raises ValueError unless `prediction` is one of `PREDICTIONS`."""
     if prediction not in PREDICTIONS:
         raise ValueError(f"unknown prediction {prediction!r}; one of {', '.join(PREDICTIONS)}")
 

@@ -101,8 +101,10 @@ def ddim_alphas(
 def estimates(
     x: Float[Array, "*b"], prediction: Float[Array, "*b"], alpha: Float[Array, ""], kind: str
 ) -> tuple[Float[Array, "*b"], Float[Array, "*b"]]:
-    """Clean latents and noise implied by an "epsilon" or "v" prediction at signal power `alpha`."""
+    """Clean latents and noise implied by an "epsilon", "v" or "x0" prediction at signal power `alpha`."""
     signal, sigma = jnp.sqrt(alpha), jnp.sqrt(1 - alpha)
     if kind == "epsilon":
         return (x - sigma * prediction) / signal, prediction
+    if kind == "x0":
+        return prediction, (x - signal * prediction) / sigma
     return signal * x - sigma * prediction, signal * prediction + sigma * x
