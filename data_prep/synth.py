@@ -29,7 +29,7 @@ from PIL import Image
 from loki_jax.appearance import Appearance, render, sample_appearance, sample_shape
 from loki_jax.data.records import Clip, DatasetError, write_dataset
 from loki_jax.head.asset import HeadAsset
-from loki_jax.head.builtin import builtin_head
+from loki_jax.head.builtin import BuiltinMesh, builtin_head, builtin_mesh
 from loki_jax.head.camera import camera_from_world, crop_box, project
 from loki_jax.head.skinning import make_identity, mesh_render_mask, world_vertices
 from loki_jax.head.types import Camera, Coefficients
@@ -58,13 +58,17 @@ class SynthClip(NamedTuple):
     appearance: Appearance
 
 
-def appearance_for_identity(head: HeadAsset, identity_seed: int) -> Appearance:
+def appearance_for_identity(
+    head: HeadAsset, identity_seed: int, mesh: BuiltinMesh | None = None
+) -> Appearance:
     """The appearance stored as nothing but the clip table's `identity_seed`.
+
+    `mesh` is `builtin_mesh()`, for callers that sample many and build it once.
 
     Raises:
       ValueError: `head` is not the built-in head.
     """
-    return sample_appearance(identity_seed, head)
+    return sample_appearance(identity_seed, head, mesh)
 
 
 # --- motion ----------------------------------------------------------------------------------------
@@ -282,9 +286,17 @@ def render_frames(
 
 
 def synth_clip(
-    head: HeadAsset, identity_seed: int, clip_seed: int, n_frames: int, size: int, supersample: int = 2
+    head: HeadAsset,
+    identity_seed: int,
+    clip_seed: int,
+    n_frames: int,
+    size: int,
+    supersample: int = 2,
+    mesh: BuiltinMesh | None = None,
 ) -> SynthClip:
     """Render one clip; equal arguments give equal coefficients, camera and crop everywhere.
+
+    `mesh` is `builtin_mesh()`, for callers that make many clips and build it once.
 
     Raises:
       ValueError: `head` is not the built-in head.
@@ -294,7 +306,7 @@ def synth_clip(
     coefficients = motion._replace(shape=np.ascontiguousarray(shape))
     camera = synth_camera(clip_seed)
     crop = clip_crop(head, coefficients, camera)
-    appearance = appearance_for_identity(head, identity_seed)
+    appearance = appearance_for_identity(head, identity_seed, mesh)
     frames = render_frames(head, coefficients, camera, crop, appearance, size, supersample)
     return SynthClip(frames, coefficients, camera, crop, appearance)
 
@@ -316,7 +328,7 @@ def _clips(head: HeadAsset, plan: _Plan, report) -> Iterator[Clip]:
     n_validation = int(round(plan.validation * plan.identities))
     if plan.validation > 0 and plan.identities > 1:
         n_validation = max(n_validation, 1)
-    done, started = 0, time.monotonic()
+    mesh, done, started = builtin_mesh(), 0, time.monotonic()
     for i in range(plan.identities):
         identity_seed = plan.seed * 1_000_000 + plan.first_identity + i
         split = "validation" if i >= plan.identities - n_validation else "train"
@@ -324,7 +336,7 @@ def _clips(head: HeadAsset, plan: _Plan, report) -> Iterator[Clip]:
             clip_seed = identity_seed * 1000 + k
             rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence([clip_seed, 9])))
             n_frames = int(rng.integers(plan.frames[0], plan.frames[1] + 1))
-            clip = synth_clip(head, identity_seed, clip_seed, n_frames, plan.size)
+            clip = synth_clip(head, identity_seed, clip_seed, n_frames, plan.size, mesh=mesh)
             done += n_frames
             yield Clip(
                 clip_id=f"synth-{identity_seed:08d}-{k}",
@@ -353,10 +365,10 @@ def _print_progress(clips: int, total: int, frames: int, seconds: float) -> None
 
 def preview(head: HeadAsset, seed: int, first_identity: int, identities: int, columns: int, size: int) -> UInt8[np.ndarray, "H W 3"]:
     """Contact sheet: one row an identity, `columns` frames spread over a clip of two seconds."""
-    rows = []
+    mesh, rows = builtin_mesh(), []
     for i in range(identities):
         identity_seed = seed * 1_000_000 + first_identity + i
-        clip = synth_clip(head, identity_seed, identity_seed * 1000, 50, size)
+        clip = synth_clip(head, identity_seed, identity_seed * 1000, 50, size, mesh=mesh)
         rows.append(np.concatenate(list(clip.frames[np.linspace(0, 49, columns).astype(int)]), axis=1))
     return np.concatenate(rows, axis=0)
 

@@ -190,14 +190,17 @@ def _hue(rng, low, high):
     return value * (1 - saturation * (1 - wheel))
 
 
-def sample_appearance(seed: int, head: HeadAsset) -> Appearance:
+def sample_appearance(seed: int, head: HeadAsset, mesh: BuiltinMesh | None = None) -> Appearance:
     """Skin, lips, eyes, brows, hair, beard, clothes, light and background of an identity seed.
+
+    Args:
+      mesh: `builtin_mesh()`, for callers that sample many and build it once.
 
     Raises:
       ValueError: `head` is not the built-in head (other heads carry no regions to paint).
     """
     _require_builtin(head)
-    mesh = builtin.builtin_mesh()
+    mesh = builtin.builtin_mesh() if mesh is None else mesh
     if len(mesh.vertices) != head.template.shape[0]:
         raise ValueError("head asset 'builtin' was made by another version; rebuild it with `python -m data_prep.head_asset builtin`")
     rng = _generator(seed, 2)
