@@ -21,6 +21,8 @@ BACKENDS = ("auto", "xla", "chunked", "cudnn")
 _MAX_LOGITS = 2**28
 # Entries of logits that one block of the chunked backend may hold (64 MiB).
 _CHUNK_LOGITS = 2**24
+# But a block has at least this many queries, however large the (global) batch is.
+_MIN_CHUNK = 128
 
 
 def attend(
@@ -107,7 +109,7 @@ def _xla(q: Array, k: Array, v: Array) -> Array:
 
 def _chunked(q: Array, k: Array, v: Array) -> Array:
     b, n, heads, d = q.shape
-    chunk = max(1, min(n, _CHUNK_LOGITS // (b * heads * k.shape[1])))
+    chunk = min(n, max(_MIN_CHUNK, _CHUNK_LOGITS // (b * heads * k.shape[1])))
     blocks = -(-n // chunk)
     padded = jnp.pad(q, ((0, 0), (0, blocks * chunk - n), (0, 0), (0, 0)))
     padded = padded.reshape(b, blocks, chunk, heads, d).swapaxes(0, 1)

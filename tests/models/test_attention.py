@@ -33,6 +33,7 @@ def test_large_logits_do_not_overflow():
 
 def test_chunked_equals_xla_over_several_uneven_blocks(monkeypatch):
     monkeypatch.setattr(attention, "_CHUNK_LOGITS", 2 * 50 * 16)  # 16 queries a block
+    monkeypatch.setattr(attention, "_MIN_CHUNK", 1)
     q, k, v = random_qkv(37, 50)
     cotangent = jax.random.normal(jax.random.key(1), q.shape)
 
@@ -59,7 +60,7 @@ def test_auto_never_materialises_the_full_size_logits():
     k = jax.ShapeDtypeStruct((2, 17408, 10, 64), jnp.bfloat16)
     jaxpr = jax.make_jaxpr(attend)(q, k, k)
     sizes = [var.aval.size for eqn in all_equations(jaxpr.jaxpr) for var in eqn.outvars]
-    assert max(sizes) <= max(q.size, k.size, attention._CHUNK_LOGITS)
+    assert max(sizes) < 0.01 * 2 * 10 * 16384 * 17408
 
 
 def test_shared_tokens_are_appended_to_every_frame():

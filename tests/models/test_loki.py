@@ -7,6 +7,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from loki_jax.models.loki import drop_identity, drop_motion, init_params, make_loki
+from tests.models.weights import quick_jit
 
 B, T, SIZE = 2, 3, 8
 
@@ -24,8 +25,8 @@ def small_config(**changes):
 
 
 def one_level_config(mode="3d", **changes):
-    """The smallest model with every kind of part, for tests that compile several."""
-    return small_config(unet__multipliers=(1,), unet__attention_levels=(0,), unet__attention_modes=(mode,),
+    """One level, attention in the middle only: for tests that compile several models."""
+    return small_config(unet__multipliers=(1,), unet__attention_levels=(), unet__attention_modes=(mode,),
                         encoder__widths=(8, 8), **changes)
 
 
@@ -51,7 +52,7 @@ def model():
     config = small_config()
     loki = make_loki(config)
     variables = {"params": random_params(loki, config)}
-    method = lambda name: jax.jit(lambda *args: loki.apply(variables, *args, method=name))
+    method = lambda name: quick_jit(lambda *args: loki.apply(variables, *args, method=name))
     return loki, variables, method("encode_condition"), method("reference_features"), method("denoise")
 
 
@@ -112,7 +113,7 @@ def test_frames_see_each_other_through_3d_attention_only():
         config = one_level_config(mode)
         loki = make_loki(config)
         params = random_params(loki, config)
-        run = jax.jit(lambda x, loki=loki, params=params: loki.apply({"params": params}, x, timesteps, driver, z))
+        run = quick_jit(lambda x, loki=loki, params=params: loki.apply({"params": params}, x, timesteps, driver, z))
         change = jnp.abs(run(x.at[:, 0].add(1.0)) - run(x))
         assert change[:, 0].max() > 1e-2
         assert (change[:, 1:].max() > 1e-5) == reaches, mode
@@ -158,7 +159,7 @@ def test_remat_changes_nothing_but_memory():
         config = one_level_config(remat=remat)
         loki = make_loki(config)
         loss = lambda params: jnp.square(loki.apply({"params": params}, *args)).mean()
-        step = jax.jit(jax.value_and_grad(loss))
+        step = quick_jit(jax.value_and_grad(loss))
         params = random_params(loki, config)
         assert ("prevent_cse" in str(jax.make_jaxpr(loss)(params))) == remat
         return step(params)
@@ -177,7 +178,7 @@ def test_starts_as_the_unconditioned_backbone():
     loki = make_loki(config)
     x, timesteps, driver, z = inputs()
 
-    @jax.jit
+    @quick_jit
     def start(key):
         variables = {"params": init_params(loki, config, key)}
         return loki.apply(variables, driver, method="encode_condition"), loki.apply(variables, x, timesteps, driver, z)
@@ -196,7 +197,7 @@ def test_compute_dtype_leaves_parameters_in_float32():
         assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
         features = jax.eval_shape(lambda p: loki.apply({"params": p}, args[3], method="reference_features"), params)
         assert {f.dtype for f in features} == {jnp.dtype(dtype)}
-        return jax.jit(loki.apply)({"params": params}, *args)
+        return quick_jit(loki.apply)({"params": params}, *args)
 
     half, exact = run("bfloat16"), run("float32")
     assert half.dtype == jnp.float32
@@ -207,9 +208,9 @@ def test_vector_arm():
     config = one_level_config(encoder__in_channels=20)
     config.encoder.kind, config.encoder.hidden = "vector", 32
     loki = make_loki(config)
-    encode = jax.jit(lambda params, vector: loki.apply({"params": params}, vector, method="encode_condition"))
+    encode = quick_jit(lambda params, vector: loki.apply({"params": params}, vector, method="encode_condition"))
     vector = jax.random.normal(jax.random.key(5), (B, T, 20))
-    initial = jax.jit(lambda key: init_params(loki, config, key))(jax.random.key(0))
+    initial = quick_jit(lambda key: init_params(loki, config, key))(jax.random.key(0))
     assert not encode(initial, vector).any()
     condition = encode(random_params(loki, config), vector)
     assert condition.shape == (B, T, SIZE, SIZE, 16)
@@ -222,13 +223,14 @@ def test_vector_arm():
 def test_cross_attention_context():
     """Both branches can attend to a context, each to its own."""
     config = one_level_config()
+    config.unet.attention_levels = (0,)  # the first feature is taken before any cross-attention
     config.reference.context_dim = 6
     config.unet.context_dim = 4
     loki = make_loki(config)
     params = random_params(loki, config)
     args = inputs()
     contexts = jax.random.normal(jax.random.key(3), (B, 5, 6)), jax.random.normal(jax.random.key(4), (B, 5, 4))
-    run = jax.jit(lambda own, other: loki.apply({"params": params}, *args, own, other))
+    run = quick_jit(lambda own, other: loki.apply({"params": params}, *args, own, other))
     out = run(*contexts)
     assert jnp.abs(run(2 * contexts[0], contexts[1]) - out).max() > 1e-3
     assert jnp.abs(run(contexts[0], 2 * contexts[1]) - out).max() > 1e-3

@@ -17,7 +17,7 @@ from loki_jax.models.ldm_names import (
     unet_table,
 )
 from loki_jax.models.unet import SpatioTemporalTransformer, UNet
-from tests.models.weights import channels_last, error, recipe_params, recipe_weight
+from tests.models.weights import channels_last, error, quick_jit, recipe_params, recipe_weight
 
 # The reference branch was only recorded in torch's float32, so its own rounding comes on top.
 FLOAT32_TOLERANCE = 2e-4
@@ -52,7 +52,7 @@ def test_conditioning_encoder(encoder_case):
     data, encoder, table, params, x = encoder_case
     cotangent = jnp.asarray(channels_last(data["cotangent"]))
 
-    @jax.jit
+    @quick_jit
     def run(params, x):
         out, pullback = jax.vjp(lambda p, x: encoder.apply({"params": p}, x), params, x)
         return out, pullback(cotangent)
@@ -86,7 +86,7 @@ def test_transformer(golden, public_mode, mode, backend):
     x, reference = jnp.asarray(channels_last(data["x"])), jnp.asarray(data["ref_kv"])
     cotangent = jnp.asarray(channels_last(data["cotangent"]))
 
-    @jax.jit
+    @quick_jit
     def run(params, x, reference):
         out, pullback = jax.vjp(lambda p, x: apply(p, x, reference)[0], params, x)
         return out, pullback(cotangent), apply(params, x, jnp.zeros_like(reference))[0], apply(params, x, None)[0]
@@ -129,15 +129,15 @@ def unet_case(golden):
             seed, "ref/"),
     }
 
-    @jax.jit
+    @quick_jit
     def encode(driver):
         return encoder.apply({"params": params["encoder"]}, driver[0])[None]
 
-    @jax.jit
+    @quick_jit
     def refer(z):
         return reference.apply({"params": params["reference"]}, z[:, None], jnp.zeros((1, 1), int), context=context)
 
-    @jax.jit
+    @quick_jit
     def denoise(x, timesteps, condition, features):
         return generation.apply({"params": params["unet"]}, x, timesteps, condition, features)
 
@@ -199,11 +199,11 @@ def test_autoencoder(golden):
     table = autoencoder_table(vae)
     params = params_from_ldm({name: data[f"state/{name}"] for name, _ in table.values()}, table)
     image = jnp.asarray(channels_last(data["image"]))
-    mean, logvar = jax.jit(lambda x: vae.apply({"params": params}, x, method="encode"))(image)
+    mean, logvar = quick_jit(lambda x: vae.apply({"params": params}, x, method="encode"))(image)
     # The interface speaks diffusion latents: the VAE's codes times `scale`.
     assert error(mean / scale, channels_last(data["mean"])) < 5e-5
     assert error(logvar - 2 * np.log(scale), channels_last(data["logvar"])) < 5e-5
     assert error(jnp.exp(0.5 * logvar) / scale, channels_last(data["std"])) < 5e-5
     z = scale * jnp.asarray(channels_last(data["z"]))
-    decoded = jax.jit(lambda z: vae.apply({"params": params}, z, method="decode"))(z)
+    decoded = quick_jit(lambda z: vae.apply({"params": params}, z, method="decode"))(z)
     assert error(decoded, channels_last(data["decoded"])) < 5e-5

@@ -2,10 +2,16 @@
 
 from zlib import crc32
 
+import jax
 import ml_dtypes
 import numpy as np
 
 from loki_jax.models.ldm_names import params_from_ldm, to_ldm
+
+
+def quick_jit(function):
+    """jit that spends half the time on compiling; what these tests run is small."""
+    return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def recipe_weight(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
