@@ -47,7 +47,8 @@ _LIP_INNER_UPPER = (78, 191, 80, 81, 82, 13, 312, 311, 310, 415, 308)
 _LIP_INNER_LOWER = (78, 95, 88, 178, 87, 14, 317, 402, 318, 324, 308)
 _IRIS_RIGHT, _IRIS_LEFT = 468, 473
 _MIDLINE = (
-    10, 151, 9, 8, 168, 6, 197, 195, 5, 4, 1, 19, 94, 2, 164, 0, 11, 12, 13, 14, 15, 16, 17, 18, 200, 199, 175, 152
+    10, 151, 9, 8, 168, 6, 197, 195, 5, 4, 1, 19, 94, 2, 164,
+    0, 11, 12, 13, 14, 15, 16, 17, 18, 200, 199, 175, 152,
 )  # fmt: skip
 
 
@@ -60,7 +61,7 @@ def _views(head: HeadAsset) -> Coefficients:
         *((y, 0.0, j) for y in (-10, 0, 10) for j in (0.10, 0.22)),
     ):
         rows.append((np.deg2rad([pitch, yaw, 0.0]), [jaw, 0.0, 0.0], jaw / 0.26))
-    rot, jaw, opening = (np.array(x, np.float32) for x in zip(*rows))
+    rot, jaw, opening = (np.array(x, np.float32) for x in zip(*rows, strict=True))
     n = len(rows)
     expression = np.zeros((n, head.n_expression), np.float32)
     expression[:, head.expression_names.index("jawOpen")] = opening
@@ -141,9 +142,12 @@ def _mirror_pairs(points: np.ndarray) -> np.ndarray:
     for right, left in (
         (_LID_RIGHT_UPPER, _LID_LEFT_UPPER),
         (_LID_RIGHT_LOWER, _LID_LEFT_LOWER),
-        *((row, row[::-1]) for row in (_LIP_OUTER_UPPER, _LIP_OUTER_LOWER, _LIP_INNER_UPPER, _LIP_INNER_LOWER)),
+        *(
+            (row, row[::-1])
+            for row in (_LIP_OUTER_UPPER, _LIP_OUTER_LOWER, _LIP_INNER_UPPER, _LIP_INNER_LOWER)
+        ),
     ):
-        for a, b in zip(right, left):
+        for a, b in zip(right, left, strict=True):
             pairs[a], pairs[b] = b, a
     free = np.flatnonzero(pairs < 0)
     mirrored = points[free] * [-1, 1, 1]
@@ -234,7 +238,7 @@ def embed(head: HeadAsset, landmarker: Landmarker, seeds: range = range(24), kee
     ):
         index = list(row)
         face[index], bary[index] = _along(mesh, chain, _fractions(points, row))
-        for a, b in zip(right, row):
+        for a, b in zip(right, row, strict=True):
             mirror(a, b)
     for row, tag in (
         (_LIP_OUTER_UPPER, 3), (_LIP_OUTER_LOWER, -3), (_LIP_INNER_UPPER, 1), (_LIP_INNER_LOWER, -1),
@@ -250,7 +254,7 @@ def embed(head: HeadAsset, landmarker: Landmarker, seeds: range = range(24), kee
             fractions = fractions * 0.95
         index = list(row[5:])
         face[index], bary[index] = _along(mesh, chain, fractions)
-        for a, b in zip(row[:5], row[:5:-1]):
+        for a, b in zip(row[:5], row[:5:-1], strict=True):
             mirror(a, b)
 
     # Irises: the pupil's centre and four points on the iris's edge, in the networks' own order.
@@ -281,16 +285,23 @@ def _draw(sheet: np.ndarray, head: HeadAsset, face: np.ndarray, bary: np.ndarray
     x = _SIZE / 2 + focal * points[:, 0] / (1.0 - points[:, 2])
     y = _SIZE / 2 - focal * points[:, 1] / (1.0 - points[:, 2])
     big = np.repeat(np.repeat(sheet, 2, 0), 2, 1)
-    for k, (px, py) in enumerate(zip((2 * x).astype(int), (2 * y).astype(int))):
+    for k, (px, py) in enumerate(np.stack([2 * x, 2 * y], -1).astype(int)):
         big[py - 1 : py + 2, px - 1 : px + 2] = (255, 40, 40) if k >= 468 else (40, 255, 80)
     return big
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m data_prep.embed_builtin", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--wheel", type=Path, help="the MediaPipe wheel with the landmark models (else the cache)")
+    parser = argparse.ArgumentParser(
+        prog="python -m data_prep.embed_builtin", description=__doc__.split("\n\n")[0]
+    )
     parser.add_argument(
-        "--out", type=Path, default=Path(builtin.__file__).with_name("builtin_mediapipe478.npz"), help="file to write"
+        "--wheel", type=Path, help="the MediaPipe wheel with the landmark models (else the cache)"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path(builtin.__file__).with_name("builtin_mediapipe478.npz"),
+        help="file to write",
     )
     parser.add_argument("--sheet", type=Path, help="also write a render with the landmarks drawn on it")
     args = parser.parse_args(argv)

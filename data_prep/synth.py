@@ -92,7 +92,9 @@ def _swing(rng: np.random.Generator, n: int, low: float, high: float, deviation:
     return limit * np.tanh((deviation * process + offset) / limit)
 
 
-def _bursts(rng: np.random.Generator, n: int, low: float, high: float, share: float) -> Float[np.ndarray, " n"]:
+def _bursts(
+    rng: np.random.Generator, n: int, low: float, high: float, share: float
+) -> Float[np.ndarray, " n"]:
     """Smooth bumps in [0, 1] that are up for about `share` of the time."""
     level = _wander(rng, n, low, high)
     threshold = np.quantile(_normal_table(), 1 - share)
@@ -156,9 +158,16 @@ def synth_motion(head: HeadAsset, clip_seed: int, n_frames: int) -> Coefficients
 
     speaking = np.clip(0.35 + 0.9 * _bursts(rng, n, 0.3, 0.9, 0.75), 0.0, 1.0)
     syllables = 0.5 + 0.5 * np.sin(
-        2 * np.pi * rng.uniform(2.6, 4.2) * np.arange(n) / float(FPS) + 1.3 * _wander(rng, n, 0.5, 1.5) + rng.uniform(0, 6)
+        2 * np.pi * rng.uniform(2.6, 4.2) * np.arange(n) / float(FPS)
+        + 1.3 * _wander(rng, n, 0.5, 1.5)
+        + rng.uniform(0, 6)
     )
-    opening = speaking * syllables**1.3 * rng.uniform(0.45, 1.0) * np.clip(0.8 + 0.35 * _wander(rng, n, 0.8, 2.0), 0, 1.4)
+    opening = (
+        speaking
+        * syllables**1.3
+        * rng.uniform(0.45, 1.0)
+        * np.clip(0.8 + 0.35 * _wander(rng, n, 0.8, 2.0), 0, 1.4)
+    )
     jaw = np.stack([0.26 * opening, 0.012 * _wander(rng, n, 0.5, 2.0), np.zeros(n)], -1)
 
     blink, gaze = _blinks(rng, n), _gaze(rng, n)
@@ -245,7 +254,8 @@ def _head_pixels(head, coefficients, camera):
     vertices = world_vertices(head, make_identity(head, coefficients.shape[..., :1, :]), coefficients)
     n = vertices.shape[0]
     camera = Camera(
-        jax.numpy.broadcast_to(camera.intrinsics, (n, 4)), jax.numpy.broadcast_to(camera.extrinsics, (n, 4, 4))
+        jax.numpy.broadcast_to(camera.intrinsics, (n, 4)),
+        jax.numpy.broadcast_to(camera.extrinsics, (n, 4, 4)),
     )
     pixels = project(camera_from_world(vertices, camera), camera)
     # Vertices outside the mask are replaced by one inside, so that the shape stays fixed.
@@ -257,7 +267,14 @@ def _head_pixels(head, coefficients, camera):
 @functools.partial(jax.jit, static_argnames=("size", "supersample"))
 def _render_chunk(head, coefficients, camera, crop, appearance, size, supersample):
     image = render(
-        head, make_identity(head, coefficients.shape[:1]), coefficients, camera, crop, appearance, size, supersample
+        head,
+        make_identity(head, coefficients.shape[:1]),
+        coefficients,
+        camera,
+        crop,
+        appearance,
+        size,
+        supersample,
     )
     return (image * 255.0 + 0.5).astype(jax.numpy.uint8)
 
@@ -351,19 +368,27 @@ def _clips(head: HeadAsset, plan: _Plan, report) -> Iterator[Clip]:
                 images=clip.frames,
                 extra={"identity_seed": identity_seed, "clip_seed": clip_seed},
             )
-            report(i * plan.clips_per_identity + k + 1, plan.identities * plan.clips_per_identity, done, time.monotonic() - started)
+            report(
+                i * plan.clips_per_identity + k + 1,
+                plan.identities * plan.clips_per_identity,
+                done,
+                time.monotonic() - started,
+            )
 
 
 def _print_progress(clips: int, total: int, frames: int, seconds: float) -> None:
     left = seconds / clips * (total - clips)
     end = "\n" if clips == total else ""
     print(
-        f"\rclip {clips}/{total}, {frames} frames, {frames / max(seconds, 1e-9):.0f} frames/s, {left:.0f} s left   ",
+        f"\rclip {clips}/{total}, {frames} frames, {frames / max(seconds, 1e-9):.0f} frames/s, "
+        f"{left:.0f} s left   ",
         end=end, file=sys.stderr, flush=True,
     )  # fmt: skip
 
 
-def preview(head: HeadAsset, seed: int, first_identity: int, identities: int, columns: int, size: int) -> UInt8[np.ndarray, "H W 3"]:
+def preview(
+    head: HeadAsset, seed: int, first_identity: int, identities: int, columns: int, size: int
+) -> UInt8[np.ndarray, "H W 3"]:
     """Contact sheet: one row an identity, `columns` frames spread over a clip of two seconds."""
     mesh, rows = builtin_mesh(), []
     for i in range(identities):
@@ -391,8 +416,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--frames", type=_frame_range, default=(32, 64), help="frames a clip: N or A..B")
     parser.add_argument("--size", type=int, default=64, help="side of the stored frames in pixels")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--first-identity", type=int, default=0, help="offset of the identities (held-out sets)")
-    parser.add_argument("--validation", type=float, default=0.06, help="share of identities in the validation split")
+    parser.add_argument(
+        "--first-identity", type=int, default=0, help="offset of the identities (held-out sets)"
+    )
+    parser.add_argument(
+        "--validation", type=float, default=0.06, help="share of identities in the validation split"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace a dataset that is already there")
     args = parser.parse_args(argv)
     if (args.out is None) == (args.preview is None):
@@ -410,7 +439,13 @@ def main(argv: list[str] | None = None) -> int:
         print(f"wrote {args.preview}")
         return 0
     plan = _Plan(
-        args.seed, args.first_identity, args.identities, args.clips_per_identity, args.frames, args.size, args.validation
+        args.seed,
+        args.first_identity,
+        args.identities,
+        args.clips_per_identity,
+        args.frames,
+        args.size,
+        args.validation,
     )
     try:
         metadata = write_dataset(

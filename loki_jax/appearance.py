@@ -89,7 +89,8 @@ def render(
     vertices = world_vertices(head, identity, coefficients)
     if appearance.albedo.shape[-2] != vertices.shape[-2]:
         raise ValueError(
-            f"appearance has {appearance.albedo.shape[-2]} vertex colours, head {head.name!r} has {vertices.shape[-2]} vertices"
+            f"appearance has {appearance.albedo.shape[-2]} vertex colours, "
+            f"head {head.name!r} has {vertices.shape[-2]} vertices"
         )
     batch = vertices.shape[:-2]
     colour = _shade(vertices, faces, appearance)
@@ -112,7 +113,10 @@ def _shade(vertices, faces, appearance):
     facing = jnp.einsum("...vi,...i->...v", normals, appearance.light, precision=_HIGHEST)
     # Light from everywhere is a little stronger from above.
     sky = 0.88 + 0.12 * normals[..., 1:2]
-    light = appearance.ambient[..., None, :] * sky + appearance.diffuse[..., None, :] * jnp.maximum(facing, 0.0)[..., None]
+    light = (
+        appearance.ambient[..., None, :] * sky
+        + appearance.diffuse[..., None, :] * jnp.maximum(facing, 0.0)[..., None]
+    )
     return appearance.albedo * light
 
 
@@ -144,13 +148,17 @@ def _generator(seed: int, stream: int) -> np.random.Generator:
 
 def _sample_style(seed: int) -> _Style:
     rng = _generator(seed, 0)
-    cut = ("bald", "short", "receding", "fringe", "long")[int(np.searchsorted([0.10, 0.42, 0.52, 0.74], rng.random()))]
+    cut = ("bald", "short", "receding", "fringe", "long")[
+        int(np.searchsorted([0.10, 0.42, 0.52, 0.74], rng.random()))
+    ]
     u = rng.random(3)
     if cut == "bald":
         return _Style(cut, -0.3, -0.3, -0.3)
     if cut == "receding":
         return _Style(cut, 0.2 + 0.8 * u[0], 0.3 + 1.0 * u[1], -0.3)
-    length = 1.2 + 1.6 * u[2] if cut == "long" else -0.2 + (1.0 * u[2] if cut == "fringe" and u[2] > 0.6 else 0.0)
+    length = (
+        1.2 + 1.6 * u[2] if cut == "long" else -0.2 + (1.0 * u[2] if cut == "fringe" and u[2] > 0.6 else 0.0)
+    )
     return _Style(cut, 0.4 + 2.4 * u[0] ** 1.5, 0.3 + 2.0 * u[1], length)
 
 
@@ -166,14 +174,37 @@ def sample_shape(seed: int, head: HeadAsset) -> Float[np.ndarray, " n_shape"]:
 
 # Palettes (display colours); a draw blends two neighbours.
 _SKIN = np.array(
-    [(0.96, 0.81, 0.73), (0.91, 0.73, 0.62), (0.83, 0.62, 0.49), (0.70, 0.49, 0.36), (0.52, 0.34, 0.24), (0.35, 0.22, 0.16)]
+    [
+        (0.96, 0.81, 0.73),
+        (0.91, 0.73, 0.62),
+        (0.83, 0.62, 0.49),
+        (0.70, 0.49, 0.36),
+        (0.52, 0.34, 0.24),
+        (0.35, 0.22, 0.16),
+    ]
 )
 _HAIR = np.array(
-    [(0.05, 0.04, 0.05), (0.13, 0.08, 0.06), (0.27, 0.16, 0.09), (0.45, 0.20, 0.10), (0.60, 0.43, 0.24), (0.82, 0.68, 0.42)]
+    [
+        (0.05, 0.04, 0.05),
+        (0.13, 0.08, 0.06),
+        (0.27, 0.16, 0.09),
+        (0.45, 0.20, 0.10),
+        (0.60, 0.43, 0.24),
+        (0.82, 0.68, 0.42),
+    ]
 )
 _GREY_HAIR = np.array([(0.38, 0.38, 0.40), (0.62, 0.62, 0.64), (0.86, 0.85, 0.83)])
 _DYED_HAIR = np.array([(0.20, 0.28, 0.62), (0.62, 0.20, 0.42), (0.18, 0.46, 0.36), (0.68, 0.14, 0.12)])
-_IRIS = np.array([(0.16, 0.09, 0.05), (0.36, 0.21, 0.09), (0.36, 0.38, 0.16), (0.30, 0.46, 0.36), (0.26, 0.44, 0.62), (0.46, 0.52, 0.56)])
+_IRIS = np.array(
+    [
+        (0.16, 0.09, 0.05),
+        (0.36, 0.21, 0.09),
+        (0.36, 0.38, 0.16),
+        (0.30, 0.46, 0.36),
+        (0.26, 0.44, 0.62),
+        (0.46, 0.52, 0.56),
+    ]
+)
 
 
 def _blend(palette, position):
@@ -185,7 +216,11 @@ def _blend(palette, position):
 
 def _hue(rng, low, high):
     """A colour of random hue with value in [low, high]."""
-    value, saturation, angle = low + (high - low) * rng.random(), 0.75 * rng.random(), 2 * np.pi * rng.random()
+    value, saturation, angle = (
+        low + (high - low) * rng.random(),
+        0.75 * rng.random(),
+        2 * np.pi * rng.random(),
+    )
     wheel = 0.5 + 0.5 * np.cos(angle - np.array([0.0, 2.0, 4.0]) * np.pi / 3)
     return value * (1 - saturation * (1 - wheel))
 
@@ -202,7 +237,10 @@ def sample_appearance(seed: int, head: HeadAsset, mesh: BuiltinMesh | None = Non
     _require_builtin(head)
     mesh = builtin.builtin_mesh() if mesh is None else mesh
     if len(mesh.vertices) != head.template.shape[0]:
-        raise ValueError("head asset 'builtin' was made by another version; rebuild it with `python -m data_prep.head_asset builtin`")
+        raise ValueError(
+            "head asset 'builtin' was made by another version; "
+            "rebuild it with `python -m data_prep.head_asset builtin`"
+        )
     rng = _generator(seed, 2)
     albedo = _paint(mesh, _sample_style(seed), rng)
     angle, height = rng.uniform(-1.1, 1.1), rng.uniform(0.1, 0.75)
@@ -239,7 +277,11 @@ def _paint(mesh: BuiltinMesh, style: _Style, rng: np.random.Generator) -> Float[
     ruddy = skin * [1.02, 0.80, 0.78]
     colour = np.broadcast_to(skin, (len(x), 3)).copy()
     blood = rng.uniform(0.1, 0.8)
-    colour = over(colour, ruddy, blood * front * (bump(x, y, 0.040, -0.018, 0.014, 0.012) + bump(x, y, 0, -0.026, 0.010, 0.008)))
+    colour = over(
+        colour,
+        ruddy,
+        blood * front * (bump(x, y, 0.040, -0.018, 0.014, 0.012) + bump(x, y, 0, -0.026, 0.010, 0.008)),
+    )
     colour = over(colour, ruddy, 0.5 * (mesh.part == builtin.EAR))
     # Occlusion: sockets, nostrils, under the lower lip, the ear's bowl.
     colour *= 1 - 0.22 * (skin_part * front * bump(x, y, 0.0185, 0.012, 0.006, 0.008))[:, None]
@@ -261,16 +303,27 @@ def _paint(mesh: BuiltinMesh, style: _Style, rng: np.random.Generator) -> Float[
     brow_colour = np.clip(natural * rng.uniform(0.45, 0.85), 0.02, 0.5)
     brow_curve = np.interp(ax, builtin.BROW[:, 0], builtin.BROW[:, 1])
     thickness = rng.uniform(0.0018, 0.0042) * (0.25 + 0.75 * smoothstep(0.060, 0.044, ax))
-    brow = smoothstep(thickness + 0.0022, thickness, np.abs(y - brow_curve)) * smoothstep(0.0060, 0.0100, ax) * smoothstep(0.0590, 0.0520, ax)
-    colour = over(colour, brow_colour, rng.uniform(0.75, 1.0) * brow * front * skin_part * (mesh.eye_ring < 0))
+    brow = (
+        smoothstep(thickness + 0.0022, thickness, np.abs(y - brow_curve))
+        * smoothstep(0.0060, 0.0100, ax)
+        * smoothstep(0.0590, 0.0520, ax)
+    )
+    colour = over(
+        colour, brow_colour, rng.uniform(0.75, 1.0) * brow * front * skin_part * (mesh.eye_ring < 0)
+    )
     colour = _paint_beard(mesh, colour, natural, rng)
-    streak = 1 + 0.10 * np.sin(mesh.phi * rng.integers(5, 12) + 40 * mesh.v + rng.uniform(0, 6)) * rng.random()
+    streak = (
+        1 + 0.10 * np.sin(mesh.phi * rng.integers(5, 12) + 40 * mesh.v + rng.uniform(0, 6)) * rng.random()
+    )
     scalp = _hair_mask(mesh, style, rng)
     strength = 0.35 * rng.random() if style.cut == "bald" else 1.0
     colour = over(colour, np.clip(hair * streak[:, None], 0, 1), strength * scalp)
 
     # Lips; their meeting line is dark.
-    tint = _blend(np.array([skin * [0.86, 0.62, 0.60], skin * [0.86, 0.48, 0.50], [0.72, 0.20, 0.24]]), rng.random() ** 2)
+    tint = _blend(
+        np.array([skin * [0.86, 0.62, 0.60], skin * [0.86, 0.48, 0.50], [0.72, 0.20, 0.24]]),
+        rng.random() ** 2,
+    )
     lip = np.abs(mesh.lip)
     on_lip = skin_part & (lip >= 1) & (lip <= 3)
     colour = over(colour, tint, np.where(lip == 3, 0.75, 1.0) * on_lip)
@@ -283,7 +336,11 @@ def _paint(mesh: BuiltinMesh, style: _Style, rng: np.random.Generator) -> Float[
     tongue = cavity & (mesh.lip < 0) & (mesh.depth == 3) & (ax < 0.018)
     colour = np.where(tongue[:, None], [0.48, 0.20, 0.20], colour)
     teeth = np.isin(mesh.part, [builtin.UPPER_TEETH, builtin.LOWER_TEETH])
-    enamel = np.array([0.95, 0.93, 0.87]) * rng.uniform(0.90, 1.0) * (1 - 0.45 * smoothstep(0.010, 0.024, ax))[:, None]
+    enamel = (
+        np.array([0.95, 0.93, 0.87])
+        * rng.uniform(0.90, 1.0)
+        * (1 - 0.45 * smoothstep(0.010, 0.024, ax))[:, None]
+    )
     enamel = np.where((mesh.depth == 0)[:, None], [0.62, 0.30, 0.30], enamel)
     colour = np.where(teeth[:, None], enamel, colour)
 
@@ -298,13 +355,23 @@ def _paint(mesh: BuiltinMesh, style: _Style, rng: np.random.Generator) -> Float[
     colour = np.where(ball[:, None], eye, colour)
     lash = rng.uniform(0.55, 0.95)
     upper = dy > 0.001
-    colour = over(colour, np.array([0.06, 0.04, 0.04]), (mesh.part == builtin.LID_RIM) * np.where(upper, 0.9, 0.35))
-    colour = over(colour, np.array([0.06, 0.04, 0.04]), lash * (skin_part & (mesh.eye_ring == 0)) * np.where(upper, 1.0, 0.35))
+    colour = over(
+        colour, np.array([0.06, 0.04, 0.04]), (mesh.part == builtin.LID_RIM) * np.where(upper, 0.9, 0.35)
+    )
+    colour = over(
+        colour,
+        np.array([0.06, 0.04, 0.04]),
+        lash * (skin_part & (mesh.eye_ring == 0)) * np.where(upper, 1.0, 0.35),
+    )
 
     # Clothes.
-    neckline = rng.uniform(-0.235, -0.192) + rng.uniform(-0.35, 0.1) * 0.10 * np.maximum(np.cos(mesh.phi), 0) ** 4
+    neckline = (
+        rng.uniform(-0.235, -0.192) + rng.uniform(-0.35, 0.1) * 0.10 * np.maximum(np.cos(mesh.phi), 0) ** 4
+    )
     clothes = _hue(rng, 0.08, 0.95)
-    colour = over(colour, clothes, skin_part * smoothstep(neckline + 0.008, neckline - 0.008, mesh.v) * (mesh.v < -0.1))
+    colour = over(
+        colour, clothes, skin_part * smoothstep(neckline + 0.008, neckline - 0.008, mesh.v) * (mesh.v < -0.1)
+    )
     return np.clip(colour, 0.0, 1.0)
 
 
@@ -316,7 +383,9 @@ def _paint_beard(mesh, colour, hair, rng):
     if kind > 0.30:
         return colour
     skin_part = (mesh.part == builtin.SKIN) & (np.abs(mesh.lip) != 1) & (np.abs(mesh.lip) != 2)
-    jaw = smoothstep(-0.040, -0.058, y + 0.35 * np.maximum(np.abs(x) - 0.03, 0) * -1) * smoothstep(1.55, 1.35, mesh.phi)
+    jaw = smoothstep(-0.040, -0.058, y + 0.35 * np.maximum(np.abs(x) - 0.03, 0) * -1) * smoothstep(
+        1.55, 1.35, mesh.phi
+    )
     jaw = jaw * smoothstep(-0.155, -0.135, mesh.v)
     moustache = bump(x, y, 0, -0.0465, 0.017, 0.0038) + bump(x, y, 0.024, -0.053, 0.006, 0.006)
     goatee = bump(x, y, 0, -0.090, 0.016, 0.014)

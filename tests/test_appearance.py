@@ -38,7 +38,10 @@ CROP = np.array([0, 0, 256, 256], np.float32)
 
 def _coefficients(head, **fields):
     values = {name: np.zeros(3, np.float32) for name in ("rot", "tra", "neck", "jaw", "eyes")}
-    values |= {"shape": np.zeros(head.n_shape, np.float32), "expression": np.zeros(head.n_expression, np.float32)}
+    values |= {
+        "shape": np.zeros(head.n_shape, np.float32),
+        "expression": np.zeros(head.n_expression, np.float32),
+    }
     return Coefficients(**(values | {k: np.asarray(v, np.float32) for k, v in fields.items()}))
 
 
@@ -46,7 +49,9 @@ def _coefficients(head, **fields):
 def draw(head, camera):
     @jax.jit
     def image(coefficients, appearance):
-        return render(head, make_identity(head, coefficients.shape), coefficients, camera, CROP, appearance, SIZE)
+        return render(
+            head, make_identity(head, coefficients.shape), coefficients, camera, CROP, appearance, SIZE
+        )
 
     return lambda coefficients, appearance: np.asarray(image(coefficients, appearance))
 
@@ -78,7 +83,9 @@ def test_eyes_lips_and_teeth_are_told_apart(head, mesh):
     for seed in range(6):
         value = sample_appearance(seed, head, mesh).albedo.mean(-1)
         ball = mesh.part == builtin.EYEBALL
-        pupil, iris, white = (value[ball & np.isin(mesh.depth, rows)].mean() for rows in ((0, 1), (2,), (5, 6)))
+        pupil, iris, white = (
+            value[ball & np.isin(mesh.depth, rows)].mean() for rows in ((0, 1), (2,), (5, 6))
+        )
         assert pupil < 0.05 < iris < white - 0.15
         enamel = np.isin(mesh.part, [builtin.UPPER_TEETH, builtin.LOWER_TEETH]) & (mesh.depth > 0)
         assert value[enamel].mean() > value[mesh.part == builtin.CAVITY].mean() + 0.3

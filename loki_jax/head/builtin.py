@@ -26,7 +26,7 @@ import io
 from importlib import resources
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from scipy.interpolate import PchipInterpolator
 from scipy.spatial import Delaunay, cKDTree
 
@@ -162,14 +162,18 @@ _NOSE_HEIGHT = PchipInterpolator(
     [0.0, 0.0015, 0.0040, 0.0120, 0.0215, 0.0240, 0.0185, 0.0105, 0.0015, 0.0],
     extrapolate=False,
 )
-_NOSE_WIDTH = PchipInterpolator([-0.05, -0.036, -0.026, -0.015, 0.0, 0.03], [0.0100, 0.0100, 0.0096, 0.0078, 0.0062, 0.0070])
+_NOSE_WIDTH = PchipInterpolator(
+    [-0.05, -0.036, -0.026, -0.015, 0.0, 0.03], [0.0100, 0.0100, 0.0096, 0.0078, 0.0062, 0.0070]
+)
 
 
 def _sculpt(points, phi):
     """Add nose, sockets, brow, cheeks, lips and chin to loft points; returns new points."""
     x, y = points[:, 0], points[:, 1]
     front = smoothstep(-0.05, 0.35, np.cos(phi))
-    nose = np.nan_to_num(_NOSE_HEIGHT(y)) * np.exp(-((np.abs(x) / _NOSE_WIDTH(np.clip(y, -0.05, 0.03))) ** 2.2))
+    nose = np.nan_to_num(_NOSE_HEIGHT(y)) * np.exp(
+        -((np.abs(x) / _NOSE_WIDTH(np.clip(y, -0.05, 0.03))) ** 2.2)
+    )
     upper_lip = np.exp(-0.5 * ((y - MOUTH_Y - 0.0048) / 0.0034) ** 2) * np.clip(1 - (x / 0.027) ** 2, 0, None)
     lower_lip = np.exp(-0.5 * ((y - MOUTH_Y + 0.0060) / 0.0038) ** 2) * np.clip(1 - (x / 0.025) ** 2, 0, None)
     dz = (
@@ -231,7 +235,13 @@ def _lip_rows():
     rows = []
     for side, height in ((1, _LIP_UP), (-1, _LIP_DOWN)):
         profile = lens * (bow if side > 0 else 1.0)
-        for tag, out, rise in ((1, 0.0, 0.0012 / height), (2, 0.0, 0.5), (3, 0.0003, 1.0), (4, 0.0028, 1.0), (5, 0.0068, 1.0)):
+        for tag, out, rise in (
+            (1, 0.0, 0.0012 / height),
+            (2, 0.0, 0.5),
+            (3, 0.0003, 1.0),
+            (4, 0.0028, 1.0),
+            (5, 0.0068, 1.0),
+        ):
             width = MOUTH_HALF_WIDTH + out
             y = MOUTH_Y + side * (rise * height * profile + out * lens**0.5)
             xy = np.stack([width * s, y], -1)
@@ -386,7 +396,9 @@ def _relax(parameters, n_fixed, rounds):
     for _ in range(rounds):
         faces = _triangulate(parameters)
         plane = _unroll(parameters)
-        edges = np.unique(np.sort(np.concatenate([faces[:, [0, 1]], faces[:, [1, 2]], faces[:, [2, 0]]]), -1), axis=0)
+        edges = np.unique(
+            np.sort(np.concatenate([faces[:, [0, 1]], faces[:, [1, 2]], faces[:, [2, 0]]]), -1), axis=0
+        )
         total, degree = np.zeros_like(plane), np.zeros(len(plane))
         for i, j in (edges.T, edges.T[::-1]):
             np.add.at(total, i, plane[j])
@@ -427,9 +439,7 @@ class _Half:
         a, b = np.asarray(a), np.asarray(b)
         if closed:
             a, b = np.append(a, a[0]), np.append(b, b[0])
-        faces = np.concatenate(
-            [np.stack([a[:-1], a[1:], b[1:]], -1), np.stack([a[:-1], b[1:], b[:-1]], -1)]
-        )
+        faces = np.concatenate([np.stack([a[:-1], a[1:], b[1:]], -1), np.stack([a[:-1], b[1:], b[:-1]], -1)])
         self.faces.append(faces[:, ::-1] if flip else faces)
 
     def fan(self, ring, apex, flip=False):
@@ -514,7 +524,13 @@ def _add_mouth(half, upper, lower):
     arch = 1 - s**2
     previous = chain
     for row, (wide, rise, z0, z1) in enumerate(
-        ((0.98, 0.0022, -0.0035, 0.0), (1.02, 0.0105, -0.0070, 0.0), (0.98, 0.0150, -0.0180, 0.004), (0.62, 0.0120, -0.0420, 0.0)), start=1
+        (
+            (0.98, 0.0022, -0.0035, 0.0),
+            (1.02, 0.0105, -0.0070, 0.0),
+            (0.98, 0.0150, -0.0180, 0.004),
+            (0.62, 0.0120, -0.0420, 0.0),
+        ),
+        start=1,
     ):
         ring = np.stack([lips[:, 0] * wide, MOUTH_Y + rise * tall, lips[:, 2] + z0 + z1 * arch], -1)
         ring[[0, -1], 0] = 0.0
@@ -530,10 +546,14 @@ def _add_mouth(half, upper, lower):
         z = xyz[upper[0], 2] - 0.0082 + front - 0.0250 * (1 - np.cos(a * np.pi / 2))
         rows = []
         base = -0.0014 if sign > 0 else 0.0018
-        for row, (rise, back) in enumerate(((0.0100, 0.0002), (0.0078, 0.0), (0.0, 0.0002), (0.0004, -0.0035))):
-            points = np.stack([x, np.full_like(x, MOUTH_Y) + sign * (rise + base), z + back * np.ones_like(x)], -1)
+        for row, (rise, back) in enumerate(
+            ((0.0100, 0.0002), (0.0078, 0.0), (0.0, 0.0002), (0.0004, -0.0035))
+        ):
+            points = np.stack(
+                [x, np.full_like(x, MOUTH_Y) + sign * (rise + base), z + back * np.ones_like(x)], -1
+            )
             rows.append(half.add(points, part, depth=row))
-        for first, second in zip(rows[:-1], rows[1:]):
+        for first, second in zip(rows[:-1], rows[1:], strict=True):
             half.strip(second, first, flip=sign < 0)
 
 
@@ -552,14 +572,16 @@ def _add_ear(half):
     wide = 0.0165 * (1.0 + 0.22 * along)
     outline = 0.031 * along[:, None] * up + (0.010 + wide * across)[:, None] * back
     rings = []
-    for row, (scale, lift) in enumerate(((1.0, -0.0040), (1.02, 0.0010), (0.80, 0.0022), (0.62, -0.0020), (0.30, -0.0048))):
+    for row, (scale, lift) in enumerate(
+        ((1.0, -0.0040), (1.02, 0.0010), (0.80, 0.0022), (0.62, -0.0020), (0.30, -0.0048))
+    ):
         middle = 0.008 * back
         ring = centre + middle + (outline - middle) * scale + lift * normal
         rings.append(half.add(ring, EAR, depth=row))
     apex = half.add(centre[None] + 0.006 * back - 0.0045 * normal, EAR, depth=5)
     back_apex = half.add(centre[None] + 0.006 * back - 0.0100 * normal, EAR, depth=0)
     flip = np.dot(np.cross(outline[1] - outline[0], outline[2] - outline[1]), normal) < 0
-    for first, second in zip(rings[:-1], rings[1:]):
+    for first, second in zip(rings[:-1], rings[1:], strict=True):
         half.strip(first, second, closed=True, flip=flip)
     half.fan(np.append(rings[-1], rings[-1][0]), apex[0], flip=flip)
     half.fan(np.append(rings[0], rings[0][0]), back_apex[0], flip=not flip)
@@ -591,7 +613,12 @@ def builtin_mesh() -> BuiltinMesh:
     vertices = _on_grid(np.concatenate([xyz, mirrored]))
     integer = {key: rows[key].astype(np.int32) for key in ("part", "eye_ring", "lip", "depth")}
     return BuiltinMesh(
-        vertices=vertices, faces=faces.astype(np.int32), phi=rows["phi"], v=rows["v"], left=left.astype(np.int32), **integer
+        vertices=vertices,
+        faces=faces.astype(np.int32),
+        phi=rows["phi"],
+        v=rows["v"],
+        left=left.astype(np.int32),
+        **integer,
     )
 
 
@@ -601,7 +628,7 @@ def builtin_mesh() -> BuiltinMesh:
 def _joint_regressor(vertices, groups, joints):
     """Least-norm affine combinations (J, V) of each group's vertices that give the joints."""
     rows = np.zeros((len(joints), len(vertices)))
-    for row, group, joint in zip(rows, groups, joints):
+    for row, group, joint in zip(rows, groups, joints, strict=True):
         index = np.flatnonzero(group)
         system = np.concatenate([np.ones((1, len(index))), vertices[index].T])
         # Least norm by the normal equations: the four constraints are independent and well scaled
@@ -677,7 +704,10 @@ def _on_face(mesh, xy):
 def mirror_vertices(mesh: BuiltinMesh) -> Int[np.ndarray, " V"]:
     """For each vertex the index of its mirror image (itself on the midline)."""
     partner = np.arange(len(mesh.left))
-    partner[mesh.left > 0], partner[mesh.left < 0] = np.flatnonzero(mesh.left < 0), np.flatnonzero(mesh.left > 0)
+    partner[mesh.left > 0], partner[mesh.left < 0] = (
+        np.flatnonzero(mesh.left < 0),
+        np.flatnonzero(mesh.left > 0),
+    )
     return partner
 
 
@@ -721,7 +751,9 @@ def _ibug68(mesh):
     jaw = np.concatenate([jaw * [-1, 1, 1], jaw[-2::-1]])
     skin = np.flatnonzero((mesh.part[mesh.faces] == SKIN).all(-1))
     jaw_face, jaw_bary = locate(mesh.vertices, mesh.faces[skin], jaw)
-    brow = np.array([(0.0515, 0.0300), (0.0430, 0.0352), (0.0325, 0.0370), (0.0215, 0.0345), (0.0125, 0.0300)])
+    brow = np.array(
+        [(0.0515, 0.0300), (0.0430, 0.0352), (0.0325, 0.0370), (0.0215, 0.0345), (0.0125, 0.0300)]
+    )
     nose = [(0, 0.014), (0, 0.001), (0, -0.012), (0, -0.0250)]
     under = [(-0.0135, -0.0365), (-0.0070, -0.0385), (0, -0.0385), (0.0070, -0.0385), (0.0135, -0.0365)]
     face_face, face_bary = _on_face(mesh, np.concatenate([brow * [-1, 1], brow[::-1], nose, under]))
@@ -738,6 +770,7 @@ def builtin_head() -> HeadAsset:
     A pure function of nothing: each call builds the same arrays (about half a second), so callers
     keep the result. Units metres; frame as in `loki_jax.head.types`. Design section 3.
     """
+    # The axes are written on this module's mesh, so this import cannot stand at the top.
     from loki_jax.head.builtin_axes import expression_axes, identity_axes, skinning_weights
 
     mesh = builtin_mesh()
@@ -747,10 +780,17 @@ def builtin_head() -> HeadAsset:
     ball = mesh.part == EYEBALL
     joints = np.stack([ROOT_JOINT, NECK_JOINT, JAW_JOINT, EYE, EYE * [-1, 1, 1]])
     skin = mesh.part == SKIN
-    near_hinge = skin & (np.abs(p[:, 0]) > 0.055) & (np.abs(p[:, 1] - JAW_JOINT[1]) < 0.020) & (np.abs(p[:, 2]) < 0.045)
+    near_hinge = (
+        skin
+        & (np.abs(p[:, 0]) > 0.055)
+        & (np.abs(p[:, 1] - JAW_JOINT[1]) < 0.020)
+        & (np.abs(p[:, 2]) < 0.045)
+    )
     neck = skin & (np.abs(mesh.v + 0.130) < 0.022)
     base = skin & (np.abs(mesh.v + 0.190) < 0.025)
-    regressor = _joint_regressor(p, [base, neck, near_hinge, ball & (mesh.left > 0), ball & (mesh.left < 0)], joints)
+    regressor = _joint_regressor(
+        p, [base, neck, near_hinge, ball & (mesh.left > 0), ball & (mesh.left < 0)], joints
+    )
     # As in the paper's head mask: the head without neck and shoulders.
     below = skin & (mesh.v < -0.118)
     head = HeadAsset(

@@ -62,10 +62,16 @@ def _identity_fields() -> dict[str, _Field]:
         "head_height": lambda p: _vector(dy=0.035 * np.maximum(p[:, 1] - 0.02, 0)),
         "head_depth": lambda p: _vector(dz=0.035 * p[:, 2] * _head(p)),
         "face_length": lambda p: _vector(
-            dy=-0.0045 * b.smoothstep(0.015, -0.100, p[:, 1]) * _front(p) * b.smoothstep(-0.19, -0.12, p[:, 1])
+            dy=-0.0045
+            * b.smoothstep(0.015, -0.100, p[:, 1])
+            * _front(p)
+            * b.smoothstep(-0.19, -0.12, p[:, 1])
         ),
         "jaw_width": lambda p: _vector(
-            dx=0.065 * p[:, 0] * np.exp(-0.5 * ((p[:, 1] + 0.072) / 0.024) ** 2) * b.smoothstep(-0.05, 0.01, p[:, 2])
+            dx=0.065
+            * p[:, 0]
+            * np.exp(-0.5 * ((p[:, 1] + 0.072) / 0.024) ** 2)
+            * b.smoothstep(-0.05, 0.01, p[:, 2])
         ),
         "chin_length": lambda p: _vector(dy=-0.0030 * bump(p, 0, -0.104, 0.022, 0.014)),
         "chin_projection": lambda p: _vector(dz=0.0032 * bump(p, 0, -0.096, 0.020, 0.014)),
@@ -81,10 +87,12 @@ def _identity_fields() -> dict[str, _Field]:
         "brow_ridge": lambda p: _vector(dz=0.0016 * bump(p, 0.024, 0.031, 0.020, 0.008)),
         "brow_height": lambda p: _vector(dy=0.0019 * bump(p, 0.030, 0.034, 0.022, 0.010)),
         "cheekbones": lambda p: _vector(
-            dx=0.0020 * side(p) * bump(p, 0.056, -0.012, 0.014, 0.014), dz=0.0020 * bump(p, 0.046, -0.014, 0.014, 0.013)
+            dx=0.0020 * side(p) * bump(p, 0.056, -0.012, 0.014, 0.014),
+            dz=0.0020 * bump(p, 0.046, -0.014, 0.014, 0.013),
         ),
         "cheek_fullness": lambda p: _vector(
-            dx=0.0032 * side(p) * bump(p, 0.054, -0.048, 0.016, 0.022), dz=0.0026 * bump(p, 0.040, -0.045, 0.014, 0.018)
+            dx=0.0032 * side(p) * bump(p, 0.054, -0.048, 0.016, 0.022),
+            dz=0.0026 * bump(p, 0.040, -0.045, 0.014, 0.018),
         ),
         "lip_thickness": lambda p: _vector(
             dy=0.0011 * np.tanh((p[:, 1] - b.MOUTH_Y) / 0.004) * bump(p, 0, b.MOUTH_Y, 0.018, 0.012),
@@ -96,7 +104,9 @@ def _identity_fields() -> dict[str, _Field]:
         "forehead_slope": lambda p: _vector(dz=-0.0032 * bump(p, 0, 0.085, 0.050, 0.026)),
         "forehead_width": lambda p: _vector(dx=0.0022 * side(p) * bump(p, 0.060, 0.065, 0.018, 0.022)),
         "neck_width": lambda p: _vector(
-            dx=0.070 * p[:, 0] * np.exp(-0.5 * ((p[:, 1] + 0.145 - 0.35 * np.minimum(p[:, 2], 0)) / 0.026) ** 2)
+            dx=0.070
+            * p[:, 0]
+            * np.exp(-0.5 * ((p[:, 1] + 0.145 - 0.35 * np.minimum(p[:, 2], 0)) / 0.026) ** 2)
         ),
         "shoulder_width": lambda p: _vector(dx=0.080 * p[:, 0] * b.smoothstep(-0.150, -0.200, p[:, 1])),
     }
@@ -153,7 +163,9 @@ def _eye_centres(mesh):
 
 def _lid_weight(mesh):
     """How much each vertex moves with the eyeball: 1 on the ball, its rim and the lid's edge."""
-    on_ring = np.where(mesh.eye_ring >= 0, np.array([1.0, 1.0, 1.0, 0.9, 0.5])[np.maximum(mesh.eye_ring, 0)], 0.0)
+    on_ring = np.where(
+        mesh.eye_ring >= 0, np.array([1.0, 1.0, 1.0, 0.9, 0.5])[np.maximum(mesh.eye_ring, 0)], 0.0
+    )
     return np.where((mesh.part == b.EYEBALL) | (mesh.part == b.LID_RIM), 1.0, on_ring)
 
 
@@ -178,7 +190,9 @@ def jaw_weight(mesh: b.BuiltinMesh) -> Float[np.ndarray, " V"]:
     width = 0.004 + 0.024 * b.smoothstep(0.018, 0.050, ax)
     smooth = b.smoothstep(-1.0, 1.0, (line - y) / width)
     lower = (mesh.lip < 0) | ((mesh.lip == 0) & (y < b.MOUTH_Y))
-    step = (1 - b.smoothstep(0.45, 1.0, ax / b.MOUTH_HALF_WIDTH)) * np.exp(-0.5 * (np.maximum(ax - 0.025, 0) / 0.005) ** 2)
+    step = (1 - b.smoothstep(0.45, 1.0, ax / b.MOUTH_HALF_WIDTH)) * np.exp(
+        -0.5 * (np.maximum(ax - 0.025, 0) / 0.005) ** 2
+    )
     weight = step * lower + (1 - step) * smooth
     # Gone behind the ramus and down the throat.
     weight = weight * b.smoothstep(-0.020, 0.030, z)
@@ -226,7 +240,9 @@ def _blink(mesh, amount_upper, amount_lower):
     # Towards the ball's surface, the lid's thickness above it; the crease flattens as the lid goes
     # down. The bulge at the end keeps the straight path of a linear axis out of the ball half-way.
     travelled = np.clip(np.abs(dy) / np.maximum(opening, 1e-3) / 0.6, 0, 1)
-    firm = np.where(mesh.eye_ring >= 0, np.array([1.0, 1.0, 1.0, 0.85, 0.15])[np.maximum(mesh.eye_ring, 0)], 0.0)
+    firm = np.where(
+        mesh.eye_ring >= 0, np.array([1.0, 1.0, 1.0, 0.85, 0.15])[np.maximum(mesh.eye_ring, 0)], 0.0
+    )
     hold = np.where(mesh.eye_ring >= 0, b.LID_WEIGHT[np.maximum(mesh.eye_ring, 0)], 0.0)
     rim = np.where(mesh.part == b.LID_RIM, -0.0012 - b.LID_THICKNESS, 0.0)
     radius = b.EYE_RADIUS + b.LID_THICKNESS + rim
@@ -246,8 +262,12 @@ def expression_axes(
     front = _front(p)
     # Nothing but the lids moves near the eyeballs; eyeballs and ears never move.
     movable = np.where((mesh.part == b.SKIN) | (mesh.part == b.CAVITY), 1.0, 0.0)
-    firm = 1.0 - np.where(mesh.eye_ring >= 0, np.array([1.0, 1.0, 0.75, 0.25, 0.0])[np.maximum(mesh.eye_ring, 0)], 0.0)
-    fade = np.where(mesh.part == b.CAVITY, np.array([1.0, 1.0, 0.6, 0.25, 0.0, 0.0])[np.minimum(mesh.depth, 5)], 1.0)
+    firm = 1.0 - np.where(
+        mesh.eye_ring >= 0, np.array([1.0, 1.0, 0.75, 0.25, 0.0])[np.maximum(mesh.eye_ring, 0)], 0.0
+    )
+    fade = np.where(
+        mesh.part == b.CAVITY, np.array([1.0, 1.0, 0.6, 0.25, 0.0, 0.0])[np.minimum(mesh.depth, 5)], 1.0
+    )
     soft = (front * movable * firm * fade)[:, None]
     left = b.smoothstep(-0.006, 0.006, x)[:, None]
     upper, lower = _lips(mesh)
@@ -270,7 +290,10 @@ def expression_axes(
     whole_brow = g(0.026, 0.033, 0.020, 0.010)
     forehead = g(0.026, 0.060, 0.022, 0.016)
     add("browInnerUp", soft * _vector(dy=0.0075 * mid_brow + 0.0020 * forehead))
-    sides("browDown", soft * _vector(dx=-0.0016 * sign * mid_brow, dy=-0.0062 * whole_brow, dz=0.0012 * mid_brow))
+    sides(
+        "browDown",
+        soft * _vector(dx=-0.0016 * sign * mid_brow, dy=-0.0062 * whole_brow, dz=0.0012 * mid_brow),
+    )
     sides("browOuterUp", soft * _vector(dy=0.0075 * outer_brow + 0.0015 * forehead))
 
     sides("eyeBlink", _blink(mesh, 0.87, 0.13))
@@ -281,7 +304,10 @@ def expression_axes(
     puff = g(0.042, -0.052, 0.014, 0.016)
     add("cheekPuff", soft * _vector(dx=0.0070 * sign * puff, dz=0.0085 * puff))
     wing = g(0.0150, -0.030, 0.006, 0.007)
-    sides("noseSneer", soft * _vector(dx=0.0010 * sign * wing, dy=0.0042 * wing + 0.0022 * g(0.018, -0.044, 0.009, 0.007)))
+    sides(
+        "noseSneer",
+        soft * _vector(dx=0.0010 * sign * wing, dy=0.0042 * wing + 0.0022 * g(0.018, -0.044, 0.009, 0.007)),
+    )
 
     corner = g(b.MOUTH_HALF_WIDTH, b.MOUTH_Y, 0.010, 0.009)
     around = g(0.032, -0.054, 0.012, 0.013)
@@ -301,10 +327,19 @@ def expression_axes(
             dz=-0.0045 * corner + 0.0030 * g(0.042, -0.026, 0.013, 0.011),
         ),
     )
-    sides("mouthFrown", soft * _vector(dx=0.0012 * sign * corner, dy=-0.0075 * corner - 0.0020 * around, dz=-0.0010 * corner))
-    sides("mouthStretch", soft * _vector(dx=sign * (0.0090 * corner + 0.0025 * around), dy=-0.0025 * corner, dz=-0.0050 * corner))
+    sides(
+        "mouthFrown",
+        soft * _vector(dx=0.0012 * sign * corner, dy=-0.0075 * corner - 0.0020 * around, dz=-0.0010 * corner),
+    )
+    sides(
+        "mouthStretch",
+        soft
+        * _vector(dx=sign * (0.0090 * corner + 0.0025 * around), dy=-0.0025 * corner, dz=-0.0050 * corner),
+    )
     sides("mouthDimple", soft * _vector(dx=0.0040 * sign * corner, dz=-0.0050 * corner))
-    pull = np.exp(-0.5 * ((y - b.MOUTH_Y) / 0.014) ** 2) * np.exp(-0.5 * (np.maximum(ax - 0.022, 0) / 0.012) ** 2)
+    pull = np.exp(-0.5 * ((y - b.MOUTH_Y) / 0.014) ** 2) * np.exp(
+        -0.5 * (np.maximum(ax - 0.022, 0) / 0.012) ** 2
+    )
     lips = upper + lower
     add("mouthPucker", soft * _vector(dx=-0.32 * x * pull, dz=0.0075 * g(0, b.MOUTH_Y, 0.014, 0.012)))
     add(
@@ -315,7 +350,10 @@ def expression_axes(
         ),
     )
     thin = np.abs(mesh.lip) == 3
-    sides("mouthPress", soft * _vector(dy=np.where(thin, -0.0022 * np.sign(mesh.lip), 0.0) * lips, dz=-0.0022 * lips))
+    sides(
+        "mouthPress",
+        soft * _vector(dy=np.where(thin, -0.0022 * np.sign(mesh.lip), 0.0) * lips, dz=-0.0022 * lips),
+    )
     add("mouthRollUpper", soft * _vector(dy=np.where(mesh.lip > 1, -0.0032, 0.0) * upper, dz=-0.0045 * upper))
     add("mouthRollLower", soft * _vector(dy=np.where(mesh.lip < -1, 0.0036, 0.0) * lower, dz=-0.0036 * lower))
     up_side, down_side = upper * g(0.012, -0.054, 0.012, 0.02), lower * g(0.012, -0.066, 0.012, 0.02)
@@ -323,7 +361,10 @@ def expression_axes(
     sides("mouthLowerDown", soft * _vector(dy=-0.0072 * down_side, dz=0.0006 * down_side))
     add("mouthShrugUpper", soft * _vector(dy=0.0032 * upper, dz=0.0022 * upper))
     chin = g(0, -0.088, 0.018, 0.012)
-    add("mouthShrugLower", soft * _vector(dy=0.0030 * lower + 0.0030 * chin, dz=0.0030 * lower + 0.0012 * chin))
+    add(
+        "mouthShrugLower",
+        soft * _vector(dy=0.0030 * lower + 0.0030 * chin, dz=0.0030 * lower + 0.0012 * chin),
+    )
     # Lips shut while the jaw is open: undoes what the jaw joint does to the lower lip at 0.12 rad.
     add("mouthClose", soft * _vector(dy=-0.0028 * upper + 0.0075 * lower))
     n = len(names)

@@ -46,7 +46,14 @@ def _edges(faces):
 
 def test_same_arrays_on_every_call_and_through_the_file(head, tmp_path):
     again = builtin_head()
-    for field in ("template", "faces", "shape_basis", "expression_basis", "skinning_weights", "joint_regressor"):
+    for field in (
+        "template",
+        "faces",
+        "shape_basis",
+        "expression_basis",
+        "skinning_weights",
+        "joint_regressor",
+    ):
         np.testing.assert_array_equal(getattr(head, field), getattr(again, field))
     assert save_head(tmp_path / "a.npz", head) == save_head(tmp_path / "b.npz", again)
     np.testing.assert_array_equal(load_head(tmp_path / "a.npz").template, head.template)
@@ -115,9 +122,9 @@ def test_left_and_right_expressions_mirror_each_other(head, mesh):
 
 
 def test_identity_and_expression_axes_have_natural_size(head):
-    for name, axis in zip(head.shape_names, head.shape_basis):
+    for name, axis in zip(head.shape_names, head.shape_basis, strict=True):
         assert 5e-4 < np.linalg.norm(axis, axis=-1).max() < 0.015, name
-    for name, axis in zip(head.expression_names, head.expression_basis):
+    for name, axis in zip(head.expression_names, head.expression_basis, strict=True):
         assert 1e-3 < np.linalg.norm(axis, axis=-1).max() < 0.016, name
     np.testing.assert_array_equal(head.expression_bounds, np.tile([0, 1], (head.n_expression, 1)))
 
@@ -141,7 +148,9 @@ def test_blink_closes_the_lids_on_the_eyeball(head, mesh):
     # From the upper lid to the lower one at the same place, corners left out.
     upper = builtin.lid_vertices(mesh, left=True)[1:10]
     lower = builtin.lid_vertices(mesh, left=True)[:10:-1]
-    lids = np.flatnonzero((mesh.part == builtin.SKIN) & (mesh.eye_ring >= 0) & (mesh.eye_ring <= 2) & (mesh.left > 0))
+    lids = np.flatnonzero(
+        (mesh.part == builtin.SKIN) & (mesh.eye_ring >= 0) & (mesh.eye_ring <= 2) & (mesh.left > 0)
+    )
     for shape in (np.zeros(head.n_shape), np.clip(rng.standard_normal(head.n_shape), -2, 2)):
         opened, closed = _pose(head, shape), _pose(head, shape, eyeBlink=1.0)
         ball = np.flatnonzero((mesh.part == builtin.EYEBALL) & (mesh.left > 0))
@@ -222,7 +231,36 @@ def test_landmarks_lie_on_the_surface(head, name, count):
 def test_mediapipe_landmarks_are_symmetric_and_on_the_contours(head, mesh):
     points = np.asarray(landmark_positions(head, jnp.asarray(head.template), "mediapipe478"))
     # The midline of MediaPipe's mesh, forehead to chin.
-    midline = [10, 151, 9, 8, 168, 6, 197, 195, 5, 4, 1, 19, 94, 2, 164, 0, 11, 12, 13, 14, 15, 16, 17, 18, 200, 199, 175, 152]
+    midline = [
+        10,
+        151,
+        9,
+        8,
+        168,
+        6,
+        197,
+        195,
+        5,
+        4,
+        1,
+        19,
+        94,
+        2,
+        164,
+        0,
+        11,
+        12,
+        13,
+        14,
+        15,
+        16,
+        17,
+        18,
+        200,
+        199,
+        175,
+        152,
+    ]
     np.testing.assert_allclose(points[midline, 0], 0, atol=1e-6)
     assert (np.diff(points[midline, 1]) < 1e-4).all()
     mirrored = points[:468] * [-1, 1, 1]
@@ -231,7 +269,7 @@ def test_mediapipe_landmarks_are_symmetric_and_on_the_contours(head, mesh):
     # Lid contours use lid-edge vertices only, lip contours the lips' rows; upper and lower apart.
     marks = head.landmarks["mediapipe478"]
     corners = head.faces[marks.face]
-    used = [set(c[b > 0].tolist()) for c, b in zip(corners, marks.bary)]
+    used = [set(c[b > 0].tolist()) for c, b in zip(corners, marks.bary, strict=True)]
     edge = set(np.flatnonzero(mesh.eye_ring == 0).tolist())
     for index in (33, 133, 159, 158, 145, 153, 362, 263, 386, 374):
         assert used[index] <= edge, index
@@ -241,12 +279,16 @@ def test_mediapipe_landmarks_are_symmetric_and_on_the_contours(head, mesh):
             assert used[index] <= row, index
     for upper, lower in ((159, 145), (386, 374)):
         assert points[upper, 1] - points[lower, 1] > 0.006
-    np.testing.assert_allclose(points[[33, 263], 0], [-0.0465, 0.0465], atol=1e-3)  # outer corners, right and left
+    np.testing.assert_allclose(
+        points[[33, 263], 0], [-0.0465, 0.0465], atol=1e-3
+    )  # outer corners, right and left
     # 468..472 are the subject's right iris, 473..477 the left; the ring is the painted iris's edge.
     for first, side in ((468, -1), (473, 1)):
         np.testing.assert_allclose(points[first, :2], [side * builtin.EYE[0], builtin.EYE[1]], atol=1e-4)
         ring = np.linalg.norm(points[first + 1 : first + 5, :2] - points[first, :2], axis=-1)
-        np.testing.assert_allclose(ring, builtin.EYE_RADIUS * np.sin(np.deg2rad(builtin.IRIS_DEGREES)), rtol=0.05)
+        np.testing.assert_allclose(
+            ring, builtin.EYE_RADIUS * np.sin(np.deg2rad(builtin.IRIS_DEGREES)), rtol=0.05
+        )
 
 
 def test_blink_moves_the_lid_landmarks_together(head):
