@@ -21,7 +21,10 @@ def sample_timesteps(
 
 
 def q_sample(
-    schedule: Schedule, x0: Float[Array, "*n h w c"], timesteps: Int[Array, "*n"], noise: Float[Array, "*n h w c"]
+    schedule: Schedule,
+    x0: Float[Array, "*n h w c"],
+    timesteps: Int[Array, "*n"],
+    noise: Float[Array, "*n h w c"],
 ) -> Float[Array, "*n h w c"]:
     """x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) noise."""
     signal, sigma = _coefficients(schedule, timesteps)

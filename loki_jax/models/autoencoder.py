@@ -159,7 +159,8 @@ class AutoencoderKL(nn.Module):
     ) -> tuple[Float[Array, "n h w c"], Float[Array, "n h w c"]]:
         """Mean and log-variance of the scaled latents, float32. Raises ValueError on a bad size."""
         if images.shape[1] % self.stride or images.shape[2] % self.stride:
-            raise ValueError(f"images of {images.shape[1]} x {images.shape[2]} are not divisible by {self.stride}")
+            raise ValueError(f"images of {images.shape[1]} x {images.shape[2]} are not divisible by "
+                             f"{self.stride}")
         moments = self.quant(self.encoder(images.astype(self.dtype))).astype(jnp.float32)
         mean, logvar = jnp.split(moments, 2, axis=-1)
         logvar = jnp.clip(logvar, DETERMINISTIC_LOGVAR, 20.0)

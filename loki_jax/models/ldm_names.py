@@ -72,15 +72,16 @@ def unet_table(unet: UNet, prefix: str = "") -> Table:
     transformer("middle_transformer", "middle_block.1", -1)
     residual("middle_residual_1", "middle_block.2", False)
     for level, width in reversed(list(enumerate(widths))):
+        first = (levels - 1 - level) * (blocks + 1)
+        attended = level in unet.attention_levels
         for i in range(blocks + 1):
-            theirs = f"output_blocks.{(levels - 1 - level) * (blocks + 1) + i}"
+            theirs = f"output_blocks.{first + i}"
             residual(f"up_{level}_residual_{i}", f"{theirs}.0", below + skips.pop() != width)
-            attended = level in unet.attention_levels
             if attended:
                 transformer(f"up_{level}_transformer_{i}", f"{theirs}.1", level)
             below = width
         if level:
-            table.update(_conv(f"up_{level}_sample", f"{theirs}.{2 if attended else 1}.conv"))
+            table.update(_conv(f"up_{level}_sample", f"output_blocks.{first + blocks}.{1 + attended}.conv"))
     table.update(_norm("norm_out", "out.0") | _conv("conv_out", "out.2"))
     return {path: LdmWeight(prefix + name, layout) for path, (name, layout) in table.items()}
 
@@ -108,20 +109,13 @@ def transformer_table(mode: str, cross_attention: bool, ours: str = "", theirs: 
 
 def encoder_table(encoder: ConditioningEncoder, prefix: str = "") -> Table:
     """Every parameter of a conditioning encoder. Public prefix: "model.diffusion_model.cond_encoder."."""
-
-    def residual(ours: str, theirs: str, has_skip: bool) -> Table:
-        table: Table = {}
-        for i in (1, 2):
-            table |= _norm(f"{ours}/norm{i}", f"{theirs}.norm{i}") | _conv(f"{ours}/conv{i}", f"{theirs}.conv{i}")
-        return table | (_linear(f"{ours}/skip", f"{theirs}.skip", layout="conv1x1") if has_skip else {})
-
     table = _conv("stem", "stem")
     below = encoder.stem
     for i, width in enumerate(encoder.widths):
-        table |= residual(f"stage_{i}_residual", f"stages.{i}.0", below != width)
+        table |= _residual(f"stage_{i}_residual", f"stages.{i}.0", "skip" if below != width else None)
         table |= _conv(f"stage_{i}_sample", f"stages.{i}.1.conv")
         below = width
-    table |= residual("refine", "refine", False)
+    table |= _residual("refine", "refine")
     table |= _norm("norm_out", "out_norm") | _conv("conv_out", "out_conv")
     return {path: LdmWeight(prefix + name, layout) for path, (name, layout) in table.items()}
 
@@ -130,15 +124,10 @@ def autoencoder_table(autoencoder: AutoencoderKL, prefix: str = "") -> Table:
     """Every parameter of the VAE. Public prefix: "first_stage_model."."""
     levels, blocks = len(autoencoder.widths), autoencoder.num_res_blocks
 
-    def residual(ours: str, theirs: str, has_skip: bool = False) -> Table:
-        table: Table = {}
-        for i in (1, 2):
-            table |= _norm(f"{ours}/norm{i}", f"{theirs}.norm{i}") | _conv(f"{ours}/conv{i}", f"{theirs}.conv{i}")
-        return table | (_linear(f"{ours}/skip", f"{theirs}.nin_shortcut", layout="conv1x1") if has_skip else {})
-
     def middle(part: str) -> Table:
         ours, theirs = f"{part}/middle", f"{part}.mid"
-        table = residual(f"{ours}/residual_0", f"{theirs}.block_1") | residual(f"{ours}/residual_1", f"{theirs}.block_2")
+        table = _residual(f"{ours}/residual_0", f"{theirs}.block_1")
+        table |= _residual(f"{ours}/residual_1", f"{theirs}.block_2")
         table |= _norm(f"{ours}/attention/norm", f"{theirs}.attn_1.norm")
         for name in "qkv":
             table |= _linear(f"{ours}/attention/{name}", f"{theirs}.attn_1.{name}", layout="conv1x1")
@@ -151,13 +140,15 @@ def autoencoder_table(autoencoder: AutoencoderKL, prefix: str = "") -> Table:
     below = autoencoder.widths[0]
     for level, width in enumerate(autoencoder.widths):
         for i in range(blocks):
-            table |= residual(f"encoder/down_{level}_residual_{i}", f"encoder.down.{level}.block.{i}", below != width)
+            skip = "nin_shortcut" if below != width else None
+            table |= _residual(f"encoder/down_{level}_residual_{i}", f"encoder.down.{level}.block.{i}", skip)
             below = width
         if level + 1 < levels:
             table |= _conv(f"encoder/down_{level}_sample", f"encoder.down.{level}.downsample.conv")
     for level, width in reversed(list(enumerate(autoencoder.widths))):
         for i in range(blocks + 1):
-            table |= residual(f"decoder/up_{level}_residual_{i}", f"decoder.up.{level}.block.{i}", below != width)
+            skip = "nin_shortcut" if below != width else None
+            table |= _residual(f"decoder/up_{level}_residual_{i}", f"decoder.up.{level}.block.{i}", skip)
             below = width
         if level:
             table |= _conv(f"decoder/up_{level}_sample", f"decoder.up.{level}.upsample.conv")
@@ -192,12 +183,12 @@ def params_from_ldm(state: Mapping[str, np.ndarray], table: Table) -> PyTree:
     """Nested parameters taken from a state dict; its other entries are ignored.
 
     Raises:
-      KeyError: weights of the table that the state dict lacks (all named).
+      KeyError: the state dict lacks weights of the table; the first eight are named.
     """
     missing = [weight.name for weight in table.values() if weight.name not in state]
     if missing:
-        raise KeyError(f"the state dict lacks {len(missing)} of {len(table)} weights: {', '.join(missing[:8])}"
-                       + (" ..." if len(missing) > 8 else ""))
+        named = ", ".join(missing[:8]) + (" ..." if len(missing) > 8 else "")
+        raise KeyError(f"the state dict lacks {len(missing)} of {len(table)} weights: {named}")
     flat = {tuple(path.split("/")): from_ldm(state[name], layout) for path, (name, layout) in table.items()}
     return unflatten_dict(flat)
 
@@ -206,8 +197,20 @@ def params_to_ldm(params: PyTree, table: Table) -> dict[str, np.ndarray]:
     """State dict of nested parameters. Raises KeyError when the paths are not exactly the table's."""
     flat = flatten_dict(params, sep="/")
     if flat.keys() != table.keys():
-        raise KeyError(f"parameters without a name, or names without a parameter: {sorted(flat.keys() ^ table.keys())}")
+        unmatched = sorted(flat.keys() ^ table.keys())
+        raise KeyError(f"parameters without a name, or names without a parameter: {unmatched}")
     return {table[path].name: to_ldm(np.asarray(value), table[path].layout) for path, value in flat.items()}
+
+
+def _residual(ours: str, theirs: str, skip: str | None = None) -> Table:
+    """A residual block without time embedding; `skip` names its 1x1 convolution."""
+    table: Table = {}
+    for i in (1, 2):
+        table |= _norm(f"{ours}/norm{i}", f"{theirs}.norm{i}")
+        table |= _conv(f"{ours}/conv{i}", f"{theirs}.conv{i}")
+    if skip is not None:
+        table |= _linear(f"{ours}/skip", f"{theirs}.{skip}", layout="conv1x1")
+    return table
 
 
 def _norm(ours: str, theirs: str) -> Table:

@@ -134,7 +134,8 @@ def make_loki(config) -> Loki:
     )
     kind = encoder.get("kind", "map")
     if kind == "map":
-        driver_encoder = ConditioningEncoder(encoder.stem, tuple(encoder.widths), unet.channels, groups, dtype)
+        widths = tuple(encoder.widths)
+        driver_encoder = ConditioningEncoder(encoder.stem, widths, unet.channels, groups, dtype)
     elif kind == "vector":
         driver_encoder = VectorEncoder(encoder.hidden, unet.channels, (config.latent_size,) * 2, dtype)
     else:
@@ -168,4 +169,5 @@ def count_parameters(params: PyTree) -> int:
 
 
 def _tuples(options: dict) -> dict:
-    return {key: tuple(value) if isinstance(value, (list, tuple)) else value for key, value in options.items()}
+    """Options with lists (ConfigDict's form of overridden tuples) made hashable."""
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}

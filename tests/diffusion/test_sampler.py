@@ -82,7 +82,8 @@ def test_guidance_extrapolates_and_one_skips_the_unconditional_branch():
 
     c, u = jnp.array([0.3, 0.4]), jnp.array([0.1, -0.2])
     run = lambda guidance, conditional, unconditional: ddim_sample(
-        denoise, noise, schedule, conditional=conditional, unconditional=unconditional, steps=4, guidance=guidance)
+        denoise, noise, schedule, conditional=conditional, unconditional=unconditional, steps=4,
+        guidance=guidance)
     plain = run(1, c, None)
     assert set(batches) == {2}
     batches.clear()

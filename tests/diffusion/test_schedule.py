@@ -35,7 +35,8 @@ def test_schedule(reference, size, frames):
 
 def test_before_the_shift(reference):
     alpha_bar = alphas_cumprod(shift_frames=None)
-    np.testing.assert_allclose(alpha_bar, reference["base_zsnr_clamped_alphas_cumprod_f32"], rtol=2e-6, atol=1e-9)
+    expected = reference["base_zsnr_clamped_alphas_cumprod_f32"]
+    np.testing.assert_allclose(alpha_bar, expected, rtol=2e-6, atol=1e-9)
     betas = np.concatenate([[1 - alpha_bar[0]], 1 - alpha_bar[1:] / alpha_bar[:-1]])
     np.testing.assert_allclose(betas, reference["base_zsnr_clamped_betas_f32"], rtol=1e-4)
     assert betas[-1] == pytest.approx(0.99)
@@ -60,7 +61,8 @@ def test_official_timesteps(reference, size, frames, steps):
     np.testing.assert_allclose(np.sqrt(1 - alpha[::-1]), reference[name + "sqrt_one_minus_alphas"], rtol=2e-6)
 
 
-@pytest.mark.parametrize("spacing, first, last", [("leading", 0, None), ("trailing", None, 999), ("linspace", 0, 999)])
+@pytest.mark.parametrize("spacing, first, last", [
+    ("leading", 0, None), ("trailing", None, 999), ("linspace", 0, 999)])
 @pytest.mark.parametrize("steps", [2, 3, 7, 15, 50, 333, 600, 999, 1000])
 def test_spacings_cover_the_schedule_for_every_number_of_steps(spacing, first, last, steps):
     timesteps = ddim_timesteps(steps, spacing)

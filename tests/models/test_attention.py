@@ -11,7 +11,8 @@ from loki_jax.models.attention import attend, attend_shared
 
 def random_qkv(n, m, batch=1, heads=2, d=4, dtype=jnp.float32):
     keys = jax.random.split(jax.random.key(0), 3)
-    return tuple(3 * jax.random.normal(k, (batch, size, heads, d), dtype) for k, size in zip(keys, (n, m, m), strict=True))
+    draw = lambda key, size: 3 * jax.random.normal(key, (batch, size, heads, d), dtype)
+    return draw(keys[0], n), draw(keys[1], m), draw(keys[2], m)
 
 
 def test_against_numpy_float64():

@@ -67,7 +67,8 @@ def test_generation_names_and_shapes(golden, config, shapes):
     generation = make_loki(config).generation
     prefix = "model.diffusion_model."
     ours = ldm_shapes(shapes["generation"]["unet"], unet_table(generation.unet, prefix))
-    ours |= ldm_shapes(shapes["generation"]["encoder"], encoder_table(generation.encoder, prefix + "cond_encoder."))
+    encoder = encoder_table(generation.encoder, prefix + "cond_encoder.")
+    ours |= ldm_shapes(shapes["generation"]["encoder"], encoder)
     assert ours == with_prefix(json.loads((golden / "keys/loki_unet_keys.json").read_text()), prefix)
 
 
@@ -83,8 +84,9 @@ def test_autoencoder_names_and_shapes(golden, config, shapes):
 
 def test_every_weight_is_in_the_sd21_checkpoint(golden, config):
     keys = json.loads((golden / "keys/sd21_ldm_checkpoint_keys.json").read_text())
-    names = {weight.name for weight in unet_table(make_loki(config).reference, "model.diffusion_model.").values()}
-    names |= {weight.name for weight in autoencoder_table(make_autoencoder(config), "first_stage_model.").values()}
+    table = unet_table(make_loki(config).reference, "model.diffusion_model.")
+    table |= autoencoder_table(make_autoencoder(config), "first_stage_model.")
+    names = {weight.name for weight in table.values()}
     assert names <= set(keys)
     unused = {name for name in set(keys) - names if not name.startswith("cond_stage_model.")}
     assert not any(name.startswith(("model.diffusion_model.", "first_stage_model.")) for name in unused)
@@ -110,7 +112,8 @@ def test_order_of_attention_blocks(golden, config):
     assert [unet.attention_modes[level[b["channels"]]] for b in blocks] == [b["mode"] for b in blocks]
 
 
-@pytest.mark.parametrize("layout, shape", [("vector", (3,)), ("linear", (2, 3)), ("conv1x1", (2, 3)), ("conv", (3, 3, 2, 5))])
+@pytest.mark.parametrize("layout, shape", [
+    ("vector", (3,)), ("linear", (2, 3)), ("conv1x1", (2, 3)), ("conv", (3, 3, 2, 5))])
 def test_layouts_invert(layout, shape):
     array = np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
     np.testing.assert_array_equal(from_ldm(to_ldm(array, layout), layout), array)

@@ -1,4 +1,4 @@
-"""The assembled model: injection, equivariance, null conditions, per-frame times, errors. All parameters random."""
+"""The assembled model, all parameters random: injection, equivariance, null conditions, times, errors."""
 
 import jax
 import jax.numpy as jnp
@@ -113,8 +113,10 @@ def test_frames_see_each_other_through_3d_attention_only():
         config = one_level_config(mode)
         loki = make_loki(config)
         params = random_params(loki, config)
-        run = quick_jit(lambda x, loki=loki, params=params: loki.apply({"params": params}, x, timesteps, driver, z))
-        change = jnp.abs(run(x.at[:, 0].add(1.0)) - run(x))
+        run = quick_jit(loki.apply)
+        variables = {"params": params}
+        change = jnp.abs(run(variables, x.at[:, 0].add(1.0), timesteps, driver, z)
+                         - run(variables, x, timesteps, driver, z))
         assert change[:, 0].max() > 1e-2
         assert (change[:, 1:].max() > 1e-5) == reaches, mode
 
@@ -135,7 +137,8 @@ def test_zero_features_are_not_the_same_as_none(model):
     x, timesteps, driver, z = inputs()
     condition = encode(driver)
     zero = jax.tree.map(jnp.zeros_like, refer(z))
-    assert jnp.abs(denoise(x, timesteps, condition, zero) - denoise(x, timesteps, condition, None)).max() > 1e-3
+    difference = denoise(x, timesteps, condition, zero) - denoise(x, timesteps, condition, None)
+    assert jnp.abs(difference).max() > 1e-3
 
 
 def test_drops_are_per_sample(model):
@@ -181,7 +184,8 @@ def test_starts_as_the_unconditioned_backbone():
     @quick_jit
     def start(key):
         variables = {"params": init_params(loki, config, key)}
-        return loki.apply(variables, driver, method="encode_condition"), loki.apply(variables, x, timesteps, driver, z)
+        condition = loki.apply(variables, driver, method="encode_condition")
+        return condition, loki.apply(variables, x, timesteps, driver, z)
 
     condition, prediction = start(jax.random.key(0))
     assert not condition.any() and not prediction.any()
@@ -195,7 +199,8 @@ def test_compute_dtype_leaves_parameters_in_float32():
         loki = make_loki(config)
         params = random_params(loki, config)
         assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
-        features = jax.eval_shape(lambda p: loki.apply({"params": p}, args[3], method="reference_features"), params)
+        refer = lambda params: loki.apply({"params": params}, args[3], method="reference_features")
+        features = jax.eval_shape(refer, params)
         assert {f.dtype for f in features} == {jnp.dtype(dtype)}
         return quick_jit(loki.apply)({"params": params}, *args)
 
@@ -208,7 +213,7 @@ def test_vector_arm():
     config = one_level_config(encoder__in_channels=20)
     config.encoder.kind, config.encoder.hidden = "vector", 32
     loki = make_loki(config)
-    encode = quick_jit(lambda params, vector: loki.apply({"params": params}, vector, method="encode_condition"))
+    encode = quick_jit(lambda params, x: loki.apply({"params": params}, x, method="encode_condition"))
     vector = jax.random.normal(jax.random.key(5), (B, T, 20))
     initial = quick_jit(lambda key: init_params(loki, config, key))(jax.random.key(0))
     assert not encode(initial, vector).any()
@@ -229,7 +234,7 @@ def test_cross_attention_context():
     loki = make_loki(config)
     params = random_params(loki, config)
     args = inputs()
-    contexts = jax.random.normal(jax.random.key(3), (B, 5, 6)), jax.random.normal(jax.random.key(4), (B, 5, 4))
+    contexts = tuple(jax.random.normal(jax.random.key(width), (B, 5, width)) for width in (6, 4))
     run = quick_jit(lambda own, other: loki.apply({"params": params}, *args, own, other))
     out = run(*contexts)
     assert jnp.abs(run(2 * contexts[0], contexts[1]) - out).max() > 1e-3

@@ -89,7 +89,8 @@ def test_transformer(golden, public_mode, mode, backend):
     @quick_jit
     def run(params, x, reference):
         out, pullback = jax.vjp(lambda p, x: apply(p, x, reference)[0], params, x)
-        return out, pullback(cotangent), apply(params, x, jnp.zeros_like(reference))[0], apply(params, x, None)[0]
+        zero = apply(params, x, jnp.zeros_like(reference))[0]
+        return out, pullback(cotangent), zero, apply(params, x, None)[0]
 
     out, (grads, grad_x), out_zero, out_none = run(params, x, reference)
     assert error(out, channels_last(data["out_ref"])) < 2e-5
@@ -123,7 +124,8 @@ def unet_case(golden):
     seed = 20240
     params = {
         "unet": recipe_params(unet_table(generation), shapes_of(generation, x, timesteps), seed, "gen/"),
-        "encoder": recipe_params(encoder_table(encoder, "cond_encoder."), shapes_of(encoder, driver[0]), seed, "gen/"),
+        "encoder": recipe_params(
+            encoder_table(encoder, "cond_encoder."), shapes_of(encoder, driver[0]), seed, "gen/"),
         "reference": recipe_params(
             unet_table(reference), shapes_of(reference, z[:, None], jnp.zeros((1, 1), int), context=context),
             seed, "ref/"),
@@ -135,7 +137,8 @@ def unet_case(golden):
 
     @quick_jit
     def refer(z):
-        return reference.apply({"params": params["reference"]}, z[:, None], jnp.zeros((1, 1), int), context=context)
+        zero = jnp.zeros((1, 1), int)
+        return reference.apply({"params": params["reference"]}, z[:, None], zero, context=context)
 
     @quick_jit
     def denoise(x, timesteps, condition, features):
@@ -147,7 +150,8 @@ def unet_case(golden):
 def test_unet_weights_are_the_recipe(golden):
     data = np.load(golden / "unet_tiny_gen_params_00of06.npz")
     for name in [n for n in data.files if n != "meta_json"]:
-        np.testing.assert_array_equal(recipe_weight(f"gen/{name}", data[name].shape, 20240), data[name], err_msg=name)
+        rebuilt = recipe_weight(f"gen/{name}", data[name].shape, 20240)
+        np.testing.assert_array_equal(rebuilt, data[name], err_msg=name)
 
 
 def test_unet_forward(golden, unet_case):
@@ -163,8 +167,8 @@ def test_unet_forward(golden, unet_case):
     for name in names:
         assert error(features[int(name[-2:])], reference_features[name]) < FLOAT32_TOLERANCE, name
     for feature, (mean, std, absmax) in zip(features, io["ref_features_stats_mean_std_absmax"], strict=True):
-        np.testing.assert_allclose([feature.mean(), feature.std(), jnp.abs(feature).max()], [mean, std, absmax],
-                                   rtol=1e-4, atol=1e-5)
+        statistics = [feature.mean(), feature.std(), jnp.abs(feature).max()]
+        np.testing.assert_allclose(statistics, [mean, std, absmax], rtol=1e-4, atol=1e-5)
 
     eps, _ = denoise(inputs["x"], inputs["timesteps"], condition, features)
     assert error(eps, channels_last(io["f64ref/eps"])) < 5e-5
