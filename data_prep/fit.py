@@ -62,12 +62,11 @@ class FitSettings:
       smooth_*: standard deviation of the second difference in time, per frame squared.
       iterations: upper limit of Levenberg-Marquardt steps.
       tolerance: stop when a step lowers the cost by less than this part.
-      keyframes: the shape is first found on so many frames, then refined on all.
     """
 
     fov: float = 20.0
-    noise: float = 0.0015
-    contour_noise: float = 0.0075
+    noise: float = 0.001
+    contour_noise: float = 0.005
     iris_noise: float = 0.001
     huber: float = 2.0
     jaw: tuple[float, float, float] = (0.2, 0.03, 0.03)
@@ -80,7 +79,6 @@ class FitSettings:
     smooth_eyes: float = 0.2
     iterations: int = 20
     tolerance: float = 2e-3
-    keyframes: int = 32
 
 
 class FitResult(NamedTuple):
@@ -121,7 +119,7 @@ class _Layout(NamedTuple):
         return self.n_expression + 6 + 3 * self.jaw + 3 * self.eyes
 
     def coefficients(self, x: Float[Array, "*b p"], shape: Float[Array, "*b s"]) -> Coefficients:
-        still = jnp.zeros((*x.shape[:-1], 3), x.dtype)
+        still = 0 * x[..., :3]
         rest = [x[..., i : i + 3] for i in range(self.n_expression, self.size, 3)]
         rot, tra = rest[:2]
         jaw = rest[2] if self.jaw else still
@@ -212,16 +210,16 @@ def _linearise(problem: _Problem, layout: _Layout, shape, x):
     own_basis = bases[:, :n]
     joint_basis = bases[:, n:].reshape(len(bases), -1)
 
+    motion = jnp.eye(layout.size)[layout.n_expression :]
+    tangents_x = jnp.concatenate([jnp.zeros((len(tangents), layout.size)), motion])
+    tangents = jnp.pad(tangents, ((0, len(motion)), (0, 0), (0, 0)))
+
     def frame(x, observed):
-        predicted, push = jax.linearize(lambda v: _project_frame(problem, layout, v, x), vertices)
-        pushed = jax.vmap(push)(tangents)
+        predicted, push = jax.linearize(lambda v, x: _project_frame(problem, layout, v, x), vertices, x)
+        pushed = jax.vmap(push)(tangents, tangents_x)
         linear = jnp.einsum("cnk,bnc->nkb", pushed[:3], own_basis, precision=_HIGHEST)
-        linear += jnp.einsum("jnk,bj->nkb", pushed[3:], joint_basis, precision=_HIGHEST)
-
-        def moved(motion):
-            return _project_frame(problem, layout, vertices, jnp.concatenate([x[: layout.n_expression], motion]))
-
-        rigid = jax.jacfwd(moved)(x[layout.n_expression :])
+        linear += jnp.einsum("jnk,bj->nkb", pushed[3 : -len(motion)], joint_basis, precision=_HIGHEST)
+        rigid = jnp.moveaxis(pushed[-len(motion) :], 0, -1)
         jacobian = jnp.concatenate([linear[..., : layout.n_expression], rigid], axis=-1)
         return predicted - observed, jacobian, linear[..., layout.n_expression :]
 
@@ -240,10 +238,14 @@ def _smoothing(problem: _Problem, x: Float[Array, "N p"]) -> Float[Array, "N p"]
     return jnp.pad(bent, ((0, 2), (0, 0))) - 2 * jnp.pad(bent, ((1, 1), (0, 0))) + jnp.pad(bent, ((2, 0), (0, 0)))
 
 
-def _cost(problem: _Problem, layout: _Layout, shape, x) -> Float[Array, ""]:
+def _residual(problem: _Problem, layout: _Layout, shape, x) -> Float[Array, "N n 2"]:
     vertices = make_identity(problem.head, shape).vertices
     predicted = jax.vmap(lambda x: _project_frame(problem, layout, vertices, x))(x)
-    deviation = jnp.linalg.norm(predicted - problem.observed, axis=-1) / problem.sigma
+    return predicted - problem.observed
+
+
+def _cost(problem: _Problem, residual: Float[Array, "N n 2"], shape, x) -> Float[Array, ""]:
+    deviation = jnp.linalg.norm(residual, axis=-1) / problem.sigma
     huber = problem.huber
     robust = jnp.where(deviation < huber, 0.5 * deviation**2, huber * deviation - 0.5 * huber**2)
     data = jnp.sum(problem.weight * robust)
@@ -283,12 +285,13 @@ def _inverse(matrix: Float[Array, "*b n n"]) -> Float[Array, "*b n n"]:
 
 
 def _step(problem: _Problem, layout: _Layout, shape, x, damping):
-    """The damped Gauss-Newton step within the bounds: minimiser of the quadratic model over the box.
+    """The cost, and the damped Gauss-Newton step within the bounds (the quadratic model's minimiser there).
 
     Which unknowns lie at a bound is found by the primal-dual active set method: solve with a guess,
     release those whose multiplier has the wrong sign, hold those that left the box, a few times.
     """
     residual, jac_x, jac_s = _linearise(problem, layout, shape, x)
+    cost = _cost(problem, residual, shape, x)
     deviation = jnp.linalg.norm(residual, axis=-1) / problem.sigma
     weight = problem.weight * jnp.minimum(1.0, problem.huber / jnp.maximum(deviation, 1e-6)) / problem.sigma**2
     weight = jnp.repeat(weight[..., None], 2, -1)
@@ -367,7 +370,7 @@ def _step(problem: _Problem, layout: _Layout, shape, x, damping):
     # The first guess of the active set: bounds that the gradient alone pushes against.
     start = (jnp.zeros_like(x), jnp.zeros_like(shape), jnp.where((lower >= 0) | (upper <= 0), -gradient_x, 0.0))
     step_x, step_s, _ = jax.lax.fori_loop(0, _ACTIVE_SET_ROUNDS, refine, start)
-    return step_s, step_x
+    return cost, step_s, step_x
 
 
 @functools.partial(jax.jit, static_argnames=("layout", "iterations"))
@@ -379,11 +382,11 @@ def _optimise(problem: _Problem, layout: _Layout, shape, x, iterations: int, tol
         return (step < iterations) & ~done
 
     def body(state):
-        shape, x, cost, damping, step, _ = state
-        step_s, step_x = _step(problem, layout, shape, x, damping)
+        shape, x, _, damping, step, _ = state
+        cost, step_s, step_x = _step(problem, layout, shape, x, damping)
         new_shape = shape + step_s
         new_x = jnp.clip(x + step_x, problem.lower, problem.upper)
-        new_cost = _cost(problem, layout, new_shape, new_x)
+        new_cost = _cost(problem, _residual(problem, layout, new_shape, new_x), new_shape, new_x)
         better = new_cost < cost  # false for NaN
         small = better & (cost - new_cost < tolerance * cost)
         # Steps that fail against heavy damping mean that float32 has nothing left to give.
@@ -397,7 +400,7 @@ def _optimise(problem: _Problem, layout: _Layout, shape, x, iterations: int, tol
             small | stuck,
         )
 
-    start = (shape, x, _cost(problem, layout, shape, x), jnp.float32(1e-3), jnp.int32(0), jnp.bool_(False))
+    start = (shape, x, jnp.float32(jnp.inf), jnp.float32(1e-3), jnp.int32(0), jnp.bool_(False))
     shape, x, cost, _, step, _ = jax.lax.while_loop(proceed, body, start)
     return shape, x, cost, step
 
@@ -405,6 +408,7 @@ def _optimise(problem: _Problem, layout: _Layout, shape, x, iterations: int, tol
 # --- closed-form start --------------------------------------------------------------------------
 
 
+@jax.jit
 def pose_from_points(
     model: Float[Array, "n 3"],
     pixels: Float[Array, "*b n 2"],
@@ -500,7 +504,8 @@ def fit_landmarks(
             f"{head.name!r}). Use a clip with a visible face."
         )
     observed = _fill_gaps(np.where(finite[..., None], points[..., :2], 0)[:, indices], confidence[:, indices], seen)
-    confidence_used = np.where(seen[:, None], confidence[:, indices], 0)
+    # Just enough to hold interpolated frames, which nothing else would keep from drifting.
+    confidence_used = np.where(seen[:, None], confidence[:, indices], 0.02)
 
     small = landmark_head(head, indices)
     layout = _Layout(
@@ -524,51 +529,40 @@ def fit_landmarks(
     sigma = np.asarray(scale)[:, None] * metres
     per_frame = _per_frame_terms(head, layout, settings, 25.0 / fps)
 
-    def problem(frames: np.ndarray, padded: int, smooth: bool) -> _Problem:
-        def pad(value):
-            value = np.asarray(value[frames], np.float32)
-            return np.concatenate([value, np.repeat(value[-1:], padded - len(frames), axis=0)])
+    n_frames = len(points)
+    padding = padded_length(n_frames) - n_frames
 
-        real = (np.arange(padded) < len(frames)).astype(np.float32)
-        return _Problem(
-            head=small,
-            camera=camera,
-            observed=pad(observed),
-            weight=pad(confidence_used) * real[:, None],
-            sigma=pad(sigma),
-            real=real,
-            shape_prior=np.asarray(head.shape_sigma, np.float32) ** -2.0,
-            huber=np.float32(settings.huber),
-            **(per_frame if smooth else per_frame | {"smoothness": np.zeros(layout.size, np.float32)}),
-        )
+    def pad(value):
+        value = np.asarray(value, np.float32)
+        return np.concatenate([value, np.repeat(value[-1:], padding, axis=0)])
 
-    def run(frames, padded, smooth, shape, x):
-        x = np.concatenate([x[frames], np.repeat(x[frames[-1:]], padded - len(frames), axis=0)])
-        shape, x, cost, steps = _optimise(
-            problem(frames, padded, smooth), layout, shape, x, settings.iterations, np.float32(settings.tolerance)
-        )
-        return np.asarray(shape), np.asarray(x)[: len(frames)], float(cost), int(steps)
+    real = (np.arange(n_frames + padding) < n_frames).astype(np.float32)
+    problem = _Problem(
+        head=small,
+        camera=camera,
+        observed=pad(observed),
+        weight=pad(confidence_used) * real[:, None],
+        sigma=pad(sigma),
+        real=real,
+        # A landmark that lies off the head's own one does so in every frame: more frames show more
+        # views of the shape, but do not make the landmarks more exact.
+        shape_prior=n_frames * np.asarray(head.shape_sigma, np.float32) ** -2.0,
+        huber=np.float32(settings.huber),
+        **_per_frame_terms(head, layout, settings, 25.0 / fps),
+    )
+    shape, x, cost, steps = _optimise(
+        problem, layout, np.zeros(head.n_shape, np.float32), pad(start), settings.iterations,
+        np.float32(settings.tolerance),
+    )
+    shape, x, cost, steps = np.asarray(shape), np.asarray(x)[:n_frames], float(cost), int(steps)
 
-    shape, x = np.zeros(head.n_shape, np.float32), start
-    visible = np.flatnonzero(seen)
-    if len(visible) > settings.keyframes:
-        chosen = visible[np.linspace(0, len(visible) - 1, settings.keyframes).round().astype(int)]
-        shape, _, _, _ = run(chosen, settings.keyframes, False, shape, x)
-    shape, x, cost, steps = run(np.arange(len(points)), padded_length(len(points)), True, shape, x)
-
-    coefficients = layout.coefficients(jnp.asarray(x), jnp.broadcast_to(shape, (len(x), len(shape))))
-    coefficients = Coefficients(*(np.asarray(field) for field in coefficients))
+    coefficients = layout.coefficients(x, np.broadcast_to(shape, (n_frames, len(shape))))
     return _result(head, coefficients, camera, points, confidence, seen, steps, cost)
 
 
 def padded_length(frames: int) -> int:
-    """The length that a clip is padded to: 1, 8, then powers of two and one and a half times them."""
-    if frames == 1:
-        return 1
-    length = 8
-    while length < frames:
-        length = length * 3 // 2 if length & (length - 1) == 0 else length // 3 * 4
-    return length
+    """The length that a clip is padded to: 1, 16 or a larger power of two, so that few are compiled."""
+    return 1 if frames == 1 else max(16, 1 << (frames - 1).bit_length())
 
 
 def reprojection_error(
