@@ -236,12 +236,18 @@ def _pairs(bins: _Bins, start, plan: _Plan):
     width = take(bins.width)
     tile = (take(bins.row) + offset // width) * plan.side + take(bins.column) + offset % width
     tile = jnp.where(exists, tile, n_tiles)
-    if (n_tiles + 1) * n_faces < 2**32:
-        # Tile and face in one integer: sorting single integers is several times faster.
-        key = tile.astype(jnp.uint32) * np.uint32(n_faces) + face.astype(jnp.uint32)
-        key = lax.sort(key)
-        return (key // np.uint32(n_faces)).astype(jnp.int32), (key % np.uint32(n_faces)).astype(jnp.int32)
-    return lax.sort((tile, face), num_keys=2)
+    return _sort_pairs(tile, face, n_faces, packed=(n_tiles + 1) * n_faces <= 2**32)
+
+
+def _sort_pairs(tile, face, n_faces: int, packed: bool):
+    """Pairs in ascending order of tile, then face.
+
+    `packed` puts tile and face into one integer, which sorts several times faster where it fits.
+    """
+    if not packed:
+        return lax.sort((tile, face), num_keys=2)
+    key = lax.sort(tile.astype(jnp.uint32) * np.uint32(n_faces) + face.astype(jnp.uint32))
+    return (key // np.uint32(n_faces)).astype(jnp.int32), (key % np.uint32(n_faces)).astype(jnp.int32)
 
 
 def _search(triangles: Float[Array, "N F 9"], plan: _Plan, cull: bool, perspective_correct: bool):
@@ -374,9 +380,9 @@ def _edge_setup(corners, centre_x, centre_y, valid):
         sign = jnp.where(swap, -flip, flip)
         factors += [-sign * dy, sign * dx, sign * (dy * ax - dx * ay)]
         # On the screen, walking the outline counter-clockwise, left edges go down and top edges go
-        # left, which is +x here; a face turned away is walked in the opposite sense.
-        down, across = -sign * dy, -sign * dx
-        top_left = (down > 0) | ((down == 0) & (across < 0))
+        # left, which is +x here. That walk has negative area in these coordinates, so it follows
+        # (dx, dy) where `sign` is negative and turns it round where it is positive.
+        top_left = (sign * dy > 0) | ((dy == 0) & (sign * dx < 0))
         thresholds.append(jnp.where(valid, jnp.where(top_left, -_TINY, 0.0), jnp.inf))
     scale = 1 / jnp.where(area == 0, 1.0, jnp.abs(area))
     return (*factors, *thresholds, z[0], (z[1] - z[0]) * scale, (z[2] - z[0]) * scale)

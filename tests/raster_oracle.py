@@ -36,7 +36,7 @@ def rasterize_oracle(vertices, faces, size, cull=True, perspective_correct=False
     tolerance = np.zeros((size, size))
     for index, face in enumerate(np.asarray(faces)):
         p = vertices[face]
-        if not np.isfinite(p).all() or (p[:, 2] < 1e-8).any():
+        if not (np.abs(p) < 1e15).all() or (p[:, 2] < 1e-8).any():
             continue
         area = (p[1, 0] - p[0, 0]) * (p[2, 1] - p[0, 1]) - (p[1, 1] - p[0, 1]) * (p[2, 0] - p[0, 0])
         if area == 0 or (cull and area > 0):
@@ -63,7 +63,7 @@ def rasterize_oracle(vertices, faces, size, cull=True, perspective_correct=False
         if perspective_correct:
             bary = bary / p[:, 2]
             bary = bary / bary.sum(-1, keepdims=True)
-        depth = bary @ p[:, 2]
+        depth = p[0, 2] + bary[..., 1] * (p[1, 2] - p[0, 2]) + bary[..., 2] * (p[2, 2] - p[0, 2])
         unsure = ~surely_in & ~surely_out
         unsure_depth = np.where(unsure, np.minimum(unsure_depth, np.minimum(depth, p[:, 2].max())), unsure_depth)
         # A sliver's depth is as uncertain as its barycentrics are.
