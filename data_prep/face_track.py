@@ -31,7 +31,7 @@ class FittedClip(NamedTuple):
     """A clip (or, with one frame, a portrait) and the head fitted to it.
 
     Attributes:
-      frames: uncropped RGB frames.
+      frames: uncropped RGB frames (H, W, 3), an array or any sequence of them.
       fps: frame rate; of a portrait 25, which then means nothing.
       track: its landmarks.
       fit: coefficients (N, ...), camera and errors.
@@ -40,7 +40,7 @@ class FittedClip(NamedTuple):
       name: file, or what errors call it.
     """
 
-    frames: UInt8[np.ndarray, "N H W 3"]
+    frames: Sequence[UInt8[np.ndarray, "H W 3"]]
     fps: Fraction
     track: Track
     fit: FitResult
@@ -75,7 +75,7 @@ def fit_image(
     name = name or ("image" if is_array else str(image))
     pixels = image if is_array else read_image(image)
     track = image_landmarks(landmarker or default_landmarker(), pixels, face, name)
-    return _fit(pixels[None], Fraction(25), track, head, focal, crop_factor, settings, name)
+    return fit_track(pixels[None], Fraction(25), track, head, focal=focal, crop_factor=crop_factor, settings=settings, name=name)
 
 
 def fit_video(
@@ -112,7 +112,7 @@ def fit_video(
             clip = resample_to_fps(clip, fps)
         frames, fps = clip.frames, clip.fps
     track = clip_landmarks(landmarker or default_landmarker(), frames, face, name)
-    return _fit(frames, fps, track, head, focal, crop_factor, settings, name)
+    return fit_track(frames, fps, track, head, focal=focal, crop_factor=crop_factor, settings=settings, name=name)
 
 
 def steady_run(track: Track, longest_gap: int = 2) -> tuple[int, int]:
@@ -163,10 +163,12 @@ def _extent(head: HeadAsset, coefficients: Coefficients, camera: Camera) -> tupl
     return jax.lax.map(frame, coefficients)
 
 
-def _fit(
+def fit_track(
     frames: Sequence[UInt8[np.ndarray, "H W 3"]], fps: Fraction, track: Track, head: HeadAsset,
-    focal: float | None, crop_factor: float, settings: FitSettings, name: str,
+    *, focal: float | None = None, crop_factor: float = CROP_FACTOR, settings: FitSettings = FitSettings(),
+    name: str = "clip",
 ) -> FittedClip:
+    """Fit frames whose landmarks are known; arguments as for `fit_video`."""
     fit = fit_landmarks(
         head, track.points, track.confidence, frames[0].shape[:2], focal=focal, settings=settings, fps=float(fps)
     )

@@ -11,11 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
-from data_prep.crop import crop_image
 from data_prep.face_track import FittedClip
 from data_prep.fit import LANDMARK_SET
 from loki_jax.head.asset import HeadAsset
-from loki_jax.head.camera import camera_from_world, ndc_from_camera, project
+from loki_jax.head.camera import camera_from_world, crop_and_resize, ndc_from_camera, project
 from loki_jax.head.skinning import landmark_positions, make_identity, mesh_faces, world_vertices
 from loki_jax.head.types import Camera, Coefficients
 from loki_jax.raster import interpolate, rasterize
@@ -35,7 +34,7 @@ def overlay_frames(
     for index, frame in enumerate(clip.frames):
         coefficients = Coefficients(*(jnp.asarray(field[index]) for field in fit.coefficients))
         shade, covered, marks = _render(head, coefficients, fit.camera, crop, size)
-        plain = crop_image(frame, clip.crop, size)
+        plain = crop_and_resize(frame, clip.crop, size)
         alpha = opacity * np.asarray(covered, np.float32)[..., None]
         drawing = plain * (1 - alpha) + np.asarray(shade)[..., None] * (255 * alpha)
         drawing = np.ascontiguousarray(np.clip(drawing, 0, 255).astype(np.uint8))
