@@ -32,7 +32,7 @@ def test_q_sample_mixes_each_frame_at_its_own_time():
             np.testing.assert_allclose(x[b, t], expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("prediction", ["epsilon", "v"])
+@pytest.mark.parametrize("prediction", ["epsilon", "v", "x0"])
 def test_loss_of_a_known_prediction(prediction):
     x0 = jax.random.normal(jax.random.key(0), (3, 4, 4, 4, 2))
     seen = {}
@@ -45,7 +45,8 @@ def test_loss_of_a_known_prediction(prediction):
     # Recover the noise from what the network was shown.
     alpha = jnp.asarray(SCHEDULE.alphas_cumprod)[seen["t"]][..., None, None, None]
     noise = (seen["x"] - jnp.sqrt(alpha) * x0) / jnp.sqrt(1 - alpha)
-    target = noise if prediction == "epsilon" else jnp.sqrt(alpha) * noise - jnp.sqrt(1 - alpha) * x0
+    v = jnp.sqrt(alpha) * noise - jnp.sqrt(1 - alpha) * x0
+    target = {"epsilon": noise, "v": v, "x0": x0}[prediction]
     np.testing.assert_allclose(aux["mse"], jnp.square(target).mean((2, 3, 4)), rtol=1e-3)
     np.testing.assert_allclose(loss, aux["mse"].mean(), rtol=1e-6)
     np.testing.assert_array_equal(aux["timesteps"], seen["t"])
@@ -71,5 +72,5 @@ def test_key_decides_everything():
 
 
 def test_unknown_prediction():
-    with pytest.raises(ValueError, match="unknown prediction 'x0'"):
-        diffusion_loss(lambda x, t: x, jnp.ones((1, 1, 2, 2, 1)), jax.random.key(0), SCHEDULE, "x0")
+    with pytest.raises(ValueError, match="unknown prediction 'score'"):
+        diffusion_loss(lambda x, t: x, jnp.ones((1, 1, 2, 2, 1)), jax.random.key(0), SCHEDULE, "score")

@@ -52,13 +52,14 @@ def gaussian_denoiser(schedule, mean, std, prediction):
         variance = alpha * std**2 + 1 - alpha
         epsilon = jnp.sqrt(1 - alpha) * (x - jnp.sqrt(alpha) * mean) / variance
         x0 = mean + jnp.sqrt(alpha) * std**2 * (x - jnp.sqrt(alpha) * mean) / variance
-        return epsilon if prediction == "epsilon" else jnp.sqrt(alpha) * epsilon - jnp.sqrt(1 - alpha) * x0
+        v = jnp.sqrt(alpha) * epsilon - jnp.sqrt(1 - alpha) * x0
+        return {"epsilon": epsilon, "v": v, "x0": x0}[prediction]
 
     return denoise
 
 
 @pytest.mark.parametrize("prediction, spacing", [
-    ("epsilon", "leading"), ("v", "leading"), ("v", "trailing"), ("v", "linspace")])
+    ("epsilon", "leading"), ("v", "leading"), ("v", "trailing"), ("v", "linspace"), ("x0", "trailing")])
 def test_samples_a_gaussian(prediction, spacing):
     """With a perfect network noise becomes samples of the data, to the error of 500 steps."""
     schedule = make_schedule()
@@ -93,12 +94,13 @@ def test_guidance_extrapolates_and_one_skips_the_unconditional_branch():
     assert jnp.abs(guided - plain).max() > 1e-2
 
 
-@pytest.mark.parametrize("prediction", ["epsilon", "v"])
+@pytest.mark.parametrize("prediction", ["epsilon", "v", "x0"])
 def test_estimates_invert_the_forward_process(prediction):
     x0, noise = jax.random.normal(jax.random.key(0), (2, 5, 4))
     alpha = jnp.float32(0.3)
     x = jnp.sqrt(alpha) * x0 + jnp.sqrt(1 - alpha) * noise
-    target = noise if prediction == "epsilon" else jnp.sqrt(alpha) * noise - jnp.sqrt(1 - alpha) * x0
+    v = jnp.sqrt(alpha) * noise - jnp.sqrt(1 - alpha) * x0
+    target = {"epsilon": noise, "v": v, "x0": x0}[prediction]
     for estimate, expected in zip(estimates(x, target, alpha, prediction), (x0, noise), strict=True):
         np.testing.assert_allclose(estimate, expected, atol=1e-5)
 
@@ -118,7 +120,7 @@ def test_errors():
     run = lambda **options: ddim_sample(lambda x, t, c: x, x, schedule, conditional=None, **options)
     with pytest.raises(ValueError, match=r"guidance 2.0 needs unconditional inputs"):
         run()
-    with pytest.raises(ValueError, match="unknown prediction 'x0'"):
-        run(guidance=1, prediction="x0")
+    with pytest.raises(ValueError, match="unknown prediction 'score'"):
+        run(guidance=1, prediction="score")
     with pytest.raises(ValueError, match="cannot start at step 999"):
         run(guidance=1, spacing="trailing")
