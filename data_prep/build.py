@@ -281,7 +281,9 @@ def build_dataset(
             "settings": dataclasses.asdict(settings) | {"fps": str(settings.fps)},
         }
         if settings.overlay:
-            shutil.copytree(scratch, out / _OVERLAYS)
+            (out / _OVERLAYS).mkdir()
+            for picture in sorted(Path(scratch).iterdir()):
+                shutil.move(picture, out / _OVERLAYS / picture.name)
         (out / _SUMMARY).write_text(json.dumps(summary, indent=1) + "\n")
     return summary
 

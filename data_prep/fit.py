@@ -27,7 +27,7 @@ from jaxtyping import Array, Bool, Float
 
 from loki_jax.head.asset import HeadAsset
 from loki_jax.head.camera import camera_from_world, project
-from loki_jax.head.rotation import rotvec_from_matrix
+from loki_jax.head.rotation import matrix_from_rotvec, rotvec_from_matrix
 from loki_jax.head.skinning import Identity, landmark_positions, make_identity, world_vertices
 from loki_jax.head.types import Camera, Coefficients
 
@@ -436,13 +436,18 @@ def pose_from_points(
     left, lengths, right = jnp.linalg.svd(affine, full_matrices=False)
     rows = jnp.einsum("...ij,...jk->...ik", left, right, precision=_HIGHEST)
     scale = jnp.mean(lengths, axis=-1)
-    # In camera axes (y down, z away); diag(1, -1, -1) turns them into the world's.
     turned = jnp.concatenate([rows, jnp.cross(rows[..., 0, :], rows[..., 1, :])[..., None, :]], axis=-2)
-    rotation = turned * jnp.array([1.0, -1.0, -1.0])[:, None]
     depth = jnp.mean(intrinsics[:2]) / scale
     lateral = (centre_pixel - intrinsics[2:]) * (depth[..., None] / intrinsics[:2])
-    centre = jnp.concatenate([lateral, depth[..., None]], axis=-1) * jnp.array([1.0, -1.0, -1.0])
-    tra = centre - jnp.einsum("...ij,...j->...i", rotation, centre_model, precision=_HIGHEST)
+    centre = jnp.concatenate([lateral, depth[..., None]], axis=-1)
+    # Away from the image centre a head is seen along a slanted ray, not along the optical axis.
+    ray = centre / jnp.linalg.norm(centre, axis=-1, keepdims=True)
+    slant = jnp.stack([-ray[..., 1], ray[..., 0], jnp.zeros_like(depth)], axis=-1)
+    turned = jnp.einsum("...ij,...jk->...ik", matrix_from_rotvec(slant), turned, precision=_HIGHEST)
+    # So far in camera axes (y down, z away); diag(1, -1, -1) turns them into the world's.
+    flip = jnp.array([1.0, -1.0, -1.0])
+    rotation = turned * flip[:, None]
+    tra = centre * flip - jnp.einsum("...ij,...j->...i", rotation, centre_model, precision=_HIGHEST)
     return rotvec_from_matrix(rotation), tra, scale
 
 

