@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from loki_jax.head.asset import HeadAsset
@@ -27,10 +28,11 @@ from loki_jax.head.skinning import (
     world_vertices,
 )
 from loki_jax.head.types import Camera, Coefficients
-from loki_jax.raster import Fragments, interpolate, rasterize
+from loki_jax.raster import Fragments, interpolate, locate, nearest_faces
 
 EXPRESSION_SCALE = 0.0104  # metres: standard deviation of the offsets, design section 5
 _FREQUENCIES = 2.0 ** np.arange(7, dtype=np.float32)
+_PIXELS_AT_ONCE = 2**20
 _CHANNELS = {"full": 45, "no_posenc": 3, "no_deform": 42}
 
 
@@ -145,13 +147,24 @@ def driver_map(
       ValueError: unknown arm, or coefficients that are not the head's.
     """
     driver_channels(arm)
-    faces = mesh_faces(head)
+    faces, mask = mesh_faces(head), mesh_render_mask(head)
+    canonical = canonical_positions(template_vertices(head))
     vertices = ndc_vertices(head, identity, coefficients, camera, crop)
-    fragments = clear_hidden_faces(rasterize(vertices, faces, size), faces, mesh_render_mask(head))
     offsets = jnp.broadcast_to(expression_offsets(head, identity, coefficients), vertices.shape)
-    return encode_fragments(
-        fragments, faces, canonical_positions(template_vertices(head)), offsets, arm, dtype
-    )
+    batch = vertices.shape[:-2]
+    face = nearest_faces(vertices, faces, size)
+
+    def shade(frame):
+        vertices, offsets, face = frame
+        fragments = clear_hidden_faces(locate(vertices, faces, face), faces, mask)
+        return encode_fragments(fragments, faces, canonical, offsets, arm, dtype)
+
+    if face.size <= _PIXELS_AT_ONCE:
+        return shade((vertices, offsets, face))
+    # Frame after frame, so that the intermediate arrays stay small beside the map itself.
+    frames = (vertices.reshape(-1, *vertices.shape[-2:]), offsets.reshape(-1, *offsets.shape[-2:]))
+    maps = lax.map(shade, (*frames, face.reshape(-1, size, size)))
+    return maps.reshape(*batch, *maps.shape[1:])
 
 
 def flame_vector(head: HeadAsset, coefficients: Coefficients) -> Float[Array, "*b n_expr+12"]:

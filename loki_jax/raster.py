@@ -92,27 +92,58 @@ def rasterize(
     Raises:
       ValueError: shapes do not fit or sizes are not positive.
     """
+    face = nearest_faces(
+        vertices, faces, size, cull, perspective_correct=perspective_correct, tile=tile, window=window
+    )
+    return locate(vertices, faces, face, perspective_correct=perspective_correct)
+
+
+def nearest_faces(
+    vertices: Float[Array, "*b V 3"],
+    faces: Int[Array, "F 3"],
+    size: int,
+    cull: bool = True,
+    *,
+    perspective_correct: bool = False,
+    tile: int | None = None,
+    window: int | None = None,
+) -> Int[Array, "*b S S"]:
+    """Only the search of `rasterize`: the nearest face at every pixel, -1 on the background.
+
+    Not differentiable. The same arguments and errors as `rasterize`.
+    """
     if vertices.ndim < 2 or vertices.shape[-1] != 3:
         raise ValueError(f"vertices must be (*b, V, 3), not {tuple(vertices.shape)}")
     if faces.ndim != 2 or faces.shape[-1] != 3:
         raise ValueError(f"faces must be (F, 3), not {tuple(faces.shape)}")
     if size < 1:
         raise ValueError(f"size must be positive, not {size}")
-    vertices = jnp.asarray(vertices, jnp.float32)
-    faces = jnp.asarray(faces)
     batch = vertices.shape[:-2]
     if faces.shape[0] == 0 or vertices.shape[-2] == 0 or 0 in batch:
-        blank = jnp.zeros((*batch, size, size), jnp.float32)
-        return Fragments(
-            jnp.full(blank.shape, -1, jnp.int32), jnp.zeros((*blank.shape, 3), jnp.float32), blank + jnp.inf
-        )
+        return jnp.full((*batch, size, size), -1, jnp.int32)
     plan = _make_plan(size, faces.shape[0], tile, window)
+    vertices = lax.stop_gradient(jnp.asarray(vertices, jnp.float32))
     folded = vertices.reshape(-1, *vertices.shape[-2:])
-    triangles = lax.stop_gradient(folded[:, faces.reshape(-1)]).reshape(folded.shape[0], -1, 9)
+    triangles = folded[:, jnp.asarray(faces).reshape(-1)].reshape(folded.shape[0], -1, 9)
     face = _nearest_faces(triangles, plan, cull, perspective_correct)
-    bary, depth = _barycentrics(folded, faces, face, perspective_correct)
-    shape = (*batch, size, size)
-    return Fragments(face.reshape(shape), bary.reshape(*shape, 3), depth.reshape(shape))
+    return face.reshape(*batch, size, size)
+
+
+def locate(
+    vertices: Float[Array, "*b V 3"],
+    faces: Int[Array, "F 3"],
+    face: Int[Array, "*b S S"],
+    *,
+    perspective_correct: bool = False,
+) -> Fragments:
+    """Barycentrics and depth at pixels whose faces are known; the differentiable part of `rasterize`."""
+    vertices, faces = jnp.asarray(vertices, jnp.float32), jnp.asarray(faces)
+    shape = face.shape
+    if faces.shape[0] == 0 or vertices.shape[-2] == 0 or 0 in shape:
+        return Fragments(face, jnp.zeros((*shape, 3), jnp.float32), jnp.full(shape, jnp.inf, jnp.float32))
+    folded, folded_face = vertices.reshape(-1, *vertices.shape[-2:]), face.reshape(-1, *shape[-2:])
+    bary, depth = _barycentrics(folded, faces, folded_face, perspective_correct)
+    return Fragments(face, bary.reshape(*shape, 3), depth.reshape(shape))
 
 
 def interpolate(

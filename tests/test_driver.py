@@ -197,3 +197,11 @@ def test_wrong_arguments_are_named(head, scene):
     short = scene[1]._replace(expression=scene[1].expression[..., :-1])
     with pytest.raises(ValueError, match="do not end in the"):
         driver.flame_vector(head, short)
+
+
+def test_frame_after_frame_gives_the_same_map(head, scene, monkeypatch):
+    """Large batches are shaded one frame at a time; small limits stand in for large batches here."""
+    at_once = np.asarray(drawn(head, *scene))
+    monkeypatch.setattr(driver, "_PIXELS_AT_ONCE", 1)
+    mapped = jax.jit(lambda *scene: driver.driver_map(head, *scene, SIZE))(*scene)
+    np.testing.assert_allclose(mapped, at_once, atol=2e-6)
