@@ -1,0 +1,298 @@
+"""Clips to shards, with stand-ins for the landmark networks: known points instead of found ones."""
+
+from __future__ import annotations
+
+import json
+from fractions import Fraction
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from data_prep import build, face_track
+from data_prep.build import BuildSettings, build_dataset, choose_splits, clip_names, find_clips, load_any_head
+from data_prep.face_track import clip_crop_box, fit_image, fit_video, steady_run
+from data_prep.fit import FitError, make_camera
+from data_prep.landmarker import FaceBox, LandmarkError, Region, Track
+from loki_jax.data.records import DatasetError, open_dataset
+from loki_jax.head.asset import HeadAssetError, save_head
+from loki_jax.head.builtin import builtin_head
+from loki_jax.head.camera import camera_from_world, project
+from loki_jax.head.rotation import geodesic_angle, matrix_from_rotvec
+from loki_jax.head.skinning import landmark_positions, make_identity, mesh_render_mask, world_vertices
+from loki_jax.head.types import Coefficients
+from loki_jax.video import MediaError, read_video, write_video
+
+N = 16
+HEIGHT, WIDTH = 96, 128
+RATE = Fraction(25)
+
+
+@pytest.fixture(scope="module")
+def head():
+    return builtin_head()
+
+
+@pytest.fixture(scope="module")
+def true(head) -> Coefficients:
+    """A turning, nodding, speaking head of 16 frames."""
+    time = np.arange(N) / 25
+    still = np.zeros((N, 3), np.float32)
+    return Coefficients(
+        shape=np.zeros((N, head.n_shape), np.float32),
+        expression=np.zeros((N, head.n_expression), np.float32),
+        rot=np.stack([0.1 * np.sin(5 * time), 0.4 * np.sin(4 * time), 0 * time], 1).astype(np.float32),
+        tra=np.tile(np.array([0.0, 0.06, -1.2], np.float32), (N, 1)),
+        neck=still,
+        jaw=np.stack([0.1 * np.abs(np.sin(9 * time)), 0 * time, 0 * time], 1).astype(np.float32),
+        eyes=still,
+    )
+
+
+@pytest.fixture(scope="module")
+def points(head, true) -> np.ndarray:
+    camera = make_camera((HEIGHT, WIDTH))
+    world = world_vertices(head, make_identity(head, jnp.asarray(true.shape)), true)
+    pixels = project(camera_from_world(landmark_positions(head, world, "mediapipe478"), camera), camera)
+    return np.concatenate([np.asarray(pixels), np.zeros((N, 478, 1))], axis=-1).astype(np.float32)
+
+
+class KnownFace:
+    """The networks' interface. A frame's grey value says which points it shows: 8 (index + 1); 0: none."""
+
+    def __init__(self, points: np.ndarray):
+        self.points = points
+
+    def _index(self, image) -> int:
+        return int(round(float(image.mean()) / 8)) - 1
+
+    def detect(self, image):
+        index = self._index(image)
+        if index < 0:
+            return []
+        found = self.points[index, :468, :2]
+        return [FaceBox(np.concatenate([found.min(0), found.max(0)]), np.zeros((6, 2)), 0.9)]
+
+    def face_region(self, face):
+        return Region(0.0, 0.0, 1.0, 0.0)
+
+    def next_region(self, points):
+        return Region(0.0, 0.0, 1.0, 0.0)
+
+    def points_in(self, image, region):
+        index = self._index(image)
+        if index < 0:
+            return np.zeros((478, 3), np.float32), np.zeros(478, np.float32), 0.0
+        return self.points[index], np.ones(478, np.float32), 0.95
+
+
+@pytest.fixture(scope="module")
+def networks(points) -> KnownFace:
+    return KnownFace(points)
+
+
+def frames_showing(indices) -> np.ndarray:
+    grey = np.array([8 * (index + 1) for index in indices], np.uint8)
+    return np.broadcast_to(grey[:, None, None, None], (len(grey), HEIGHT, WIDTH, 3))
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    """A folder with two good clips (one at 50 fps, one with a late start) and four useless ones."""
+    folder = tmp_path_factory.mktemp("clips")
+    write_video(folder / "good.mp4", frames_showing(range(N)), RATE, synthetic=False)
+    write_video(folder / "fast.mp4", frames_showing(np.repeat(range(N), 2)), 2 * RATE, synthetic=False)
+    write_video(folder / "late.mp4", frames_showing([-1] * 5 + [*range(N)]), RATE, synthetic=False)
+    write_video(folder / "nobody.mp4", frames_showing([-1] * N), RATE, synthetic=False)
+    write_video(folder / "short.mp4", frames_showing(range(6)), RATE, synthetic=False)
+    whole = (folder / "good.mp4").read_bytes()
+    (folder / "truncated.mp4").write_bytes(whole[: len(whole) // 2])
+    (folder / "empty.mp4").write_bytes(b"")
+    (folder / "notes.txt").write_text("not a video, not looked at")
+    return folder
+
+
+SETTINGS = BuildSettings(size=32, overlay=32, validation=0.5)
+
+
+@pytest.fixture(scope="module")
+def built(clips, head, networks, tmp_path_factory):
+    out = tmp_path_factory.mktemp("out") / "shards"
+    lines = []
+    summary = build_dataset(find_clips([str(clips)]), head, out, networks, SETTINGS, say=lines.append)
+    return out, summary, lines
+
+
+def test_good_clips_are_built_and_bad_ones_listed(built):
+    out, summary, lines = built
+    assert [row["clip"] for row in summary["clips"]] == ["fast", "good", "late"]
+    assert [row["frames"] for row in summary["clips"]] == [N, N, N]
+    reasons = {entry["clip"]: entry["reason"] for entry in summary["rejected"]}
+    assert set(reasons) == {"empty", "nobody", "short", "truncated"}
+    assert "0 bytes" in reasons["empty"] and "no face found" in reasons["nobody"]
+    assert "visible for 6 frames" in reasons["short"] and "truncated.mp4" in reasons["truncated"]
+    assert all(entry["reason"].count("\n") == 0 for entry in summary["rejected"])
+    assert len(lines) == 7 and sum("s left" in line for line in lines) == 3
+    assert json.loads((out / "summary.json").read_text()) == json.loads(json.dumps(summary))
+    table = build.format_table(summary)
+    assert table.count("\n") == 7 and "rejected" in table
+
+
+def test_dataset_holds_the_fitted_clips(built, head, true):
+    out, summary, _ = built
+    dataset = open_dataset(out)
+    assert dataset.metadata.image_size == 32 and dataset.metadata.image_format == "png"
+    assert sum(dataset.metadata.records.values()) == 3 * N
+    for clip in dataset.clips:
+        assert clip.fps == RATE and clip.length == N and clip.identity == clip.clip_id
+        frames = dataset.read_clip(clip)
+        rot = np.stack([frame.coefficients.rot for frame in frames])
+        angle = geodesic_angle(matrix_from_rotvec(jnp.asarray(rot)), matrix_from_rotvec(jnp.asarray(true.rot)))
+        assert np.degrees(angle).max() < 0.7
+        assert (np.stack([frame.crop for frame in frames]) == frames[0].crop).all()
+        grey = np.array([frame.image[16, 16].mean() for frame in frames])
+        np.testing.assert_allclose(grey, 8 * np.arange(1, N + 1), atol=3)
+        # The box reaches beyond the image: white there.
+        assert frames[0].crop[1] < -1 and (frames[0].image[0] > 250).all()
+        assert clip.fit_quality < 0.5 and min(frame.confidence for frame in frames) > 0.8
+    assert all(row["error_percent"] < 1 for row in summary["clips"])
+
+
+def test_overlay_shows_crop_and_mesh(built):
+    out, _, _ = built
+    assert sorted(path.name for path in (out / "overlays").iterdir()) == ["fast.mp4", "good.mp4", "late.mp4"]
+    video = read_video(out / "overlays" / "good.mp4")
+    assert video.frames.shape == (N, 32, 64, 3) and video.fps == RATE
+    plain, drawn = video.frames[:, 8:24, 8:24].astype(float), video.frames[:, 8:24, 40:56].astype(float)
+    assert plain.std(axis=(1, 2)).max() < 8 and drawn.std(axis=(1, 2)).min() > 10
+
+
+def test_nothing_usable_leaves_nothing_behind(clips, head, networks, tmp_path):
+    with pytest.raises(DatasetError, match="(?s)all 2 clips were rejected:.*empty.mp4.*nobody.mp4"):
+        build_dataset([clips / "empty.mp4", clips / "nobody.mp4"], head, tmp_path / "out", networks, SETTINGS, say=len)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_badly_fitting_clip_is_rejected(clips, head, points, tmp_path):
+    garbled = KnownFace(points + 4 * np.random.default_rng(0).standard_normal(points.shape).astype(np.float32))
+    with pytest.raises(DatasetError, match=r"the head fits badly, median error .*`--max-error`"):
+        build_dataset([clips / "good.mp4"], head, tmp_path / "out", garbled, SETTINGS, say=len)
+
+
+def test_clip_beyond_the_memory_limit_is_rejected(clips, head, networks, tmp_path):
+    settings = BuildSettings(size=32, max_bytes=5 * HEIGHT * WIDTH * 3)
+    with pytest.raises(DatasetError, match=r"good.mp4: more than .*128x96.*`--max-memory`"):
+        build_dataset([clips / "good.mp4"], head, tmp_path / "out", networks, settings, say=len)
+
+
+def test_fit_video_keeps_every_frame(clips, head, networks, true):
+    fitted = fit_video(clips / "late.mp4", head, landmarker=networks)
+    assert fitted.fps == RATE and len(fitted.frames) == len(fitted.fit.coefficients.rot) == N + 5
+    assert (fitted.fit.confidence[:5] == 0).all() and (fitted.fit.confidence[5:] > 0.8).all()
+    assert all(np.isfinite(field).all() for field in fitted.fit.coefficients)
+    # Before its first appearance the head rests where it appears.
+    assert np.abs(fitted.fit.coefficients.tra[:5] - true.tra[0]).max() < 0.05
+
+
+def test_fit_image(head, networks, true):
+    fitted = fit_image(frames_showing([10])[0], head, landmarker=networks)
+    assert len(fitted.frames) == 1 and fitted.crop.shape == (4,)
+    angle = geodesic_angle(matrix_from_rotvec(jnp.asarray(fitted.fit.coefficients.rot)), matrix_from_rotvec(true.rot[10]))
+    assert np.degrees(angle[0]) < 1.5
+    with pytest.raises(LandmarkError, match="blank.png: no face"):
+        fit_image(frames_showing([-1])[0], head, landmarker=networks, name="blank.png")
+
+
+def test_crop_box_holds_the_head_in_all_frames(head, true):
+    camera = make_camera((HEIGHT, WIDTH))
+    box = clip_crop_box(head, true, camera, factor=1.2)
+    world = world_vertices(head, make_identity(head, jnp.asarray(true.shape)), true)
+    pixels = np.asarray(project(camera_from_world(world, camera), camera))[:, np.asarray(mesh_render_mask(head))]
+    low, high = pixels.min((0, 1)), pixels.max((0, 1))
+    np.testing.assert_allclose(box[2:] - box[:2], 1.2 * (high - low).max(), rtol=1e-5)
+    np.testing.assert_allclose((box[2:] + box[:2]) / 2, (low + high) / 2, atol=1e-3)
+
+
+def track_of(centres, score) -> Track:
+    spread = np.stack([np.cos(np.arange(478)), np.sin(np.arange(478)), np.zeros(478)], 1) * 20
+    points = np.asarray(centres, np.float32)[:, None] + spread
+    return Track(points, np.ones((len(points), 478)), np.asarray(score, np.float32), 1)
+
+
+@pytest.mark.parametrize(
+    ("gone", "jump_at", "run"),
+    [([], None, (0, 20)), ([0, 1, 19], None, (2, 19)), ([5, 6], None, (0, 20)), ([5, 6, 7], None, (8, 20)),
+     ([], 12, (0, 12)), (range(20), None, (0, 0))],
+)  # fmt: skip
+def test_steady_run(gone, jump_at, run):
+    centres = np.tile([100.0, 100.0, 0.0], (20, 1))
+    if jump_at is not None:
+        centres[jump_at:, 0] += 60
+    score = np.ones(20)
+    score[list(gone)] = 0.1
+    assert steady_run(track_of(centres, score)) == run
+
+
+def test_names_of_equal_files_are_told_apart(tmp_path):
+    paths = [tmp_path / "a" / "x.mp4", tmp_path / "b" / "x.mp4", tmp_path / "b" / "y.mp4", tmp_path / "b" / "y.mov"]
+    names = clip_names(paths)
+    assert names[:2] == ["a--x", "b--x"] and len(set(names)) == 4
+
+
+def test_splits_follow_the_identity():
+    names = [f"person{i}" for i in range(8)]
+    splits = choose_splits(names, 0.02)
+    assert list(splits.values()).count("validation") == 1
+    assert choose_splits(names[::-1], 0.02) == splits
+    assert set(choose_splits(names, 0.0).values()) == {"train"}
+    assert set(choose_splits(names[:3], 0.001).values()) == {"train"}
+
+
+def test_head_sources(tmp_path, head, ict_head_path):
+    assert load_any_head("builtin").name == head.name
+    save_head(tmp_path / "head.npz", head)
+    assert load_any_head(str(tmp_path / "head.npz")).n_expression == head.n_expression
+    assert load_any_head(str(ict_head_path)).n_expression == 57
+    with pytest.raises(HeadAssetError, match="nothing.npz"):
+        load_any_head(str(tmp_path / "nothing.npz"))
+    (tmp_path / "text.npz").write_text("hello")
+    with pytest.raises(HeadAssetError, match="text.npz"):
+        load_any_head(str(tmp_path / "text.npz"))
+
+
+def test_program_reports_bad_input(tmp_path, clips, capsys):
+    common = ["--head", "builtin", "--out", str(tmp_path / "out")]
+    assert build.main(["--clips", str(tmp_path / "gone"), *common]) == 1
+    assert "gone: no such file or folder" in capsys.readouterr().err
+    (tmp_path / "bare").mkdir()
+    assert build.main(["--clips", str(tmp_path / "bare"), *common]) == 1
+    assert "no videos there" in capsys.readouterr().err
+    assert build.main(["--clips", str(clips), "--head", "no.npz", "--out", str(tmp_path / "out")]) == 1
+    assert "no.npz" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        build.main(["--clips", str(clips), *common, "--size", "0"])
+    with pytest.raises(MediaError):
+        find_clips([str(tmp_path / "bare")])
+    assert not (tmp_path / "out").exists()
+
+
+def test_head_without_landmarks_is_refused_at_once(clips, head, networks, tmp_path):
+    bare = jax.tree_util.tree_map(lambda x: x, head)
+    object.__setattr__(bare, "landmarks", {})
+    with pytest.raises(FitError, match="no 'mediapipe478' landmarks"):
+        build_dataset([clips / "good.mp4"], bare, tmp_path / "out", networks, SETTINGS)
+
+
+def test_array_without_rate_is_refused(head, networks):
+    with pytest.raises(ValueError, match="pass fps"):
+        fit_video(frames_showing(range(4)), head, landmarker=networks)
+
+
+def test_default_networks_are_loaded_once(monkeypatch):
+    loaded = []
+    monkeypatch.setattr(face_track, "fetch_models", lambda: {})
+    monkeypatch.setattr(face_track, "Landmarker", lambda models: loaded.append(models) or object())
+    face_track.default_landmarker.cache_clear()
+    assert face_track.default_landmarker() is face_track.default_landmarker() and len(loaded) == 1
+    face_track.default_landmarker.cache_clear()
