@@ -93,6 +93,7 @@ def base_config() -> ConfigDict:
     c.sharding_rules = ((r".*", "fsdp"),)
     c.sharding_min_size = 2**16  # smaller arrays are not worth a collective
 
+    # Intervals in steps; all four are also due after the last step. 0: never.
     c.log = ConfigDict(dict(every=50))
     c.checkpoint = ConfigDict(dict(every=1000, keep=3))
     c.validation = ConfigDict(dict(every=1000, batches=8))

@@ -121,7 +121,7 @@ def train(config, workdir: Path) -> float:
         state, metrics = train_step(state, global_batch(batch, mesh), head)
         losses.append(metrics)
 
-        if step % config.log.every == 0 or step == config.steps:
+        if _due(step, config.log.every, config.steps):
             means = {k: float(np.mean([m[k] for m in losses])) for k in jax.device_get(losses[-1])}
             losses, loss = [], means["loss"]
             if not np.isfinite(loss):
@@ -132,23 +132,28 @@ def train(config, workdir: Path) -> float:
                 f"step {step}/{config.steps} loss {loss:.4f} {figures['steps_per_s'] * config.batch_size:.2f} clips/s "
                 f"data wait {figures['data_wait']:.0%} left {duration(figures['eta_s'])}", lead,
             )
-        if validation and (step % config.validation.every == 0 or step == config.steps):
+        if validation and _due(step, config.validation.every, config.steps):
             trained = state.ema if state.ema is not None else state.params
             values = [float(eval_step(trained, state.frozen, b, head, i)) for i, b in enumerate(validation)]
             writer.scalars(step, {"val_loss": float(np.mean(values))})
             say(f"step {step} validation loss {np.mean(values):.4f}", lead)
-        if pairs is not None and (step % config.sample.every == 0 or step == config.steps):
+        if pairs is not None and _due(step, config.sample.every, config.steps):
             trained = state.ema if state.ema is not None else state.params
             frames = np.asarray(sample(trained | state.frozen, head, pairs))
             picture = sample_sheet(np.asarray(pairs["reference"]), np.asarray(pairs["frames"]), frames)
             writer.image(step, "samples", picture)
-        if step % config.checkpoint.every == 0 or step == config.steps:
+        if _due(step, config.checkpoint.every, config.steps):
             ckpt.save_state(manager, step, state, iterator, force=True)
 
     manager.wait_until_finished()
     manager.close()
     writer.close()
     return loss
+
+
+def _due(step: int, every: int, last: int) -> bool:
+    """Whether something done every so many steps, and after the last, is due; 0 means never."""
+    return every > 0 and (step % every == 0 or step == last)
 
 
 def main(argv: list[str]) -> None:

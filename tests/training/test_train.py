@@ -47,7 +47,7 @@ def shards(tmp_path_factory):
     return path
 
 
-def tiny_config(shards, steps):
+def tiny_config(shards, steps, sample=False):
     config = demo.get_config("tiny")
     config.image_size = SIZE
     config.data.path = str(shards)
@@ -57,13 +57,14 @@ def tiny_config(shards, steps):
     config.checkpoint.every = 2
     config.validation.every = 2
     config.log.every = 1
+    config.sample.every = 4 if sample else 0
     return config
 
 
 @pytest.fixture(scope="module")
 def finished(shards, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("run")
-    train(tiny_config(shards, 4), workdir)
+    train(tiny_config(shards, 4, sample=True), workdir)
     return workdir
 
 
@@ -143,6 +144,7 @@ def test_frozen_reference_comes_from_pretrained_weights_and_stays(shards, tmp_pa
     config.model.reference.trainable = False
     config.model.reference.context_dim = 8
     config.pretrained = str(tmp_path / "sd")
+    config.validation.every = 0
     head = builtin_head()
     params = random_params(build_networks(config, head), jax.random.key(7))
     backbone = {key: params[key] for key in ("reference", "autoencoder", "null_prompt")}
@@ -160,7 +162,7 @@ def test_frozen_reference_comes_from_pretrained_weights_and_stays(shards, tmp_pa
 def test_ablation_arms_train(shards, tmp_path, arm):
     config = tiny_config(shards, 1)
     config.driver.arm = arm
-    config.sample.every = 100
+    config.validation.every = 0
     assert np.isfinite(train(config, tmp_path))
 
 
