@@ -4,7 +4,7 @@ The ruler of the built-in heads (design section 10): identity, colours, camera a
 coefficients of every frame are sought such that the rendered head looks like the frame. Nothing of
 the driver enters: the first frame starts from the neutral, frontal head in the middle of the crop.
 
-Method: robust Gauss-Newton on blurred image differences (Lucas and Kanade; the gradient is the mean of
+Method: robust Gauss-Newton on differences of blurred, contrast-normalised images (Lucas and Kanade; the gradient is the mean of
 the rendered and the observed image's, as in Benhimane and Malis 2004, "efficient second-order
 minimisation"). The Jacobian of a pixel is its image gradient times the screen motion of the surface point
 it shows, interpolated from the vertices; pixels just outside the outline take the motion of the nearest
@@ -30,6 +30,9 @@ from loki_jax.head.types import Camera, Coefficients
 from loki_jax.raster import rasterize
 
 _PRECISION = jax.lax.Precision.HIGHEST
+# In units of the local contrast (`_features`).
+_NOISE_FLOOR = 0.03
+_MODEL_ERROR = 0.2  # differences beyond this are taken to be of the model, not of the pixel
 
 
 class PhotometricPrior(NamedTuple):
@@ -45,7 +48,8 @@ class PhotometricPrior(NamedTuple):
     jaw: tuple[float, float, float] = (0.2, 0.03, 0.03)
     eyes: float = 0.2
     expression: float = 1.0
-    change: float = 0.35  # of all of the above, per frame
+    turn: float = 0.2  # change of rot per frame
+    change: float = 0.35  # of all the others, as a share of the above, per frame
 
 
 class _Problem(NamedTuple):
@@ -134,22 +138,16 @@ def _gradient(image: Float[Array, "s s c"]) -> Float[Array, "s s c 2"]:
     return -half * jnp.stack([along_columns, along_rows], -1)
 
 
-def _match_colours(rendered, observed, weight):
-    """Per-channel gain and bias that take `rendered` to `observed`, drawn towards 1 and 0."""
-    # The prior counts as this share of the image's pixels.
-    share = 0.05 * rendered.shape[0] * rendered.shape[1]
+def _features(image: Float[Array, "s s c"], sigma: Float[Array, ""]) -> Float[Array, "s s c"]:
+    """Details of about `sigma` pixels and more, relative to the contrast around them.
 
-    def channel(x, y, w):
-        # min sum w (g x + b - y)^2 + share ((g - 1)^2 0.25 + b^2)
-        sw, sx, sy = w.sum(), (w * x).sum(), (w * y).sum()
-        sxx, sxy = (w * x * x).sum(), (w * x * y).sum()
-        a11, a12, a22 = sxx + 0.25 * share, sx, sw + share
-        b1, b2 = sxy + 0.25 * share, sy
-        det = a11 * a22 - a12 * a12
-        return (b1 * a22 - b2 * a12) / det, (a11 * b2 - a12 * b1) / det
-
-    gain, bias = jax.vmap(channel, in_axes=(-1, -1, -1))(rendered, observed, weight)
-    return gain * rendered + bias
+    A difference of two blurs over its local root mean square: colours, light and sharpness that are a
+    little wrong everywhere, as a network's are, cancel; edges and features count where they are.
+    """
+    per_pixel = image.shape[0] / 64
+    band = _blur(image, sigma) - _blur(image, 3 * sigma + 4 * per_pixel)
+    energy = _blur((band**2).mean(-1, keepdims=True), 8 * per_pixel)
+    return band / jnp.sqrt(energy + 0.03**2)
 
 
 class _Step(NamedTuple):
@@ -161,13 +159,13 @@ def _step(problem, observed, previous, change, motion, unknowns, sigma, active):
     """One Gauss-Newton step at blur `sigma` pixels.
 
     Args:
-      previous: unknowns of the last frame, towards which the solution is drawn; `change` is the
+      previous: unknowns of the last frame, towards which the solution is drawn; `change` (k,) is the
         standard deviation of the difference (infinite: no pull).
       motion: `_motion` at or near `unknowns`.
       active: (k,) 1 where an unknown may move.
 
     Returns:
-      The new unknowns, and the robust residual (RMS, image in [0, 1]) before the step.
+      The new unknowns, and the robust residual before the step (RMS in units of the local contrast).
     """
     size = observed.shape[0]
     faces = mesh_faces(problem.head)
@@ -181,26 +179,24 @@ def _step(problem, observed, previous, change, motion, unknowns, sigma, active):
         problem.appearance,
         size,
     )
-    rendered, observed = _blur(rendered, sigma), _blur(observed, sigma)
+    rendered, observed = _features(rendered, sigma), _features(observed, sigma)
 
     face, bary = _spread(fragments.face, fragments.bary, max(2, size // 16))
     inside = face >= 0
     corners = faces[jnp.maximum(face, 0)]
     flow = jnp.einsum("rcv,rcvxk->rcxk", bary * inside[..., None], motion[corners])
 
-    weight = jnp.broadcast_to(inside[..., None], observed.shape).astype(jnp.float32)
-    matched = _match_colours(rendered, observed, weight)
-    difference = observed - matched
+    difference = observed - rendered
     # Median absolute deviation as the scale of the noise; Huber weights beyond 1.5 of it.
     spread = jnp.nanmedian(jnp.where(inside[..., None], jnp.abs(difference), jnp.nan)) * 1.48
-    noise = jnp.maximum(jnp.nan_to_num(spread), 0.004)
-    weight = weight * jnp.minimum(1, 1.5 * noise / jnp.maximum(jnp.abs(difference), 1e-6))
-    matched = _match_colours(rendered, observed, weight)
-    difference = observed - matched
+    noise = jnp.maximum(jnp.nan_to_num(spread), _NOISE_FLOOR)
+    weight = inside[..., None] * jnp.minimum(1, 1.5 * noise / jnp.maximum(jnp.abs(difference), 1e-6))
 
-    gradient = (_gradient(matched) + _gradient(observed)) / 2
-    # Neighbouring pixels of a blurred image repeat each other: count independent ones.
-    scale = 1 / (noise**2 * (1 + 4 * jnp.pi * sigma**2))
+    gradient = (_gradient(rendered) + _gradient(observed)) / 2
+    # Neighbouring pixels of a blurred image repeat each other, and errors that are not noise (a face
+    # that is not quite the known one) stretch over whole features: count independent ones.
+    repeats = (1 + 4 * jnp.pi * sigma**2) * (1 + (noise / _MODEL_ERROR) ** 2)
+    scale = 1 / (noise**2 * repeats)
     tensor = jnp.einsum("rcn,rcnx,rcny->rcxy", weight, gradient, gradient) * scale
     pull = jnp.einsum("rcn,rcnx,rcn->rcx", weight, gradient, difference) * scale
     # A point that moves by d shows at p what was at p - d: the image changes by -gradient . d.
@@ -208,7 +204,7 @@ def _step(problem, observed, previous, change, motion, unknowns, sigma, active):
     normal = jnp.einsum("rcxk,rcxl->kl", flow, jnp.einsum("rcxy,rcyl->rcxl", tensor, flow), precision=_PRECISION)
     right = jnp.einsum("rcxk,rcx->k", flow, pull, precision=_PRECISION)
 
-    inertia = 1 / change**2
+    inertia = 1 / change**2  # (k,)
     normal = normal + jnp.diag(1 + inertia + 1e-4 * jnp.diag(normal))
     right = right - unknowns * active - inertia * (unknowns - previous) * active
     step = jnp.linalg.solve(normal, right)
@@ -321,13 +317,14 @@ def _track_clips(frames, head, shape, appearance, camera, crop, prior):
         start = found[jnp.argmin(residual)]
 
         # From frame to frame; frame 0 again, so that all frames end alike.
-        follow = per_pixel * jnp.array([2.0, 1.4, 1.0, 1.0])
+        follow = per_pixel * jnp.array([2.5, 1.7, 1.2, 1.0])
+        change = jnp.full(k, prior.change).at[:3].set(prior.turn / prior.rot)
         everything = jnp.ones((len(follow), k))
 
         def track(unknowns, item):
             frame, camera, crop = item
             unknowns, residual = _descend(
-                problem(camera, crop), frame, unknowns, prior.change, unknowns, follow, everything
+                problem(camera, crop), frame, unknowns, change, unknowns, follow, everything
             )
             return unknowns, (unknowns, residual)
 
@@ -386,8 +383,8 @@ def fit_photometric(
       prior: how far coefficients stray from a neutral head, and from frame to frame.
 
     Returns:
-      Coefficients with fields (n, ...), and the robust residual (n,), root mean square of images in
-      [0, 1] after a gain and bias per channel. How the total rotation R(rot) R(neck) splits between
+      Coefficients with fields (n, ...), and the residual (n,): robust root mean square of the
+      differences in units of the local contrast, 0 for a perfect fit, above 1 for unrelated images. How the total rotation R(rot) R(neck) splits between
       the two is not observable where no shoulders show; the total is.
 
     Raises:

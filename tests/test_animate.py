@@ -1,0 +1,108 @@
+"""The animate program on clips of a dataset, with a tiny model of random parameters."""
+
+from fractions import Fraction
+
+import jax
+import numpy as np
+import pytest
+
+from configs.demo import get_config
+from loki_jax.animate import load_performance, load_portrait, main, split_clip_source, transfer
+from loki_jax.head.builtin import builtin_head
+from loki_jax.metrics.hpf import head_pose_follow
+from loki_jax.networks import build_networks, random_params
+from loki_jax.training.checkpoint import Checkpoint, save_model_file
+from loki_jax.video import is_tagged_synthetic, read_video
+from tests.synthetic_clips import write_clips
+
+FRAMES = 5  # the tiny window has 2: three windows, the last one cut
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("animate")
+
+
+@pytest.fixture(scope="module")
+def clips(folder):
+    return write_clips(folder / "shards", frames=FRAMES)
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    config, head = get_config("tiny"), builtin_head()
+    params = jax.jit(lambda key: random_params(build_networks(config, head), key))(jax.random.key(0))
+    # Output layers start at zero, which would make every frame alike.
+    leaves, structure = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    noisy = [x + 0.05 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
+    path = folder / "random.safetensors"
+    save_model_file(path, Checkpoint(config, jax.tree.unflatten(structure, noisy), head, 0))
+    return path
+
+
+def run(model, reference, driver, out, *options):
+    main(["--checkpoint", str(model), "--reference", reference, "--driver", driver, "--out", str(out), *options])
+
+
+def test_writes_video_and_panel(folder, clips, model):
+    out = folder / "out.mp4"
+    run(model, clips[0], clips[1], out, "--steps", "2")
+    video, panel = read_video(out), read_video(folder / "out_panel.mp4")
+    assert video.frames.shape == (FRAMES, 64, 64, 3) and panel.frames.shape[:2] == (FRAMES, 256)
+    assert video.fps == panel.fps == Fraction(25)
+    assert is_tagged_synthetic(out) and is_tagged_synthetic(folder / "out_panel.mp4")
+    # Reference and driver stand in the panel; H.264 is lossy.
+    head = builtin_head()
+    reference = load_portrait(clips[0], head, 256).image
+    shown = panel.frames[:, :, :256].astype(float)
+    assert np.abs(shown - reference).mean() < 6
+    driver = load_performance(clips[1], head, 64).frames
+    middle = panel.frames[:, 2:256:4, 262:516:4].astype(float)
+    assert np.abs(middle - driver).mean() < 15
+
+
+def test_same_seed_same_video(folder, clips, model):
+    first, second, other = (folder / f"{name}.mp4" for name in ("first", "second", "other"))
+    run(model, clips[0], clips[1], first, "--steps", "2", "--seed", "3")
+    run(model, clips[0], clips[1], second, "--steps", "2", "--seed", "3")
+    run(model, clips[0], clips[1], other, "--steps", "2", "--seed", "4")
+    frames = [read_video(path).frames for path in (first, second, other)]
+    np.testing.assert_array_equal(frames[0], frames[1])
+    assert (frames[0] != frames[2]).mean() > 0.1
+
+
+def test_transfer_follows_the_driver_in_the_references_place(clips):
+    head = builtin_head()
+    reference, driver = load_portrait(clips[0], head, 64), load_performance(clips[1], head, 64)
+    moved = jax.tree.map(np.asarray, transfer(head, driver, reference))
+    target = driver.coefficients
+    assert head_pose_follow(moved.rot, target.rot, moved.neck, target.neck).degrees < 0.01
+    np.testing.assert_allclose(moved.shape[2], reference.coefficients.shape)
+    np.testing.assert_allclose(moved.expression, target.expression)
+    np.testing.assert_allclose(moved.tra[0], reference.coefficients.tra, atol=1e-6)
+
+
+def test_clip_sources(tmp_path):
+    assert split_clip_source(f"{tmp_path}:clip") == (tmp_path, "clip")
+    assert split_clip_source("C:portrait.png") is None
+    assert split_clip_source("portrait.png") is None
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"reference": "{folder}/none.png"}, "none.png"),
+        ({"driver": "{folder}/empty.mp4"}, "empty.mp4"),
+        ({"driver": "{folder}/shards:nobody"}, "no clip 'nobody'"),
+        ({"model": "{folder}/shards"}, "not a workdir"),
+    ],
+)
+def test_bad_input_is_one_clear_error(folder, clips, model, change, message):
+    (folder / "empty.mp4").touch()
+    arguments = {"model": model, "reference": clips[0], "driver": clips[1], "out": folder / "bad.mp4"}
+    arguments |= {key: value.format(folder=folder) for key, value in change.items()}
+    with pytest.raises(SystemExit) as stopped:
+        run(**arguments)
+    assert str(stopped.value).startswith("error: ") and message in str(stopped.value)
+    assert not list(folder.glob("*bad*"))

@@ -1,0 +1,111 @@
+"""The evaluate program and the demo's rows, on rendered clips whose answer is known."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from loki_jax.animate import load_performance, load_portrait, transfer
+from loki_jax.appearance import sample_appearance
+from loki_jax.data.records import open_dataset
+from loki_jax.evaluate import EvaluationPair, evaluate, evaluate_pairs, main, rendered_truth
+from loki_jax.head.builtin import builtin_head
+from loki_jax.report import PairPictures, format_table, write_report
+from loki_jax.video import write_video
+from tests.synthetic_clips import write_clips
+
+FRAMES = 12
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("evaluate")
+
+
+@pytest.fixture(scope="module")
+def clips(folder):
+    return write_clips(folder / "shards", frames=FRAMES)
+
+
+@pytest.fixture(scope="module")
+def pair(folder, clips):
+    """A perfect animation: what is generated is the truth."""
+    head = builtin_head()
+    reference, driver = load_portrait(clips[0], head, 64), load_performance(clips[1], head, 64)
+    appearance = sample_appearance(open_dataset(folder / "shards").clips[0].extra["identity_seed"], head)
+    truth = rendered_truth(head, transfer(head, driver, reference), reference, appearance, 64)
+    return EvaluationPair(reference, appearance, driver, truth, truth)
+
+
+@pytest.fixture(scope="module")
+def rows(pair):
+    """One pair whose generated frames are two levels too bright; the swapped ones are black."""
+    brighter = np.minimum(pair.truth.astype(int) + 2, 255).astype(np.uint8)
+    return evaluate_pairs(builtin_head(), [pair._replace(generated=brighter)], [np.zeros_like(pair.truth)], size=64)
+
+
+def test_a_perfect_animation_follows(rows):
+    generated, static, refit = (rows[key] for key in ("generated", "static", "refit"))
+    assert refit["hpf"] < 0.25 * static["hpf"] and generated["hpf"] < 0.3 * static["hpf"]
+    assert refit["hef"] < static["hef"] and generated["hef"] < static["hef"]
+    # Two grey levels of 255, a little less where white clips.
+    assert generated["psnr"] == pytest.approx(20 * np.log10(255 / 2), abs=0.5)
+    assert refit["psnr"] > 28 and static["psnr"] < generated["psnr"]
+    assert rows["generated_swapped_reference"]["psnr"] < 15
+
+
+def test_rows_are_the_means_of_the_pairs(rows, pair):
+    (entry,) = rows["pairs"]
+    assert entry["reference"] == pair.reference.name and entry["driver"] == pair.driver.name
+    assert entry["frames"] == FRAMES and 0 < entry["driver_yaw_sd"] < 40
+    for row in ("generated", "static", "refit"):
+        assert rows[row]["hpf"] == entry[row]["hpf"] == pytest.approx(np.mean(rows["per_frame"][row][0]))
+    json.dumps(rows, allow_nan=False)
+
+
+def test_table_and_report(rows, pair, tmp_path):
+    table = format_table(rows)
+    assert "re-fitted ground truth" in table and f"{rows['static']['hpf']:.2f}" in table
+    pictures = PairPictures("pair", pair.reference.image, pair.driver.frames, pair.truth, pair.generated, pair.truth)
+    write_report(tmp_path / "report.png", [pictures], rows, rows["per_frame"], {"loss": ([1, 2], [0.5, 0.4])})
+    with Image.open(tmp_path / "report.png") as report:
+        assert min(report.size) > 500
+        # Not an empty sheet.
+        assert np.asarray(report.convert("L")).std() > 10
+
+
+def test_program_reads_a_video_back(folder, clips, pair, capsys):
+    video, out = folder / "video.mp4", folder / "results"
+    write_video(video, pair.truth, pair.driver.fps, crf=4)
+    result = evaluate(
+        ["--video", str(video), "--driver", clips[1], "--reference", clips[0], "--truth", "render",
+         "--hef-size", "64", "--out", str(out)]
+    )  # fmt: skip
+    assert result["ruler"] == "photometric" and result["frames"] == FRAMES and result["track_rate"] == 1
+    assert result["hpf"] < 2 and result["psnr"] > 30 and result["ssim"] > 0.9
+    assert json.loads((out / "metrics.json").read_text()) == result
+    with Image.open(out / "per_frame.png") as plot:
+        assert plot.size[1] > 400
+    assert "HPF (degrees)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--video", "{folder}/none.mp4"], "none.mp4"),
+        (["--reference", "portrait.png"], "not DATASET_FOLDER:CLIP_ID"),
+        (["--reference", "{folder}/shards:nobody"], "no clip 'nobody'"),
+        (["--truth", "render"], "--truth render needs --reference"),
+        (["--head", "{folder}/none.npz"], "none.npz"),
+    ],
+)
+def test_bad_input_is_one_clear_error(folder, clips, pair, options, message):
+    video, out = folder / "short.mp4", folder / "nothing"
+    write_video(video, pair.truth[:2], pair.driver.fps)
+    arguments = ["--video", str(video), "--driver", clips[1], "--out", str(out)]
+    arguments += [option.format(folder=folder) for option in options]
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert str(stopped.value).startswith("error: ") and message in str(stopped.value)
+    assert not out.exists()
