@@ -74,12 +74,21 @@ def sheet_pictures(head: HeadAsset) -> list[Picture]:
     """What the sheet shows of `head`, in reading order."""
     still = still_coefficients(head)
     turn = lambda axis, degrees: np.deg2rad(degrees).astype(np.float32) * np.eye(3, dtype=np.float32)[axis]
-    pictures = [Picture(f"turned {yaw:+d}", still._replace(rot=turn(1, yaw))) for yaw in (-80, -40, 0, 40, 80)]
+    pictures = [
+        Picture(f"turned {yaw:+d}", still._replace(rot=turn(1, yaw))) for yaw in (-80, -40, 0, 40, 80)
+    ]
     pictures += [Picture(f"pitch {p:+d}", still._replace(rot=turn(0, p))) for p in (-25, 25)]
-    joints = [("neck", "neck", 1, 25), ("neck", "neck", 0, 20), ("jaw", "jaw", 0, 18), ("left_eye", "eyes", 1, 25)]
+    joints = [
+        ("neck", "neck", 1, 25),
+        ("neck", "neck", 0, 20),
+        ("jaw", "jaw", 0, 18),
+        ("left_eye", "eyes", 1, 25),
+    ]
     for joint, field, axis, degrees in joints:
         if head.joint(joint) is not None:
-            pictures.append(Picture(f"{field} {'xyz'[axis]} {degrees}", still._replace(**{field: turn(axis, degrees)})))
+            pictures.append(
+                Picture(f"{field} {'xyz'[axis]} {degrees}", still._replace(**{field: turn(axis, degrees)}))
+            )
     for axis in range(min(_IDENTITY_AXES, head.n_shape)):
         for sign in (-2, 2):
             shape = np.zeros(head.n_shape, np.float32)
@@ -141,12 +150,14 @@ def head_sheet(head: HeadAsset, cell: int = 160, batch: int = 10) -> UInt8[np.nd
         stacked = jax.tree.map(lambda *fields: jnp.stack(fields), *part)
         images.append(np.asarray(shaded_heads(head, stacked, camera, box, cell)))
     images = np.concatenate(images)[: len(pictures)]
-    cells = [(p.caption, image) for p, image in zip(pictures, images)]
+    cells = [(p.caption, image) for p, image in zip(pictures, images, strict=True)]
 
     frontal = next(image for caption, image in cells if caption == "turned +0")
     for name, marks in sorted(head.landmarks.items()):
         points = landmark_positions(head, rest, name)[np.asarray(marks.face) >= 0]
-        pixels = np.asarray((project(camera_from_world(points, camera), camera) - box[:2]) / (box[2:] - box[:2]))
+        pixels = np.asarray(
+            (project(camera_from_world(points, camera), camera) - box[:2]) / (box[2:] - box[:2])
+        )
         cells.append((f"{name} ({len(points)})", _dotted(frontal, pixels * cell)))
 
     columns = min(_COLUMNS, len(cells))
@@ -155,7 +166,10 @@ def head_sheet(head: HeadAsset, cell: int = 160, batch: int = 10) -> UInt8[np.nd
     draw = ImageDraw.Draw(sheet)
     for index, (caption, image) in enumerate(cells):
         corner = (index % columns * cell, index // columns * (cell + _CAPTION))
-        sheet.paste(Image.fromarray((np.clip(image, 0, 1) * 255 + 0.5).astype(np.uint8)), (corner[0], corner[1] + _CAPTION))
+        sheet.paste(
+            Image.fromarray((np.clip(image, 0, 1) * 255 + 0.5).astype(np.uint8)),
+            (corner[0], corner[1] + _CAPTION),
+        )
         draw.text((corner[0] + 2, corner[1] + 1), caption[: cell // 6], fill="black")
     return np.asarray(sheet)
 
@@ -171,14 +185,18 @@ def _dotted(
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m data_prep.head_asset", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m data_prep.head_asset", description=__doc__.splitlines()[0]
+    )
     sources = parser.add_subparsers(dest="source", required=True)
     builtin = sources.add_parser("builtin", help="the package's own procedural head")
     ict = sources.add_parser("ict", help="the ICT-FaceKit arrays")
     ict.add_argument("arrays", help="ICT-FaceKit arrays (.npz)")
     flame = sources.add_parser("flame", help="a FLAME pickle")
     flame.add_argument("model", help="FLAME model (.pkl)")
-    flame.add_argument("--blink", help="vertex offsets of a blink; takes the place of the last expression axis")
+    flame.add_argument(
+        "--blink", help="vertex offsets of a blink; takes the place of the last expression axis"
+    )
     flame.add_argument("--landmarks", help="landmark embedding (lmk_face_idx, lmk_b_coords)")
     flame.add_argument("--mask", help="vertex numbers the driver map shows, such as FLAME_masks.pkl")
     flame.add_argument("--mask-region", default="face", help="region of --mask, if it has several")

@@ -26,7 +26,6 @@ gradient.
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import NamedTuple
 
@@ -189,7 +188,6 @@ def _make_plan(size: int, n_faces: int, tile: int | None, window: int | None) ->
     return _Plan(size, tile, side, 8, window)
 
 
-@functools.lru_cache(maxsize=None)
 def _centre_table(size: int, doubled_start: int, doubled_step: int, count: int) -> np.ndarray:
     """Coordinates 1 - p/S at p = start/2 + i step/2, each as a float32 and its rounding error."""
     exact = 1 - (doubled_start + doubled_step * np.arange(count, dtype=np.float64)) / size
@@ -228,7 +226,9 @@ class _Bins(NamedTuple):
 
 def _bin(triangles: Float[Array, "N F 9"], plan: _Plan, cull: bool) -> _Bins:
     x, y, z = (triangles[..., axis::3] for axis in range(3))
-    area = (x[..., 1] - x[..., 0]) * (y[..., 2] - y[..., 0]) - (y[..., 1] - y[..., 0]) * (x[..., 2] - x[..., 0])
+    area = (x[..., 1] - x[..., 0]) * (y[..., 2] - y[..., 0]) - (y[..., 1] - y[..., 0]) * (
+        x[..., 2] - x[..., 0]
+    )
     kept = jnp.all(jnp.abs(triangles) < _LARGEST_COORDINATE, axis=-1) & jnp.all(z >= _SMALLEST_DEPTH, axis=-1)
     kept &= (area < 0) if cull else (area != 0)
     # A little more than rounding can move a coordinate, so that no pixel on an edge is missed.
@@ -343,7 +343,7 @@ def _shade_tiles(table, tiles, faces, n_faces: int, plan: _Plan):
             )
             return tuple(
                 lax.dynamic_update_slice_in_dim(buffer, value, index * chunk, axis=0)
-                for buffer, value in zip(buffers, values)
+                for buffer, value in zip(buffers, values, strict=True)
             )
 
         buffers = (
@@ -446,7 +446,7 @@ def _barycentrics(vertices, faces, face, perspective_correct: bool):
     # Differences to the pixel, then cross products: exact to rounding for faces of any size.
     edges = [x[a] * y[b] - x[b] * y[a] for a, b in ((1, 2), (2, 0), (0, 1))]
     if perspective_correct:
-        edges = [edge / jnp.where(covered, depth, 1.0) for edge, depth in zip(edges, z)]
+        edges = [edge / jnp.where(covered, depth, 1.0) for edge, depth in zip(edges, z, strict=True)]
     total = edges[0] + edges[1] + edges[2]
     # Background pixels get harmless numbers, so that no NaN enters their (zero) gradients.
     usable = covered & (total != 0)

@@ -58,4 +58,7 @@ class PublicFlame:
 
 def rigid(vertices, rot, tra):
     """R(rot) x + tra for (B, V, 3) or (V, 3) vertices and (B, 3) motions."""
-    return np.einsum("bik,...vk->bvi" if vertices.ndim == 2 else "bik,bvk->bvi", rotation(rot), vertices) + np.asarray(tra)[:, None]
+    return (
+        np.einsum("bik,...vk->bvi" if vertices.ndim == 2 else "bik,bvk->bvi", rotation(rot), vertices)
+        + np.asarray(tra)[:, None]
+    )

@@ -54,8 +54,10 @@ def rasterize_oracle(vertices, faces, size, cull=True, perspective_correct=False
             walk = np.array([-d[0], d[1]]) * (1 if turn < 0 else -1)
             top_left = walk[1] < 0 or (walk[1] == 0 and walk[0] < 0)
             inside &= (edge > 0) | ((edge == 0) & top_left)
-            reach = np.abs(p[:, :2]).max() + 2 / size
-            margin = slack * EPSILON * (np.abs(d).sum() * np.minimum(reach, np.hypot(*d) + np.abs(first) / max(abs(d[0]), 1e-30) + np.abs(second) / max(abs(d[1]), 1e-30)))
+            # Rounding of products of the edge with the way from its end to the pixel, by way of the
+            # centre of the pixel's tile.
+            way = np.abs(px - p[a, 0]) + np.abs(py - p[a, 1]) + 8 / size
+            margin = slack * EPSILON * np.abs(d).sum() * way
             surely_out |= edge < -margin
             surely_in &= edge > margin
             edges.append(edge)
@@ -65,13 +67,19 @@ def rasterize_oracle(vertices, faces, size, cull=True, perspective_correct=False
             bary = bary / bary.sum(-1, keepdims=True)
         depth = p[0, 2] + bary[..., 1] * (p[1, 2] - p[0, 2]) + bary[..., 2] * (p[2, 2] - p[0, 2])
         unsure = ~surely_in & ~surely_out
-        unsure_depth = np.where(unsure, np.minimum(unsure_depth, np.minimum(depth, p[:, 2].max())), unsure_depth)
+        unsure_depth = np.where(
+            unsure, np.minimum(unsure_depth, np.minimum(depth, p[:, 2].max())), unsure_depth
+        )
         # A sliver's depth is as uncertain as its barycentrics are.
         longest = max(np.hypot(*(p[b, :2] - p[a, :2])) for a, b in ((1, 2), (2, 0), (0, 1)))
-        spread = np.ptp(p[:, 2]) * min(1.0, slack * EPSILON * (longest + 2 / size) * max(longest, 0) / abs(area))
+        spread = np.ptp(p[:, 2]) * min(
+            1.0, slack * EPSILON * (longest + 2 / size) * max(longest, 0) / abs(area)
+        )
         own = slack * EPSILON * np.abs(p[:, 2]).max() + spread
         closer = inside & (depth < best_depth)
-        second_depth = np.where(closer, best_depth, np.where(inside, np.minimum(second_depth, depth), second_depth))
+        second_depth = np.where(
+            closer, best_depth, np.where(inside, np.minimum(second_depth, depth), second_depth)
+        )
         tolerance = np.where(inside, np.maximum(tolerance, own), tolerance)
         best_depth = np.where(closer, depth, best_depth)
         best_face = np.where(closer, index, best_face)

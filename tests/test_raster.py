@@ -79,7 +79,9 @@ def adversarial_mesh(kind, seed):
         points[:, :2] = centres[:, :2]
         order = np.argsort(centres[:, 0])
         points = points[order]
-        points[:, :2] = np.repeat(points[::3, :2], 3, axis=0)[:N_VERTICES] + rng.normal(size=(N_VERTICES, 2)) * 1.5 / SIZE
+        points[:, :2] = (
+            np.repeat(points[::3, :2], 3, axis=0)[:N_VERTICES] + rng.normal(size=(N_VERTICES, 2)) * 1.5 / SIZE
+        )
         faces = np.stack([np.arange(N_FACES) % 13 * 3 + k for k in range(3)], -1)
         faces = np.where(rng.random((N_FACES, 1)) < 0.5, faces, faces[:, ::-1])
     elif kind == "slivers":
@@ -150,7 +152,9 @@ def test_shared_edges_belong_to_one_face():
         points = points.astype(np.float32)
         i, j = np.meshgrid(np.arange(10), np.arange(10), indexing="ij")
         a = (i * 11 + j).ravel()
-        faces = np.concatenate([np.stack([a, a + 11, a + 1], -1), np.stack([a + 1, a + 11, a + 12], -1)]).astype(np.int32)
+        faces = np.concatenate(
+            [np.stack([a, a + 11, a + 1], -1), np.stack([a + 1, a + 11, a + 12], -1)]
+        ).astype(np.int32)
         if np.asarray(rasterize(points, faces, size).face).max() < 0:
             faces = faces[:, ::-1].copy()
         count = np.zeros((size, size), int)
@@ -200,7 +204,10 @@ def test_full_frame_and_empty_meshes():
         found = rasterize(huge, np.int32(faces), SIZE, cull=False)
         np.testing.assert_array_equal(found.face, 0)
         np.testing.assert_array_equal(found.depth, 2)
-    for vertices, faces in ((huge, np.zeros((0, 3), np.int32)), (np.zeros((0, 3), np.float32), np.zeros((0, 3), np.int32))):
+    for vertices, faces in (
+        (huge, np.zeros((0, 3), np.int32)),
+        (np.zeros((0, 3), np.float32), np.zeros((0, 3), np.int32)),
+    ):
         found = rasterize(vertices, faces, SIZE)
         assert (np.asarray(found.face) == -1).all() and np.isinf(found.depth).all()
         image = raster.interpolate(found, faces, jnp.ones((len(vertices), 2)))
@@ -211,7 +218,9 @@ def test_no_face_is_lost_however_many_overlap():
     """Many layers over the whole frame, with windows and tiles far too small to hold them at once."""
     rng = np.random.default_rng(1)
     n = 150
-    soup = np.concatenate([rng.uniform(-3, 3, (n, 3, 2)), rng.uniform(1, 9, (n, 3, 1))], -1).astype(np.float32)
+    soup = np.concatenate([rng.uniform(-3, 3, (n, 3, 2)), rng.uniform(1, 9, (n, 3, 1))], -1).astype(
+        np.float32
+    )
     soup = soup.reshape(-1, 3)
     faces = np.arange(3 * n, dtype=np.int32).reshape(-1, 3)
     usual = assert_matches_oracle(soup, faces, SIZE, cull=False)
@@ -225,9 +234,12 @@ def test_no_face_is_lost_however_many_overlap():
 def test_pairs_sort_alike_packed_or_not():
     """With very many faces, tile and face no longer fit one integer and are sorted as two."""
     rng = np.random.default_rng(4)
-    tile, face = jnp.asarray(rng.integers(0, 17, (2, 300)), jnp.int32), jnp.asarray(rng.integers(0, 99, (2, 300)), jnp.int32)
+    tile, face = (
+        jnp.asarray(rng.integers(0, 17, (2, 300)), jnp.int32),
+        jnp.asarray(rng.integers(0, 99, (2, 300)), jnp.int32),
+    )
     packed, plain = (raster._sort_pairs(tile, face, 99, packed=flag) for flag in (True, False))
-    for a, b in zip(packed, plain):
+    for a, b in zip(packed, plain, strict=True):
         np.testing.assert_array_equal(a, b)
     order = np.lexsort((np.asarray(face[0]), np.asarray(tile[0])))
     np.testing.assert_array_equal(packed[1][0], face[0][order])
@@ -241,7 +253,7 @@ def test_leading_axes_and_vmap_agree():
     folded = rasterize(batch, faces, SIZE)
     one = functools.partial(raster.rasterize, faces=faces, size=SIZE)
     mapped = jax.jit(jax.vmap(jax.vmap(one, in_axes=0), in_axes=1, out_axes=1))(batch)
-    for a, b in zip(folded, mapped):
+    for a, b in zip(folded, mapped, strict=True):
         np.testing.assert_array_equal(a, b)
     for i, j in ((0, 0), (1, 2)):
         np.testing.assert_array_equal(rasterize(batch[i, j], faces, SIZE).face, folded.face[i, j])
@@ -288,7 +300,9 @@ def test_gradients_match_finite_differences(perspective_correct):
     def loss(vertices, attributes):
         found = raster.rasterize(vertices, faces, SIZE, perspective_correct=perspective_correct)
         depth = jnp.where(found.face >= 0, found.depth, 0.0)
-        return jnp.sum(weight * raster.interpolate(found, faces, attributes)) + jnp.sum(weight[..., 0] * depth)
+        return jnp.sum(weight * raster.interpolate(found, faces, attributes)) + jnp.sum(
+            weight[..., 0] * depth
+        )
 
     by_vertex, by_attribute = jax.jit(jax.grad(loss, argnums=(0, 1)))(vertices, attributes)
     face = np.asarray(rasterize(vertices, faces, SIZE, perspective_correct=perspective_correct).face)
@@ -298,13 +312,19 @@ def test_gradients_match_finite_differences(perspective_correct):
 
     def exact(vertices, attributes):
         p = vertices[used]
-        edge = [(p[:, k, 0] - centre[column]) * (p[:, m, 1] - centre[row]) - (p[:, m, 0] - centre[column]) * (p[:, k, 1] - centre[row]) for k, m in ((1, 2), (2, 0), (0, 1))]
+        edge = [
+            (p[:, k, 0] - centre[column]) * (p[:, m, 1] - centre[row])
+            - (p[:, m, 0] - centre[column]) * (p[:, k, 1] - centre[row])
+            for k, m in ((1, 2), (2, 0), (0, 1))
+        ]
         bary = np.stack(edge, -1)
         if perspective_correct:
             bary = bary / p[..., 2]
         bary = bary / bary.sum(-1, keepdims=True)
         image = (bary[..., None] * attributes[used]).sum(1)
-        return (weight[row, column] * image).sum() + (weight[row, column, 0] * (bary * p[..., 2]).sum(-1)).sum()
+        return (weight[row, column] * image).sum() + (
+            weight[row, column, 0] * (bary * p[..., 2]).sum(-1)
+        ).sum()
 
     for found, start, which in ((by_vertex, vertices, 0), (by_attribute, attributes, 1)):
         expected = np.zeros(start.shape)
@@ -342,7 +362,9 @@ def test_differentiates_inside_scan_and_vmap():
 
         return jax.lax.scan(step, 0.0, jnp.array([0.5, 1.0]))[0]
 
-    gradient = jax.jit(jax.vmap(jax.grad(loss), in_axes=(0, None)))(jnp.array([[0.01, 0.0, 0.0], [0.0, 0.02, 0.0]]), vertices)
+    gradient = jax.jit(jax.vmap(jax.grad(loss), in_axes=(0, None)))(
+        jnp.array([[0.01, 0.0, 0.0], [0.0, 0.02, 0.0]]), vertices
+    )
     assert gradient.shape == (2, 3) and np.isfinite(np.asarray(gradient)).all() and np.asarray(gradient).any()
 
 

@@ -130,7 +130,9 @@ def load_trusted_pickle(path: str | os.PathLike) -> Any:
     """
     path = Path(path)
     if not path.is_file():
-        raise HeadAssetError(f"{path}: no such file. Download the model from its distributor and give its path.")
+        raise HeadAssetError(
+            f"{path}: no such file. Download the model from its distributor and give its path."
+        )
     try:
         with open(path, "rb") as file, warnings.catch_warnings():
             # Old pickles spell dtypes in ways that newer NumPy releases frown upon.
@@ -234,7 +236,9 @@ def _read_landmarks(path: str | os.PathLike, n_faces: int) -> dict[str, Landmark
     faces = find("lmk_face_idx", "static_lmk_faces_idx", "face")
     bary = find("lmk_b_coords", "static_lmk_bary_coords", "bary")
     if faces is None or bary is None:
-        raise HeadAssetError(f"{path}: lacks lmk_face_idx and lmk_b_coords, found {', '.join(sorted(arrays))}.")
+        raise HeadAssetError(
+            f"{path}: lacks lmk_face_idx and lmk_b_coords, found {', '.join(sorted(arrays))}."
+        )
     faces, bary = faces.ravel().astype(np.int32), bary.reshape(-1, 3).astype(np.float32)
     numbers = find("landmark_indices")
     if numbers is not None:
@@ -249,7 +253,13 @@ def _read_landmarks(path: str | os.PathLike, n_faces: int) -> dict[str, Landmark
             f"{path}: {len(faces)} landmarks without landmark_indices; expected 51, 68 or 478 of them."
         )
     consistent = len(faces) == len(bary) == len(numbers) and len(faces) > 0
-    if not consistent or faces.min() < 0 or faces.max() >= n_faces or numbers.min() < 0 or numbers.max() >= total:
+    if (
+        not consistent
+        or faces.min() < 0
+        or faces.max() >= n_faces
+        or numbers.min() < 0
+        or numbers.max() >= total
+    ):
         raise HeadAssetError(f"{path}: landmark indices do not fit each other or the {n_faces} faces.")
     all_faces, all_bary = np.full(total, -1, np.int32), np.zeros((total, 3), np.float32)
     all_faces[numbers], all_bary[numbers] = faces, bary
@@ -357,7 +367,8 @@ def head_from_flame(
         shape_names=tuple(f"flame_shape_{i:03d}" for i in range(n_shape)),
         expression_names=tuple(expression_names),
         licence=_LICENCE,
-        provenance=f"{path.name}, sha256 {file_sha256(path)}" + (f", blink {Path(blink).name}" if blink else ""),
+        provenance=f"{path.name}, sha256 {file_sha256(path)}"
+        + (f", blink {Path(blink).name}" if blink else ""),
         lip_vertex=lip_vertex,
     )
     validate_head(head, str(path))

@@ -102,7 +102,9 @@ def substitute(
             flip,
         )[..., None, :, :]
         turned = _product(carry, turned, jnp.swapaxes(carry, -1, -2))
-        moved = jnp.einsum("...ij,...j->...i", jnp.broadcast_to(carry, turned.shape), moved, precision=_HIGHEST)
+        moved = jnp.einsum(
+            "...ij,...j->...i", jnp.broadcast_to(carry, turned.shape), moved, precision=_HIGHEST
+        )
     head = _product(turned, head_rotation(reference)[..., None, :, :])
     rot = rotvec_from_matrix(_product(head, jnp.swapaxes(matrix_from_rotvec(driver.neck), -1, -2)))
     tra = reference.tra[..., None, :] + jnp.asarray(scale, jnp.float32)[..., None, None] * moved

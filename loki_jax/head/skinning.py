@@ -40,9 +40,7 @@ class Identity(NamedTuple):
     joints: Float[Array, "*b J 3"]
 
 
-def _mouth_sphere(
-    jaw: Float[Array, "*b 3"], lip: Float[Array, "*b 3"]
-) -> Float[Array, "*b 200 3"]:
+def _mouth_sphere(jaw: Float[Array, "*b 3"], lip: Float[Array, "*b 3"]) -> Float[Array, "*b 200 3"]:
     """Half-sphere behind the lips: ten rings of twenty vertices about the axis jaw -> lip."""
     axis = lip - jaw
     length = jnp.sqrt(jnp.sum(axis * axis, axis=-1, keepdims=True))
@@ -114,7 +112,8 @@ def make_identity(head: HeadAsset, shape: Float[Array, "*b n_shape"]) -> Identit
     """
     if shape.shape[-1:] != (head.n_shape,):
         raise ValueError(
-            f"shape coefficients {tuple(shape.shape)} do not end in the {head.n_shape} axes of head {head.name!r}"
+            f"shape coefficients {tuple(shape.shape)} do not end in the {head.n_shape} axes of head "
+            f"{head.name!r}"
         )
     vertices = head.template + jnp.einsum("...s,svc->...vc", shape, head.shape_basis, precision=_HIGHEST)
     joints = jnp.einsum("jv,...vc->...jc", head.joint_regressor, vertices, precision=_HIGHEST)

@@ -70,7 +70,12 @@ def python2_pickle(content):
         out.extend(b"t")
         name("numpy", "dtype")
         code = value.dtype.str[1:].encode()
-        out.extend(b"(U" + bytes([len(code)]) + code + b"K\x00K\x01tR(K\x03U\x01<NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb")
+        out.extend(
+            b"(U"
+            + bytes([len(code)])
+            + code
+            + b"K\x00K\x01tR(K\x03U\x01<NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
+        )
         out.extend(b"\x88" if order == "F" else b"\x89")
         raw = value.tobytes(order)
         out.extend(b"T" + len(raw).to_bytes(4, "little") + raw + b"tb")  # a Python 2 str
@@ -118,7 +123,13 @@ def python2_pickle(content):
         integer(50)
         out.extend(b"ub")
 
-    writers = {"v_template": chumpy, "shapedirs": chumpy, "posedirs": select, "weights": chumpy, "J_regressor": sparse}
+    writers = {
+        "v_template": chumpy,
+        "shapedirs": chumpy,
+        "posedirs": select,
+        "weights": chumpy,
+        "J_regressor": sparse,
+    }
     out.extend(b"}(")
     for key, value in content.items():
         text(key)
@@ -173,7 +184,9 @@ def test_blink_takes_the_last_axis(tmp_path, golden, content):
     np.save(tmp_path / "blink.npy", blink[None])
     head = head_from_flame(path, blink=tmp_path / "blink.npy", lip_vertex=LIP_VERTEX)
     np.testing.assert_array_equal(head.expression_basis[64], blink)
-    np.testing.assert_array_equal(head.expression_basis[63], content["shapedirs"][:, :, 363].astype(np.float32))
+    np.testing.assert_array_equal(
+        head.expression_basis[63], content["shapedirs"][:, :, 363].astype(np.float32)
+    )
     assert head.expression_names[-1] == "blink" and head.n_expression == 65
     np.save(tmp_path / "short.npy", blink[:-1])
     with pytest.raises(HeadAssetError, match=r"short\.npy.*\(502, 3\)"):
@@ -186,16 +199,25 @@ def test_landmarks_and_mask(tmp_path, content):
     np.savez(tmp_path / "ibug.npz", lmk_face_idx=np.arange(51), lmk_b_coords=bary)
     write_pickle(tmp_path / "masks.pkl", {"face": np.array([5, 7]), "scalp": np.array([9])})
     head = head_from_flame(
-        path, lip_vertex=LIP_VERTEX, landmarks=tmp_path / "ibug.npz", mask=tmp_path / "masks.pkl", mask_region="scalp"
+        path,
+        lip_vertex=LIP_VERTEX,
+        landmarks=tmp_path / "ibug.npz",
+        mask=tmp_path / "masks.pkl",
+        mask_region="scalp",
     )
     marks = head.landmarks["ibug68"]
     assert (marks.face[:17] == -1).all() and marks.face[17:].tolist() == list(range(51))
     assert np.flatnonzero(head.render_mask).tolist() == [9]
-    np.savez(
-        tmp_path / "mp.npz", lmk_face_idx=[4, 6], lmk_b_coords=bary[:2], landmark_indices=[1, 473]
+    np.savez(tmp_path / "mp.npz", lmk_face_idx=[4, 6], lmk_b_coords=bary[:2], landmark_indices=[1, 473])
+    marks = head_from_flame(path, lip_vertex=LIP_VERTEX, landmarks=tmp_path / "mp.npz").landmarks[
+        "mediapipe478"
+    ]
+    assert (
+        marks.face.shape == (478,)
+        and marks.face[1] == 4
+        and marks.face[473] == 6
+        and (marks.face >= 0).sum() == 2
     )
-    marks = head_from_flame(path, lip_vertex=LIP_VERTEX, landmarks=tmp_path / "mp.npz").landmarks["mediapipe478"]
-    assert marks.face.shape == (478,) and marks.face[1] == 4 and marks.face[473] == 6 and (marks.face >= 0).sum() == 2
     with pytest.raises(HeadAssetError, match="no region 'nose'"):
         head_from_flame(path, lip_vertex=LIP_VERTEX, mask=tmp_path / "masks.pkl", mask_region="nose")
     np.savez(tmp_path / "far.npz", lmk_face_idx=np.arange(51) + 10_000, lmk_b_coords=bary)
@@ -230,7 +252,9 @@ def test_malicious_pickles_do_nothing(tmp_path, content):
                 head_from_flame(path)
     # The nested-attribute trick of protocol 4, and rebuilding an arbitrary class through copyreg.
     (tmp_path / "nested.pkl").write_bytes(b"\x80\x04\x8c\x05numpy\x8c\x0elib._npyio.sys\x93.")
-    (tmp_path / "rebuild.pkl").write_bytes(b"ccopy_reg\n_reconstructor\n(c__builtin__\nset\nc__builtin__\nobject\nNtR.")
+    (tmp_path / "rebuild.pkl").write_bytes(
+        b"ccopy_reg\n_reconstructor\n(c__builtin__\nset\nc__builtin__\nobject\nNtR."
+    )
     (tmp_path / "codec.pkl").write_bytes(b"c_codecs\nencode\n(VA\nVrot13\ntR.")
     for name in ("nested", "rebuild", "codec"):
         with pytest.raises(HeadAssetError, match=rf"{name}\.pkl"):
@@ -258,7 +282,10 @@ def test_damaged_files_are_named(tmp_path, content):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"shapedirs": np.zeros((502, 3, 100))}, r"shapedirs has shape \(502, 3, 100\), FLAME's is \(502, 3, 400\)"),
+        (
+            {"shapedirs": np.zeros((502, 3, 100))},
+            r"shapedirs has shape \(502, 3, 100\), FLAME's is \(502, 3, 400\)",
+        ),
         ({"posedirs": np.zeros((502, 3, 27))}, "posedirs has shape"),
         ({"weights": np.zeros((500, 5))}, "weights has shape"),
         ({"J_regressor": np.zeros((4, 502))}, "J_regressor has shape"),

@@ -23,7 +23,9 @@ def test_ict_with_a_sheet(tmp_path, capsys):
     cells = len(pictures) + len(head.landmarks)
     rows = -(-cells // 10)
     assert sheet.shape == (rows * 174, 1600, 3)
-    cell = lambda i: sheet[i // 10 * 174 + 14 : i // 10 * 174 + 174, i % 10 * 160 : i % 10 * 160 + 160].astype(int)
+    cell = lambda i: sheet[
+        i // 10 * 174 + 14 : i // 10 * 174 + 174, i % 10 * 160 : i % 10 * 160 + 160
+    ].astype(int)
     rest = captions.index("turned +0")
     assert 0.2 < (cell(rest) != 255).any(-1).mean() < 0.95  # a head on white
     for caption in ("turned +40", "neck y 25", "jawOpen"):

@@ -102,7 +102,9 @@ def test_neck_turns_the_head_on_still_shoulders(path):
     moved = np.asarray(head_vertices(head, identity, rest(head, neck=jnp.array([0.0, 0.4, 0.0]))))
     shift = np.linalg.norm(moved - head.template, axis=-1)
     weight = head.skinning_weights[:, 1]
-    assert shift[head.skinning_weights[:, 0] == 1].max() < 1e-7 and (head.skinning_weights[:, 0] == 1).sum() > 5
+    assert (
+        shift[head.skinning_weights[:, 0] == 1].max() < 1e-7 and (head.skinning_weights[:, 0] == 1).sum() > 5
+    )
     rigidly = np.flatnonzero(weight == 1)
     distances = lambda v: np.linalg.norm(v[rigidly[:40, None]] - v[rigidly[None, :40]], axis=-1)
     np.testing.assert_allclose(distances(moved), distances(head.template), atol=1e-6)
@@ -118,7 +120,11 @@ def test_eyes_turn_in_place(path):
     moved = np.asarray(head_vertices(head, identity, rest(head, eyes=jnp.array([0.0, 0.5, 0.0]))))
     for region, centre, pupil in ((3, [3, 3.5, 8], 473), (4, [-3, 3.5, 8], 468)):
         own = given["region_id"] == region
-        np.testing.assert_allclose(identity.joints[head.joint("left_eye" if region == 3 else "right_eye")], np.array(centre) * 0.01, atol=1e-5)
+        np.testing.assert_allclose(
+            identity.joints[head.joint("left_eye" if region == 3 else "right_eye")],
+            np.array(centre) * 0.01,
+            atol=1e-5,
+        )
         radius = np.linalg.norm(moved[own] - np.array(centre) * 0.01, axis=-1)
         np.testing.assert_allclose(radius, 0.015, atol=1e-5)
         ahead = landmark_positions(head, jnp.asarray(head.template), "mediapipe478")[pupil]

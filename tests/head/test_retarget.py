@@ -19,14 +19,18 @@ substitute = jax.jit(substitute, static_argnums=2)
 def random_coefficients(seed, *batch):
     rng = np.random.default_rng(seed)
     draw = lambda n, scale: jnp.asarray(rng.normal(size=(*batch, n)) * scale, jnp.float32)
-    return Coefficients(draw(5, 1), draw(4, 1), draw(3, 0.5), draw(3, 0.3), draw(3, 0.2), draw(3, 0.2), draw(3, 0.1))
+    return Coefficients(
+        draw(5, 1), draw(4, 1), draw(3, 0.5), draw(3, 0.3), draw(3, 0.2), draw(3, 0.2), draw(3, 0.1)
+    )
 
 
 def head_pose_follow(prediction, target):
     """HPF of design section 10, independent of the package: degrees, quaternion form."""
 
     def increments(c):
-        rotation = Rotation.from_rotvec(np.asarray(c.rot, float)) * Rotation.from_rotvec(np.asarray(c.neck, float))
+        rotation = Rotation.from_rotvec(np.asarray(c.rot, float)) * Rotation.from_rotvec(
+            np.asarray(c.neck, float)
+        )
         return (rotation * rotation[0].inv()).as_quat()
 
     dot = np.abs((increments(prediction) * increments(target)).sum(-1))
@@ -97,7 +101,7 @@ def test_increments_pass_from_camera_to_camera():
         moved = np.asarray(coefficients.tra - coefficients.tra[0], np.float64) @ (matrix @ flip).T
         return rotation @ rotation[0].T, moved
 
-    for found, expected in zip(seen(result, matrices[1]), seen(driver, matrices[0])):
+    for found, expected in zip(seen(result, matrices[1]), seen(driver, matrices[0]), strict=True):
         np.testing.assert_allclose(found, expected, atol=5e-6)
 
 

@@ -6,8 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tests.head.golden_flame import LIP_VERTEX, head_of, read
-from tests.public_flame_oracle import PublicFlame, rigid, rotation
 
 from loki_jax.head.asset import Landmarks
 from loki_jax.head.camera import camera_from_world, project
@@ -24,6 +22,8 @@ from loki_jax.head.skinning import (
     world_vertices,
 )
 from loki_jax.head.types import Camera, Coefficients
+from tests.head.golden_flame import LIP_VERTEX, head_of, read
+from tests.public_flame_oracle import PublicFlame, rigid, rotation
 
 METRES = 2e-6  # the golden README's tolerance
 
@@ -115,7 +115,10 @@ def test_rigid_motion_is_about_the_origin(head, io):
 
 
 def test_offsets_ignore_the_neck_and_spare_the_mouth(head, io):
-    still, turned = coefficients(io, jaw=True, eyes=True), coefficients(io, jaw=True, eyes=True, neck=True, rot=True)
+    still, turned = (
+        coefficients(io, jaw=True, eyes=True),
+        coefficients(io, jaw=True, eyes=True, neck=True, rot=True),
+    )
     identity = make_identity(head, still.shape)
     offsets = expression_offsets(head, identity, turned)
     expected = head_vertices(head, identity, still) - identity.vertices
@@ -173,7 +176,10 @@ def test_gradients_are_finite_at_rest(head):
 
     gradient, value = jax.jit(jax.grad(value))(rest), jax.jit(value)
     for field in Coefficients._fields:
-        assert np.isfinite(np.asarray(getattr(gradient, field))).all() and np.asarray(getattr(gradient, field)).any()
+        assert (
+            np.isfinite(np.asarray(getattr(gradient, field))).all()
+            and np.asarray(getattr(gradient, field)).any()
+        )
     step = 1e-3 * jnp.eye(3)[1]
     for field in ("neck", "jaw", "rot"):
         ahead, behind = (rest._replace(**{field: sign * step}) for sign in (1, -1))
