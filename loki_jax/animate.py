@@ -128,8 +128,8 @@ def fit_clip(path: str, head: HeadAsset):
         raise MediaError(str(error)) from error
 
 
-def load_portrait(source: str, head: HeadAsset, size: int) -> Portrait:
-    """Read a reference from an image file (fitted) or a dataset's clip (its first frame).
+def load_portrait(source: str, head: HeadAsset, size: int, frame: int = 0) -> Portrait:
+    """Read a reference from an image file (fitted) or from frame `frame` of a dataset's clip.
 
     Raises:
       MediaError, DatasetError, FitError: unreadable, no such clip, or no face.
@@ -141,9 +141,9 @@ def load_portrait(source: str, head: HeadAsset, size: int) -> Portrait:
         image = crop_and_resize(fitted.frames[0], fitted.crop, size)
         return Portrait(image, coefficients, fitted.fit.camera, fitted.crop, source)
     dataset, clip = find_clip(*found, head)
-    frame = dataset.read_clip(clip, 0, 1)[0]
-    image = _stored_image(frame, clip, size)
-    return Portrait(image, frame.coefficients, frame.camera, frame.crop, clip.clip_id)
+    record = dataset.read_clip(clip, frame, frame + 1)[0]
+    image = _stored_image(record, clip, size)
+    return Portrait(image, record.coefficients, record.camera, record.crop, clip.clip_id)
 
 
 def load_performance(source: str, head: HeadAsset, size: int) -> Performance:

@@ -31,6 +31,7 @@ from loki_jax.appearance import sample_appearance
 from loki_jax.data.records import open_dataset
 from loki_jax.evaluate import EvaluationPair, driver_yaw, evaluate_pairs, rendered_truth, write_json
 from loki_jax.head.asset import HeadAsset
+from loki_jax.metrics.hpf import head_rotation
 from loki_jax.networks import build_networks
 from loki_jax.report import PairPictures, format_table, panel_frames, write_report
 from loki_jax.training.checkpoint import load_checkpoint
@@ -40,6 +41,7 @@ from loki_jax.video import write_video
 # the shipped model's data (docs/demo_model.md).
 TRAIN_SEED, HELD_OUT_SEED = 11, 12
 PAIRS, FRAMES = 8, 32
+CLIP_FRAMES = 64  # of the held-out clips, from which portraits and drivers' windows are taken
 SMALLEST_YAW = 8.0  # degrees, standard deviation over a driver's clip
 HEF_SIZE = 128  # frames have 64 pixels; renders of 512 change HEF by less than 1 %
 
@@ -61,6 +63,9 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
 def held_out_pairs(folder: Path, head: HeadAsset, size: int) -> list[tuple[Portrait, Performance, int]]:
     """References and drivers of different held-out identities, and each reference's identity seed.
 
+    A portrait looks into the camera, so the reference is its clip's most frontal frame; the driver's
+    window starts where its head is most frontal, since relative pose counts from there.
+
     Raises:
       ValueError: a driver hardly turns its head, so that following it would prove nothing.
     """
@@ -69,13 +74,27 @@ def held_out_pairs(folder: Path, head: HeadAsset, size: int) -> list[tuple[Portr
     pairs = []
     for i in range(PAIRS):
         reference, driver = clips[i], clips[i + PAIRS]
-        performance = load_performance(f"{folder}:{driver.clip_id}", head, size)
-        spread = driver_yaw(performance).std()
-        if spread < SMALLEST_YAW:
-            raise ValueError(f"driver {driver.clip_id}: yaw deviates by {spread:.1f} degrees, at least {SMALLEST_YAW} wanted")
-        portrait = load_portrait(f"{folder}:{reference.clip_id}", head, size)
+        whole = load_performance(f"{folder}:{driver.clip_id}", head, size)
+        yaw, turned = driver_yaw(whole), off_frontal(whole)
+        starts = [s for s in range(len(yaw) - FRAMES + 1) if yaw[s : s + FRAMES].std() >= SMALLEST_YAW]
+        if not starts:
+            raise ValueError(f"driver {driver.clip_id}: yaw deviates by less than {SMALLEST_YAW} degrees in every window")
+        start = min(starts, key=lambda s: turned[s])
+        window = slice(start, start + FRAMES)
+        performance = whole._replace(
+            frames=whole.frames[window], valid=whole.valid[window],
+            coefficients=jax.tree.map(lambda x: x[window], whole.coefficients),
+        )
+        source = f"{folder}:{reference.clip_id}"
+        frontal = int(np.argmin(off_frontal(load_performance(source, head, size))))
+        portrait = load_portrait(source, head, size, frontal)
         pairs.append((portrait, performance, reference.extra["identity_seed"]))
     return pairs
+
+
+def off_frontal(performance: Performance) -> np.ndarray:
+    """Angle (radians) of each frame's head rotation away from the camera's axes."""
+    return head_rotation(performance.coefficients.rot, performance.coefficients.neck).magnitude()
 
 
 def run_training(config: str, workdir: Path, shards: Path, steps: int, init_from: str) -> dict[str, tuple[list, list]]:
@@ -129,7 +148,7 @@ def demo(argv: list[str] | None = None) -> dict:
     for folder, options in (
         (shards, ["--seed", str(TRAIN_SEED), "--identities", "12", "--clips-per-identity", "1", "--frames", "24"]),
         (held_out, ["--seed", str(HELD_OUT_SEED), "--identities", str(2 * PAIRS), "--clips-per-identity", "1",
-                    "--frames", str(FRAMES), "--validation", "0"]),
+                    "--frames", str(CLIP_FRAMES), "--validation", "0"]),
     ):  # fmt: skip
         if synth.main(["--out", str(folder), *options, *size]) != 0:
             raise ValueError(f"{folder}: the synthetic shards could not be written; see above")

@@ -86,9 +86,9 @@ def initial_params(config: ConfigDict, networks: Networks, head: HeadAsset) -> t
 
 
 def _take_shared(target: PyTree, source: PyTree) -> PyTree:
-    """`target` with every array that `source` also has taken from it."""
+    """`target` with every array that `source` also has copied from it (a step donates its buffers)."""
     if not isinstance(target, dict):
-        return source
+        return jnp.array(source)
     return {key: _take_shared(value, source[key]) if key in source else value for key, value in target.items()}
 
 
@@ -179,7 +179,7 @@ def make_train_step(
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema = None if state.ema is None else update_ema(state.ema, params, state.step, config.ema_decay)
-        metrics = {"loss": loss, "grad_norm": optax.global_norm(grads)}
+        metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
         return TrainState(state.step + 1, params, ema, opt_state, state.frozen), metrics
 
     return step
