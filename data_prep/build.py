@@ -25,11 +25,19 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.face_track import CROP_FACTOR, FittedClip, cut_track, fit_image, fit_track, fit_video, steady_run
+from data_prep.face_track import (
+    CROP_FACTOR,
+    FittedClip,
+    cut_track,
+    fit_image,
+    fit_track,
+    fit_video,
+    steady_run,
+)
 from data_prep.fit import LANDMARK_SET, FitError, FitSettings
 from data_prep.landmarker import Landmarker, LandmarkError, clip_landmarks, fetch_models
 from data_prep.overlay import overlay_frames
-from loki_jax.data.records import Clip, ClipInfo, DatasetError, assign_split, write_dataset
+from loki_jax.data.records import Clip, DatasetError, assign_split, write_dataset
 from loki_jax.head.asset import HeadAsset, HeadAssetError, load_head
 from loki_jax.head.builtin import builtin_head
 from loki_jax.head.camera import crop_and_resize
@@ -115,7 +123,9 @@ def find_clips(sources: Sequence[str]) -> list[Path]:
             if not source.is_dir() or (path.is_file() and path.suffix.lower() in _VIDEO_SUFFIXES):
                 found.setdefault(path.resolve(), None)
     if not found:
-        raise MediaError(f"{', '.join(sources)}: no videos there ({', '.join(_VIDEO_SUFFIXES)}). Check `--clips`.")
+        raise MediaError(
+            f"{', '.join(sources)}: no videos there ({', '.join(_VIDEO_SUFFIXES)}). Check `--clips`."
+        )
     return list(found)
 
 
@@ -126,7 +136,9 @@ def clip_names(paths: Sequence[Path]) -> list[str]:
         depth = 1
         rivals = [other for other in paths if other != path]
         parts = path.with_suffix("").parts
-        while depth < len(parts) and any(other.with_suffix("").parts[-depth:] == parts[-depth:] for other in rivals):
+        while depth < len(parts) and any(
+            other.with_suffix("").parts[-depth:] == parts[-depth:] for other in rivals
+        ):
             depth += 1
         names.append("--".join(parts[-depth:]))
     # Files that differ in their suffix only.
@@ -141,7 +153,9 @@ def choose_splits(identities: Sequence[str], share: float) -> dict[str, str]:
     splits = {identity: assign_split(identity, share) for identity in identities}
     if share > 0 and len(splits) >= 5 and "validation" not in splits.values():
         # The identity that would cross over first if the share grew.
-        threshold = {i: next(k for k in range(1, 1001) if assign_split(i, k / 1000) == "validation") for i in splits}
+        threshold = {
+            i: next(k for k in range(1, 1001) if assign_split(i, k / 1000) == "validation") for i in splits
+        }
         splits[min(splits, key=lambda i: (threshold[i], i))] = "validation"
     return splits
 
@@ -158,8 +172,8 @@ def fit_clip(path: Path, head: HeadAsset, landmarker: Landmarker, settings: Buil
     start, stop = steady_run(track)
     if stop - start < settings.min_frames:
         raise RejectedClip(
-            f"{path}: the face is visible for {stop - start} frames in a row, {settings.min_frames} are needed "
-            "(`--min-frames`). Use a longer clip."
+            f"{path}: the face is visible for {stop - start} frames in a row, "
+            f"{settings.min_frames} are needed (`--min-frames`). Use a longer clip."
         )
     fitted = fit_track(
         frames[start:stop], settings.fps, cut_track(track, start, stop), head,
@@ -168,8 +182,9 @@ def fit_clip(path: Path, head: HeadAsset, landmarker: Landmarker, settings: Buil
     error = float(np.nanmedian(fitted.fit.error))
     if not error <= settings.max_error:
         raise RejectedClip(
-            f"{path}: the head fits badly, median error {100 * error:.1f} % of the outer eye corners' distance, "
-            f"limit {100 * settings.max_error:.1f} % (`--max-error`). The face may be hidden or in profile."
+            f"{path}: the head fits badly, median error {100 * error:.1f} % of the outer eye corners' "
+            f"distance, limit {100 * settings.max_error:.1f} % (`--max-error`). The face may be hidden or in "
+            "profile."
         )
     return fitted
 
@@ -183,8 +198,8 @@ def _decode(path: Path, settings: BuildSettings) -> list[np.ndarray]:
             if used > settings.max_bytes:
                 raise RejectedClip(
                     f"{path}: more than {settings.max_bytes / 2**30:.1f} GiB of decoded frames "
-                    f"({frame.shape[1]}x{frame.shape[0]}). Cut it into shorter clips, scale it down, or raise "
-                    "`--max-memory`."
+                    f"({frame.shape[1]}x{frame.shape[0]}). Cut it into shorter clips, scale it down, or "
+                    "raise `--max-memory`."
                 )
         indices = resample_indices(len(frames), reader.fps, settings.fps)
     return [frames[i] for i in indices]
@@ -216,7 +231,10 @@ def build_dataset(
             "Rebuild the asset with `python -m data_prep.head_asset`."
         )
     names = clip_names(paths)
-    identities = [path.parent.name if settings.identity_from == "folder" else name for path, name in zip(paths, names, strict=True)]
+    identities = [
+        path.parent.name if settings.identity_from == "folder" else name
+        for path, name in zip(paths, names, strict=True)
+    ]
     splits = choose_splits(list(dict.fromkeys(identities)), settings.validation)
     accepted: list[dict[str, Any]] = []
     rejected: list[dict[str, str]] = []
@@ -261,7 +279,8 @@ def build_dataset(
                 accepted.append(row)
                 left = (now - started) / (index + 1) * (len(paths) - index - 1)
                 say(
-                    f"[{index + 1}/{len(paths)}] {name}: {row['frames']} frames, error {row['error_percent']:.2f} %, "
+                    f"[{index + 1}/{len(paths)}] {name}: {row['frames']} frames, "
+                    f"error {row['error_percent']:.2f} %, "
                     f"{row['frames'] / max(now - clip_started, 1e-9):.1f} frames/s, {left:.0f} s left"
                 )
 
@@ -272,7 +291,9 @@ def build_dataset(
         except DatasetError as error:
             if rejected and not accepted:
                 reasons = "".join(f"\n  {entry['reason']}" for entry in rejected)
-                raise DatasetError(f"{out}: nothing was built, all {len(rejected)} clips were rejected:{reasons}") from error
+                raise DatasetError(
+                    f"{out}: nothing was built, all {len(rejected)} clips were rejected:{reasons}"
+                ) from error
             raise
         summary = {
             "records": metadata.records,
@@ -315,11 +336,14 @@ def format_table(summary: dict[str, Any]) -> str:
     for row in summary["clips"]:
         rows.append(
             (row["clip"], row["split"], str(row["frames"]), f"{row['error_percent']:.2f}",
-             f"{row['error_percent_p90']:.2f}", f"{row['jitter_degrees']:.2f}", f"{100 * row['face_share']:.0f} %",
+             f"{row['error_percent_p90']:.2f}", f"{row['jitter_degrees']:.2f}",
+             f"{100 * row['face_share']:.0f} %",
              f"{row['seconds']:.1f}")
         )  # fmt: skip
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    ]
     lines += [f"rejected  {entry['reason']}" for entry in summary["rejected"]]
     return "\n".join(lines)
 
@@ -327,7 +351,9 @@ def format_table(summary: dict[str, Any]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     default = BuildSettings()
     parser = argparse.ArgumentParser(
-        prog="python -m data_prep.build", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m data_prep.build",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--clips", nargs="+", required=True, help="video files, or folders with videos")
     parser.add_argument("--head", required=True, help="head asset, ICT-FaceKit arrays, or builtin")
@@ -336,21 +362,38 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--fps", type=Fraction, default=default.fps, help="frame rate, e.g. 25 or 30000/1001")
     parser.add_argument("--face", type=int, help="which face, 0 the most prominent (the default)")
     parser.add_argument("--focal", type=float, help="focal length in pixels (default: from --fov)")
-    parser.add_argument("--fov", type=float, default=default.fit.fov, help="field of view of the longer side, degrees")
+    parser.add_argument(
+        "--fov", type=float, default=default.fit.fov, help="field of view of the longer side, degrees"
+    )
     parser.add_argument("--crop-factor", type=float, default=default.crop_factor)
     parser.add_argument("--min-frames", type=int, default=default.min_frames)
-    parser.add_argument("--max-error", type=float, default=100 * default.max_error, help="percent; see summary.json")
-    parser.add_argument("--max-memory", type=float, default=default.max_bytes / 2**30, help="GiB of frames a clip")
-    parser.add_argument("--overlay", type=int, default=default.overlay, help="side of the overlay videos, 0: none")
-    parser.add_argument("--image-format", choices=("png", "jpeg"), help="default: png up to 128 pixels, jpeg above")
-    parser.add_argument("--validation", type=float, default=default.validation, help="share of identities held out")
+    parser.add_argument(
+        "--max-error", type=float, default=100 * default.max_error, help="percent; see summary.json"
+    )
+    parser.add_argument(
+        "--max-memory", type=float, default=default.max_bytes / 2**30, help="GiB of frames a clip"
+    )
+    parser.add_argument(
+        "--overlay", type=int, default=default.overlay, help="side of the overlay videos, 0: none"
+    )
+    parser.add_argument(
+        "--image-format", choices=("png", "jpeg"), help="default: png up to 128 pixels, jpeg above"
+    )
+    parser.add_argument(
+        "--validation", type=float, default=default.validation, help="share of identities held out"
+    )
     parser.add_argument("--identity-from", choices=("file", "folder"), default=default.identity_from)
     parser.add_argument("--licence", default=default.licence, help="licence of the clips, stored with them")
-    parser.add_argument("--wheel", help="the mediapipe 0.10.21 wheel, where the landmark models cannot be downloaded")
+    parser.add_argument(
+        "--wheel", help="the mediapipe 0.10.21 wheel, where the landmark models cannot be downloaded"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace a dataset that is already there")
     args = parser.parse_args(argv)
     if args.size < 8 or args.fps <= 0 or args.crop_factor <= 0 or args.min_frames < 1 or args.overlay < 0:
-        parser.error("--size must be at least 8, --fps, --crop-factor and --min-frames positive, --overlay not negative")
+        parser.error(
+            "--size must be at least 8, --fps, --crop-factor and --min-frames positive, "
+            "--overlay not negative"
+        )
     if not 0 < args.fov < 150 or (args.focal is not None and args.focal <= 0) or not 0 <= args.validation < 1:
         parser.error("--fov must be in (0, 150), --focal positive, --validation in [0, 1)")
     settings = BuildSettings(

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
-from data_prep.fit import FitResult, FitSettings, fit_landmarks
+from data_prep.fit import DEFAULT_SETTINGS, FitResult, FitSettings, fit_landmarks
 from data_prep.landmarker import Landmarker, Track, clip_landmarks, fetch_models, image_landmarks
 from loki_jax.head.asset import HeadAsset
 from loki_jax.head.camera import camera_from_world, crop_box, project
@@ -62,7 +62,7 @@ def fit_image(
     face: int | None = None,
     focal: float | None = None,
     crop_factor: float = CROP_FACTOR,
-    settings: FitSettings = FitSettings(),
+    settings: FitSettings = DEFAULT_SETTINGS,
     name: str | None = None,
 ) -> FittedClip:
     """Fit a portrait, given as a file or as an RGB array; fields have one frame.
@@ -75,7 +75,16 @@ def fit_image(
     name = name or ("image" if is_array else str(image))
     pixels = image if is_array else read_image(image)
     track = image_landmarks(landmarker or default_landmarker(), pixels, face, name)
-    return fit_track(pixels[None], Fraction(25), track, head, focal=focal, crop_factor=crop_factor, settings=settings, name=name)
+    return fit_track(
+        pixels[None],
+        Fraction(25),
+        track,
+        head,
+        focal=focal,
+        crop_factor=crop_factor,
+        settings=settings,
+        name=name,
+    )
 
 
 def fit_video(
@@ -87,7 +96,7 @@ def fit_video(
     face: int | None = None,
     focal: float | None = None,
     crop_factor: float = CROP_FACTOR,
-    settings: FitSettings = FitSettings(),
+    settings: FitSettings = DEFAULT_SETTINGS,
     name: str | None = None,
 ) -> FittedClip:
     """Fit a clip, given as a file or as RGB frames. Every frame gets coefficients: where the face is
@@ -112,7 +121,9 @@ def fit_video(
             clip = resample_to_fps(clip, fps)
         frames, fps = clip.frames, clip.fps
     track = clip_landmarks(landmarker or default_landmarker(), frames, face, name)
-    return fit_track(frames, fps, track, head, focal=focal, crop_factor=crop_factor, settings=settings, name=name)
+    return fit_track(
+        frames, fps, track, head, focal=focal, crop_factor=crop_factor, settings=settings, name=name
+    )
 
 
 def steady_run(track: Track, longest_gap: int = 2) -> tuple[int, int]:
@@ -164,13 +175,25 @@ def _extent(head: HeadAsset, coefficients: Coefficients, camera: Camera) -> tupl
 
 
 def fit_track(
-    frames: Sequence[UInt8[np.ndarray, "H W 3"]], fps: Fraction, track: Track, head: HeadAsset,
-    *, focal: float | None = None, crop_factor: float = CROP_FACTOR, settings: FitSettings = FitSettings(),
+    frames: Sequence[UInt8[np.ndarray, "H W 3"]],
+    fps: Fraction,
+    track: Track,
+    head: HeadAsset,
+    *,
+    focal: float | None = None,
+    crop_factor: float = CROP_FACTOR,
+    settings: FitSettings = DEFAULT_SETTINGS,
     name: str = "clip",
 ) -> FittedClip:
     """Fit frames whose landmarks are known; arguments as for `fit_video`."""
     fit = fit_landmarks(
-        head, track.points, track.confidence, frames[0].shape[:2], focal=focal, settings=settings, fps=float(fps)
+        head,
+        track.points,
+        track.confidence,
+        frames[0].shape[:2],
+        focal=focal,
+        settings=settings,
+        fps=float(fps),
     )
     crop = clip_crop_box(head, fit.coefficients, fit.camera, crop_factor)
     return FittedClip(frames, fps, track, fit, crop, name)

@@ -72,13 +72,16 @@ class FitSettings:
     jaw: tuple[float, float, float] = (0.2, 0.03, 0.03)
     eyes: tuple[float, float, float] = (0.3, 0.4, 0.01)
     jaw_limits: tuple[float, float] = (-0.05, 0.7)
-    smooth_rot: float = 0.02
+    smooth_rot: float = 0.06
     smooth_tra: float = 0.003
-    smooth_expression: float = 0.25
+    smooth_expression: float = 0.5
     smooth_jaw: float = 0.1
     smooth_eyes: float = 0.2
     iterations: int = 20
     tolerance: float = 2e-3
+
+
+DEFAULT_SETTINGS = FitSettings()
 
 
 class FitResult(NamedTuple):
@@ -163,7 +166,10 @@ def landmark_head(head: HeadAsset, indices: np.ndarray, name: str = LANDMARK_SET
     def reduce(field: np.ndarray) -> np.ndarray:  # (..., V, c) -> (..., n + J, c)
         field = np.asarray(field)
         return np.concatenate(
-            [np.einsum("nk,...nkc->...nc", bary, field[..., corners, :]), np.einsum("jv,...vc->...jc", regressor, field)],
+            [
+                np.einsum("nk,...nkc->...nc", bary, field[..., corners, :]),
+                np.einsum("jv,...vc->...jc", regressor, field),
+            ],
             axis=-2,
         ).astype(np.float32)
 
@@ -235,7 +241,11 @@ def _smoothing(problem: _Problem, x: Float[Array, "N p"]) -> Float[Array, "N p"]
     """Gradient of the smoothness term: a band of five frames, applied without building it."""
     bent = _second_difference(x, problem.real) * problem.smoothness
     bent = bent * (problem.real[2:] * problem.real[1:-1] * problem.real[:-2])[:, None]
-    return jnp.pad(bent, ((0, 2), (0, 0))) - 2 * jnp.pad(bent, ((1, 1), (0, 0))) + jnp.pad(bent, ((2, 0), (0, 0)))
+    return (
+        jnp.pad(bent, ((0, 2), (0, 0)))
+        - 2 * jnp.pad(bent, ((1, 1), (0, 0)))
+        + jnp.pad(bent, ((2, 0), (0, 0)))
+    )
 
 
 def _residual(problem: _Problem, layout: _Layout, shape, x) -> Float[Array, "N n 2"]:
@@ -249,7 +259,9 @@ def _cost(problem: _Problem, residual: Float[Array, "N n 2"], shape, x) -> Float
     huber = problem.huber
     robust = jnp.where(deviation < huber, 0.5 * deviation**2, huber * deviation - 0.5 * huber**2)
     data = jnp.sum(problem.weight * robust)
-    prior = jnp.sum(problem.real[:, None] * problem.frame_prior * x**2) + jnp.sum(problem.shape_prior * shape**2)
+    prior = jnp.sum(problem.real[:, None] * problem.frame_prior * x**2) + jnp.sum(
+        problem.shape_prior * shape**2
+    )
     smooth = 0.0
     if len(x) > 2:
         smooth = jnp.sum(problem.smoothness * _second_difference(x, problem.real) ** 2)
@@ -293,7 +305,9 @@ def _step(problem: _Problem, layout: _Layout, shape, x, damping):
     residual, jac_x, jac_s = _linearise(problem, layout, shape, x)
     cost = _cost(problem, residual, shape, x)
     deviation = jnp.linalg.norm(residual, axis=-1) / problem.sigma
-    weight = problem.weight * jnp.minimum(1.0, problem.huber / jnp.maximum(deviation, 1e-6)) / problem.sigma**2
+    weight = (
+        problem.weight * jnp.minimum(1.0, problem.huber / jnp.maximum(deviation, 1e-6)) / problem.sigma**2
+    )
     weight = jnp.repeat(weight[..., None], 2, -1)
 
     def flat(value):
@@ -341,7 +355,9 @@ def _step(problem: _Problem, layout: _Layout, shape, x, damping):
         def solve_arrow(value):
             value_x, value_s = value
             solution_s = product("st,t->s", inverse_s, value_s - product("nas,na->s", inverse_xs, value_x))
-            solution_x = product("nab,nb->na", inverse_x, value_x) - product("nas,s->na", inverse_xs, solution_s)
+            solution_x = product("nab,nb->na", inverse_x, value_x) - product(
+                "nas,s->na", inverse_xs, solution_s
+            )
             return solution_x, solution_s
 
         def multiply_free(value):
@@ -368,7 +384,11 @@ def _step(problem: _Problem, layout: _Layout, shape, x, damping):
         return step_x, step_s, multiplier
 
     # The first guess of the active set: bounds that the gradient alone pushes against.
-    start = (jnp.zeros_like(x), jnp.zeros_like(shape), jnp.where((lower >= 0) | (upper <= 0), -gradient_x, 0.0))
+    start = (
+        jnp.zeros_like(x),
+        jnp.zeros_like(shape),
+        jnp.where((lower >= 0) | (upper <= 0), -gradient_x, 0.0),
+    )
     step_x, step_s, _ = jax.lax.fori_loop(0, _ACTIVE_SET_ROUNDS, refine, start)
     return cost, step_s, step_x
 
@@ -473,7 +493,7 @@ def fit_landmarks(
     image_size: tuple[int, int],
     *,
     focal: float | None = None,
-    settings: FitSettings = FitSettings(),
+    settings: FitSettings = DEFAULT_SETTINGS,
     fps: float = 25.0,
 ) -> FitResult:
     """Fit `head` to the landmarks of a clip (one frame: a portrait).
@@ -508,7 +528,9 @@ def fit_landmarks(
             f"no frame shows enough landmarks ({int(is_inner.sum())} of the inner face are on the head "
             f"{head.name!r}). Use a clip with a visible face."
         )
-    observed = _fill_gaps(np.where(finite[..., None], points[..., :2], 0)[:, indices], confidence[:, indices], seen)
+    observed = _fill_gaps(
+        np.where(finite[..., None], points[..., :2], 0)[:, indices], confidence[:, indices], seen
+    )
     # Just enough to hold interpolated frames, which nothing else would keep from drifting.
     confidence_used = np.where(seen[:, None], confidence[:, indices], 0.02)
 
@@ -532,7 +554,6 @@ def fit_landmarks(
     metres = np.where(is_inner, settings.noise, settings.contour_noise)
     metres = np.where(np.isin(indices, _IRISES), settings.iris_noise, metres)
     sigma = np.asarray(scale)[:, None] * metres
-    per_frame = _per_frame_terms(head, layout, settings, 25.0 / fps)
 
     n_frames = len(points)
     padding = padded_length(n_frames) - n_frames
@@ -556,7 +577,11 @@ def fit_landmarks(
         **_per_frame_terms(head, layout, settings, 25.0 / fps),
     )
     shape, x, cost, steps = _optimise(
-        problem, layout, np.zeros(head.n_shape, np.float32), pad(start), settings.iterations,
+        problem,
+        layout,
+        np.zeros(head.n_shape, np.float32),
+        pad(start),
+        settings.iterations,
         np.float32(settings.tolerance),
     )
     shape, x, cost, steps = np.asarray(shape), np.asarray(x)[:n_frames], float(cost), int(steps)
@@ -593,7 +618,9 @@ def inner_face_error(
 
 
 @jax.jit
-def _project_landmarks(head: HeadAsset, coefficients: Coefficients, camera: Camera) -> Float[Array, "N 478 2"]:
+def _project_landmarks(
+    head: HeadAsset, coefficients: Coefficients, camera: Camera
+) -> Float[Array, "N 478 2"]:
     def frame(coefficients):
         identity = make_identity(head, coefficients.shape)
         world = world_vertices(head, identity, coefficients)
@@ -620,8 +647,12 @@ def _per_frame_terms(head: HeadAsset, layout: _Layout, settings: FitSettings, in
     )
     bounds = np.asarray(head.expression_bounds)
     return {
-        "frame_prior": joined(np.asarray(head.expression_sigma) ** -2.0, free, np.square(settings.jaw) ** -1.0,
-                              np.square(settings.eyes) ** -1.0),
+        "frame_prior": joined(
+            np.asarray(head.expression_sigma) ** -2.0,
+            free,
+            np.square(settings.jaw) ** -1.0,
+            np.square(settings.eyes) ** -1.0,
+        ),
         # The second difference of a smooth motion grows with the square of the frame interval.
         "smoothness": (smooth * interval**2) ** -2.0,
         "lower": joined(bounds[:, 0], -none, (settings.jaw_limits[0], -np.inf, -np.inf), -none[:3]),

@@ -7,9 +7,9 @@ suppression of the detector, crops turned upright by the eyes, refinement of eye
 tracking through a clip. Design section 12.
 
 Point order: 0..467 is the MediaPipe face mesh; 468..472 the iris of the subject's right eye and
-473..477 that of the left one (centre, then the rim towards the nose, above, away from it, below). Coordinates are pixels with
-the origin at the image corner (the first pixel's centre is 0.5, 0.5), z on the same scale, growing
-away from the camera, about zero at the head's middle.
+473..477 that of the left one (centre, then the rim towards the nose, above, away from it, below).
+Coordinates are pixels with the origin at the image corner (the first pixel's centre is 0.5, 0.5), z on
+the same scale, growing away from the camera, about zero at the head's middle.
 """
 
 from __future__ import annotations
@@ -192,7 +192,9 @@ def ssd_anchors() -> Float[np.ndarray, "896 2"]:
 
 
 def suppress(
-    boxes: Float[np.ndarray, "n 4"], values: Float[np.ndarray, "n d"], scores: Float[np.ndarray, " n"],
+    boxes: Float[np.ndarray, "n 4"],
+    values: Float[np.ndarray, "n d"],
+    scores: Float[np.ndarray, " n"],
     overlap: float = 0.3,
 ) -> list[tuple[Float[np.ndarray, " d"], float]]:
     """Merge overlapping detections: the score-weighted mean of each group, best first."""
@@ -233,7 +235,9 @@ def _cut(image: np.ndarray, region: Region, size: int, flip: bool, border: int) 
     factor = int(region.side // (2 * size))
     if factor > 1:
         height, width = (side // factor * factor for side in image.shape[:2])
-        image = cv2.resize(image[:height, :width], (width // factor, height // factor), interpolation=cv2.INTER_AREA)
+        image = cv2.resize(
+            image[:height, :width], (width // factor, height // factor), interpolation=cv2.INTER_AREA
+        )
         matrix = matrix / factor
     # OpenCV puts the origin at the centre of the first pixel, we at its corner.
     matrix = matrix.copy()
@@ -405,7 +409,9 @@ def image_landmarks(
             "upright, visible face, cropped so that it fills at least a tenth of the height."
         )
     if face is None and len(faces) > 1 and faces[1].size > 0.7 * faces[0].size:
-        raise LandmarkError(f"{name}: {_describe(faces)}. Choose one with `--face INDEX`, or crop the picture.")
+        raise LandmarkError(
+            f"{name}: {_describe(faces)}. Choose one with `--face INDEX`, or crop the picture."
+        )
     chosen = faces[_face_index(face, faces, name)]
     points, confidence, score = _settle(landmarker, image, landmarker.face_region(chosen))
     if score < 0.5:
@@ -442,7 +448,8 @@ def clip_landmarks(
             near[0].append((index, found)) if near else tracks.append([(index, found)])
     if not tracks:
         raise LandmarkError(
-            f"{name}: no face found in {len(indices)} frames looked at. Use a clip with an upright, visible face."
+            f"{name}: no face found in {len(indices)} frames looked at. Use a clip with an upright, "
+            "visible face."
         )
     # Steadiness times size: a face seen in every probe beats a larger one that passes by.
     tracks.sort(key=lambda t: -sum(found.size for _, found in t))
@@ -500,15 +507,18 @@ def _face_index(face: int | None, faces: Sequence[FaceBox], name: str) -> int:
 
 
 def _describe(faces: Sequence[FaceBox]) -> str:
+    centres = [(face.box[:2] + face.box[2:]) / 2 for face in faces]
     boxes = ", ".join(
-        f"{i}: {face.size:.0f} px at ({(face.box[0] + face.box[2]) / 2:.0f}, {(face.box[1] + face.box[3]) / 2:.0f})"
-        for i, face in enumerate(faces[:6])
+        f"{i}: {face.size:.0f} px at ({centre[0]:.0f}, {centre[1]:.0f})"
+        for i, (face, centre) in enumerate(zip(faces[:6], centres, strict=False))
     )
     return f"{len(faces)} face{'s' if len(faces) > 1 else ''} ({boxes})"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m data_prep.landmarker", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m data_prep.landmarker", description=__doc__.split("\n")[0]
+    )
     parser.add_argument("--wheel", help="the mediapipe 0.10.21 wheel, if it shall not be downloaded")
     parser.add_argument("--cache", type=Path, help=f"where the models are kept (default {cache_dir()})")
     args = parser.parse_args(argv)

@@ -148,7 +148,9 @@ def test_dataset_holds_the_fitted_clips(built, head, true):
         assert clip.fps == RATE and clip.length == N and clip.identity == clip.clip_id
         frames = dataset.read_clip(clip)
         rot = np.stack([frame.coefficients.rot for frame in frames])
-        angle = geodesic_angle(matrix_from_rotvec(jnp.asarray(rot)), matrix_from_rotvec(jnp.asarray(true.rot)))
+        angle = geodesic_angle(
+            matrix_from_rotvec(jnp.asarray(rot)), matrix_from_rotvec(jnp.asarray(true.rot))
+        )
         assert np.degrees(angle).max() < 0.7
         assert (np.stack([frame.crop for frame in frames]) == frames[0].crop).all()
         grey = np.array([frame.image[16, 16].mean() for frame in frames])
@@ -170,12 +172,16 @@ def test_overlay_shows_crop_and_mesh(built):
 
 def test_nothing_usable_leaves_nothing_behind(clips, head, networks, tmp_path):
     with pytest.raises(DatasetError, match="(?s)all 2 clips were rejected:.*empty.mp4.*nobody.mp4"):
-        build_dataset([clips / "empty.mp4", clips / "nobody.mp4"], head, tmp_path / "out", networks, SETTINGS, say=len)
+        build_dataset(
+            [clips / "empty.mp4", clips / "nobody.mp4"], head, tmp_path / "out", networks, SETTINGS, say=len
+        )
     assert list(tmp_path.iterdir()) == []
 
 
 def test_badly_fitting_clip_is_rejected(clips, head, points, tmp_path):
-    garbled = KnownFace(points + 4 * np.random.default_rng(0).standard_normal(points.shape).astype(np.float32))
+    garbled = KnownFace(
+        points + 4 * np.random.default_rng(0).standard_normal(points.shape).astype(np.float32)
+    )
     with pytest.raises(DatasetError, match=r"the head fits badly, median error .*`--max-error`"):
         build_dataset([clips / "good.mp4"], head, tmp_path / "out", garbled, SETTINGS, say=len)
 
@@ -198,7 +204,9 @@ def test_fit_video_keeps_every_frame(clips, head, networks, true):
 def test_fit_image(head, networks, true):
     fitted = fit_image(frames_showing([10])[0], head, landmarker=networks)
     assert len(fitted.frames) == 1 and fitted.crop.shape == (4,)
-    angle = geodesic_angle(matrix_from_rotvec(jnp.asarray(fitted.fit.coefficients.rot)), matrix_from_rotvec(true.rot[10]))
+    angle = geodesic_angle(
+        matrix_from_rotvec(jnp.asarray(fitted.fit.coefficients.rot)), matrix_from_rotvec(true.rot[10])
+    )
     assert np.degrees(angle[0]) < 1.5
     with pytest.raises(LandmarkError, match="blank.png: no face"):
         fit_image(frames_showing([-1])[0], head, landmarker=networks, name="blank.png")
@@ -208,7 +216,9 @@ def test_crop_box_holds_the_head_in_all_frames(head, true):
     camera = make_camera((HEIGHT, WIDTH))
     box = clip_crop_box(head, true, camera, factor=1.2)
     world = world_vertices(head, make_identity(head, jnp.asarray(true.shape)), true)
-    pixels = np.asarray(project(camera_from_world(world, camera), camera))[:, np.asarray(mesh_render_mask(head))]
+    pixels = np.asarray(project(camera_from_world(world, camera), camera))[
+        :, np.asarray(mesh_render_mask(head))
+    ]
     low, high = pixels.min((0, 1)), pixels.max((0, 1))
     np.testing.assert_allclose(box[2:] - box[:2], 1.2 * (high - low).max(), rtol=1e-5)
     np.testing.assert_allclose((box[2:] + box[:2]) / 2, (low + high) / 2, atol=1e-3)
@@ -235,7 +245,12 @@ def test_steady_run(gone, jump_at, run):
 
 
 def test_names_of_equal_files_are_told_apart(tmp_path):
-    paths = [tmp_path / "a" / "x.mp4", tmp_path / "b" / "x.mp4", tmp_path / "b" / "y.mp4", tmp_path / "b" / "y.mov"]
+    paths = [
+        tmp_path / "a" / "x.mp4",
+        tmp_path / "b" / "x.mp4",
+        tmp_path / "b" / "y.mp4",
+        tmp_path / "b" / "y.mov",
+    ]
     names = clip_names(paths)
     assert names[:2] == ["a--x", "b--x"] and len(set(names)) == 4
 

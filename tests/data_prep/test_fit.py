@@ -44,23 +44,33 @@ def motion(head: HeadAsset, n: int = N, seed: int = 3) -> Coefficients:
     return Coefficients(
         shape=np.tile(0.7 * rng.standard_normal(head.n_shape), (n, 1)).astype(np.float32),
         expression=expression,
-        rot=np.stack([0.1 * np.sin(5 * time), 0.6 * np.sin(4 * time), 0.1 * np.cos(7 * time)], 1).astype(np.float32),
-        tra=np.stack([0.01 * np.sin(3 * time), 0.02 + zero, -0.9 + 0.02 * np.cos(3 * time)], 1).astype(np.float32),
+        rot=np.stack([0.1 * np.sin(5 * time), 0.6 * np.sin(4 * time), 0.1 * np.cos(7 * time)], 1).astype(
+            np.float32
+        ),
+        tra=np.stack([0.01 * np.sin(3 * time), 0.02 + zero, -0.9 + 0.02 * np.cos(3 * time)], 1).astype(
+            np.float32
+        ),
         neck=np.zeros((n, 3), np.float32),
         jaw=np.stack([0.12 * np.abs(np.sin(11 * time)), zero, zero], 1).astype(np.float32),
         eyes=np.stack([0.15 * np.sin(8 * time), 0.25 * np.cos(5 * time), zero], 1).astype(np.float32),
     )
 
 
-def project_landmarks(head: HeadAsset, coefficients: Coefficients, size: tuple[int, int] = SIZE) -> np.ndarray:
+def project_landmarks(
+    head: HeadAsset, coefficients: Coefficients, size: tuple[int, int] = SIZE
+) -> np.ndarray:
     """(N, 478, 2) pixels, with the package's own functions and not the fit's."""
     camera = make_camera(size)
     world = world_vertices(head, make_identity(head, jnp.asarray(coefficients.shape)), coefficients)
-    return np.array(project(camera_from_world(landmark_positions(head, world, "mediapipe478"), camera), camera))
+    return np.array(
+        project(camera_from_world(landmark_positions(head, world, "mediapipe478"), camera), camera)
+    )
 
 
 def pose_error(found: Coefficients, true: Coefficients) -> np.ndarray:
-    return np.degrees(geodesic_angle(matrix_from_rotvec(jnp.asarray(found.rot)), matrix_from_rotvec(jnp.asarray(true.rot))))
+    return np.degrees(
+        geodesic_angle(matrix_from_rotvec(jnp.asarray(found.rot)), matrix_from_rotvec(jnp.asarray(true.rot)))
+    )
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +149,10 @@ def test_missing_landmarks_of_the_head_are_skipped(head, clip):
     face[100:300:2] = -1
     partial = dataclasses.replace(head, landmarks={"mediapipe478": dataclasses.replace(marks, face=face)})
     found = fit_landmarks(partial, points[:1], np.ones((1, 478), np.float32), SIZE)
-    assert np.isnan(found.reprojection[0, 100:300:2]).all() and np.isfinite(found.reprojection[0, 101:300:2]).all()
+    assert (
+        np.isnan(found.reprojection[0, 100:300:2]).all()
+        and np.isfinite(found.reprojection[0, 101:300:2]).all()
+    )
     assert pose_error(found.coefficients, Coefficients(*(f[:1] for f in true)))[0] < 2.5
 
 
@@ -163,7 +176,9 @@ def test_pose_from_points_of_a_distant_object_is_exact():
     camera = make_camera((480, 640), focal=40_000.0)
     world = jnp.einsum("bij,nj->bni", matrix_from_rotvec(rot), model) + tra[:, None]
     pixels = project(camera_from_world(world, camera), camera)
-    found_rot, found_tra, scale = pose_from_points(model, pixels, jnp.ones((2, 30)), jnp.asarray(camera.intrinsics))
+    found_rot, found_tra, scale = pose_from_points(
+        model, pixels, jnp.ones((2, 30)), jnp.asarray(camera.intrinsics)
+    )
     np.testing.assert_allclose(found_rot, rot, atol=3e-3)
     np.testing.assert_allclose(found_tra, tra, rtol=3e-3, atol=3e-3)
     np.testing.assert_allclose(scale, 40_000 / 50, rtol=3e-3)
@@ -220,7 +235,9 @@ def test_smoothing_is_the_gradient_of_the_second_difference(head):
         bent = x[2:] - 2 * x[1:-1] + x[:-2]
         return 0.5 * jnp.sum(problem.smoothness * bent[:1] ** 2)  # the second of two touches padding
 
-    np.testing.assert_allclose(fit._smoothing(problem, jnp.asarray(x)), jax.grad(roughness)(x), rtol=1e-4, atol=1e-2)
+    np.testing.assert_allclose(
+        fit._smoothing(problem, jnp.asarray(x)), jax.grad(roughness)(x), rtol=1e-4, atol=1e-2
+    )
 
 
 def test_inverse_of_positive_definite_matrices():

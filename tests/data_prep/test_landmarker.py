@@ -20,7 +20,9 @@ def test_anchors_are_the_centres_of_two_grids():
     assert anchors.shape == (896, 2)
     np.testing.assert_allclose(anchors[:3], [[1 / 32, 1 / 32], [1 / 32, 1 / 32], [3 / 32, 1 / 32]])
     np.testing.assert_allclose(anchors[511], [31 / 32, 31 / 32])
-    np.testing.assert_allclose(anchors[[512, 517, 518]], [[1 / 16, 1 / 16], [1 / 16, 1 / 16], [3 / 16, 1 / 16]])
+    np.testing.assert_allclose(
+        anchors[[512, 517, 518]], [[1 / 16, 1 / 16], [1 / 16, 1 / 16], [3 / 16, 1 / 16]]
+    )
     # Every cell has as many anchors as any other, so the centres average to the middle.
     np.testing.assert_allclose(anchors.mean(0), 0.5, atol=1e-6)
 
@@ -132,7 +134,12 @@ def spot_frames(positions) -> list[np.ndarray]:
 
 
 def test_tracking_follows_loses_and_finds_again():
-    positions = [(30 + 4 * i, 60) for i in range(10)] + [None] * 3 + [(150, 40)] + [(150 - 3 * i, 40) for i in range(6)]
+    positions = (
+        [(30 + 4 * i, 60) for i in range(10)]
+        + [None] * 3
+        + [(150, 40)]
+        + [(150 - 3 * i, 40) for i in range(6)]
+    )
     networks = OneFace()
     track = clip_landmarks(networks, spot_frames(positions), probes=5)
     seen = track.score >= 0.5
@@ -240,7 +247,9 @@ def test_clip_of_a_moving_face(networks, portrait, found):
     """Sub-pixel motion of the picture comes back as motion of the points."""
     shifts = np.stack([np.linspace(0, 12, 7), np.linspace(0, -5, 7)], 1)
     frames = [
-        cv2.warpAffine(portrait, np.array([[1, 0, x], [0, 1, y]]), portrait.shape[1::-1], borderMode=cv2.BORDER_REPLICATE)
+        cv2.warpAffine(
+            portrait, np.array([[1, 0, x], [0, 1, y]]), portrait.shape[1::-1], borderMode=cv2.BORDER_REPLICATE
+        )
         for x, y in shifts
     ]
     track = clip_landmarks(networks, frames)
