@@ -33,6 +33,7 @@ _PRECISION = jax.lax.Precision.HIGHEST
 # In units of the local contrast (`_features`).
 _NOISE_FLOOR = 0.03
 _MODEL_ERROR = 0.2  # differences beyond this are taken to be of the model, not of the pixel
+_TRUST_ELSEWHERE = 0.1
 
 
 class PhotometricPrior(NamedTuple):
@@ -53,7 +54,7 @@ class PhotometricPrior(NamedTuple):
 
 
 class _Problem(NamedTuple):
-    """What stays fixed while one clip is tracked."""
+    """What stays fixed while one clip is tracked. `trust`: weight of each vertex's surface."""
 
     head: HeadAsset
     identity: Identity
@@ -65,6 +66,19 @@ class _Problem(NamedTuple):
     sigma: Coefficients  # its standard deviations
     low: Float[Array, " n_expr"]
     high: Float[Array, " n_expr"]
+    trust: Float[Array, " V_all"]
+
+
+def _trust(head: HeadAsset) -> Float[Array, " V_all"]:
+    """1 where expressions move the surface by a millimetre, `_TRUST_ELSEWHERE` where they never do.
+
+    The face says where the head looks; hair, scalp, neck and shoulders are what a network that
+    half remembers a person gets wrong first.
+    """
+    moved = jnp.linalg.norm(head.expression_basis * head.expression_sigma[:, None, None], axis=-1).max(0)
+    inside = jnp.ones(mesh_render_mask(head).shape[0] - moved.shape[0])
+    reach = jnp.concatenate([jnp.clip(moved / 5e-4, 0, 1), inside])
+    return _TRUST_ELSEWHERE + (1 - _TRUST_ELSEWHERE) * reach
 
 
 _FREE = ("rot", "tra", "neck", "jaw", "eyes", "expression")
@@ -186,11 +200,13 @@ def _step(problem, observed, previous, change, motion, unknowns, sigma, active):
     corners = faces[jnp.maximum(face, 0)]
     flow = jnp.einsum("rcv,rcvxk->rcxk", bary * inside[..., None], motion[corners])
 
+    trust = jnp.einsum("rcv,rcv->rc", bary, problem.trust[corners])
+
     difference = observed - rendered
     # Median absolute deviation as the scale of the noise; Huber weights beyond 1.5 of it.
     spread = jnp.nanmedian(jnp.where(inside[..., None], jnp.abs(difference), jnp.nan)) * 1.48
     noise = jnp.maximum(jnp.nan_to_num(spread), _NOISE_FLOOR)
-    weight = inside[..., None] * jnp.minimum(1, 1.5 * noise / jnp.maximum(jnp.abs(difference), 1e-6))
+    weight = (inside * trust)[..., None] * jnp.minimum(1, 1.5 * noise / jnp.maximum(jnp.abs(difference), 1e-6))
 
     gradient = (_gradient(rendered) + _gradient(observed)) / 2
     # Neighbouring pixels of a blurred image repeat each other, and errors that are not noise (a face
@@ -293,7 +309,7 @@ def _track_clips(frames, head, shape, appearance, camera, crop, prior):
         def problem(camera, crop):
             low, high = jnp.asarray(head.expression_bounds).T
             return _Problem(
-                head, identity, shape, appearance, camera, crop, _neutral(head, rot, tra), sigma, low, high
+                head, identity, shape, appearance, camera, crop, _neutral(head, rot, tra), sigma, low, high, _trust(head)
             )
 
         k = 15 + head.n_expression
