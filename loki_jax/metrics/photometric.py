@@ -4,9 +4,9 @@ The ruler of the built-in heads (design section 10): identity, colours, camera a
 coefficients of every frame are sought such that the rendered head looks like the frame. Nothing of
 the driver enters: the first frame starts from the neutral, frontal head in the middle of the crop.
 
-Method: robust Gauss-Newton on differences of blurred, contrast-normalised images (Lucas and Kanade; the gradient is the mean of
-the rendered and the observed image's, as in Benhimane and Malis 2004, "efficient second-order
-minimisation"). The Jacobian of a pixel is its image gradient times the screen motion of the surface point
+Method: robust Gauss-Newton on differences of blurred, contrast-normalised images (Lucas and Kanade; the
+gradient is the mean of the rendered and the observed image's, as in Benhimane and Malis 2004, "efficient
+second-order minimisation"). The Jacobian of a pixel is its image gradient times the screen motion of the surface point
 it shows, interpolated from the vertices; pixels just outside the outline take the motion of the nearest
 surface point, which makes the outline pull. From coarse to fine blur; frame t starts from frame t - 1.
 """
@@ -32,7 +32,7 @@ from loki_jax.raster import rasterize
 _PRECISION = jax.lax.Precision.HIGHEST
 # In units of the local contrast (`_features`).
 _NOISE_FLOOR = 0.03
-_MODEL_ERROR = 0.2  # differences beyond this are taken to be of the model, not of the pixel
+_MODEL_ERROR = 0.1  # differences beyond this are taken to be of the model, not of the pixel
 _TRUST_ELSEWHERE = 0.1
 
 
@@ -43,13 +43,13 @@ class PhotometricPrior(NamedTuple):
     translation are about the start pose, everything else about 0.
     """
 
-    rot: float = 0.5
+    rot: float = 1.0
     tra: float = 0.08
     neck: float = 0.2
     jaw: tuple[float, float, float] = (0.2, 0.03, 0.03)
     eyes: float = 0.2
-    expression: float = 1.0
-    turn: float = 0.2  # change of rot per frame
+    expression: float = 0.6
+    turn: float = 0.4  # change of rot per frame
     change: float = 0.35  # of all the others, as a share of the above, per frame
 
 
@@ -220,7 +220,7 @@ def _step(problem, observed, previous, change, motion, unknowns, sigma, active):
     normal = jnp.einsum("rcxk,rcxl->kl", flow, jnp.einsum("rcxy,rcyl->rcxl", tensor, flow), precision=_PRECISION)
     right = jnp.einsum("rcxk,rcx->k", flow, pull, precision=_PRECISION)
 
-    inertia = 1 / change**2  # (k,)
+    inertia = 1 / change**2
     normal = normal + jnp.diag(1 + inertia + 1e-4 * jnp.diag(normal))
     right = right - unknowns * active - inertia * (unknowns - previous) * active
     step = jnp.linalg.solve(normal, right)
@@ -309,8 +309,9 @@ def _track_clips(frames, head, shape, appearance, camera, crop, prior):
         def problem(camera, crop):
             low, high = jnp.asarray(head.expression_bounds).T
             return _Problem(
-                head, identity, shape, appearance, camera, crop, _neutral(head, rot, tra), sigma, low, high, _trust(head)
-            )
+                head, identity, shape, appearance, camera, crop, _neutral(head, rot, tra), sigma, low, high,
+                _trust(head),
+            )  # fmt: skip
 
         k = 15 + head.n_expression
         rigid = (jnp.arange(k) < 6).astype(jnp.float32)
@@ -400,7 +401,8 @@ def fit_photometric(
 
     Returns:
       Coefficients with fields (n, ...), and the residual (n,): robust root mean square of the
-      differences in units of the local contrast, 0 for a perfect fit, above 1 for unrelated images. How the total rotation R(rot) R(neck) splits between
+      differences in units of the local contrast, 0 for a perfect fit, above 1 for unrelated images. How
+      the total rotation R(rot) R(neck) splits between
       the two is not observable where no shoulders show; the total is.
 
     Raises:
