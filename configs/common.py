@@ -61,6 +61,7 @@ def base_config() -> ConfigDict:
 
     c.diffusion = ConfigDict()
     c.diffusion.prediction = "epsilon"  # epsilon | v | x0
+    c.diffusion.shared_timesteps = 0.0  # share of windows whose frames all have one timestep, as in sampling
     c.diffusion.rescale_zero_snr = True
     c.diffusion.shift_frames = 15  # SNR shifted by sqrt(64^2 / (latent size^2 n)); 0: not shifted
 

@@ -14,10 +14,20 @@ PREDICTIONS = ("epsilon", "v", "x0")
 
 
 def sample_timesteps(
-    key: PRNGKeyArray, batch: int, frames: int, num_timesteps: int = 1000
+    key: PRNGKeyArray, batch: int, frames: int, num_timesteps: int = 1000, shared: float = 0.0
 ) -> Int[Array, "b t"]:
-    """Uniform timesteps, independent for each frame."""
-    return jax.random.randint(key, (batch, frames), 0, num_timesteps)
+    """Uniform timesteps, independent for each frame, but for a share of windows whose frames have one.
+
+    Args:
+      shared: probability of a window to have a single timestep, as it has in sampling. Among frames of
+        independent timesteps a noisy one can take its colours from cleaner ones; never from these
+        alone does a small network learn to take them from the reference.
+    """
+    timesteps = jax.random.randint(key, (batch, frames), 0, num_timesteps)
+    if shared == 0:
+        return timesteps
+    together = jax.random.bernoulli(jax.random.fold_in(key, 1), shared, (batch, 1))
+    return jnp.where(together, timesteps[:, :1], timesteps)
 
 
 def q_sample(
@@ -54,20 +64,22 @@ def diffusion_loss(
     key: PRNGKeyArray,
     schedule: Schedule,
     prediction: str = "epsilon",
+    shared_timesteps: float = 0.0,
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
-    """Mean squared error over all frames at random, per-frame timesteps.
+    """Mean squared error over all frames at random timesteps.
 
     Args:
       predict: the network as a function of noisy latents and timesteps.
       x0: clean latents.
       key: randomness of timesteps and noise.
       prediction: "epsilon", "v" or "x0".
+      shared_timesteps: see `sample_timesteps`.
 
     Returns:
       The loss, and {"mse": error of each frame (B,T), "timesteps": (B,T)}.
     """
     key_time, key_noise = jax.random.split(key)
-    timesteps = sample_timesteps(key_time, *x0.shape[:2], len(schedule.alphas_cumprod))
+    timesteps = sample_timesteps(key_time, *x0.shape[:2], len(schedule.alphas_cumprod), shared_timesteps)
     x0 = x0.astype(jnp.float32)
     noise = jax.random.normal(key_noise, x0.shape)
     target = prediction_target(schedule, x0, timesteps, noise, prediction)

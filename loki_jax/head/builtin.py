@@ -15,8 +15,8 @@ Identity and expression axes are in `loki_jax.head.builtin_axes`. Everything is 
 random numbers, and no tie in the triangulation (fill points come from a low-discrepancy sequence and
 are relaxed), so every machine gets the same arrays.
 
-FROZEN since commit 7f310d9: the shipped demo model was trained on exactly these vertices, faces, bases and
-weights. A change to any of them needs new demo shards and a new demo model.
+FROZEN: the shipped demo model was trained on exactly these vertices, faces, bases and weights, and its
+file refuses another head. A change to any of them needs a new demo model (docs/demo_model.md).
 """
 
 from __future__ import annotations
@@ -592,6 +592,24 @@ def _on_grid(values):
     return np.round(values, 8) + 0.0
 
 
+def _crown_patch(faces, crown, middle):
+    """The two faces that close the crown: where the midline turns back, Delaunay leaves out one on each side.
+
+    They come after all others, so that no landmark's face index moves.
+    """
+    directed = {tuple(edge) for edge in np.concatenate([faces[:, [0, 1]], faces[:, [1, 2]], faces[:, [2, 0]]]).tolist()}
+    # A new face runs along the hole's border the other way.
+    following = {b: a for a, b in directed if (b, a) not in directed and crown[a] and crown[b]}
+    start = min(vertex for vertex in following if middle[vertex])
+    loop = [start]
+    while following[loop[-1]] != start:
+        loop.append(following[loop[-1]])
+    if len(loop) != 4 or not middle[loop[2]]:
+        raise AssertionError(f"the crown's hole is not a quadrilateral across the midline: vertices {loop}")
+    a, b, c, d = loop
+    return np.array([[a, b, c], [a, c, d]])
+
+
 def builtin_mesh() -> BuiltinMesh:
     """Template, faces and per-vertex tags of the built-in head (see `BuiltinMesh`)."""
     half = _Half()
@@ -611,6 +629,8 @@ def builtin_mesh() -> BuiltinMesh:
     left = np.concatenate([np.where(middle, 0, 1), np.full(len(mirrored), -1)])
     faces = np.concatenate([faces, partner[faces][:, ::-1]])
     vertices = _on_grid(np.concatenate([xyz, mirrored]))
+    crown = (rows["part"] == SKIN) & (rows["v"] > 0.15)
+    faces = np.concatenate([faces, _crown_patch(faces, crown, vertices[:, 0] == 0)])
     integer = {key: rows[key].astype(np.int32) for key in ("part", "eye_ring", "lip", "depth")}
     return BuiltinMesh(
         vertices=vertices,

@@ -29,6 +29,8 @@ from loki_jax.training.state import TrainState, update_ema
 def check_config(config: ConfigDict) -> None:
     """Raise ValueError for options that contradict each other."""
     check_prediction(config.diffusion.prediction)
+    if not 0 <= config.diffusion.shared_timesteps <= 1:
+        raise ValueError(f"config.diffusion.shared_timesteps={config.diffusion.shared_timesteps} is not a share")
     if config.dropout.null_reference not in ("features", "latent"):
         raise ValueError(f"config.dropout.null_reference={config.dropout.null_reference!r}: use features or latent")
     if config.dropout.identity + config.dropout.motion + config.dropout.both > 1:
@@ -149,7 +151,8 @@ def make_loss(config: ConfigDict, networks: Networks, mesh: Mesh) -> Callable:
             features = drop_identity(reference_features(networks, params, reference), keep_identity)
         condition = encode_condition(networks, params, drop_motion(driver, keep_motion))
         predict = lambda x, t: denoise(networks, params, x, t, condition, features)
-        return diffusion_loss(predict, x0, keys["diffusion"], networks.schedule, config.diffusion.prediction)[0]
+        options = (config.diffusion.prediction, config.diffusion.shared_timesteps)
+        return diffusion_loss(predict, x0, keys["diffusion"], networks.schedule, *options)[0]
 
     return loss
 

@@ -21,6 +21,17 @@ def test_timesteps_are_uniform_and_independent_for_each_frame():
     assert np.abs(correlation).max() < 0.08
 
 
+def test_a_share_of_windows_has_one_timestep():
+    timesteps = np.asarray(sample_timesteps(jax.random.key(0), 4000, 4, shared=0.75))
+    together = (timesteps == timesteps[:, :1]).all(1)
+    assert abs(together.mean() - 0.75) < 0.03
+    counts = np.histogram(timesteps[together, 0], bins=10, range=(0, 1000))[0]
+    assert np.abs(counts - counts.mean()).max() < 90  # five standard deviations
+    # The other windows stay as they would have been.
+    independent = np.asarray(sample_timesteps(jax.random.key(0), 4000, 4))
+    np.testing.assert_array_equal(timesteps[~together], independent[~together])
+
+
 def test_q_sample_mixes_each_frame_at_its_own_time():
     x0, noise = jax.random.normal(jax.random.key(0), (2, 2, 3, 4, 4, 5))
     timesteps = jnp.array([[0, 500, 999], [10, 20, 30]])
