@@ -14,7 +14,7 @@ from configs.common import base_config, take_variant
 
 def get_config(arg=None):
     c = base_config()
-    c.steps = 2_400
+    c.steps = 6_000
     c.batch_size = 4
     c.window = 8
     c.image_size = 64
@@ -38,6 +38,8 @@ def get_config(arg=None):
     # The latents of a patch (48 numbers) are nearly as many as the channels (64): a network this narrow
     # cannot hand the noise through to its output, but clean pictures it can draw (docs/decisions.md).
     c.diffusion.prediction = "x0"
+    # Sampling sees all frames equally noisy: there colours can come from the reference alone.
+    c.diffusion.shared_timesteps = 0.75
     c.diffusion.clip = 1.0  # space-to-depth latents are pixels
     c.diffusion.shift_frames = 0
     c.optimizer.learning_rate = 8e-4
