@@ -28,7 +28,7 @@ from loki_jax.head.skinning import (
     world_vertices,
 )
 from loki_jax.head.types import Camera, Coefficients
-from loki_jax.raster import Fragments, interpolate, locate, nearest_faces
+from loki_jax.raster import Fragments, clear_hidden_faces, interpolate, locate, nearest_faces
 
 EXPRESSION_SCALE = 0.0104  # metres: standard deviation of the offsets, design section 5
 _FREQUENCIES = 2.0 ** np.arange(7, dtype=np.float32)
@@ -74,24 +74,6 @@ def ndc_vertices(
     """The posed mesh in the rasteriser's coordinates for a crop box x0, y0, x1, y1 in pixels."""
     world = world_vertices(head, identity, coefficients)
     return ndc_from_camera(camera_from_world(world, camera), camera, crop)
-
-
-def clear_hidden_faces(
-    fragments: Fragments, faces: Int[Array, "F 3"], vertex_mask: Bool[Array, " V"]
-) -> Fragments:
-    """Turn pixels into background whose face has no vertex in `vertex_mask`.
-
-    Such faces have already occluded what lies behind them.
-    """
-    if faces.shape[0] == 0:
-        return fragments
-    shown = jnp.any(jnp.asarray(vertex_mask)[jnp.asarray(faces)], axis=-1)
-    kept = (fragments.face >= 0) & shown[jnp.maximum(fragments.face, 0)]
-    return Fragments(
-        jnp.where(kept, fragments.face, -1),
-        jnp.where(kept[..., None], fragments.bary, 0.0),
-        jnp.where(kept, fragments.depth, jnp.inf),
-    )
 
 
 def encode_fragments(
@@ -147,16 +129,38 @@ def driver_map(
       ValueError: unknown arm, or coefficients that are not the head's.
     """
     driver_channels(arm)
-    faces, mask = mesh_faces(head), mesh_render_mask(head)
-    canonical = canonical_positions(template_vertices(head))
     vertices = ndc_vertices(head, identity, coefficients, camera, crop)
     offsets = jnp.broadcast_to(expression_offsets(head, identity, coefficients), vertices.shape)
+    canonical = canonical_positions(template_vertices(head))
+    mesh = mesh_faces(head), mesh_render_mask(head)
+    return map_of_mesh(vertices, *mesh, canonical, offsets, size, arm, dtype)
+
+
+def map_of_mesh(
+    vertices: Float[Array, "*b V 3"],
+    faces: Int[Array, "F 3"],
+    vertex_mask: Bool[Array, " V"],
+    canonical: Float[Array, "V 3"],
+    offsets: Float[Array, "*b V 3"],
+    size: int,
+    arm: str = "full",
+    dtype=jnp.float32,
+) -> Float[Array, "*b S S C"]:
+    """The driver map of meshes in the rasteriser's coordinates; see `driver_map`.
+
+    Args:
+      vertices: as `ndc_vertices` gives them.
+      faces, vertex_mask: of the whole mesh; faces without a vertex in the mask occlude and are cleared.
+      canonical: what channels 0..41 encode, from `canonical_positions`.
+      offsets: displacement by expression in metres, leading axes as in `vertices`.
+      size, arm, dtype: as in `driver_map`.
+    """
     batch = vertices.shape[:-2]
     face = nearest_faces(vertices, faces, size)
 
     def shade(frame):
         vertices, offsets, face = frame
-        fragments = clear_hidden_faces(locate(vertices, faces, face), faces, mask)
+        fragments = clear_hidden_faces(locate(vertices, faces, face), faces, vertex_mask)
         return encode_fragments(fragments, faces, canonical, offsets, arm, dtype)
 
     if face.size <= _PIXELS_AT_ONCE:

@@ -21,24 +21,31 @@ goes on until every frame has seen all its pairs (one turn, unless the mesh is u
 
 What is differentiable: barycentrics and depth, and through them everything interpolated, with
 respect to vertices and attributes. What is not: which face a pixel shows. So silhouettes carry no
-gradient.
+gradient until `antialias` blends the pixels on both sides of them; the step from one face to the next
+stays outside every gradient.
+
+For the backward pass only face ids and barycentrics are kept per pixel (`antialias` keeps depth and
+the image it is given, too); all else is computed again.
 """
 
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 _SMALLEST_DEPTH = 1e-8
 # Squares of coordinates must stay far below the largest float32.
 _LARGEST_COORDINATE = 1e15
 _TINY = float(np.finfo(np.float32).tiny)
+_SHORTEST_EDGE = 1e-6  # pixels, across the row or column that it crosses
+_PIXEL_SLACK = 1e-4  # pixels that rounding may put a crossing beyond the centre of its pixel
 
 
 class Fragments(NamedTuple):
@@ -53,6 +60,23 @@ class Fragments(NamedTuple):
     face: Int[Array, "*b S S"]
     bary: Float[Array, "*b S S 3"]
     depth: Float[Array, "*b S S"]
+
+    @property
+    def covered(self) -> Bool[Array, "*b S S"]:
+        """Pixels that show a face."""
+        return self.face >= 0
+
+
+class Rendering(NamedTuple):
+    """An image over a background of zeros.
+
+    Attributes:
+      image: the attributes, zero on the background; where `coverage` is a fraction, so is the image.
+      coverage: share of the pixel that shows a face, in [0, 1]; 0 or 1 unless edges are smoothed.
+    """
+
+    image: Float[Array, "*b S S C"]
+    coverage: Float[Array, "*b S S"]
 
 
 class _Plan(NamedTuple):
@@ -141,7 +165,9 @@ def locate(
     if faces.shape[0] == 0 or vertices.shape[-2] == 0 or 0 in shape:
         return Fragments(face, jnp.zeros((*shape, 3), jnp.float32), jnp.full(shape, jnp.inf, jnp.float32))
     folded, folded_face = vertices.reshape(-1, *vertices.shape[-2:]), face.reshape(-1, *shape[-2:])
-    bary, depth = _barycentrics(folded, faces, folded_face, perspective_correct)
+    # Under differentiation nothing of this is kept but its arguments.
+    barycentrics = jax.checkpoint(partial(_barycentrics, perspective_correct=perspective_correct))
+    bary, depth = barycentrics(folded, faces, folded_face)
     return Fragments(face, bary.reshape(*shape, 3), depth.reshape(shape))
 
 
@@ -163,17 +189,143 @@ def interpolate(
     covered = fragments.face >= 0
     if faces.shape[0] == 0 or attributes.shape[-2] == 0:
         return jnp.zeros((*covered.shape, attributes.shape[-1]), attributes.dtype)
-    corners = jnp.asarray(faces)[jnp.maximum(fragments.face, 0)]
-    weights = jnp.where(covered[..., None], fragments.bary, 0.0)
+    faces = jnp.asarray(faces)
 
-    def blend(attributes, corners, weights):
+    @jax.checkpoint
+    def blend(attributes, face, bary):
+        corners = faces[jnp.maximum(face, 0)]
+        weights = jnp.where((face >= 0)[..., None], bary, 0.0)
         return sum(attributes[corners[..., k]] * weights[..., k, None] for k in range(3))
 
     if attributes.ndim == 2:
-        return blend(attributes, corners, weights)
+        return blend(attributes, fragments.face, fragments.bary)
     fold = lambda x, tail: x.reshape(-1, *x.shape[x.ndim - tail :])
-    out = jax.vmap(blend)(fold(attributes, 2), fold(corners, 3), fold(weights, 3))
+    out = jax.vmap(blend)(fold(attributes, 2), fold(fragments.face, 2), fold(fragments.bary, 3))
     return out.reshape(*covered.shape, attributes.shape[-1])
+
+
+def clear_hidden_faces(
+    fragments: Fragments, faces: Int[Array, "F 3"], vertex_mask: Bool[Array, " V"]
+) -> Fragments:
+    """Turn pixels into background whose face has no vertex in `vertex_mask`.
+
+    Such faces have already occluded what lies behind them.
+    """
+    if faces.shape[0] == 0:
+        return fragments
+    shown = jnp.any(jnp.asarray(vertex_mask)[jnp.asarray(faces)], axis=-1)
+    kept = fragments.covered & shown[jnp.maximum(fragments.face, 0)]
+    return Fragments(
+        jnp.where(kept, fragments.face, -1),
+        jnp.where(kept[..., None], fragments.bary, 0.0),
+        jnp.where(kept, fragments.depth, jnp.inf),
+    )
+
+
+def antialias(
+    image: Float[Array, "*b S S C"],
+    fragments: Fragments,
+    vertices: Float[Array, "*b V 3"],
+    faces: Int[Array, "F 3"],
+) -> Float[Array, "*b S S C"]:
+    """Blend the pixels on both sides of every silhouette by where it passes between their centres.
+
+    After Laine et al., "Modular Primitives for High-Performance Differentiable Rendering" (2020),
+    section 3.4. Two pixels side by side, or one above the other, that show different faces are a pair.
+    If an edge of the face of the nearer pixel is a silhouette and crosses the way from one centre to
+    the other at t in [0, 1], then the second pixel takes t - 1/2 of the first one's colour, or, if that
+    is negative, the first takes 1/2 - t of the second one's. So a straight edge that moves by a pixel
+    changes the image linearly and without a jump (a corner of the silhouette may jump), and the image
+    has a gradient with respect to the positions of silhouettes.
+
+    An edge is a silhouette if all sound faces at it lie on the same side of it on the screen: the edge
+    of a fold or of an open border. Edges closer to the vertical are dealt with by pairs in a row, the
+    others by pairs in a column, so that no edge counts twice. A pixel with silhouettes on several sides
+    is given its neighbours' colours in proportion, at most all of it, so that the result never leaves
+    the range of the image's values.
+
+    Missed: silhouettes of faces that no pixel of the pair shows, which happens where faces are smaller
+    than pixels, and the border that `clear_hidden_faces` cuts into a surface. Not differentiable: which
+    faces are seen, which of two is nearer, which edges are silhouettes, which edge counts as vertical.
+
+    Args:
+      image: any picture of `fragments`, for example from `interpolate`; C channels, background included.
+      fragments: from `rasterize`, with the same leading axes.
+      vertices: those that were rasterised; gradients flow to x and y.
+      faces: those that were rasterised. Faces are neighbours if they name the same two vertices.
+
+    Raises:
+      ValueError: shapes do not fit.
+    """
+    batch, size = fragments.face.shape[:-2], fragments.face.shape[-1]
+    if image.shape[:-1] != fragments.face.shape or vertices.shape[:-2] != batch or vertices.shape[-1] != 3:
+        raise ValueError(
+            f"image {tuple(image.shape)}, fragments {tuple(fragments.face.shape)} and vertices "
+            f"{tuple(vertices.shape)} do not fit: (*b, S, S, C), (*b, S, S) and (*b, V, 3) are needed"
+        )
+    if faces.shape[0] == 0 or vertices.shape[-2] == 0 or 0 in image.shape:
+        return image
+    folded = jnp.asarray(vertices, jnp.float32).reshape(-1, *vertices.shape[-2:])
+    face = fragments.face.reshape(-1, size, size)
+    depth = lax.stop_gradient(fragments.depth).reshape(face.shape)
+    blend = jax.checkpoint(_blend_pairs)
+    blended = blend(image.reshape(*face.shape, -1), folded, jnp.asarray(faces), face, depth)
+    return blended.reshape(image.shape)
+
+
+def downsample(image: Float[Array, "*b H W C"], factor: int = 2) -> Float[Array, "*b H/f W/f C"]:
+    """Mean over blocks of factor x factor pixels.
+
+    Raises:
+      ValueError: the image's sides are no multiples of `factor`.
+    """
+    *batch, height, width, channels = image.shape
+    if factor < 1 or height % factor or width % factor:
+        raise ValueError(f"an image of {height} x {width} has no blocks of {factor} x {factor} pixels")
+    blocks = image.reshape(*batch, height // factor, factor, width // factor, factor, channels)
+    return jnp.mean(blocks, axis=(-4, -2))
+
+
+def render(
+    vertices: Float[Array, "*b V 3"],
+    faces: Int[Array, "F 3"],
+    attributes: Float[Array, "*b V C"],
+    size: int,
+    *,
+    cull: bool = True,
+    perspective_correct: bool = False,
+    vertex_mask: Bool[Array, " V"] | None = None,
+    smooth_silhouettes: bool = False,
+    supersample: int = 1,
+) -> Rendering:
+    """Rasterise, interpolate, and as asked mask, antialias and average down, in one call.
+
+    Args:
+      vertices: (x, y, depth) in normalised device coordinates; leading axes are frames.
+      faces: vertex indices, shared by all frames.
+      attributes: what to show, per vertex; without leading axes they serve all frames.
+      size: S, side of the result in pixels.
+      cull: keep only faces that are counter-clockwise on the screen.
+      perspective_correct: interpolate on the surface instead of on the screen.
+      vertex_mask: show only faces with a vertex in it; the others still occlude.
+      smooth_silhouettes: apply `antialias`.
+      supersample: rasterise with this many times the pixels along each side and take means.
+
+    Raises:
+      ValueError: shapes do not fit or sizes are not positive.
+    """
+    if supersample < 1:
+        raise ValueError(f"supersample must be positive, not {supersample}")
+    fine = size * supersample
+    fragments = rasterize(vertices, faces, fine, cull, perspective_correct=perspective_correct)
+    if vertex_mask is not None:
+        fragments = clear_hidden_faces(fragments, faces, vertex_mask)
+    colour = interpolate(fragments, faces, attributes)
+    image = jnp.concatenate([colour, fragments.covered[..., None].astype(colour.dtype)], axis=-1)
+    if smooth_silhouettes:
+        image = antialias(image, fragments, vertices, faces)
+    image = downsample(image, supersample)
+    return Rendering(image[..., :-1], image[..., -1])
 
 
 def _make_plan(size: int, n_faces: int, tile: int | None, window: int | None) -> _Plan:
@@ -455,3 +607,104 @@ def _barycentrics(vertices, faces, face, perspective_correct: bool):
     bary = jnp.where(covered[..., None], bary, 0.0)
     depth = z[0] + bary[..., 1] * (z[1] - z[0]) + bary[..., 2] * (z[2] - z[0])
     return bary, jnp.where(covered, depth, jnp.inf)
+
+
+# ---------------------------------------------------------------------------------------- silhouettes
+
+
+def _blend_pairs(image, vertices, faces, face, depth):
+    """The body of `antialias`, leading axes folded into one."""
+    taken = [share[..., None].astype(image.dtype) for share in _taken_shares(vertices, faces, face, depth)]
+    scale = 1 / jnp.maximum(sum(taken), 1)
+    steps = ((1, 2), (-1, 2), (1, 1), (-1, 1))  # from the left, right, upper, lower pixel
+    return image + scale * sum(
+        share * (jnp.roll(image, step, axis) - image)
+        for share, (step, axis) in zip(taken, steps, strict=True)
+    )
+
+
+def _taken_shares(vertices, faces, face, depth):
+    """What each pixel takes of its left, right, upper and lower neighbour: four (N, S, S) in [0, 1/2]."""
+    silhouette = _silhouettes(lax.stop_gradient(vertices), faces)
+    across = _share_of_pairs(vertices, faces, silhouette, face, depth, along=0)
+    turned = face.swapaxes(1, 2), depth.swapaxes(1, 2)
+    down = _share_of_pairs(vertices, faces, silhouette, *turned, along=1).swapaxes(1, 2)
+    pad = lambda share, *widths: jnp.pad(jnp.maximum(share, 0), ((0, 0), *widths))
+    none, before, after = (0, 0), (1, 0), (0, 1)
+    return (
+        pad(across, none, before),
+        pad(-across, none, after),
+        pad(down, before, none),
+        pad(-down, after, none),
+    )
+
+
+def _share_of_pairs(vertices, faces, silhouette, face, depth, along: int):
+    """t - 1/2 for the pairs along the last axis of `face`, (N, S, S - 1); zero where nothing crosses.
+
+    `along` is the axis of `vertices` that runs with the pairs: 0 within rows, 1 within columns (for
+    which `face` and `depth` come transposed).
+    """
+    size = face.shape[-1]
+    first, second = np.s_[..., :-1], np.s_[..., 1:]
+    near = jnp.where(depth[first] <= depth[second], face[first], face[second])
+    differ = face[first] != face[second]
+    corners = faces[jnp.maximum(near, 0)]
+    pick = jax.vmap(lambda table, index: table[index])
+    centres = _centre_table(size, 1, 2, size)
+    # In pixels from the first centre, positive towards the second: u along the pair, v across.
+    u, v = (
+        ((high - pick(vertices[..., axis], corners)) + low) * (size / 2)
+        for axis, (high, low) in (
+            (along, centres[:, None, :-1, None]),
+            (1 - along, centres[:, :, None, None]),
+        )
+    )
+    open_edge = pick(silhouette, jnp.maximum(near, 0))
+    place = jnp.zeros(near.shape, vertices.dtype)
+    found = ~differ
+    for k, (a, b) in enumerate(((1, 2), (2, 0), (0, 1))):
+        du, dv = u[..., b] - u[..., a], v[..., b] - v[..., a]
+        ours = (jnp.abs(dv) >= jnp.abs(du)) if along == 0 else (jnp.abs(dv) > jnp.abs(du))
+        # Extremely short edges are left out: their slopes would overflow in the backward pass.
+        ours &= ((v[..., a] > 0) != (v[..., b] > 0)) & (jnp.abs(dv) > _SHORTEST_EDGE)
+        crossing = u[..., a] - v[..., a] * (du / jnp.where(ours, dv, 1.0))
+        ours &= open_edge[..., k] & (jnp.abs(crossing - 0.5) <= 0.5 + _PIXEL_SLACK) & ~found
+        place = jnp.where(ours, crossing - 0.5, place)
+        found |= ours
+    return place
+
+
+def _silhouettes(vertices: Float[Array, "N V 3"], faces: Int[Array, "F 3"]) -> Bool[Array, "N F 3"]:
+    """Whether the edge opposite to each corner has all its sound faces on one side of it."""
+    n_faces = faces.shape[0]
+    x, y, z = (vertices[..., axis][:, faces] for axis in range(3))
+    area = _edge_constant(x[..., 0], y[..., 0], x[..., 1], y[..., 1], x[..., 2], y[..., 2])
+    sound = jnp.all((jnp.abs(x) < _LARGEST_COORDINATE) & (jnp.abs(y) < _LARGEST_COORDINATE), axis=-1)
+    sound &= jnp.all((z >= _SMALLEST_DEPTH) & (z < _LARGEST_COORDINATE), axis=-1)
+    start, stop = faces[:, (1, 2, 0)], faces[:, (2, 0, 1)]
+    # On which side of the edge, walked from its lower to its higher vertex, the face lies.
+    side = jnp.where(start < stop, 1, -1) * jnp.where(sound, jnp.sign(area), 0)[..., None]
+    order, first, past = _runs_of_equal_edges(start.reshape(-1), stop.reshape(-1))
+
+    def anywhere(flag):
+        """Whether any face of the edge has the flag, from running counts over edges in order."""
+        count = jnp.cumsum(flag.reshape(-1, 3 * n_faces)[:, order].astype(jnp.int32), axis=-1)
+        count = jnp.pad(count, ((0, 0), (1, 0)))
+        return (count[:, past] > count[:, first]).reshape(flag.shape)
+
+    return ~(anywhere(side > 0) & anywhere(side < 0))
+
+
+def _runs_of_equal_edges(start: Int[Array, " E"], stop: Int[Array, " E"]):
+    """An order in which equal edges follow each other, and per edge the bounds of its run therein."""
+    low, high = jnp.minimum(start, stop), jnp.maximum(start, stop)
+    order = jnp.lexsort((high, low))
+    low, high = low[order], high[order]
+    place = jnp.arange(order.shape[0], dtype=jnp.int32)
+    fresh = jnp.concatenate([jnp.ones(1, bool), (low[1:] != low[:-1]) | (high[1:] != high[:-1])])
+    first = lax.cummax(jnp.where(fresh, place, 0))
+    final = jnp.concatenate([fresh[1:], jnp.ones(1, bool)])
+    past = lax.cummin(jnp.where(final, place + 1, order.shape[0]), reverse=True)
+    rank = jnp.argsort(order)
+    return order, first[rank], past[rank]

@@ -90,3 +90,57 @@ def rasterize_oracle(vertices, faces, size, cull=True, perspective_correct=False
     certain &= ~((best_face < 0) & np.isfinite(unsure_depth))
     # A winner that is itself unsure is covered above: its depth equals unsure_depth.
     return Oracle(best_face, best_bary, best_depth, certain)
+
+
+def _screen_area(a, b, c):
+    return (b[0] - a[0]) * (c[1] - a[1]) - (b[1] - a[1]) * (c[0] - a[0])
+
+
+def _open_edges(vertices, faces):
+    """Edges {i, j} whose sound faces all lie on one side of them on the screen."""
+    sides = {}
+    for face in faces:
+        p = vertices[face]
+        if not (np.abs(p) < 1e15).all() or (p[:, 2] < 1e-8).any():
+            continue
+        for a, b, c in ((1, 2, 0), (2, 0, 1), (0, 1, 2)):
+            i, j = sorted((face[a], face[b]))
+            area = _screen_area(vertices[i], vertices[j], vertices[face[c]])
+            sides.setdefault((i, j), set()).add(np.sign(area))
+    return {edge for edge, seen in sides.items() if not {-1.0, 1.0} <= seen}
+
+
+def antialias_oracle(image, face, depth, vertices, faces):
+    """Pixel pairs one by one: the blend that `loki_jax.raster.antialias` promises, in float64.
+
+    `face` and `depth` (S, S) say what each pixel of `image` (S, S, C) shows.
+    """
+    vertices, size = np.asarray(vertices, np.float64), face.shape[0]
+    open_edges = _open_edges(vertices, faces)
+    # Pixels as coordinates: the centre of row i, column j lies at (j, i).
+    points = ((1 - vertices[:, :2]) * size - 1) / 2
+    total, mixed = np.zeros((size, size)), np.zeros(image.shape)
+    for down, right in ((0, 1), (1, 0)):
+        ahead = (slice(0, size - down), slice(0, size - right)), (slice(down, size), slice(right, size))
+        for i, j in np.argwhere(face[ahead[0]] != face[ahead[1]]):
+            one, two = (i, j), (i + down, j + right)
+            corners = faces[face[one] if depth[one] <= depth[two] else face[two]]
+            for a, b in ((1, 2), (2, 0), (0, 1)):
+                start, stop = points[corners[a]] - (j, i), points[corners[b]] - (j, i)
+                if down:
+                    start, stop = start[::-1], stop[::-1]
+                along, across = np.abs(stop - start)
+                if tuple(sorted((corners[a], corners[b]))) not in open_edges:
+                    continue
+                if (across <= along) if down else (across < along):
+                    continue
+                if (start[1] > 0) == (stop[1] > 0):
+                    continue
+                t = start[0] + (stop[0] - start[0]) * start[1] / (start[1] - stop[1])
+                if not 0 <= t <= 1:
+                    continue
+                taker, giver = (two, one) if t > 0.5 else (one, two)
+                total[taker] += abs(t - 0.5)
+                mixed[taker] += abs(t - 0.5) * (image[giver] - image[taker])
+                break
+    return image + mixed / np.maximum(total, 1)[..., None]

@@ -47,7 +47,7 @@ def test_golden_driver_maps(golden, size):
     np.testing.assert_allclose(found.bary[seen], fragments["bary"][seen], atol=1e-4)
     np.testing.assert_allclose(found.depth[seen], fragments["zbuf"][seen], rtol=1e-6)
 
-    shown = driver.clear_hidden_faces(found, faces, mask)
+    shown = raster.clear_hidden_faces(found, faces, mask)
     np.testing.assert_array_equal(np.asarray(shown.face >= 0)[sure], fragments["mask"][sure])
     image = np.asarray(driver.encode_fragments(shown, faces, canonical, offsets))
     assert image.shape == (n_frames, size, size, 45)
