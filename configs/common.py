@@ -49,6 +49,7 @@ def base_config() -> ConfigDict:
     c.model.encoder.hidden = 1024  # of the flame_vector arm's MLP
     c.model.reference = ConfigDict()
     c.model.reference.trainable = False
+    c.model.reference.driver = False  # True: the branch also sees the reference frame's own driver map
     c.model.reference.context_dim = placeholder(int)  # width of the null prompt of its cross-attention
     c.model.reference.context_dim = 1024
     c.model.autoencoder = ConfigDict()

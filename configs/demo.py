@@ -14,7 +14,7 @@ from configs.common import base_config, take_variant
 
 def get_config(arg=None):
     c = base_config()
-    c.steps = 6_000
+    c.steps = 4_000
     c.batch_size = 4
     c.window = 8
     c.image_size = 64
@@ -26,11 +26,14 @@ def get_config(arg=None):
     c.model.unet.multipliers = (1, 1, 1)
     c.model.unet.num_res_blocks = 1
     c.model.unet.attention_modes = ("spatial", "3d", "3d")
-    c.model.unet.head_channels = 64
+    c.model.unet.head_channels = 16
     c.model.norm_groups = 8
     c.model.encoder.stem = 16
-    c.model.encoder.widths = (32, 48)
+    c.model.encoder.widths = (16, 48)
     c.model.reference.trainable = True
+    # Which part of a face a patch of the portrait shows, SD's features tell; a small branch trained from
+    # nothing is told by the portrait's own driver map (docs/decisions.md).
+    c.model.reference.driver = True
     c.model.reference.context_dim = None
     c.model.autoencoder.kind = "pixel"
     c.model.autoencoder.patch = 4

@@ -18,7 +18,7 @@ import argparse
 import functools
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
@@ -40,8 +40,7 @@ from loki_jax.networks import (
     Networks,
     build_networks,
     driver_input,
-    encode_images,
-    reference_features,
+    portrait_features,
     sample_from_features,
 )
 from loki_jax.report import driver_map_picture, panel_frames
@@ -146,6 +145,13 @@ def load_portrait(source: str, head: HeadAsset, size: int, frame: int = 0) -> Po
     return Portrait(image, record.coefficients, record.camera, record.crop, clip.clip_id)
 
 
+def stack_portraits(portraits: Sequence[Portrait]) -> Portrait:
+    """Portraits as one whose arrays have a leading axis."""
+    arrays = [portrait._replace(name=()) for portrait in portraits]
+    stacked = jax.tree.map(lambda *x: np.stack([np.asarray(v) for v in x]), *arrays)
+    return stacked._replace(name=", ".join(portrait.name for portrait in portraits))
+
+
 def load_performance(source: str, head: HeadAsset, size: int) -> Performance:
     """Read a driver from a video file (fitted) or a dataset's clip.
 
@@ -208,8 +214,8 @@ def make_animator(
     """Compile-once functions that `animate_clip` calls for each clip and window."""
 
     @jax.jit
-    def prepare(params: PyTree, image: UInt8[np.ndarray, "b s s 3"]):
-        return reference_features(networks, params, encode_images(networks, params, image))
+    def prepare(params: PyTree, head: HeadAsset, image: UInt8[np.ndarray, "b s s 3"], coefficients, camera, crop):
+        return portrait_features(config, networks, params, head, image, coefficients, camera, crop)
 
     @jax.jit
     def animate(params: PyTree, head: HeadAsset, features, coefficients, camera, crop, key):
@@ -230,7 +236,7 @@ def animate_windows(
     animator: Animator,
     params: PyTree,
     head: HeadAsset,
-    reference: UInt8[np.ndarray, "b s s 3"],
+    portraits: Portrait,
     coefficients: Coefficients,
     camera: Camera,
     crop: Float[np.ndarray, "b 4"],
@@ -239,16 +245,19 @@ def animate_windows(
     """Animate B references, one window of all clips after another.
 
     Args:
+      portraits: who is shown (`stack_portraits`).
       coefficients: fields (B, N, ...), already those of the references (`transfer`).
-      camera, crop: of the references, (B, ...), constant in time.
+      camera, crop: of the result, (B, ...), constant in time; those of the portraits, as a rule.
       seed: of the sampler's noise.
 
     Yields:
       Frames and driver-map pictures of each window; the last one may be shorter.
     """
-    features = animator.prepare(params, jnp.asarray(reference))
+    as_arrays = functools.partial(jax.tree.map, functools.partial(jnp.asarray, dtype=jnp.float32))
+    own = as_arrays((portraits.coefficients, portraits.camera, portraits.crop))
+    features = animator.prepare(params, head, jnp.asarray(portraits.image), *own)
     length, window = coefficients.expression.shape[1], animator.window
-    batch = len(reference)
+    batch = len(portraits.image)
 
     def in_time(value):
         value = jnp.asarray(value, jnp.float32)
@@ -270,14 +279,14 @@ def animate_clips(
     animator: Animator,
     params: PyTree,
     head: HeadAsset,
-    reference: UInt8[np.ndarray, "b s s 3"],
+    portraits: Portrait,
     coefficients: Coefficients,
     camera: Camera,
     crop: Float[np.ndarray, "b 4"],
     seed: int = 0,
 ) -> tuple[UInt8[np.ndarray, "b n s s 3"], UInt8[np.ndarray, "b n s s 3"]]:
     """All windows of `animate_windows` joined in time."""
-    parts = list(animate_windows(animator, params, head, reference, coefficients, camera, crop, seed))
+    parts = list(animate_windows(animator, params, head, portraits, coefficients, camera, crop, seed))
     frames, maps = (np.concatenate(side, axis=1) for side in zip(*parts, strict=True))
     return frames, maps
 
@@ -334,9 +343,9 @@ def animate(argv: list[str] | None = None) -> None:
         VideoWriter(args.out, driver.fps, audio_from=audio) as video,
         VideoWriter(panel_path, driver.fps, audio_from=audio) as panel,
     ):
-        camera, crop = jax.tree.map(lambda x: np.asarray(x)[None], (reference.camera, reference.crop))
+        one = stack_portraits([reference])
         for frames, maps in animate_windows(
-            animator, params, head, reference.image[None], coefficients, camera, crop, args.seed
+            animator, params, head, one, coefficients, one.camera, one.crop, args.seed
         ):
             shown = driver.frames[done : done + frames.shape[1]]
             for frame in frames[0]:

@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from loki_jax.animate import Performance, Portrait, animate_clips, load_performance, load_portrait, make_animator, transfer
+from loki_jax.animate import Performance, Portrait, animate_clips, load_performance, load_portrait, make_animator, stack_portraits, transfer
 from loki_jax.appearance import sample_appearance
 from loki_jax.data.records import open_dataset
 from loki_jax.evaluate import EvaluationPair, driver_yaw, evaluate_pairs, rendered_truth, write_json
@@ -173,13 +173,13 @@ def demo(argv: list[str] | None = None) -> dict:
     params = jax.tree.map(jnp.asarray, params)
     together = lambda items: jax.tree.map(lambda *x: np.stack([np.asarray(v) for v in x]), *items)
     coefficients = together([transfer(head, driver, reference) for reference, driver, _ in pairs])
-    images = np.stack([reference.image for reference, _, _ in pairs])
-    camera = together([reference.camera for reference, _, _ in pairs])
-    crop = np.stack([reference.crop for reference, _, _ in pairs])
-    generated, maps = animate_clips(animator, params, head, images, coefficients, camera, crop)
+    portraits = stack_portraits([reference for reference, _, _ in pairs])
+    target = (coefficients, portraits.camera, portraits.crop)
+    generated, maps = animate_clips(animator, params, head, portraits, *target)
     finished(f"animation of {PAIRS} pairs")
-    # Everything as before, but each pair gets the next pair's portrait: does the picture follow it?
-    swapped, _ = animate_clips(animator, params, head, np.roll(images, 1, axis=0), coefficients, camera, crop)
+    # Everything as before, but each pair gets the last pair's portrait: does the picture follow it?
+    others = stack_portraits([pairs[i - 1][0] for i in range(PAIRS)])
+    swapped, _ = animate_clips(animator, params, head, others, *target)
     finished("animation with swapped portraits")
 
     # -------------------------------------------------------------------------------------- evaluation

@@ -118,12 +118,39 @@ def decode_latents(networks: Networks, params: PyTree, latents: Float[Array, "*b
     return images.reshape(*latents.shape[:-3], *images.shape[1:])
 
 
-def reference_features(networks: Networks, params: PyTree, latent: Float[Array, "b h w c"]):
-    """Features of the reference portrait, one array for each self-attention."""
+def reference_features(
+    networks: Networks,
+    params: PyTree,
+    latent: Float[Array, "b h w c"],
+    condition: Float[Array, "b h w c0"] | None = None,
+):
+    """Features of the reference portrait, one array for each self-attention.
+
+    Args:
+      condition: encoded driver map of the portrait itself, where `config.model.reference.driver` asks for it.
+    """
     context = params.get("null_prompt")
     if context is not None:
         context = jnp.broadcast_to(context, (latent.shape[0], *context.shape[1:]))
-    return networks.loki.apply(_loki_params(params), latent, context, method="reference_features")
+    return networks.loki.apply(_loki_params(params), latent, context, condition, method="reference_features")
+
+
+def portrait_features(
+    config: ConfigDict,
+    networks: Networks,
+    params: PyTree,
+    head: HeadAsset,
+    image: UInt8[Array, "b s s 3"],
+    coefficients: Coefficients,
+    camera: Camera,
+    crop: Float[Array, "b 4"],
+):
+    """`reference_features` of pictures whose coefficients (B, ...), cameras and crops are known; traceable."""
+    condition = None
+    if config.model.reference.driver:
+        frame = jax.tree.map(lambda x: x[:, None], (coefficients, camera, crop))
+        condition = encode_condition(networks, params, driver_input(config, head, *frame))[:, 0]
+    return reference_features(networks, params, encode_images(networks, params, image), condition)
 
 
 def encode_condition(networks: Networks, params: PyTree, driver: Float[Array, "b t *s c"]):
@@ -140,25 +167,6 @@ def _loki_params(params: PyTree) -> dict:
     return {"params": {"generation": params["generation"], "reference": params["reference"]}}
 
 
-def sample_window(
-    config: ConfigDict,
-    networks: Networks,
-    params: PyTree,
-    reference: UInt8[Array, "b s s 3"],
-    driver: Float[Array, "b t *s c"],
-    key: PRNGKeyArray,
-    *,
-    steps: int,
-    guidance: float,
-    spacing: str,
-) -> UInt8[Array, "b t s s 3"]:
-    """Animate each reference with its driver input for one window; traceable."""
-    features = reference_features(networks, params, encode_images(networks, params, reference))
-    return sample_from_features(
-        config, networks, params, features, driver, key, steps=steps, guidance=guidance, spacing=spacing
-    )
-
-
 def sample_from_features(
     config: ConfigDict,
     networks: Networks,
@@ -171,7 +179,7 @@ def sample_from_features(
     guidance: float,
     spacing: str,
 ) -> UInt8[Array, "b t s s 3"]:
-    """`sample_window` where the reference features are there already, as for a clip's later windows.
+    """Animate references, given by their features (`portrait_features`), for one window; traceable.
 
     The unconditional branch has zero features and a zero driver map (docs/decisions.md, row 1).
     """

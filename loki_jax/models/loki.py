@@ -15,6 +15,7 @@ key may be absent):
   encoder.in_channels            45, 42 or 3; for "vector" the length of the coefficient vector
   encoder.stem, encoder.widths   "map": one stride-2 stage for each width
   encoder.hidden                 "vector": width of the MLP
+  reference.driver [False]       whether the branch is given the driver map of the reference frame
   reference.trainable            whether `params["reference"]` is trained (False: frozen)
   reference.context_dim [None]   width of the null-prompt embedding; None for no cross-attention
   reference.channels, .multipliers, .num_res_blocks
@@ -70,16 +71,22 @@ class Loki(nn.Module):
         return out.reshape(batch, frames, *out.shape[1:])
 
     def reference_features(
-        self, reference_latent: Float[Array, "b h w c"], context: Float[Array, "b l e"] | None = None
+        self,
+        reference_latent: Float[Array, "b h w c"],
+        context: Float[Array, "b l e"] | None = None,
+        condition: Float[Array, "b h w c0"] | None = None,
     ) -> Features:
         """The tokens entering every self-attention of the reference UNet at t = 0.
 
         Args:
           reference_latent: scaled latent of the reference portrait, without noise.
           context: embedding of the empty prompt, (B, 77, 1024) for SD 2.1; None without cross-attention.
+          condition: the encoder's result for the reference frame's own driver map (`reference.driver`);
+            None as in the paper.
         """
         timesteps = jnp.zeros((reference_latent.shape[0], 1), jnp.int32)
-        return self.reference(reference_latent[:, None], timesteps, context=context)[1]
+        condition = None if condition is None else condition[:, None]
+        return self.reference(reference_latent[:, None], timesteps, condition, context=context)[1]
 
     def denoise(
         self,

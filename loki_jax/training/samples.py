@@ -11,7 +11,7 @@ from jaxtyping import PyTree, UInt8
 from ml_collections import ConfigDict
 
 from loki_jax.head.asset import HeadAsset
-from loki_jax.networks import Networks, driver_input, sample_window
+from loki_jax.networks import Networks, driver_input, portrait_features, sample_from_features
 
 
 def make_sampler(config: ConfigDict, networks: Networks):
@@ -20,8 +20,13 @@ def make_sampler(config: ConfigDict, networks: Networks):
     @jax.jit
     def sample(params: PyTree, head: HeadAsset, batch: dict[str, Any]):
         driver = driver_input(config, head, batch["coefficients"], batch["camera"], batch["crop"])
-        return sample_window(
-            config, networks, params, batch["reference"], driver, jax.random.key(0), steps=config.sample.steps,
+        # One camera and one crop a clip; the reference frame is of the same clip.
+        camera, crop = jax.tree.map(lambda x: x[:, 0], (batch["camera"], batch["crop"]))
+        features = portrait_features(
+            config, networks, params, head, batch["reference"], batch["reference_coefficients"], camera, crop
+        )
+        return sample_from_features(
+            config, networks, params, features, driver, jax.random.key(0), steps=config.sample.steps,
             guidance=config.sample.guidance, spacing=config.sample.spacing,
         )
 

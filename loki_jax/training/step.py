@@ -37,6 +37,8 @@ def check_config(config: ConfigDict) -> None:
         raise ValueError("config.dropout: the three shares add up to more than 1")
     if config.model.reference.trainable and config.model.reference.context_dim is not None:
         raise ValueError("config.model.reference: a branch that is trained has no null prompt; set context_dim=None")
+    if config.model.reference.driver and not config.model.reference.trainable:
+        raise ValueError("config.model.reference.driver: a frozen branch has never seen a driver map; set it to False")
     if not config.model.reference.trainable and not config.pretrained and not config.init_from:
         raise CheckpointError(
             "config.pretrained is empty, but the reference branch is frozen and a random one carries no identity. "
@@ -141,20 +143,36 @@ def make_loss(config: ConfigDict, networks: Networks, mesh: Mesh) -> Callable:
         reference = _latents(
             networks, params, batch, "reference_", keys["reference"] if config.model.autoencoder.sample_reference else None
         )
-        driver = draw(head, batch["coefficients"], batch["camera"], batch["crop"])
+        driver, reference_condition = _drivers(config, networks, params, batch, head, draw)
         keep_identity, keep_motion = jnp.ones((2, x0.shape[0]), bool)
         if dropout:
             keep_identity, keep_motion = dropout_masks(keys["dropout"], x0.shape[0], config.dropout)
         if config.dropout.null_reference == "latent":
-            features = reference_features(networks, params, drop_motion(reference, keep_identity))
+            features = reference_features(
+                networks, params, drop_motion(reference, keep_identity), reference_condition
+            )
         else:
-            features = drop_identity(reference_features(networks, params, reference), keep_identity)
+            features = drop_identity(
+                reference_features(networks, params, reference, reference_condition), keep_identity
+            )
         condition = encode_condition(networks, params, drop_motion(driver, keep_motion))
         predict = lambda x, t: denoise(networks, params, x, t, condition, features)
         options = (config.diffusion.prediction, config.diffusion.shared_timesteps)
         return diffusion_loss(predict, x0, keys["diffusion"], networks.schedule, *options)[0]
 
     return loss
+
+
+def _drivers(config, networks, params, batch, head, draw) -> tuple[Array, Array | None]:
+    """The window's driver input, and the encoded one of its reference frame where the config wants it."""
+    inputs = (batch["coefficients"], batch["camera"], batch["crop"])
+    if not config.model.reference.driver:
+        return draw(head, *inputs), None
+    # One camera and one crop a clip. Window and reference are drawn together: one rasterisation.
+    reference = (batch["reference_coefficients"], *jax.tree.map(lambda x: x[:, 0], inputs[1:]))
+    joined = jax.tree.map(lambda x, y: jnp.concatenate([x, y[:, None]], 1), inputs, reference)
+    driver = draw(head, *joined)
+    return driver[:, :-1], encode_condition(networks, params, driver[:, -1:])[:, 0]
 
 
 def _latents(networks: Networks, params: PyTree, batch: dict, prefix: str, key) -> Float[Array, "*b h w c"]:

@@ -3,14 +3,16 @@
 from fractions import Fraction
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from configs import demo, hdtf
+from data_prep.synth import synth_clip
 from loki_jax.data.records import Clip, DatasetError, write_dataset
 from loki_jax.head.builtin import builtin_head
 from loki_jax.head.types import Camera, Coefficients
-from loki_jax.networks import build_networks, random_params
+from loki_jax.networks import build_networks, portrait_features, random_params
 from loki_jax.train import train
 from loki_jax.training.checkpoint import CheckpointError, load_checkpoint, load_model_file, save_model_file
 from loki_jax.training.logging import read_metrics
@@ -107,6 +109,9 @@ def test_init_from_another_architecture_is_refused(shards, finished, tmp_path):
 def test_missing_pretrained_weights_stop_the_run(shards, tmp_path):
     config = tiny_config(shards, 1)
     config.model.reference.trainable = False
+    with pytest.raises(ValueError, match="reference.driver"):
+        train(config, tmp_path / "new")
+    config.model.reference.driver = False
     with pytest.raises(CheckpointError, match="pretrained"):
         train(config, tmp_path / "new")
     config.pretrained = str(tmp_path / "nowhere")
@@ -142,6 +147,7 @@ def test_frozen_reference_comes_from_pretrained_weights_and_stays(shards, tmp_pa
 
     config = tiny_config(shards, 2)
     config.model.reference.trainable = False
+    config.model.reference.driver = False
     config.model.reference.context_dim = 8
     config.pretrained = str(tmp_path / "sd")
     config.validation.every = 0
@@ -156,6 +162,24 @@ def test_frozen_reference_comes_from_pretrained_weights_and_stays(shards, tmp_pa
     # The generation branch started from the same backbone and moved.
     start, now = backbone["reference"]["conv_in"]["kernel"], trained["generation"]["unet"]["conv_in"]["kernel"]
     assert 0 < float(np.abs(now - start).max()) < 0.1
+
+
+@pytest.mark.parametrize("with_driver", [True, False])
+def test_portraits_driver_map_reaches_the_features_where_the_config_says_so(with_driver):
+    config = demo.get_config("tiny")
+    config.model.reference.driver = with_driver
+    head = jax.tree.map(jnp.asarray, builtin_head())
+    networks = build_networks(config, head)
+    shapes = jax.eval_shape(lambda: random_params(networks, jax.random.key(0)))
+    keys = iter(jax.random.split(jax.random.key(1), len(jax.tree.leaves(shapes))))
+    params = jax.tree.map(lambda x: 0.2 * jax.random.normal(next(keys), x.shape), shapes)
+    clip = synth_clip(builtin_head(), 1, 1, 2, config.image_size)
+    pose = lambda i: jax.tree.map(lambda x: jnp.asarray(x[i : i + 1]), clip.coefficients)
+    one = jax.tree.map(lambda x: jnp.asarray(x)[None], (clip.frames[0], clip.camera, clip.crop))
+    features = jax.jit(lambda own: portrait_features(config, networks, params, head, one[0], own, *one[1:]))
+    first, second = features(pose(0)), features(pose(1))
+    changed = [float(jnp.abs(a - b).max()) > 1e-3 for a, b in zip(first, second, strict=True)]
+    assert all(changed) if with_driver else not any(changed)
 
 
 @pytest.mark.parametrize("arm", ["no_posenc", "no_deform", "flame_vector"])
