@@ -289,7 +289,7 @@ def test_run_time_never_imports_torch_or_tensorflow():
 LEVELS = (
     ("loki_jax.head", "loki_jax.raster", "loki_jax.video"),
     ("loki_jax.appearance", "loki_jax.driver", "loki_jax.models", "loki_jax.data", "loki_jax.diffusion"),
-    ("loki_jax.networks", "loki_jax.metrics", "loki_jax.report"),
+    ("loki_jax.networks", "loki_jax.metrics", "loki_jax.report", "loki_jax.weights"),
     ("loki_jax.training",),
 )
 

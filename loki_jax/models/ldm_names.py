@@ -23,7 +23,8 @@ class LdmWeight(NamedTuple):
     """A weight of a state dict: its name, and how its axes relate to ours.
 
     Layouts: "vector" (the same), "linear" (ours (in, out), theirs (out, in)), "conv" (ours
-    (h, w, in, out), theirs (out, in, h, w)), "conv1x1" (ours (in, out), theirs (out, in, 1, 1)).
+    (h, w, in, out), theirs (out, in, h, w)), "conv1x1" (ours (in, out), theirs (out, in, 1, 1)),
+    "pointwise" (ours (in, out), theirs (1, 1, in, out), as Flax convolutions have it).
     """
 
     name: str
@@ -165,6 +166,8 @@ def to_ldm(array: np.ndarray, layout: str) -> np.ndarray:
         return array.T[:, :, None, None]
     if layout == "conv":
         return array.transpose(3, 2, 0, 1)
+    if layout == "pointwise":
+        return array[None, None]
     return array
 
 
@@ -176,6 +179,8 @@ def from_ldm(array: np.ndarray, layout: str) -> np.ndarray:
         return array.reshape(array.shape[:2]).T
     if layout == "conv":
         return array.transpose(2, 3, 1, 0)
+    if layout == "pointwise":
+        return array.reshape(array.shape[2:])
     return array
 
 

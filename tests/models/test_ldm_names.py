@@ -113,7 +113,8 @@ def test_order_of_attention_blocks(golden, config):
 
 
 @pytest.mark.parametrize("layout, shape", [
-    ("vector", (3,)), ("linear", (2, 3)), ("conv1x1", (2, 3)), ("conv", (3, 3, 2, 5))])
+    ("vector", (3,)), ("linear", (2, 3)), ("conv1x1", (2, 3)), ("conv", (3, 3, 2, 5)),
+    ("pointwise", (2, 3))])
 def test_layouts_invert(layout, shape):
     array = np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
     np.testing.assert_array_equal(from_ldm(to_ldm(array, layout), layout), array)
