@@ -244,9 +244,10 @@ def antialias(
     is given its neighbours' colours in proportion, at most all of it, so that the result never leaves
     the range of the image's values.
 
-    Missed: silhouettes of faces that no pixel of the pair shows, which happens where faces are smaller
-    than pixels, and the border that `clear_hidden_faces` cuts into a surface. Not differentiable: which
-    faces are seen, which of two is nearer, which edges are silhouettes, which edge counts as vertical.
+    Missed: silhouettes of faces that no pixel of the pair shows, which are most of them where faces are
+    smaller than pixels (supersample there), and the border that `clear_hidden_faces` cuts into a
+    surface. Not differentiable: which faces are seen, which of two is nearer, which edges are
+    silhouettes, which edge counts as vertical.
 
     Args:
       image: any picture of `fragments`, for example from `interpolate`; C channels, background included.
