@@ -66,8 +66,12 @@ def test_pose_is_read_back(fitted, clip, allowed):
 
 
 # Share of the neutral face's error that may be left. A blur of one pixel and noise of 6 grey levels at 64
-# pixels hide lids and lips: there an expression is read back in part only, but never worse than not at all.
-@pytest.mark.parametrize("clip, allowed", [(0, 0.6), (1, 0.85)])
+# pixels hide lids and lips: there an expression is read back in part only. The aim is 0.6 there too; strict, so
+# that the mark has to go when the ruler gets there.
+MISSED = pytest.param(1, 0.6, marks=pytest.mark.xfail(strict=True, reason="the ruler misses 0.6 on spoiled frames"))
+
+
+@pytest.mark.parametrize("clip, allowed", [(0, 0.6), (1, 0.85), MISSED])
 def test_expression_is_read_back(head, fitted, clip, allowed):
     found, truth, _ = fitted
     identity = make_identity(head, truth[clip].shape[:1])
