@@ -26,7 +26,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from loki_jax.animate import Performance, Portrait, animate_clips, load_performance, load_portrait, make_animator, stack_portraits, transfer
+from loki_jax.animate import (
+    Performance,
+    Portrait,
+    animate_clips,
+    load_performance,
+    load_portrait,
+    make_animator,
+    stack_portraits,
+    transfer,
+)
 from loki_jax.appearance import sample_appearance
 from loki_jax.data.records import open_dataset
 from loki_jax.evaluate import EvaluationPair, driver_yaw, evaluate_pairs, rendered_truth, write_json
@@ -177,7 +186,7 @@ def demo(argv: list[str] | None = None) -> dict:
     target = (coefficients, portraits.camera, portraits.crop)
     generated, maps = animate_clips(animator, params, head, portraits, *target)
     finished(f"animation of {PAIRS} pairs")
-    # Everything as before, but each pair gets the last pair's portrait: does the picture follow it?
+    # Everything as before, but each pair gets the pair before's portrait: does the picture follow it?
     others = stack_portraits([pairs[i - 1][0] for i in range(PAIRS)])
     swapped, _ = animate_clips(animator, params, head, others, *target)
     finished("animation with swapped portraits")
