@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 from diffusers import FlaxUNet2DConditionModel, UNet2DConditionModel
+from flax.traverse_util import unflatten_dict
 from ml_collections import ConfigDict
 
 from loki_jax.models.diffusers_names import diffusers_unet_table, flax_table
@@ -45,17 +46,6 @@ def model_config(quick: bool, dtype: str) -> ConfigDict:
         config.autoencoder.widths, config.autoencoder.num_res_blocks = (32, 32), 1
     config.dtype = dtype
     return config
-
-
-def nest(flat: dict) -> dict:
-    tree: dict = {}
-    for path, value in flat.items():
-        *parents, leaf = path.split("/")
-        branch = tree
-        for parent in parents:
-            branch = branch.setdefault(parent, {})
-        branch[leaf] = value
-    return tree
 
 
 def random_torch_unet(options: dict) -> UNet2DConditionModel:
@@ -104,7 +94,7 @@ def main() -> None:
         flax_name, flax_layout = flax_names[path]
         value = ours[path][None, None] if flax_layout == "pointwise" else ours[path]
         flax[flax_name] = value.astype(dtype)
-    ours, flax = nest(ours), nest(flax)
+    ours, flax = unflatten_dict(ours, sep="/"), unflatten_dict(flax, sep="/")
     theirs = theirs.to("cuda" if on_gpu else "cpu", torch_dtype)
 
     # ------------------------------------------------------------------------------------ inputs
