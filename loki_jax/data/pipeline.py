@@ -3,11 +3,19 @@
 Order of operations (design section 8):
 
     windows of the split -> draw start and reference (seed, epoch) -> shuffle (seed, epoch) -> repeat
-    -> every process_count-th element -> read and decode -> batch
+    -> read and decode -> batch -> every process_count-th batch
+
+Elements are computed when they are asked for, so a process reads its own batches only. Its part of a
+global batch is a block of consecutive windows, in the order in which the mesh joins the parts: row i of
+the global batch is the same window for any number of processes, and meets the same noise.
 
 Everything up to the slicing works on indices alone. `MapDataset` makes element i a pure function of
 (seed, i), so neither the number of worker processes nor the number of hosts changes which windows
-form global batch k, and the state of an iterator is one number.
+form global batch k, and the state of an iterator is the number of batches taken.
+
+A window that touches a record which cannot be read is replaced by another, again a function of the
+seed and the window alone. The element says which records those were; `BatchIterator` names and counts
+them in the order of the batches, and stops when they are more than the stated share.
 """
 
 from __future__ import annotations
@@ -15,12 +23,13 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import grain
 import jax
 import numpy as np
+from absl import logging
 
 from loki_jax.data.records import ClipInfo, Dataset, DatasetError, Frame, open_dataset
 
@@ -34,6 +43,11 @@ coefficients: Coefficients (B,T,...), reference_coefficients: Coefficients (B,..
 camera: Camera (B,T,...); crop (B,T,4); confidence (B,T)
 clip_index (B,), frame_index (B,T), reference_index (B,)     int32; indices into the clip table and clip
 """
+
+# Draws in a row that may meet an unreadable record before reading is given up.
+_MAX_DRAWS = 8
+# Key under which an element carries the unreadable records that it met: (_MAX_DRAWS,) int64, padded with -1.
+_UNREADABLE = "unreadable"
 
 
 class _Slot(NamedTuple):
@@ -80,12 +94,36 @@ class _DrawWindow(grain.transforms.RandomMap):
         return _Window(slot.clip, start, int(rng.integers(slot.clip.length)))
 
 
+@dataclasses.dataclass(frozen=True)
+class _Redraw:
+    """(window, attempt) -> the window that takes its place: any slot of the split, the same every time."""
+
+    slots: Sequence[_Slot]
+    draw: _DrawWindow
+
+    def __call__(self, chosen: _Window, attempt: int) -> _Window:
+        rng = np.random.default_rng(
+            (self.draw.seed, chosen.clip.clip_index, chosen.start, chosen.reference, attempt)
+        )
+        return self.draw.random_map(self.slots[int(rng.integers(len(self.slots)))], rng)
+
+
+class _Unreadable(Exception):
+    """The first record of a window that cannot be read."""
+
+    def __init__(self, record: int):
+        super().__init__(record)
+        self.record = record
+
+
 class _ReadWindow(grain.transforms.Map):
     """Window -> one element of a batch, with an optional cache of decoded frames in this process."""
 
-    def __init__(self, dataset: Dataset, split: str, window: int, cache_bytes: int, with_images: bool):
+    def __init__(
+        self, dataset: Dataset, split: str, window: int, cache_bytes: int, with_images: bool, redraw: _Redraw
+    ):
         self._dataset, self._split, self._window = dataset, split, window
-        self._with_images = with_images
+        self._with_images, self._redraw = with_images, redraw
         self._cache: dict[int, Frame] = {}
         self._cache_left = cache_bytes
 
@@ -98,9 +136,7 @@ class _ReadWindow(grain.transforms.Map):
         if missing:
             # Frames are kept until the limit and never evicted: under uniform access that hits as
             # often as any replacement policy.
-            for record, frame in zip(
-                missing, self._dataset.read(self._split, missing, self._with_images), strict=True
-            ):
+            for record, frame in zip(missing, self._read_files(missing), strict=True):
                 frames[record] = frame
                 size = sum(leaf.nbytes for leaf in jax.tree.leaves(frame) if isinstance(leaf, np.ndarray))
                 if size <= self._cache_left:
@@ -108,7 +144,38 @@ class _ReadWindow(grain.transforms.Map):
                     self._cache[record] = frame
         return [frames[record] for record in records]
 
+    def _read_files(self, records: list[int]) -> list[Frame]:
+        try:
+            return [
+                _checked(frame, self._dataset)
+                for frame in self._dataset.read(self._split, records, self._with_images)
+            ]
+        except DatasetError:
+            # One by one, to find the first that is bad. A second failure is what makes it unreadable:
+            # a busy network file system may refuse once.
+            for record in records:
+                if read_fault(self._dataset, self._split, record, self._with_images) is not None:
+                    raise _Unreadable(record) from None
+            return [
+                _checked(frame, self._dataset)
+                for frame in self._dataset.read(self._split, records, self._with_images)
+            ]
+
     def map(self, chosen: _Window) -> dict[str, Any]:
+        unreadable = np.full(_MAX_DRAWS, -1, np.int64)
+        for attempt in range(_MAX_DRAWS):
+            try:
+                return self._element(chosen) | {_UNREADABLE: unreadable}
+            except _Unreadable as fault:
+                unreadable[attempt] = fault.record
+                chosen = self._redraw(chosen, attempt)
+        names = [record_name(self._dataset, self._split, int(record)) for record in dict.fromkeys(unreadable)]
+        raise DatasetError(
+            f"{self._dataset.path}: {_MAX_DRAWS} windows drawn in a row hold records that cannot be read: "
+            + "; ".join(names) + f". {_MEND}"
+        )
+
+    def _element(self, chosen: _Window) -> dict[str, Any]:
         first = chosen.clip.first_record
         records = [first + chosen.start + offset for offset in range(self._window)]
         *frames, reference = self._read([*records, first + chosen.reference])
@@ -140,6 +207,52 @@ class _ReadWindow(grain.transforms.Map):
                 "reference_latent_logvar": reference.latent_logvar,
             }
         return element
+
+
+def _checked(frame: Frame, dataset: Dataset) -> Frame:
+    """`frame`, if its arrays have the sizes the metadata promises (a damaged picture may decode to another)."""
+    meta = dataset.metadata
+    image = None if frame.image is None else frame.image.shape
+    sizes = len(frame.coefficients.shape), len(frame.coefficients.expression)
+    if image not in (None, (meta.image_size, meta.image_size, 3)) or sizes != (meta.n_shape, meta.n_expression):
+        raise DatasetError(f"image of shape {image} with {sizes[0]} shape and {sizes[1]} expression coefficients")
+    return frame
+
+
+def read_fault(dataset: Dataset, split: str, record: int, with_images: bool = True) -> str | None:
+    """Why a record cannot be read, or None if it can.
+
+    Raises:
+      DatasetError: its shard is no longer there.
+    """
+    file, _ = locate_record(dataset, split, record)
+    if not (dataset.path / file).is_file():
+        raise DatasetError(f"{dataset.path / file}: shard is gone. {_MEND}")
+    try:
+        _checked(*dataset.read(split, [record], with_images), dataset)
+    except DatasetError as error:
+        return str(error.__cause__ or error)
+    return None
+
+
+def locate_record(dataset: Dataset, split: str, record: int) -> tuple[str, int]:
+    """(shard file, index within it) of record number `record` of a split."""
+    for name, (count, _) in dataset.metadata.shards.items():
+        if f"-{split}." in name:
+            if record < count:
+                return name, record
+            record -= count
+    raise IndexError(f"{dataset.path}: split {split!r} ends {record + 1} records before the one asked for")
+
+
+def record_name(dataset: Dataset, split: str, record: int) -> str:
+    """A record as a person looks for it: file, index in it, clip and frame."""
+    file, index = locate_record(dataset, split, record)
+    clip = next(clip for clip in dataset.clips_of(split) if record < clip.first_record + clip.length)
+    return f"{dataset.path / file} record {index} (clip {clip.clip_id!r}, frame {record - clip.first_record})"
+
+
+_MEND = "Copy the shards again from where they were made."
 
 
 def _local_batch(batch: int, process_index: int, process_count: int) -> int:
@@ -216,9 +329,9 @@ def make_dataset(
         .random_map(_DrawWindow(fixed_reference, seed))
         .shuffle()
         .repeat()
-        .slice(slice(process_index, None, process_count))
         .map(_ReadWindow(dataset, split, window, cache_bytes, with_images))
         .batch(local, drop_remainder=True)
+        .slice(slice(process_index, None, process_count))
     )
 
 
@@ -255,9 +368,9 @@ def make_validation_dataset(
     full = -(-len(windows) // batch) * batch
     return (
         grain.MapDataset.source([windows[i % len(windows)] for i in range(full)])
-        .slice(slice(process_index, None, process_count))
         .map(_ReadWindow(dataset, split, window, cache_bytes, with_images))
         .batch(local, drop_remainder=True)
+        .slice(slice(process_index, None, process_count))
     )
 
 

@@ -71,17 +71,23 @@ def diffusion_loss(
     Args:
       predict: the network as a function of noisy latents and timesteps.
       x0: clean latents.
-      key: randomness of timesteps and noise.
+      key: randomness of timesteps and noise; one key, or one for each window (B,), so that a window's
+        draws do not depend on the rest of the batch.
       prediction: "epsilon", "v" or "x0".
       shared_timesteps: see `sample_timesteps`.
 
     Returns:
       The loss, and {"mse": error of each frame (B,T), "timesteps": (B,T)}.
     """
-    key_time, key_noise = jax.random.split(key)
-    timesteps = sample_timesteps(key_time, *x0.shape[:2], len(schedule.alphas_cumprod), shared_timesteps)
     x0 = x0.astype(jnp.float32)
-    noise = jax.random.normal(key_noise, x0.shape)
+
+    def draw(key: PRNGKeyArray) -> tuple[Array, Array]:
+        key_time, key_noise = jax.random.split(key)
+        steps = len(schedule.alphas_cumprod)
+        timesteps = sample_timesteps(key_time, 1, x0.shape[1], steps, shared_timesteps)[0]
+        return timesteps, jax.random.normal(key_noise, x0.shape[1:])
+
+    timesteps, noise = jax.vmap(draw)(jax.random.split(key, x0.shape[0]) if key.ndim == 0 else key)
     target = prediction_target(schedule, x0, timesteps, noise, prediction)
     error = predict(q_sample(schedule, x0, timesteps, noise), timesteps).astype(jnp.float32) - target
     mse = jnp.square(error).mean((2, 3, 4))
