@@ -1,7 +1,8 @@
 """Video and image files: exact frame rates in, exact frame rates out, audio kept, nothing half-written.
 
-Frames are (H, W, 3) uint8 RGB arrays as a person would see them: rotation flags are applied, alpha is
-laid over white (the colour of the padding outside crops), wider bit depths are reduced to 8 bits.
+Frames are (H, W, 3) uint8 RGB arrays as a person would see them: rotation flags are applied, pixels are
+made square, alpha is laid over white (the colour of the padding outside crops), wider bit depths are
+reduced to 8 bits. High dynamic range is refused: without tone mapping its colours would be wrong.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ _MATRICES = {
     9: Colorspace.BT2020,
     10: Colorspace.BT2020,
 }
+# FFmpeg's AVColorTransferCharacteristic of high dynamic range.
+_HDR_TRANSFERS = {16: "PQ (HDR10, Dolby Vision)", 18: "HLG"}
 _BT709, _LIMITED_RANGE = 1, 1
 # Audio codecs that an MP4 file may hold as they are; others are encoded again as AAC.
 _COPIED_AUDIO = ("aac", "mp3", "ac3", "alac")
@@ -111,23 +114,47 @@ def _over_white(rgba: np.ndarray) -> np.ndarray:
     return ((rgba[..., :3] * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
 
 
-def _to_rgb(frame: av.VideoFrame) -> UInt8[np.ndarray, "H W 3"]:
+def _to_rgb(frame: av.VideoFrame, width: int | None = None) -> UInt8[np.ndarray, "H W 3"]:
+    """The picture upright; `width` is that of the stored picture with square pixels, if it has others."""
     # Untagged video: BT.709 from 720 lines on, BT.601 below, as players assume.
     untagged = Colorspace.ITU709 if frame.height >= 720 else Colorspace.ITU601
     matrix = _MATRICES.get(int(frame.colorspace), untagged)
+    options = {"src_colorspace": matrix}
+    if width is not None:
+        options |= {"width": width, "height": frame.height}
     if any(component.is_alpha for component in frame.format.components):
-        image = _over_white(frame.to_ndarray(format="rgba", src_colorspace=matrix))
+        image = _over_white(frame.to_ndarray(format="rgba", **options))
     else:
-        image = frame.to_ndarray(format="rgb24", src_colorspace=matrix)
+        image = frame.to_ndarray(format="rgb24", **options)
     turns, mirrored = _quarter_turns(frame)
     image = np.rot90(image, turns)
     return np.ascontiguousarray(image[:, ::-1] if mirrored else image)
 
 
+def _refuse_hdr(path: Path, transfer: int) -> None:
+    if int(transfer) in _HDR_TRANSFERS:
+        raise MediaError(
+            f"{path}: high dynamic range, transfer {_HDR_TRANSFERS[int(transfer)]}, is not read. Convert it to "
+            "standard range first (`ffmpeg -i IN -vf zscale=t=linear:npl=100,tonemap=hable,"
+            "zscale=p=bt709:t=bt709:m=bt709,format=yuv420p OUT.mp4`)."
+        )
+
+
+def _square_width(stream: av.VideoStream) -> int | None:
+    """Width in square pixels of a stream whose pixels are not square; None if they are or nothing is said."""
+    aspect = stream.sample_aspect_ratio or stream.codec_context.sample_aspect_ratio
+    if not aspect or aspect <= 0 or aspect == 1:
+        return None
+    return max(1, round(stream.codec_context.width * Fraction(aspect)))
+
+
 def _evenly(
-    frames: Iterable[tuple[Fraction | None, av.VideoFrame]], fps: Fraction
+    frames: Iterable[tuple[Fraction | None, av.VideoFrame]], rate: Fraction, fps: Fraction
 ) -> Iterator[av.VideoFrame]:
     """Put frames with time stamps in seconds on the grid k / fps, each grid point its nearest frame.
+
+    `rate` is that of the frames: what frames without time stamps are spaced by, and how long the last
+    one is shown.
 
     Constant-rate video passes unchanged; variable-rate video (phones, screen recordings) gets frames
     repeated or dropped, so that it stays in time with its audio. Memory: two frames.
@@ -137,7 +164,7 @@ def _evenly(
     grid = 0
     for index, (time, frame) in enumerate(frames):
         if time is None:
-            at = Fraction(index)  # no time stamps: frames are taken as evenly spaced
+            at = Fraction(index) * fps / rate  # no time stamps: frames are taken as evenly spaced
         else:
             first = time if first is None else first
             at = (time - first) * fps
@@ -149,8 +176,8 @@ def _evenly(
                 grid += 1
         previous, previous_at = frame, at
     if previous is not None:
-        # The last frame is shown for one frame interval.
-        while grid < previous_at + Fraction(1, 2):
+        # The last frame is shown for one of its intervals, and at least once.
+        while grid < previous_at + fps / rate - Fraction(1, 2) or grid == 0:
             yield previous
             grid += 1
 
@@ -160,13 +187,29 @@ class VideoReader:
 
     Use as a context manager. Memory does not grow with the length.
 
+    Args:
+      path: the file.
+      fps: rate to read at, each time its nearest frame; None: the file's own. `source_fps` is the file's.
+      start, stop: only the frames shown in [start, stop), in seconds from the first one; stop None: to
+        the end. A stop beyond the end is no error.
+
     Raises:
-      MediaError: on opening (no such file, empty, not a video, no video track) or while iterating
-        (damaged or truncated data).
+      MediaError: on opening (no such file, empty, not a video, no video track, high dynamic range) or
+        while iterating (damaged or truncated data).
     """
 
-    def __init__(self, path: str | os.PathLike):
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        fps: Fraction | None = None,
+        *,
+        start: Fraction = Fraction(0),
+        stop: Fraction | None = None,
+    ):
+        if (fps is not None and fps <= 0) or start < 0 or (stop is not None and stop <= start):
+            raise ValueError(f"fps {fps}, start {start}, stop {stop}: expected fps > 0 and 0 <= start < stop")
         self.path = Path(path)
+        self._start, self._stop = Fraction(start), stop
         _check_file(self.path, "video")
         try:
             self._container = av.open(str(self.path))
@@ -184,7 +227,10 @@ class VideoReader:
                 )
             self._stream = streams[0]
             self._stream.thread_type = "AUTO"
-            self.fps = _frame_rate(self._stream, self.path)
+            _refuse_hdr(self.path, self._stream.codec_context.color_trc)
+            self._width = _square_width(self._stream)
+            self.source_fps = _frame_rate(self._stream, self.path)
+            self.fps = self.source_fps if fps is None else Fraction(fps)
             self.has_audio = len(self._container.streams.audio) > 0
         except BaseException:
             self._container.close()
@@ -203,17 +249,31 @@ class VideoReader:
         if self._stream.frames:
             return self._stream.frames
         if self._stream.duration is not None and self._stream.time_base is not None:
-            return int(self._stream.duration * self._stream.time_base * self.fps)
+            return int(self._stream.duration * self._stream.time_base * self.source_fps)
         if self._container.duration is not None and not self.has_audio:
-            return int(Fraction(self._container.duration, av.time_base) * self.fps)
+            return int(Fraction(self._container.duration, av.time_base) * self.source_fps)
         return 0
 
     def _decoded(self) -> Iterator[tuple[Fraction | None, av.VideoFrame]]:
         count = 0
+        part = self._start > 0 or self._stop is not None
+        origin = Fraction(0)
         try:
+            if part and self._stream.start_time is not None:
+                origin = self._stream.start_time * self._stream.time_base
+            if self._start > 0:
+                # To the key frame before it; the frames between are decoded and dropped.
+                target = int((origin + self._start) / self._stream.time_base)
+                self._container.seek(max(target, 0), stream=self._stream)
+            half = 1 / (2 * self.source_fps)
             for frame in self._container.decode(self._stream):
                 count += 1
                 time = None if frame.pts is None or frame.time_base is None else frame.pts * frame.time_base
+                at = Fraction(count - 1, 1) / self.source_fps if time is None else time - origin
+                if part and at + half <= self._start:
+                    continue
+                if self._stop is not None and at + half > self._stop:
+                    break
                 yield time, frame
         except (av.error.FFmpegError, OSError) as error:
             raise MediaError(
@@ -223,6 +283,8 @@ class VideoReader:
             raise MediaError(
                 f"{self.path}: its video track holds no frames. Copy it again or give another file."
             )
+        if part:
+            return
         # Edit lists may hide a few frames that the container counts.
         missing = self._expected_frames() - count
         if missing > max(2, count // 20):
@@ -233,8 +295,10 @@ class VideoReader:
 
     def __iter__(self) -> Iterator[UInt8[np.ndarray, "H W 3"]]:
         shape = None
-        for index, frame in enumerate(_evenly(self._decoded(), self.fps)):
-            image = _to_rgb(frame)
+        for index, frame in enumerate(_evenly(self._decoded(), self.source_fps, self.fps)):
+            if index == 0:
+                _refuse_hdr(self.path, frame.color_trc)
+            image = _to_rgb(frame, self._width)
             shape = shape or image.shape
             if image.shape != shape:
                 raise MediaError(

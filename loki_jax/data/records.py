@@ -18,6 +18,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterable, Sequence
 from fractions import Fraction
@@ -369,8 +370,54 @@ def _check_target(path: Path, overwrite: bool) -> None:
         raise DatasetError(f"{path}: is not a dataset, so it is not overwritten. Choose another folder.")
 
 
+def recover(path: str | os.PathLike) -> None:
+    """Tidy up after writers of the dataset `path` that were killed.
+
+    Their half-written folders go. A dataset that was moved aside to be replaced comes back if its
+    successor never arrived. Folders of processes that still run are left alone.
+    """
+    path = Path(path)
+    pattern = re.compile(re.escape(f".{path.name}.") + r"(\d+)\.(partial|old)")
+    if not path.absolute().parent.is_dir():
+        return
+    for entry in sorted(path.absolute().parent.iterdir()):
+        match = pattern.fullmatch(entry.name)
+        if match is None or _is_running(int(match[1])):
+            continue
+        if match[2] == "old" and not path.exists():
+            entry.rename(path)
+        else:
+            shutil.rmtree(entry, ignore_errors=True)
+
+
+def _is_running(pid: int) -> bool:
+    if pid == os.getpid():
+        return True
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass  # another user's process
+    return True
+
+
+def _flush(folder: Path) -> None:
+    """Ask the system to write the folder's files to the disk now."""
+    for file in (*(entry for entry in folder.rglob("*") if entry.is_file()), folder):
+        descriptor = os.open(file, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
 def _publish(partial: Path, path: Path) -> None:
-    """Move the finished folder to its place; an old dataset there is removed only afterwards."""
+    """Move the finished folder to its place; an old dataset there is removed only afterwards.
+
+    A kill between the two moves leaves both folders under hidden names: `recover` puts the old one back.
+    """
+    _flush(partial)
     old = None
     if path.exists():
         old = path.with_name(f".{path.name}.{os.getpid()}.old")
@@ -391,6 +438,7 @@ def write_dataset(
     shard_bytes: int = 256 * 2**20,
     overwrite: bool = False,
     progress: Callable[[ClipInfo], None] | None = None,
+    finish: Callable[[Path, Sequence[ClipInfo], Metadata], None] | None = None,
 ) -> Metadata:
     """Write `clips` as a dataset at `out_dir`; `clips` may be a generator, one clip is held at a time.
 
@@ -406,6 +454,8 @@ def write_dataset(
       shard_bytes: a shard is closed after the clip that brings it to this size.
       overwrite: replace a dataset that is already there.
       progress: called after each clip with its row of the clip table.
+      finish: called with the complete folder before it gets its name, with the clip table and the
+        metadata: what it writes there appears together with the dataset.
 
     Raises:
       DatasetError: a clip does not fit the schema, there is no clip, or `out_dir` is taken.
@@ -415,6 +465,7 @@ def write_dataset(
         raise DatasetError(f"image_format {image_format!r} is neither 'png' nor 'jpeg'.")
     _check_target(path, overwrite)
     path.parent.mkdir(parents=True, exist_ok=True)
+    recover(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     partial.mkdir()
     writers: dict[str, _SplitWriter] = {}
@@ -496,6 +547,8 @@ def write_dataset(
         _write_tfds_info(partial, features, writers)
         (partial / METADATA_FILE).write_text(json.dumps(dataclasses.asdict(metadata), indent=1) + "\n")
         (partial / CLIPS_FILE).write_text(_rows_to_json(rows))
+        if finish is not None:
+            finish(partial, rows, metadata)
         if path.exists() and not any(path.iterdir()):
             path.rmdir()
         _publish(partial, path)
@@ -558,9 +611,13 @@ def decode_image(encoded: bytes) -> UInt8[np.ndarray, "S S 3"]:
         return np.asarray(picture.convert("RGB") if picture.mode != "RGB" else picture)
 
 
+def _fields(record: bytes) -> Any:
+    return tf_example_pb2.Example.FromString(record).features.feature
+
+
 def decode_record(record: bytes, metadata: Metadata, with_image: bool = True) -> Frame:
     """Decode one record; about 0.1 ms plus the image (`with_image=False` leaves the image out)."""
-    fields = tf_example_pb2.Example.FromString(record).features.feature
+    fields = _fields(record)
 
     def floats(name: str) -> np.ndarray:
         return np.array(fields[name].float_list.value, np.float32)
@@ -639,6 +696,42 @@ class Dataset:
                 f"{self.path}: records {list(records)} of split {split!r} are damaged ({error}). "
                 f"Copy the shards again. {_REBUILD}"
             ) from error
+
+    def stored_clip(self, clip: ClipInfo) -> Clip:
+        """A clip as it went into the dataset: `write_dataset` makes the same records of it again.
+
+        Raises:
+          DatasetError: a record cannot be read or decoded.
+        """
+        numbers = range(clip.first_record, clip.first_record + clip.length)
+        frames = self.read(clip.split, numbers, with_image=False)
+        has_images, has_latents = self.metadata.image_format is not None, self.metadata.latent_shape is not None
+
+        def images():
+            source = self.source(clip.split)
+            for number in numbers:
+                yield _fields(source[number])["image"].bytes_list.value[0]
+
+        def stack(values):
+            return np.stack(list(values))
+
+        return Clip(
+            clip_id=clip.clip_id,
+            identity=clip.identity,
+            fps=clip.fps,
+            split=clip.split,
+            source=clip.source,
+            licence=clip.licence,
+            coefficients=Coefficients(*(stack(v) for v in zip(*(f.coefficients for f in frames), strict=True))),
+            camera=Camera(*(stack(v) for v in zip(*(f.camera for f in frames), strict=True))),
+            crop=stack(f.crop for f in frames),
+            images=images() if has_images else None,
+            latent_mean=stack(f.latent_mean for f in frames) if has_latents else None,
+            latent_logvar=stack(f.latent_logvar for f in frames) if has_latents else None,
+            confidence=stack(f.confidence for f in frames),
+            fit_quality=clip.fit_quality,
+            extra=dict(clip.extra),
+        )
 
     def read_clip(self, clip: ClipInfo, start: int = 0, stop: int | None = None) -> list[Frame]:
         """Frames start..stop (to the end by default) of a clip."""
