@@ -23,7 +23,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import grain
@@ -48,6 +48,7 @@ clip_index (B,), frame_index (B,T), reference_index (B,)     int32; indices into
 _MAX_DRAWS = 8
 # Key under which an element carries the unreadable records that it met: (_MAX_DRAWS,) int64, padded with -1.
 _UNREADABLE = "unreadable"
+_MEND = "Copy the shards again from where they were made."
 
 
 class _Slot(NamedTuple):
@@ -252,9 +253,6 @@ def record_name(dataset: Dataset, split: str, record: int) -> str:
     return f"{dataset.path / file} record {index} (clip {clip.clip_id!r}, frame {record - clip.first_record})"
 
 
-_MEND = "Copy the shards again from where they were made."
-
-
 def _local_batch(batch: int, process_index: int, process_count: int) -> int:
     if not 0 <= process_index < process_count:
         raise ValueError(f"process_index {process_index} is not one of {process_count} processes")
@@ -297,7 +295,8 @@ def make_dataset(
     cache_bytes: int = 0,
     with_images: bool = True,
     head_sha256: str | None = None,
-) -> grain.MapDataset[Batch]:
+    max_corrupt_share: float = 0.0,
+) -> Batches:
     """Endless training batches of the dataset at `path`.
 
     Element k is this process's part of global batch k: together the processes' parts hold the same
@@ -316,6 +315,8 @@ def make_dataset(
       cache_bytes: decoded frames kept in memory, per process; small datasets are then decoded once.
       with_images: False leaves images undecoded where latents are all that is needed.
       head_sha256: hash of the head in use, compared with the dataset's.
+      max_corrupt_share: share of the split's records that may be unreadable before `iterate` stops;
+        each process counts the ones it meets.
 
     Raises:
       DatasetError: the dataset is damaged, has no such split or no clip of `window` frames.
@@ -323,16 +324,19 @@ def make_dataset(
     """
     local = _local_batch(batch, process_index, process_count)
     dataset, slots = _open_slots(path, split, window, with_images, head_sha256)
-    return (
+    draw = _DrawWindow(fixed_reference, seed)
+    redraw = _Redraw(tuple(slots), draw)
+    elements = (
         grain.MapDataset.source(slots)
         .seed(seed)
-        .random_map(_DrawWindow(fixed_reference, seed))
+        .random_map(draw)
         .shuffle()
         .repeat()
-        .map(_ReadWindow(dataset, split, window, cache_bytes, with_images))
+        .map(_ReadWindow(dataset, split, window, cache_bytes, with_images, redraw))
         .batch(local, drop_remainder=True)
         .slice(slice(process_index, None, process_count))
     )
+    return Batches(elements, dataset, split, max_corrupt_share)
 
 
 def make_validation_dataset(
@@ -347,7 +351,8 @@ def make_validation_dataset(
     cache_bytes: int = 0,
     with_images: bool = True,
     head_sha256: str | None = None,
-) -> grain.MapDataset[Batch]:
+    max_corrupt_share: float = 0.0,
+) -> Batches:
     """One pass over a split, the same every time: every clip's windows from frame 0 on, without overlap.
 
     The first window of each clip comes before the second of any, so that few batches show many
@@ -366,31 +371,168 @@ def make_validation_dataset(
         if (k + 1) * window <= row.length
     ]
     full = -(-len(windows) // batch) * batch
-    return (
+    redraw = _Redraw(tuple(slots), _DrawWindow(False, seed))
+    elements = (
         grain.MapDataset.source([windows[i % len(windows)] for i in range(full)])
-        .map(_ReadWindow(dataset, split, window, cache_bytes, with_images))
+        .map(_ReadWindow(dataset, split, window, cache_bytes, with_images, redraw))
         .batch(local, drop_remainder=True)
         .slice(slice(process_index, None, process_count))
     )
+    return Batches(elements, dataset, split, max_corrupt_share)
+
+
+@dataclasses.dataclass(frozen=True)
+class Batches:
+    """This process's batches, by random access: `batches[k]`, `len(batches)`; `iterate` reads ahead.
+
+    Attributes:
+      elements: Grain's dataset; its elements also name the unreadable records they met.
+      dataset, split: where they come from.
+      max_corrupt_share: share of the split's records that may be unreadable.
+    """
+
+    elements: grain.MapDataset
+    dataset: Dataset
+    split: str
+    max_corrupt_share: float
+
+    def __len__(self) -> int:
+        return len(self.elements)
+
+    def __getitem__(self, index: int) -> Batch:
+        """Batch `index`, with other windows in place of unreadable ones; these are not counted here."""
+        return _take_apart(self.elements[index])[0]
+
+
+def _take_apart(element: dict[str, Any]) -> tuple[Batch, np.ndarray]:
+    """(the batch, the unreadable records it met)."""
+    return {key: value for key, value in element.items() if key != _UNREADABLE}, np.array(element[_UNREADABLE])
+
+
+class BatchIterator(grain.DatasetIterator[Any]):
+    """What `iterate` returns. Batches, and the state after n of them, are the same for all its options.
+
+    The state is {"batches": taken so far, "unreadable": record numbers met so far}: of batches *taken*,
+    whatever was read or sent ahead. "batches" is the same number on all processes, and a state may be
+    set for another number of workers or processes.
+    """
+
+    def __init__(
+        self,
+        batches: Batches,
+        workers: int,
+        threads: int,
+        prefetch: int,
+        to_device: Callable[[Batch], Any] | None,
+        device_batches: int,
+        report: Callable[[str], None],
+    ):
+        super().__init__()
+        self._batches, self._workers, self._threads, self._prefetch = batches, workers, threads, prefetch
+        self._to_device, self._device_batches, self._report = to_device, device_batches, report
+        self._running: grain.DatasetIterator | None = None  # started by the first batch
+        self._taken = 0
+        self._unreadable: list[int] = []
+
+    def __next__(self) -> Any:
+        if self._closed:
+            raise ValueError("the iterator is closed")
+        if self._running is None:
+            self._running = self._start()
+        try:
+            batch, unreadable = next(self._running)
+        except RuntimeError as error:
+            if "Worker process" not in str(error):
+                raise
+            raise DatasetError(
+                f"{self._batches.dataset.path}: a process that reads batches ended ({error}). Most often memory "
+                "ran out: lower config.data.workers, config.data.threads or config.data.cache_mb."
+            ) from error
+        self._count(unreadable)
+        self._taken += 1
+        return batch
+
+    def _start(self) -> grain.DatasetIterator:
+        options = grain.ReadOptions(num_threads=self._threads, prefetch_buffer_size=self._prefetch)
+        elements = self._batches.elements.slice(slice(self._taken, None)).to_iter_dataset(options)
+        if self._workers:
+            elements = elements.mp_prefetch(grain.MultiprocessingOptions(num_workers=self._workers))
+        elements = elements.map(_take_apart)
+        if self._to_device is not None:
+            send = self._to_device
+            elements = grain.experimental.ThreadPrefetchIterDataset(
+                elements.map(lambda pair: (send(pair[0]), pair[1])), prefetch_buffer_size=self._device_batches
+            )
+        return iter(elements)
+
+    def _count(self, unreadable: np.ndarray) -> None:
+        dataset, split = self._batches.dataset, self._batches.split
+        total = dataset.metadata.records[split]
+        allowed = int(self._batches.max_corrupt_share * total)
+        for record in dict.fromkeys(unreadable.ravel().tolist()):
+            if record < 0 or record in self._unreadable:
+                continue
+            self._unreadable.append(record)
+            found = len(self._unreadable)
+            fault = read_fault(dataset, split, record) or "it could be read at a third try"
+            message = f"{record_name(dataset, split, record)} cannot be read: {fault}"
+            if found > allowed:
+                self.close()
+                others = [record_name(dataset, split, other) for other in self._unreadable[:-1]]
+                raise DatasetError(
+                    f"{message}. That makes {found} of {total} records of split {split!r}; "
+                    f"config.data.max_corrupt_share={self._batches.max_corrupt_share:g} allows {allowed}. {_MEND}"
+                    + "".join(f"\n  also: {name}" for name in others[-8:])
+                )
+            self._report(f"{message}. Its windows are replaced ({found} such records, {allowed} allowed).")
+
+    def get_state(self) -> dict[str, Any]:
+        return {"batches": self._taken, "unreadable": list(self._unreadable)}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self._stop()
+        self._taken, self._unreadable = int(state["batches"]), list(state["unreadable"])
+
+    def _stop(self) -> None:
+        if self._running is not None:
+            self._running.close()
+            self._running = None
+
+    def close(self) -> None:
+        """Ends threads and processes; nothing can be read afterwards."""
+        self._stop()
+        self._closed = True
 
 
 def iterate(
-    dataset: grain.MapDataset[Batch], workers: int = 0, threads: int = 2, prefetch: int = 4
-) -> grain.DatasetIterator[Batch]:
+    batches: Batches,
+    workers: int = 0,
+    threads: int = 2,
+    prefetch: int = 4,
+    *,
+    to_device: Callable[[Batch], Any] | None = None,
+    device_batches: int = 2,
+    report: Callable[[str], None] = logging.warning,
+) -> BatchIterator:
     """Start reading; the iterator's `get_state()` / `set_state()` resume it exactly.
 
     Save it with `grain.checkpoint.CheckpointSave(iterator)` in an Orbax Composite. The batches and the
-    state after n of them do not depend on the other arguments, except that a state must be restored
-    with the same number of `workers`.
+    state after n of them do not depend on the other arguments.
+
+        iterator = iterate(batches, workers, threads, to_device=lambda batch: global_batch(batch, mesh))
 
     Args:
       workers: processes that read and decode; 0: threads of this process only. Worker processes need
         parsed absl flags (`app.run`) and an `if __name__ == "__main__"` guard.
       threads: reading threads of each process.
       prefetch: batches read ahead in each process. Grain's own default of 500 would hold gigabytes.
+      to_device: applied to each batch in a thread of its own, ahead of the loop, so that copies to the
+        device overlap with the step before (`jax.device_put` returns at once, and so does
+        `training.sharding.global_batch`). It must not wait for other processes.
+      device_batches: batches that lie on the device beside the one in use; 2 is double buffering.
+      report: told of every unreadable record, with file, index and reason.
+
+    The iterator raises DatasetError when more records are unreadable than `max_corrupt_share` of
+    `make_dataset` allows, when a shard disappears, or when a reading process dies.
     """
-    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch)
-    batches = dataset.to_iter_dataset(options)
-    if workers:
-        batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
-    return iter(batches)
+    return BatchIterator(batches, workers, threads, prefetch, to_device, device_batches, report)
