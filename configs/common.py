@@ -10,6 +10,8 @@ def base_config() -> ConfigDict:
     c.seed = 0
     c.steps = 30_000
     c.batch_size = 16  # windows a step, over all devices
+    c.accumulate = 1  # parts a step's batch goes through in; saves memory, changes no number beyond rounding
+    c.deterministic = False  # True: GPU kernels that repeat bit for bit (slower; CPU and TPU always do)
     c.window = 16  # frames a window
     c.image_size = 512
 
@@ -24,6 +26,9 @@ def base_config() -> ConfigDict:
     c.data.workers = 0  # Grain worker processes beside the threads; 0: threads only
     c.data.threads = 8  # that read and decode ahead; neither changes the order of samples
     c.data.cache_mb = 0  # decoded frames kept in memory
+    # Share of the training records that may be unreadable (wrong checksum, damaged picture). Each is named
+    # in the log with file and index, windows with it are replaced by others; beyond the share the run stops.
+    c.data.max_corrupt_share = 0.001
     c.data.fixed_reference = False  # True: the same reference frame for a window for ever
 
     c.driver = ConfigDict()
@@ -95,9 +100,17 @@ def base_config() -> ConfigDict:
     c.sharding_rules = ((r".*", "fsdp"),)
     c.sharding_min_size = 2**16  # smaller arrays are not worth a collective
 
+    c.faults = ConfigDict()
+    c.faults.max_skips = 10  # so many updates in a row skipped for a loss or gradient that is not finite: stop
+    c.faults.spike_factor = 10.0  # a gradient norm above so many times the median is logged
+    c.faults.spike_window = 100  # steps the median is over
+    c.faults.hang_seconds = 1800  # no step finished for so long: end with the exit code of a lost process; 0: wait
+
     # Intervals in steps; all four are also due after the last step. 0: never.
     c.log = ConfigDict(dict(every=50))
-    c.checkpoint = ConfigDict(dict(every=1000, keep=3))
+    # Of the checkpoints stay the last `keep`, those at multiples of `keep_every` (0: none), and the
+    # `keep_best` with the lowest validation loss.
+    c.checkpoint = ConfigDict(dict(every=1000, keep=3, keep_every=0, keep_best=1))
     c.validation = ConfigDict(dict(every=1000, batches=8))
     c.sample = ConfigDict(dict(every=5000, pairs=4, steps=50, guidance=2.0, spacing="leading"))
     return c

@@ -64,8 +64,10 @@ def train(config, workdir: Path) -> float:
     source = dict(
         path=config.data.path, window=config.window, batch=config.batch_size, seed=config.seed,
         process_index=jax.process_index(), process_count=jax.process_count(), cache_bytes=config.data.cache_mb * 2**20,
+        max_corrupt_share=config.data.max_corrupt_share,
     )
-    windows = make_dataset(**source, fixed_reference=config.data.fixed_reference)
+    has_latents = dataset.metadata.latent_shape is not None
+    windows = make_dataset(**source, fixed_reference=config.data.fixed_reference, with_images=not has_latents)
     iterator = iterate(windows, config.data.workers, config.data.threads, prefetch=2 * config.data.threads)
     held_out = []
     if dataset.clips_of("validation"):

@@ -1,7 +1,10 @@
 """The input pipeline: what a batch holds, and that its order depends on the seed alone."""
 
+import json
+import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import grain
@@ -10,8 +13,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from loki_jax.data.pipeline import iterate, make_dataset, make_validation_dataset, window_slots
-from loki_jax.data.records import DatasetError, open_dataset, write_dataset
+from loki_jax.data.pipeline import iterate, locate_record, make_dataset, make_validation_dataset, window_slots
+from loki_jax.data.records import DatasetError, encode_image, open_dataset, write_dataset
 from tests.data.clips import SIZE, make_clip, small_head
 
 # Training clips of 23, 8, 3 (too short for a window of 4) and 13 frames; two held-out identities.
@@ -188,40 +191,228 @@ def test_a_full_cache_needs_no_files(tmp_path):
     assert_equal(dataset[29], expected)
 
 
-def test_worker_processes_keep_the_order(shards, tmp_path):
-    # In a program of its own: Grain's workers need parsed absl flags and a main guard.
-    program = tmp_path / "program.py"
-    program.write_text(
-        """
-import sys
+READER = """
+import json, sys
+import jax
 from absl import app
 from loki_jax.data.pipeline import iterate, make_dataset
 
+# stdin: a list of jobs {path, workers, count, state, share}; a line of JSON for each batch and each job's end.
 def main(argv):
-    iterator = iterate(make_dataset(argv[1], 4, 3, seed=11), workers=2, threads=1, prefetch=1)
-    for _ in range(5):
-        batch = next(iterator)
-        indices = batch["clip_index"], batch["frame_index"][:, 0], batch["reference_index"]
-        print(*(index.tolist() for index in indices))
-    iterator.close()
+    for job in json.load(sys.stdin):
+        batches = make_dataset(job["path"], 4, 3, seed=11, max_corrupt_share=job["share"])
+        said = []
+        iterator = iterate(batches, job["workers"], threads=1, prefetch=1, report=said.append,
+                           to_device=jax.device_put if job["device"] else None)
+        if job["state"]:
+            iterator.set_state(job["state"])
+        rows, error = [], None
+        try:
+            for _ in range(job["count"]):
+                batch = jax.device_get(next(iterator))
+                rows.append([batch[key].tolist() for key in ("clip_index", "frame_index", "reference_index")]
+                            + [float(batch["frames"].sum()), float(batch["latent_mean"].sum())])
+        except Exception as fault:
+            error = f"{type(fault).__name__}: {fault}"
+        print(json.dumps({"rows": rows, "state": iterator.get_state(), "said": said, "error": error}))
+        iterator.close()
 
 if __name__ == "__main__":
     app.run(main)
 """
-    )
-    root = str(Path(__file__).parents[2])
+
+
+def read_in_a_program(tmp_path, jobs):
+    """Results of jobs for READER: Grain's workers need a program with parsed absl flags and a main guard."""
+    (tmp_path / "reader.py").write_text(READER)
+    defaults = {"workers": 0, "count": 6, "state": None, "share": 0.0, "device": False}
     done = subprocess.run(
-        [sys.executable, str(program), str(shards)],
+        [sys.executable, str(tmp_path / "reader.py")],
+        input=json.dumps([defaults | job for job in jobs], default=str),
         capture_output=True,
         text=True,
-        env={"PYTHONPATH": root, "JAX_PLATFORMS": "cpu"},
+        env={"PYTHONPATH": str(Path(__file__).parents[2]), "JAX_PLATFORMS": "cpu"},
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
-    expected = [
-        f"{b['clip_index'].tolist()} {b['frame_index'][:, 0].tolist()} {b['reference_index'].tolist()}"
-        for b in take(make_dataset(shards, T, 3, seed=11), 5)
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def spoil(path, record, split="train"):
+    """Overwrite some bytes in the middle of a record, as a bad disk would."""
+    dataset = open_dataset(path)
+    raw = dataset.source(split)[record]
+    file, _ = locate_record(dataset, split, record)
+    data = (path / file).read_bytes()
+    at = data.index(raw) + len(raw) // 2
+    (path / file).write_bytes(data[:at] + b"spoilt" + data[at + 6 :])
+
+
+@pytest.fixture(scope="module")
+def spoilt(shards, tmp_path_factory):
+    """The same dataset with two damaged records: frame 5 of clip 0 and frame 9 of clip 3."""
+    path = tmp_path_factory.mktemp("spoilt") / "shards"
+    shutil.copytree(shards, path)
+    for record in SPOILT:
+        spoil(path, record)
+    return path
+
+
+SPOILT = (5, 23 + 8 + 3 + 9)
+
+
+def test_worker_counts_and_prefetch_change_nothing(shards, spoilt, tmp_path):
+    """Batches, messages and state are the same for 0, 1, 2 and 4 workers, also over damaged records."""
+    jobs = [{"path": shards}, {"path": shards, "workers": 2}]
+    options = [{}, {"workers": 1}, {"workers": 2, "device": True}, {"workers": 4}, {"device": True}]
+    jobs += [{"path": spoilt, "share": 0.05} | option for option in options]
+    # The state of a run that sends ahead goes on with a worker, and the other way round.
+    jobs += [{"path": spoilt, "share": 0.05, "count": 2, "device": True}]
+    *results, half = read_in_a_program(tmp_path, jobs)
+    (sound, *others), damaged = results[:2], results[2:]
+    assert others == [sound] and not sound["error"] and not sound["said"]
+    assert all(result == damaged[0] for result in damaged) and not damaged[0]["error"]
+    assert damaged[0]["rows"] != sound["rows"] and damaged[0]["said"]
+    expected = take(make_dataset(shards, T, 3, seed=11), 6)
+    assert [row[0] for row in sound["rows"]] == [batch["clip_index"].tolist() for batch in expected]
+    assert half["state"]["batches"] == 2
+    rest = {"path": spoilt, "count": 4, "share": 0.05, "state": half["state"]}
+    for result in read_in_a_program(tmp_path, [rest | {"workers": 1}, rest | {"device": True}]):
+        assert result["rows"] == damaged[0]["rows"][2:]
+        assert result["state"] == damaged[0]["state"]
+
+
+def test_windows_of_a_damaged_record_are_replaced(shards, spoilt):
+    said = []
+    iterator = iterate(make_dataset(spoilt, T, 3, seed=2, max_corrupt_share=0.05), report=said.append)
+    found, sound = [next(iterator) for _ in range(30)], make_dataset(shards, T, 3, seed=2)
+    replaced = 0
+    for k, batch in enumerate(found):
+        for row in range(3):
+            kept = windows([jax.tree.map(lambda leaf, row=row: leaf[row : row + 1], batch)])
+            wanted = windows([jax.tree.map(lambda leaf, row=row: leaf[row : row + 1], sound[k])])
+            replaced += kept != wanted
+            clip, start, reference = wanted[0]
+            first = {0: 0, 1: 23, 3: 34}[clip]
+            touched = {*range(first + start, first + start + T), first + reference} & set(SPOILT)
+            assert bool(touched) == (kept != wanted)
+    assert replaced > 3
+    dataset = open_dataset(spoilt)
+    # Each record is named once, with its file, its index there and its place in the clip.
+    assert len(said) == 2 and iterator.get_state()["unreadable"] == [
+        record for record in (SPOILT if "frame 5)" in said[0] else SPOILT[::-1])
     ]
-    assert done.stdout.splitlines() == expected
+    for record, place in zip(SPOILT, ("(clip 'clip0', frame 5)", "(clip 'clip3', frame 9)"), strict=True):
+        file, index = locate_record(dataset, "train", record)
+        message = next(text for text in said if place in text)
+        assert f"{spoilt / file} record {index} " in message and "hash mismatch" in message
+
+
+def test_too_many_damaged_records_stop_the_run(spoilt, tmp_path):
+    # 2 of 47 records: a share of 0.03 allows one.
+    iterator = iterate(make_dataset(spoilt, T, 3, seed=2, max_corrupt_share=0.03), report=lambda text: None)
+    with pytest.raises(DatasetError, match=r"(?s)record \d+ .*cannot be read.*makes 2 of 47 records.*=0.03 allows 1.*also"):
+        for _ in range(50):
+            next(iterator)
+    taken = iterator.get_state()["batches"]
+    results = read_in_a_program(
+        tmp_path, [{"path": spoilt, "workers": workers, "count": 50} for workers in (0, 1)])
+    assert results[0] == results[1] and results[0]["rows"] == results[0]["rows"][:taken]
+    assert results[0]["error"].startswith("DatasetError: ") and "makes 1 of 47 records" in results[0]["error"]
+
+
+def test_damaged_records_are_counted_over_a_resume(spoilt):
+    read = lambda: iterate(make_dataset(spoilt, T, 3, seed=2, max_corrupt_share=0.03), report=lambda text: None)
+    whole, taken = read(), 0
+    with pytest.raises(DatasetError, match="makes 2 of 47"):
+        while True:
+            next(whole)
+            taken += 1
+            if len(whole.get_state()["unreadable"]) == 1 and taken > 3:
+                resumed = read()
+                resumed.set_state(whole.get_state())
+                whole = resumed
+    again = read()
+    with pytest.raises(DatasetError, match="makes 2 of 47"):
+        for _ in range(taken + 1):
+            next(again)
+
+
+def test_a_damaged_picture_is_a_damaged_record(tmp_path):
+    """The record is whole, what it holds is not: a truncated JPEG, and one of another size."""
+    noise = np.random.default_rng(0).integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8)
+    picture = encode_image(noise, "jpeg")
+    small = encode_image(np.zeros((8, 8, 3), np.uint8), "jpeg")
+    good = [make_clip(0, 40, images=[picture] * 40)]
+    write_dataset(
+        tmp_path / "d", small_head(), [*good, make_clip(1, 4, images=[picture[:-300]] + [picture] * 3),
+                                       make_clip(2, 4, images=[picture, small, picture, picture])],
+        SIZE, image_format="jpeg")
+    said = []
+    iterator = iterate(make_dataset(tmp_path / "d", T, 2, seed=0, max_corrupt_share=0.1), report=said.append)
+    assert all((next(iterator)["clip_index"] == 0).all() for _ in range(20))
+    assert any("(clip 'clip1', frame 0) cannot be read: image file is truncated" in text for text in said), said
+    assert any("(clip 'clip2', frame 1) cannot be read: image of shape (8, 8, 3)" in text for text in said), said
+
+
+def test_an_unreadable_shard_and_a_lost_one(tmp_path):
+    clips = [make_clip(number, 8) for number in range(3)]
+    write_dataset(tmp_path / "d", small_head(), clips, SIZE, shard_bytes=1)
+    shard = sorted((tmp_path / "d").glob("loki-train*"))[1]
+    data = shard.read_bytes()
+    shard.write_bytes(bytes(len(data)))
+    iterator = iterate(make_dataset(tmp_path / "d", T, 2, seed=0, max_corrupt_share=0.05))
+    with pytest.raises(DatasetError, match=rf"{shard.name} record \d .*allows 1"):
+        for _ in range(20):
+            next(iterator)
+    batches = make_dataset(tmp_path / "d", T, 2, seed=0, max_corrupt_share=1.0)
+    shard.unlink()
+    with pytest.raises(DatasetError, match=f"{shard.name}: shard is gone"):
+        take(batches, 20)
+    # Nothing readable left: an error instead of drawing for ever.
+    for other in sorted((tmp_path / "d").glob("loki-train*")):
+        other.write_bytes(bytes(other.stat().st_size))
+    shard.write_bytes(bytes(len(data)))
+    with pytest.raises(DatasetError, match="8 windows drawn in a row hold records that cannot be read"):
+        make_dataset(tmp_path / "d", T, 2, seed=0, max_corrupt_share=1.0)[0]
+
+
+def test_validation_replaces_damaged_windows_too(shards, spoilt):
+    sound = make_validation_dataset(shards, T, 2, split="train")
+    damaged = make_validation_dataset(spoilt, T, 2, split="train", max_corrupt_share=0.05)
+    wanted, found = windows(take(sound, 5)), windows(list(iterate(damaged, report=lambda text: None)))
+    assert len(found) == len(wanted) and found == windows(take(damaged, 5))
+    assert 1 <= sum(a != b for a, b in zip(found, wanted, strict=True)) <= 5
+
+
+def test_batches_are_sent_ahead_in_order(shards):
+    """`to_device` runs ahead of the loop; the state counts what was taken, not what was sent."""
+    sent = []
+
+    def send(batch):
+        sent.append(int(batch["clip_index"][0]))
+        return jax.device_put(batch)
+
+    iterator = iterate(make_dataset(shards, T, 3, seed=2), to_device=send, device_batches=2)
+    expected = take(make_dataset(shards, T, 3, seed=2), 8)
+    for k in range(4):
+        batch = next(iterator)
+        assert isinstance(batch["frames"], jax.Array)
+        assert_equal(jax.device_get(batch), expected[k])
+    deadline = time.monotonic() + 60
+    while len(sent) < 6 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert 6 <= len(sent) <= 7  # two wait on the device, one more may be on its way into the full queue
+    state = iterator.get_state()
+    assert state == {"batches": 4, "unreadable": []}
+    fresh = iterate(make_dataset(shards, T, 3, seed=2), to_device=jax.device_put)
+    fresh.set_state(state)
+    assert_equal(jax.device_get(next(fresh)), expected[4])
+    fresh.set_state({"batches": 1, "unreadable": []})  # back again, in the middle of reading
+    assert_equal(jax.device_get(next(fresh)), expected[1])
+    fresh.close()
+    with pytest.raises(ValueError, match="closed"):
+        next(fresh)
 
 
 def test_validation_is_one_pass_and_always_the_same(shards):
