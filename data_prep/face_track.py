@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
-from data_prep.fit import DEFAULT_SETTINGS, FitResult, FitSettings, fit_landmarks
+from data_prep.fit import DEFAULT_SETTINGS, FitResult, FitSettings, fit_landmarks, pad_frames
 from data_prep.landmarker import Landmarker, Track, clip_landmarks, fetch_models, image_landmarks
 from loki_jax.head.asset import HeadAsset
 from loki_jax.head.camera import camera_from_world, crop_box, project
@@ -157,7 +157,8 @@ def clip_crop_box(
 
     The head are the vertices of the render mask; shoulders and neck base do not widen the box.
     """
-    low, high = _extent(head, coefficients, camera)
+    padded = Coefficients(*(pad_frames(field) for field in coefficients))
+    low, high = _extent(head, padded, camera)
     corners = jnp.stack([jnp.min(low, axis=0), jnp.max(high, axis=0)])
     return np.asarray(crop_box(corners, factor))
 

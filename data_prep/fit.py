@@ -28,7 +28,13 @@ from jaxtyping import Array, Bool, Float
 from loki_jax.head.asset import HeadAsset
 from loki_jax.head.camera import camera_from_world, project
 from loki_jax.head.rotation import matrix_from_rotvec, rotvec_from_matrix
-from loki_jax.head.skinning import Identity, landmark_positions, make_identity, world_vertices
+from loki_jax.head.skinning import (
+    Identity,
+    head_vertices,
+    landmark_positions,
+    make_identity,
+    world_vertices,
+)
 from loki_jax.head.types import Camera, Coefficients
 
 LANDMARK_SET = "mediapipe478"
@@ -201,35 +207,110 @@ def _project_frame(problem: _Problem, layout: _Layout, vertices, x) -> Float[Arr
     return project(camera_from_world(world, problem.camera), problem.camera)
 
 
-def _linearise(problem: _Problem, layout: _Layout, shape, x):
-    """Residuals (N, n, 2) in pixels and their Jacobians for a frame's unknowns and for the shape."""
-    head, n = problem.head, problem.observed.shape[1]
-    vertices = make_identity(head, shape).vertices
-    # Shape and expression act alike on the unposed vertices. A landmark depends on its own vertex and
-    # on the joints only, so all landmarks can be moved at once: 3 + 3 J tangents give everything.
-    bases = jnp.concatenate([head.expression_basis, head.shape_basis])
-    own = jnp.broadcast_to(jnp.eye(3)[:, None], (3, n, 3))
-    joints = jnp.eye(3 * (len(vertices) - n)).reshape(-1, len(vertices) - n, 3)
-    tangents = jnp.concatenate(
-        [jnp.pad(own, ((0, 0), (0, joints.shape[1]), (0, 0))), jnp.pad(joints, ((0, 0), (n, 0), (0, 0)))]
+def _small_head(head: HeadAsset, weights, regressor, correctives) -> HeadAsset:
+    """A head with the joints of `head` and V other vertices, without shape or expression axes."""
+    n = len(weights)
+    return dataclasses.replace(
+        head,
+        template=jnp.zeros((n, 3)),
+        shape_basis=jnp.zeros((0, n, 3)),
+        expression_basis=jnp.zeros((0, n, 3)),
+        pose_correctives=correctives,
+        joint_regressor=regressor,
+        skinning_weights=weights,
+        inner_mouth=jnp.zeros(n, bool),
+        render_mask=jnp.ones(n, bool),
     )
-    own_basis = bases[:, :n]
-    joint_basis = bases[:, n:].reshape(len(bases), -1)
 
-    motion = jnp.eye(layout.size)[layout.n_expression :]
-    tangents_x = jnp.concatenate([jnp.zeros((len(tangents), layout.size)), motion])
-    tangents = jnp.pad(tangents, ((0, len(motion)), (0, 0), (0, 0)))
 
-    def frame(x, observed):
-        predicted, push = jax.linearize(lambda v, x: _project_frame(problem, layout, v, x), vertices, x)
-        pushed = jax.vmap(push)(tangents, tangents_x)
-        linear = jnp.einsum("cnk,bnc->nkb", pushed[:3], own_basis, precision=_HIGHEST)
-        linear += jnp.einsum("jnk,bj->nkb", pushed[3 : -len(motion)], joint_basis, precision=_HIGHEST)
-        rigid = jnp.moveaxis(pushed[-len(motion) :], 0, -1)
-        jacobian = jnp.concatenate([linear[..., : layout.n_expression], rigid], axis=-1)
-        return predicted - observed, jacobian, linear[..., layout.n_expression :]
+def _joint_maps(head: HeadAsset, joints: Float[Array, "J 3"], still: Coefficients) -> Float[Array, "J 3 4"]:
+    """The map x -> M (x, 1) that each joint applies, rigid rotation included and translation left out.
 
-    return jax.vmap(frame)(x, problem.observed)
+    Read off four probe points a joint: the origin and the three unit vectors.
+    """
+    n = len(joints)
+    points = jnp.tile(jnp.concatenate([jnp.zeros((1, 3)), jnp.eye(3)]), (n, 1))
+    weights = jnp.concatenate([jnp.repeat(jnp.eye(n), 4, axis=0), jnp.eye(n)])
+    probes = _small_head(head, weights, jnp.eye(n, 5 * n, k=4 * n), jnp.zeros((0, 5 * n, 3)))
+    coefficients = still._replace(expression=jnp.zeros(0), tra=0 * still.tra)
+    moved = world_vertices(probes, Identity(jnp.concatenate([points, joints]), joints), coefficients)
+    moved = moved[: 4 * n].reshape(n, 4, 3)
+    return jnp.concatenate([jnp.moveaxis(moved[:, 1:] - moved[:, :1], 1, 2), moved[:, 0, :, None]], axis=-1)
+
+
+def _correctives(head: HeadAsset, n: int, coefficients: Coefficients) -> Float[Array, "n 3"]:
+    """What the pose correctives add to the n landmarks before skinning: seen where nothing turns them."""
+    n_joints = head.skinning_weights.shape[1]
+    on_root = jnp.zeros((n, n_joints)).at[:, 0].set(1.0)
+    small = _small_head(head, on_root, jnp.zeros((n_joints, n)), head.pose_correctives[:, :n])
+    at_origin = Identity(jnp.zeros((n, 3)), jnp.zeros((n_joints, 3)))
+    return head_vertices(small, at_origin, coefficients._replace(expression=jnp.zeros(0)))
+
+
+def _linearise(problem: _Problem, layout: _Layout, shape, x):
+    """Residuals (N, n, 2) in pixels and their Jacobians for a frame's unknowns and for the shape.
+
+    With M_j the joints' maps, a landmark lies at sum_j w_j M_j (p, 1) for its unposed place p. Only the
+    few entries of M_j are left to automatic differentiation; the rest are products of small matrices,
+    several times faster than pushing tangents through the skinning.
+    """
+    head, n = problem.head, problem.observed.shape[1]
+    n_expression, n_joints = layout.n_expression, len(head.joint_names)
+    vertices = make_identity(head, shape).vertices
+    # Shape and expression act alike on the unposed vertices, of which the last are the joints.
+    bases = jnp.concatenate([head.expression_basis, head.shape_basis])
+    own_basis = jnp.moveaxis(bases[:, :n], 0, -1)  # (n, 3, b)
+    joint_basis = bases[:, n:].reshape(len(bases), -1)  # (b, 3 J)
+    weights = head.skinning_weights[:n]
+    has_correctives = head.pose_correctives.shape[0] > 0
+
+    def product(spec, *args):
+        return jnp.einsum(spec, *args, precision=_HIGHEST)
+
+    def frame(x):
+        expression, motion = x[:n_expression], x[n_expression:]
+        unposed = vertices + product("e,evc->vc", expression, head.expression_basis)
+
+        def unpack(motion):
+            return layout.coefficients(jnp.concatenate([expression, motion]), shape)
+
+        def maps(motion, joints):
+            return _joint_maps(head, joints.reshape(-1, 3), unpack(motion)).reshape(n_joints, 12)
+
+        def add_correctives(motion):
+            return _correctives(head, n, unpack(motion)) if has_correctives else jnp.zeros((n, 3))
+
+        joints = unposed[n:].reshape(-1)
+        joint_maps = maps(motion, joints)
+        by_motion, by_joints = jax.jacfwd(maps, argnums=(0, 1))(motion, joints)
+        place = unposed[:n] + add_correctives(motion)
+        place = jnp.concatenate([place, jnp.ones((n, 1))], axis=-1)
+        blended = product("nj,jm->nm", weights, joint_maps).reshape(n, 3, 4)
+        tra = unpack(motion).tra
+        world = sum(blended[..., k] * place[:, k, None] for k in range(4)) + tra
+        # Pixels by world coordinates (n, 2, 3), and by the landmark's own unposed place.
+        predicted, push = jax.linearize(lambda w: project(camera_from_world(w, problem.camera), problem.camera), world)
+        by_world = jnp.stack([push(jnp.broadcast_to(axis, world.shape)) for axis in jnp.eye(3)], axis=-1)
+        by_place = sum(by_world[..., c, None] * blended[:, None, c, :3] for c in range(3))
+
+        linear = sum(by_place[..., c, None] * own_basis[:, None, c] for c in range(3))
+        # Joints that a basis moves shift the landmarks: only the last column of each map depends on them.
+        shift = by_joints.reshape(n_joints, 3, 4, -1)[:, :, 3]
+        shift = product("jcq,bq->jcb", shift, joint_basis).reshape(3 * n_joints, -1)
+        leverage = (weights[:, None, :, None] * by_world[:, :, None, :]).reshape(2 * n, -1)
+        linear += product("rq,qb->rb", leverage, shift).reshape(n, 2, -1)
+
+        lever = (leverage.reshape(n, 2, -1, 1) * place[:, None, None, :]).reshape(2 * n, -1)
+        rigid = product("rq,qp->rp", lever, by_motion.reshape(12 * n_joints, -1)).reshape(n, 2, -1)
+        rigid = rigid.at[..., 3:6].add(by_world)  # the layout's motion begins with rot, tra
+        if has_correctives:
+            bent = jax.jacfwd(add_correctives)(motion)
+            rigid += sum(by_place[..., c, None] * bent[:, None, c] for c in range(3))
+        jacobian = jnp.concatenate([linear[..., :n_expression], rigid], axis=-1)
+        return predicted, jacobian, linear[..., n_expression:]
+
+    predicted, by_frame, by_shape = jax.vmap(frame)(x)
+    return predicted - problem.observed, by_frame, by_shape
 
 
 def _second_difference(x: Float[Array, "N p"], real: Float[Array, " N"]) -> Float[Array, "M p"]:
@@ -520,6 +601,32 @@ def fit_landmarks(
         raise FitError(f"confidence has shape {confidence.shape}, expected {points.shape[:2]}")
     finite = np.isfinite(points[..., :2]).all(-1) & np.isfinite(confidence)
     confidence = np.where(finite, np.clip(confidence, 0, 1), 0)
+    points = np.where(finite[..., None], points[..., :2], 0)
+    problem, layout, start, seen = _prepare(head, points, confidence, image_size, focal, settings, fps)
+    shape, x, cost, steps = _optimise(
+        problem,
+        layout,
+        np.zeros(head.n_shape, np.float32),
+        start,
+        settings.iterations,
+        np.float32(settings.tolerance),
+    )
+    n_frames = len(points)
+    shape, x = np.asarray(shape), np.asarray(x)[:n_frames]
+    coefficients = layout.coefficients(x, np.broadcast_to(shape, (n_frames, len(shape))))
+    return _result(head, coefficients, problem.camera, points, confidence, seen, int(steps), float(cost))
+
+
+def _prepare(
+    head: HeadAsset,
+    points: Float[np.ndarray, "N 478 2"],
+    confidence: Float[np.ndarray, "N 478"],
+    image_size: tuple[int, int],
+    focal: float | None,
+    settings: FitSettings,
+    fps: float,
+) -> tuple[_Problem, _Layout, Float[np.ndarray, "M p"], Bool[np.ndarray, " N"]]:
+    """The problem, padded to M frames, its layout and start, and which of the N frames show the face."""
     indices = np.flatnonzero(np.asarray(head.landmarks[LANDMARK_SET].face) >= 0)
     is_inner = ~np.isin(indices, (*_CONTOUR, *_IRISES))
     seen = (confidence[:, indices[is_inner]] > 0.1).sum(1) >= min(12, is_inner.sum())
@@ -528,9 +635,8 @@ def fit_landmarks(
             f"no frame shows enough landmarks ({int(is_inner.sum())} of the inner face are on the head "
             f"{head.name!r}). Use a clip with a visible face."
         )
-    observed = _fill_gaps(
-        np.where(finite[..., None], points[..., :2], 0)[:, indices], confidence[:, indices], seen
-    )
+    n_frames = len(points)
+    observed = pad_frames(_fill_gaps(points[:, indices], confidence[:, indices], seen))
     # Just enough to hold interpolated frames, which nothing else would keep from drifting.
     confidence_used = np.where(seen[:, None], confidence[:, indices], 0.02)
 
@@ -547,28 +653,20 @@ def fit_landmarks(
         jnp.broadcast_to(is_inner.astype(np.float32), observed.shape[:2]),
         jnp.asarray(camera.intrinsics),
     )
-    start = np.zeros((len(points), layout.size), np.float32)
+    start = np.zeros((len(observed), layout.size), np.float32)
     start[:, layout.n_expression : layout.n_expression + 3] = rot
     start[:, layout.n_expression + 3 : layout.n_expression + 6] = tra
 
     metres = np.where(is_inner, settings.noise, settings.contour_noise)
     metres = np.where(np.isin(indices, _IRISES), settings.iris_noise, metres)
-    sigma = np.asarray(scale)[:, None] * metres
 
-    n_frames = len(points)
-    padding = padded_length(n_frames) - n_frames
-
-    def pad(value):
-        value = np.asarray(value, np.float32)
-        return np.concatenate([value, np.repeat(value[-1:], padding, axis=0)])
-
-    real = (np.arange(n_frames + padding) < n_frames).astype(np.float32)
+    real = (np.arange(len(observed)) < n_frames).astype(np.float32)
     problem = _Problem(
         head=small,
         camera=camera,
-        observed=pad(observed),
-        weight=pad(confidence_used) * real[:, None],
-        sigma=pad(sigma),
+        observed=observed,
+        weight=pad_frames(confidence_used.astype(np.float32)) * real[:, None],
+        sigma=(np.asarray(scale)[:, None] * metres).astype(np.float32),
         real=real,
         # A landmark that lies off the head's own one does so in every frame: more frames show more
         # views of the shape, but do not make the landmarks more exact.
@@ -576,23 +674,18 @@ def fit_landmarks(
         huber=np.float32(settings.huber),
         **_per_frame_terms(head, layout, settings, 25.0 / fps),
     )
-    shape, x, cost, steps = _optimise(
-        problem,
-        layout,
-        np.zeros(head.n_shape, np.float32),
-        pad(start),
-        settings.iterations,
-        np.float32(settings.tolerance),
-    )
-    shape, x, cost, steps = np.asarray(shape), np.asarray(x)[:n_frames], float(cost), int(steps)
-
-    coefficients = layout.coefficients(x, np.broadcast_to(shape, (n_frames, len(shape))))
-    return _result(head, coefficients, camera, points, confidence, seen, steps, cost)
+    return problem, layout, start, seen
 
 
 def padded_length(frames: int) -> int:
     """The length that a clip is padded to: 1, 16 or a larger power of two, so that few are compiled."""
     return 1 if frames == 1 else max(16, 1 << (frames - 1).bit_length())
+
+
+def pad_frames(values: Float[np.ndarray, "N ..."]) -> Float[np.ndarray, "M ..."]:
+    """Repeat the last frame up to `padded_length`, so that few lengths are compiled."""
+    values = np.asarray(values)
+    return np.concatenate([values, np.repeat(values[-1:], padded_length(len(values)) - len(values), axis=0)])
 
 
 def reprojection_error(
@@ -602,7 +695,8 @@ def reprojection_error(
     points: Float[np.ndarray, "N 478 _"],
 ) -> Float[np.ndarray, "N 478"]:
     """Distance in pixels of every landmark from the whole head's; NaN for those the head lacks."""
-    projected = np.asarray(_project_landmarks(head, coefficients, camera))
+    padded = Coefficients(*(pad_frames(field) for field in coefficients))
+    projected = np.asarray(_project_landmarks(head, padded, camera))[: len(points)]
     distance = np.linalg.norm(projected - np.asarray(points)[..., :2], axis=-1)
     return np.where(np.asarray(head.landmarks[LANDMARK_SET].face) >= 0, distance, np.nan)
 

@@ -217,7 +217,11 @@ def tiny_problem(head) -> tuple[fit._Problem, fit._Layout, np.ndarray, np.ndarra
     return problem, layout, 0.3 * rng.standard_normal(head.n_shape).astype(np.float32), x
 
 
-def test_jacobians_are_the_derivatives_of_the_residuals(head):
+@pytest.mark.parametrize("correctives", [False, True])
+def test_jacobians_are_the_derivatives_of_the_residuals(head, correctives):
+    if correctives:  # as FLAME has them
+        offsets = 0.01 * np.random.default_rng(8).standard_normal((36, len(head.template), 3))
+        head = dataclasses.replace(head, pose_correctives=offsets.astype(np.float32))
     problem, layout, shape, x = tiny_problem(head)
     residual, jac_x, jac_s = jax.jit(lambda s, x: fit._linearise(problem, layout, s, x))(shape, x)
     direction = np.random.default_rng(6).standard_normal(len(shape) + layout.size).astype(np.float32)
@@ -250,6 +254,20 @@ def test_inverse_of_positive_definite_matrices():
 @pytest.mark.parametrize(("frames", "length"), [(1, 1), (2, 16), (16, 16), (17, 32), (250, 256), (257, 512)])
 def test_padded_length(frames, length):
     assert fit.padded_length(frames) == length
+
+
+def test_clips_of_like_length_share_what_is_compiled(head, clip):
+    """A new length within the same padding compiles nothing, in the fit and in what surrounds it."""
+
+    def compiled():
+        return [f._cache_size() for f in (fit._optimise, fit._project_landmarks, fit.pose_from_points)]
+
+    fit_landmarks(head, clip[1], np.ones((N, 478), np.float32), SIZE)
+    before = compiled()
+    for length in (N - 1, N - 5):
+        found = fit_landmarks(head, clip[1][:length], np.ones((length, 478), np.float32), SIZE)
+        assert len(found.error) == len(found.coefficients.rot) == length
+    assert compiled() == before
 
 
 def test_focal_length_of_a_field_of_view():
