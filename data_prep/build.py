@@ -2,29 +2,41 @@
 
     python -m data_prep.build --clips FILES_OR_FOLDERS... --head HEAD.npz --out DIR [--size 512]
 
-DIR becomes a dataset (`loki_jax.data.records`) with two additions: `overlays/CLIP.mp4`, the mesh drawn
-over each clip, and `summary.json`, how good each fit is and which clips were rejected and why. HEAD
-is a head asset, the ICT-FaceKit arrays, or the word builtin. A clip that cannot be used is listed and
-left out; the program fails only if none can. DIR appears complete or not at all.
+DIR becomes a dataset (`loki_jax.data.records`) with additions: `overlays/CLIP.mp4`, the mesh drawn over
+each clip; `summary.json`, how good each fit is and which clips were rejected and why; `manifest.json`,
+identities, checksums and the versions that made it. HEAD is a head asset, the ICT-FaceKit arrays, or the
+word builtin. A clip that cannot be used is listed and left out; the program fails only if none can.
+
+Clips are fitted by several processes, and each finished one is kept in `DIR.work`: stop the program at
+any moment and run the same command again. DIR appears complete or not at all. Given more clips, the same
+command fits the new ones only.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
-import shutil
+import functools
+import os
 import sys
-import tempfile
-import time
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
+from data_prep import clip_file
+from data_prep.assemble import (
+    DatasetOptions,
+    FitClip,
+    RejectedClip,
+    build,
+    work_folder,
+)
+from data_prep.clip_file import ClipData
 from data_prep.face_track import (
     CROP_FACTOR,
     FittedClip,
@@ -36,23 +48,21 @@ from data_prep.face_track import (
 )
 from data_prep.fit import LANDMARK_SET, FitError, FitSettings
 from data_prep.landmarker import Landmarker, LandmarkError, clip_landmarks, fetch_models
+from data_prep.latents import LatentEncoder, load_encoder
+from data_prep.manifest import PlannedClip, find_clips, pipeline_identity, plan_clips, read_labels
 from data_prep.overlay import overlay_frames
-from loki_jax.data.records import Clip, DatasetError, assign_split, write_dataset
-from loki_jax.head.asset import HeadAsset, HeadAssetError, load_head
+from data_prep.probe import ClipFacts, probe_clip
+from data_prep.workers import WorkerError
+from loki_jax.data.records import DatasetError, encode_image
+from loki_jax.head.asset import HeadAsset, HeadAssetError, file_sha256, load_head
 from loki_jax.head.builtin import builtin_head
 from loki_jax.head.camera import crop_and_resize
 from loki_jax.head.ict import head_from_ict
-from loki_jax.video import MediaError, VideoReader, resample_indices, write_video
+from loki_jax.video import MediaError, VideoReader, write_video
 
-__all__ = ["build_dataset", "fit_image", "fit_video", "load_any_head", "main"]
+__all__ = ["build_dataset", "fit_clip", "fit_image", "fit_video", "load_any_head", "main"]
 
-_VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts")
-_SUMMARY = "summary.json"
-_OVERLAYS = "overlays"
-
-
-class RejectedClip(ValueError):
-    """A clip that can be read and fitted, but is not fit for training; the message says why."""
+_INTERRUPTED = 130  # what shells report after Ctrl-C
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,8 +79,10 @@ class BuildSettings:
       max_error: clips whose median inner-face error exceeds this part of the distance of the outer eye
         corners are rejected.
       max_bytes: clips whose decoded frames would not fit in so much memory are rejected.
+      max_seconds: only so much of each clip is used; None: all.
       overlay: side of the overlay pictures in pixels; 0: none.
       image_format: "png", "jpeg", or None: PNG up to 128 pixels, JPEG above.
+      images: store the pictures; latents alone are made from lossless ones.
       validation: share of identities in the validation split; if there are five or more, at least one.
       identity_from: "file": every file is its own identity; "folder": files of a folder share one.
       licence: licence of the clips, stored with them.
@@ -84,12 +96,33 @@ class BuildSettings:
     min_frames: int = 16
     max_error: float = 0.05
     max_bytes: int = 4 * 2**30
+    max_seconds: Fraction | None = None
     overlay: int = 256
     image_format: str | None = None
+    images: bool = True
     validation: float = 0.02
     identity_from: str = "file"
     licence: str = "not stated"
     fit: FitSettings = FitSettings()
+
+    @property
+    def stored_format(self) -> str:
+        """Image format of the work files."""
+        if not self.images:
+            return "png"
+        return self.image_format or ("png" if self.size <= 128 else "jpeg")
+
+    def of_a_fit(self) -> dict[str, Any]:
+        """Everything that the work file of a clip depends on, as JSON."""
+        entry = dataclasses.asdict(self)
+        for name in ("validation", "identity_from", "licence", "images"):
+            del entry[name]
+        return entry | {
+            "fps": str(self.fps),
+            "max_seconds": None if self.max_seconds is None else str(self.max_seconds),
+            "image_format": self.stored_format,
+            "fit": {k: list(v) if isinstance(v, tuple) else v for k, v in entry["fit"].items()},
+        }
 
 
 def load_any_head(source: str) -> HeadAsset:
@@ -108,56 +141,7 @@ def load_any_head(source: str) -> HeadAsset:
     return head_from_ict(source) if "identity_modes.npy" in names else load_head(source)
 
 
-def find_clips(sources: Sequence[str]) -> list[Path]:
-    """Files as given, and the videos in folders, in order of their names; no file twice.
-
-    Raises:
-      MediaError: a source does not exist, or there is no video at all.
-    """
-    found: dict[Path, None] = {}
-    for source in map(Path, sources):
-        if not source.exists():
-            raise MediaError(f"{source}: no such file or folder. Check `--clips`.")
-        inside = sorted(source.rglob("*")) if source.is_dir() else [source]
-        for path in inside:
-            if not source.is_dir() or (path.is_file() and path.suffix.lower() in _VIDEO_SUFFIXES):
-                found.setdefault(path.resolve(), None)
-    if not found:
-        raise MediaError(
-            f"{', '.join(sources)}: no videos there ({', '.join(_VIDEO_SUFFIXES)}). Check `--clips`."
-        )
-    return list(found)
-
-
-def clip_names(paths: Sequence[Path]) -> list[str]:
-    """A name for each file: its stem, with as many parent folders as it takes to tell them apart."""
-    names = []
-    for path in paths:
-        depth = 1
-        rivals = [other for other in paths if other != path]
-        parts = path.with_suffix("").parts
-        while depth < len(parts) and any(
-            other.with_suffix("").parts[-depth:] == parts[-depth:] for other in rivals
-        ):
-            depth += 1
-        names.append("--".join(parts[-depth:]))
-    # Files that differ in their suffix only.
-    return [
-        f"{name}{path.suffix.replace('.', '-')}" if names.count(name) > 1 else name
-        for name, path in zip(names, paths, strict=True)
-    ]
-
-
-def choose_splits(identities: Sequence[str], share: float) -> dict[str, str]:
-    """Identity -> split, a fixed function of the name; with five identities or more both splits occur."""
-    splits = {identity: assign_split(identity, share) for identity in identities}
-    if share > 0 and len(splits) >= 5 and "validation" not in splits.values():
-        # The identity that would cross over first if the share grew.
-        threshold = {
-            i: next(k for k in range(1, 1001) if assign_split(i, k / 1000) == "validation") for i in splits
-        }
-        splits[min(splits, key=lambda i: (threshold[i], i))] = "validation"
-    return splits
+# --- one clip ------------------------------------------------------------------------------------------
 
 
 def fit_clip(path: Path, head: HeadAsset, landmarker: Landmarker, settings: BuildSettings) -> FittedClip:
@@ -167,7 +151,7 @@ def fit_clip(path: Path, head: HeadAsset, landmarker: Landmarker, settings: Buil
       MediaError, LandmarkError, FitError: the file cannot be read, shows no face, or does not fit.
       RejectedClip: it is too long for the memory, too short, or badly fitted.
     """
-    frames = _decode(path, settings)
+    frames = _decode(path, probe_clip(path), settings)
     track = clip_landmarks(landmarker, frames, settings.face, str(path))
     start, stop = steady_run(track)
     if stop - start < settings.min_frames:
@@ -189,37 +173,114 @@ def fit_clip(path: Path, head: HeadAsset, landmarker: Landmarker, settings: Buil
     return fitted
 
 
-def _decode(path: Path, settings: BuildSettings) -> list[np.ndarray]:
+def _decode(path: Path, facts: ClipFacts, settings: BuildSettings) -> list[np.ndarray]:
+    """The clip's frames at the rate of the settings, all in memory: the tracker goes both ways."""
+
+    def too_large() -> RejectedClip:
+        return RejectedClip(
+            f"{path}: its decoded frames ({facts.width}x{facts.height}) take more than "
+            f"{settings.max_bytes / 2**30:.1f} GiB. Cut it into shorter clips (or `--max-seconds`), scale it down, "
+            "or raise `--max-memory`."
+        )
+
+    seconds = facts.seconds if settings.max_seconds is None else min(facts.seconds, settings.max_seconds)
+    if dataclasses.replace(facts, seconds=seconds).decoded_bytes(settings.fps) > settings.max_bytes:
+        raise too_large()
     frames, used = [], 0
-    with VideoReader(path) as reader:
+    with VideoReader(path, settings.fps, stop=settings.max_seconds) as reader:
         for frame in reader:
             frames.append(frame)
             used += frame.nbytes
-            if used > settings.max_bytes:
-                raise RejectedClip(
-                    f"{path}: more than {settings.max_bytes / 2**30:.1f} GiB of decoded frames "
-                    f"({frame.shape[1]}x{frame.shape[0]}). Cut it into shorter clips, scale it down, or "
-                    "raise `--max-memory`."
-                )
-        indices = resample_indices(len(frames), reader.fps, settings.fps)
-    return [frames[i] for i in indices]
+            if used > settings.max_bytes:  # the file's time stamps promised less
+                raise too_large()
+    return frames
+
+
+def make_video_fit(
+    head: HeadAsset,
+    make_landmarker: Callable[[], Landmarker],
+    settings: BuildSettings,
+    cache: Path | None,
+) -> FitClip:
+    """The function that `data_prep.assemble` applies to every clip of a process.
+
+    Args:
+      make_landmarker: loads the landmark networks.
+      cache: where compiled functions are kept for the other processes and the next run.
+    """
+    if cache is not None and jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(cache))
+    landmarker = make_landmarker()
+
+    def fit(clip: PlannedClip, folder: Path) -> ClipData:
+        fitted = fit_clip(clip.path, head, landmarker, settings)
+        if settings.overlay:
+            write_video(
+                clip_file.overlay_path(folder, clip.key), overlay_frames(fitted, head, settings.overlay),
+                settings.fps, synthetic=False,
+            )  # fmt: skip
+        images = [
+            encode_image(crop_and_resize(frame, fitted.crop, settings.size), settings.stored_format)
+            for frame in fitted.frames
+        ]
+        return ClipData(
+            fitted.fit.coefficients, fitted.fit.camera, fitted.crop, fitted.fit.confidence, images,
+            _row(fitted, settings.fps, probe_clip(clip.path)),
+        )  # fmt: skip
+
+    return fit
+
+
+def _row(fitted: FittedClip, fps: Fraction, facts: ClipFacts) -> dict[str, Any]:
+    error = 100 * fitted.fit.error[np.isfinite(fitted.fit.error)]
+    degrees = np.degrees(fitted.fit.coefficients.rot)
+    # Deviation from the median of five frames: what the eye sees as trembling.
+    padded = np.pad(degrees, ((2, 2), (0, 0)), mode="edge")
+    median = np.median([padded[i : i + len(degrees)] for i in range(5)], axis=0)
+    return {
+        "frames": len(fitted.frames),
+        "fps": str(fps),
+        "error_percent": round(float(np.median(error)), 3),
+        "error_percent_mean": round(float(error.mean()), 3),
+        "error_percent_p90": round(float(np.quantile(error, 0.9)), 3),
+        "error_pixels": round(float(np.nanmean(fitted.fit.reprojection)), 3),
+        "face_share": round(float((fitted.track.score >= 0.5).mean()), 3),
+        "faces": int(fitted.track.faces),
+        "jitter_degrees": round(float(np.sqrt(((degrees - median) ** 2).mean())), 3),
+        "rotation_range_degrees": np.round(np.ptp(degrees, axis=0), 1).tolist(),
+        "crop": np.round(fitted.crop, 2).tolist(),
+        "video": facts.as_json(),
+    }
+
+
+# --- all clips -----------------------------------------------------------------------------------------
 
 
 def build_dataset(
     paths: Sequence[Path],
     head: HeadAsset,
     out: Path,
-    landmarker: Landmarker,
+    make_landmarker: Callable[[], Landmarker],
     settings: BuildSettings = BuildSettings(),
     *,
+    models: dict[str, str] | None = None,
+    labels: dict[str, dict[str, str]] | None = None,
+    encoder: LatentEncoder | None = None,
+    workers: int = 0,
     overwrite: bool = False,
+    keep_work: bool = False,
     say=print,
 ) -> dict[str, Any]:
-    """Build the dataset `out` and return its summary (also `out/summary.json`).
+    """Build, continue or extend the dataset `out` and return its summary (also `out/summary.json`).
 
     Args:
-      paths: the clips.
-      say: receives one line for each clip, with rate and time left.
+      paths: the clips, in the order of the dataset.
+      make_landmarker: loads the landmark networks; called once in each process.
+      models: SHA-256 sums of the networks by name, which go into the manifest and the clips' keys.
+      labels: identities from a table (`read_labels`).
+      encoder: also store its latents.
+      workers: processes; 0: this one alone. Otherwise `make_landmarker` must be picklable.
+      overwrite, keep_work, say: see `data_prep.assemble.build`.
 
     Raises:
       DatasetError: `out` is taken, or no clip could be used (the rejections are in the message).
@@ -230,115 +291,32 @@ def build_dataset(
             f"head {head.name!r} has no {LANDMARK_SET!r} landmarks, so nothing can be fitted. "
             "Rebuild the asset with `python -m data_prep.head_asset`."
         )
-    names = clip_names(paths)
-    identities = [
-        path.parent.name if settings.identity_from == "folder" else name
-        for path, name in zip(paths, names, strict=True)
-    ]
-    splits = choose_splits(list(dict.fromkeys(identities)), settings.validation)
-    accepted: list[dict[str, Any]] = []
-    rejected: list[dict[str, str]] = []
-    image_format = settings.image_format or ("png" if settings.size <= 128 else "jpeg")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}.overlays.", dir=out.parent) as scratch:
-
-        def clips() -> Iterator[Clip]:
-            started = time.monotonic()
-            for index, (path, name, identity) in enumerate(zip(paths, names, identities, strict=True)):
-                clip_started = time.monotonic()
-                try:
-                    fitted = fit_clip(path, head, landmarker, settings)
-                except (MediaError, LandmarkError, FitError, RejectedClip) as error:
-                    rejected.append({"clip": name, "file": str(path), "reason": str(error)})
-                    say(f"[{index + 1}/{len(paths)}] rejected: {error}")
-                    continue
-                if settings.overlay:
-                    write_video(
-                        Path(scratch) / f"{name}.mp4", overlay_frames(fitted, head, settings.overlay),
-                        settings.fps, synthetic=False,
-                    )  # fmt: skip
-                row = _row(fitted, name, splits[identity], head)
-                yield Clip(
-                    clip_id=name,
-                    identity=identity,
-                    fps=settings.fps,
-                    split=splits[identity],
-                    source=path.name,
-                    licence=settings.licence,
-                    coefficients=fitted.fit.coefficients,
-                    camera=fitted.fit.camera,
-                    crop=fitted.crop,
-                    images=(crop_and_resize(frame, fitted.crop, settings.size) for frame in fitted.frames),
-                    confidence=fitted.fit.confidence,
-                    fit_quality=float(np.nanmean(fitted.fit.reprojection)),
-                    extra={"error_percent": row["error_percent"]},
-                )
-                # Resumed here once the records of this clip are written.
-                now = time.monotonic()
-                row["seconds"] = round(now - clip_started, 1)
-                accepted.append(row)
-                left = (now - started) / (index + 1) * (len(paths) - index - 1)
-                say(
-                    f"[{index + 1}/{len(paths)}] {name}: {row['frames']} frames, "
-                    f"error {row['error_percent']:.2f} %, "
-                    f"{row['frames'] / max(now - clip_started, 1e-9):.1f} frames/s, {left:.0f} s left"
-                )
-
-        try:
-            metadata = write_dataset(
-                out, head, clips(), settings.size, image_format=image_format, overwrite=overwrite
-            )
-        except DatasetError as error:
-            if rejected and not accepted:
-                reasons = "".join(f"\n  {entry['reason']}" for entry in rejected)
-                raise DatasetError(
-                    f"{out}: nothing was built, all {len(rejected)} clips were rejected:{reasons}"
-                ) from error
-            raise
-        summary = {
-            "records": metadata.records,
-            "clips": accepted,
-            "rejected": rejected,
-            "settings": dataclasses.asdict(settings) | {"fps": str(settings.fps)},
-        }
-        if settings.overlay:
-            (out / _OVERLAYS).mkdir()
-            for picture in sorted(Path(scratch).iterdir()):
-                shutil.move(picture, out / _OVERLAYS / picture.name)
-        (out / _SUMMARY).write_text(json.dumps(summary, indent=1) + "\n")
-    return summary
+    made_by = pipeline_identity(head, models or {}, settings.of_a_fit())
+    planned = plan_clips(
+        paths, made_by, identity_from=settings.identity_from, labels=labels, licence=settings.licence
+    )
+    options = DatasetOptions(settings.size, settings.stored_format, settings.images, settings.validation)
+    cache = work_folder(Path(out)).absolute() / "compiled" if workers else None
+    make_fit = functools.partial(make_video_fit, head, make_landmarker, settings, cache)
+    return build(
+        planned, head, Path(out), make_fit, made_by, options,
+        encoder=encoder, workers=workers, overwrite=overwrite, keep_work=keep_work, say=say,
+    )  # fmt: skip
 
 
-def _row(fitted: FittedClip, name: str, split: str, head: HeadAsset) -> dict[str, Any]:
-    error = 100 * fitted.fit.error[np.isfinite(fitted.fit.error)]
-    degrees = np.degrees(fitted.fit.coefficients.rot)
-    # Deviation from the median of five frames: what the eye sees as trembling.
-    padded = np.pad(degrees, ((2, 2), (0, 0)), mode="edge")
-    median = np.median([padded[i : i + len(degrees)] for i in range(5)], axis=0)
-    return {
-        "clip": name,
-        "split": split,
-        "frames": len(fitted.frames),
-        "error_percent": round(float(np.median(error)), 3),
-        "error_percent_mean": round(float(error.mean()), 3),
-        "error_percent_p90": round(float(np.quantile(error, 0.9)), 3),
-        "error_pixels": round(float(np.nanmean(fitted.fit.reprojection)), 3),
-        "face_share": round(float((fitted.track.score >= 0.5).mean()), 3),
-        "jitter_degrees": round(float(np.sqrt(((degrees - median) ** 2).mean())), 3),
-        "rotation_range_degrees": np.round(np.ptp(degrees, axis=0), 1).tolist(),
-        "crop": np.round(fitted.crop, 2).tolist(),
-    }
+def load_landmarker(models: dict[str, Path]) -> Landmarker:
+    """The landmark networks, with one thread each: the processes are the parallelism."""
+    return Landmarker(models, threads=1)
 
 
 def format_table(summary: dict[str, Any]) -> str:
     """The accepted clips and their errors, then the rejected ones, as text."""
-    rows = [("clip", "split", "frames", "error %", "p90 %", "jitter deg", "face", "s")]
+    rows = [("clip", "split", "frames", "error %", "p90 %", "jitter deg", "face")]
     for row in summary["clips"]:
         rows.append(
             (row["clip"], row["split"], str(row["frames"]), f"{row['error_percent']:.2f}",
              f"{row['error_percent_p90']:.2f}", f"{row['jitter_degrees']:.2f}",
-             f"{100 * row['face_share']:.0f} %",
-             f"{row['seconds']:.1f}")
+             f"{100 * row['face_share']:.0f} %")
         )  # fmt: skip
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = [
@@ -346,6 +324,55 @@ def format_table(summary: dict[str, Any]) -> str:
     ]
     lines += [f"rejected  {entry['reason']}" for entry in summary["rejected"]]
     return "\n".join(lines)
+
+
+def add_dataset_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments that this program and `data_prep.import_fits` share."""
+    default = BuildSettings()
+    parser.add_argument("--out", type=Path, required=True, help="folder of the dataset to make")
+    parser.add_argument("--size", type=int, default=default.size, help="side of the stored frames in pixels")
+    parser.add_argument("--crop-factor", type=float, default=default.crop_factor)
+    parser.add_argument(
+        "--image-format", choices=("png", "jpeg"), help="default: png up to 128 pixels, jpeg above"
+    )
+    parser.add_argument("--latents", metavar="DIR", help="store VAE latents too; DIR is from loki_jax.convert")
+    parser.add_argument("--latents-config", help="config with the VAE's sizes (default: Stable Diffusion 2.1's)")
+    parser.add_argument("--latents-batch", type=int, default=8, help="pictures encoded at a time")
+    parser.add_argument("--no-images", action="store_true", help="store latents only")
+    parser.add_argument(
+        "--validation", type=float, default=default.validation, help="share of identities held out"
+    )
+    parser.add_argument("--identity-from", choices=("file", "folder"), default=default.identity_from)
+    parser.add_argument("--identities", help="CSV with clip, identity and perhaps source, licence")
+    parser.add_argument("--licence", default=default.licence, help="licence of the clips, stored with them")
+    parser.add_argument(
+        "--workers", type=int, default=available_cores(), help="processes (default: %(default)s); 0: none extra"
+    )
+    parser.add_argument("--keep-work", action="store_true", help="leave the work files in DIR.work")
+    parser.add_argument("--overwrite", action="store_true", help="replace a dataset that is already there")
+
+
+def check_dataset_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    if args.size < 8 or args.crop_factor <= 0 or args.workers < 0 or args.latents_batch < 1:
+        parser.error("--size must be at least 8, --crop-factor and --latents-batch positive, --workers not negative")
+    if not 0 <= args.validation < 1:
+        parser.error("--validation must be in [0, 1)")
+    if args.no_images and args.latents is None:
+        parser.error("--no-images needs --latents: records must hold one of them")
+
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def interrupted(out: Path) -> int:
+    """What to say, and the exit status, after Ctrl-C."""
+    print(
+        f"\nstopped; finished clips are kept in {work_folder(out)}. Run the same command again to go on.",
+        file=sys.stderr,
+    )
+    return _INTERRUPTED
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -357,45 +384,36 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--clips", nargs="+", required=True, help="video files, or folders with videos")
     parser.add_argument("--head", required=True, help="head asset, ICT-FaceKit arrays, or builtin")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the dataset to make")
-    parser.add_argument("--size", type=int, default=default.size, help="side of the stored frames in pixels")
+    add_dataset_arguments(parser)
     parser.add_argument("--fps", type=Fraction, default=default.fps, help="frame rate, e.g. 25 or 30000/1001")
     parser.add_argument("--face", type=int, help="which face, 0 the most prominent (the default)")
     parser.add_argument("--focal", type=float, help="focal length in pixels (default: from --fov)")
     parser.add_argument(
         "--fov", type=float, default=default.fit.fov, help="field of view of the longer side, degrees"
     )
-    parser.add_argument("--crop-factor", type=float, default=default.crop_factor)
     parser.add_argument("--min-frames", type=int, default=default.min_frames)
     parser.add_argument(
         "--max-error", type=float, default=100 * default.max_error, help="percent; see summary.json"
     )
     parser.add_argument(
-        "--max-memory", type=float, default=default.max_bytes / 2**30, help="GiB of frames a clip"
-    )
+        "--max-memory", type=float, default=default.max_bytes / 2**30,
+        help="GiB of frames of one clip, in each process (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--max-seconds", type=Fraction, help="use only so much of each clip")
     parser.add_argument(
         "--overlay", type=int, default=default.overlay, help="side of the overlay videos, 0: none"
     )
     parser.add_argument(
-        "--image-format", choices=("png", "jpeg"), help="default: png up to 128 pixels, jpeg above"
-    )
-    parser.add_argument(
-        "--validation", type=float, default=default.validation, help="share of identities held out"
-    )
-    parser.add_argument("--identity-from", choices=("file", "folder"), default=default.identity_from)
-    parser.add_argument("--licence", default=default.licence, help="licence of the clips, stored with them")
-    parser.add_argument(
         "--wheel", help="the mediapipe 0.10.21 wheel, where the landmark models cannot be downloaded"
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace a dataset that is already there")
     args = parser.parse_args(argv)
-    if args.size < 8 or args.fps <= 0 or args.crop_factor <= 0 or args.min_frames < 1 or args.overlay < 0:
-        parser.error(
-            "--size must be at least 8, --fps, --crop-factor and --min-frames positive, "
-            "--overlay not negative"
-        )
-    if not 0 < args.fov < 150 or (args.focal is not None and args.focal <= 0) or not 0 <= args.validation < 1:
-        parser.error("--fov must be in (0, 150), --focal positive, --validation in [0, 1)")
+    check_dataset_arguments(parser, args)
+    if args.fps <= 0 or args.min_frames < 1 or args.overlay < 0:
+        parser.error("--fps and --min-frames must be positive, --overlay not negative")
+    if not 0 < args.fov < 150 or (args.focal is not None and args.focal <= 0):
+        parser.error("--fov must be in (0, 150), --focal positive")
+    if args.max_seconds is not None and args.max_seconds <= 0:
+        parser.error("--max-seconds must be positive")
     settings = BuildSettings(
         size=args.size,
         fps=args.fps,
@@ -405,8 +423,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         min_frames=args.min_frames,
         max_error=args.max_error / 100,
         max_bytes=int(args.max_memory * 2**30),
+        max_seconds=args.max_seconds,
         overlay=args.overlay,
         image_format=args.image_format,
+        images=not args.no_images,
         validation=args.validation,
         identity_from=args.identity_from,
         licence=args.licence,
@@ -415,16 +435,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         paths = find_clips(args.clips)
         head = load_any_head(args.head)
-        landmarker = Landmarker(fetch_models(args.wheel))
+        labels = None if args.identities is None else read_labels(args.identities)
+        models = fetch_models(args.wheel)
+        encoder = None
+        if args.latents is not None:
+            encoder = load_encoder(
+                args.latents, args.size, config=args.latents_config, batch=args.latents_batch
+            )
         summary = build_dataset(
-            paths, head, args.out, landmarker, settings, overwrite=args.overwrite,
-            say=lambda line: print(line, flush=True),
+            paths, head, args.out, functools.partial(load_landmarker, models), settings,
+            models={name: file_sha256(path) for name, path in models.items()},
+            labels=labels, encoder=encoder, workers=args.workers, overwrite=args.overwrite,
+            keep_work=args.keep_work, say=lambda line: print(line, flush=True),
         )  # fmt: skip
-    except (MediaError, HeadAssetError, LandmarkError, FitError, DatasetError) as error:
+    except (MediaError, HeadAssetError, LandmarkError, FitError, DatasetError, WorkerError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        return interrupted(args.out)
     print(format_table(summary))
-    print(f"wrote {args.out}: {len(summary['clips'])} clips, {sum(summary['records'].values())} frames")
+    print(f"{args.out}: {len(summary['clips'])} clips, {sum(summary['records'].values())} frames")
     return 0
 
 

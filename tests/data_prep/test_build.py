@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from fractions import Fraction
 
 import jax
 import jax.numpy as jnp
@@ -11,22 +10,30 @@ import numpy as np
 import pytest
 
 from data_prep import build, face_track
-from data_prep.build import BuildSettings, build_dataset, choose_splits, clip_names, find_clips, load_any_head
+from data_prep.build import BuildSettings, build_dataset, load_any_head
 from data_prep.face_track import clip_crop_box, fit_image, fit_video, steady_run
 from data_prep.fit import FitError, make_camera
-from data_prep.landmarker import FaceBox, LandmarkError, Region, Track
+from data_prep.landmarker import LandmarkError, Track
+from data_prep.manifest import choose_splits, clip_names, find_clips
 from loki_jax.data.records import DatasetError, open_dataset
 from loki_jax.head.asset import HeadAssetError, save_head
 from loki_jax.head.builtin import builtin_head
 from loki_jax.head.camera import camera_from_world, project
 from loki_jax.head.rotation import geodesic_angle, matrix_from_rotvec
-from loki_jax.head.skinning import landmark_positions, make_identity, mesh_render_mask, world_vertices
+from loki_jax.head.skinning import make_identity, mesh_render_mask, world_vertices
 from loki_jax.head.types import Coefficients
 from loki_jax.video import MediaError, read_video, write_video
+from tests.data_prep.known_face import (
+    HEIGHT,
+    RATE,
+    WIDTH,
+    KnownFace,
+    N,
+    frames_showing,
+    true_coefficients,
+    true_points,
+)
 
-N = 16
-HEIGHT, WIDTH = 96, 128
-RATE = Fraction(25)
 
 
 @pytest.fixture(scope="module")
@@ -36,65 +43,17 @@ def head():
 
 @pytest.fixture(scope="module")
 def true(head) -> Coefficients:
-    """A turning, nodding, speaking head of 16 frames."""
-    time = np.arange(N) / 25
-    still = np.zeros((N, 3), np.float32)
-    return Coefficients(
-        shape=np.zeros((N, head.n_shape), np.float32),
-        expression=np.zeros((N, head.n_expression), np.float32),
-        rot=np.stack([0.1 * np.sin(5 * time), 0.4 * np.sin(4 * time), 0 * time], 1).astype(np.float32),
-        tra=np.tile(np.array([0.0, 0.06, -1.2], np.float32), (N, 1)),
-        neck=still,
-        jaw=np.stack([0.1 * np.abs(np.sin(9 * time)), 0 * time, 0 * time], 1).astype(np.float32),
-        eyes=still,
-    )
+    return true_coefficients(head)
 
 
 @pytest.fixture(scope="module")
 def points(head, true) -> np.ndarray:
-    camera = make_camera((HEIGHT, WIDTH))
-    world = world_vertices(head, make_identity(head, jnp.asarray(true.shape)), true)
-    pixels = project(camera_from_world(landmark_positions(head, world, "mediapipe478"), camera), camera)
-    return np.concatenate([np.asarray(pixels), np.zeros((N, 478, 1))], axis=-1).astype(np.float32)
-
-
-class KnownFace:
-    """The networks' interface. A frame's grey value says which points it shows: 8 (index + 1); 0: none."""
-
-    def __init__(self, points: np.ndarray):
-        self.points = points
-
-    def _index(self, image) -> int:
-        return int(round(float(image.mean()) / 8)) - 1
-
-    def detect(self, image):
-        index = self._index(image)
-        if index < 0:
-            return []
-        found = self.points[index, :468, :2]
-        return [FaceBox(np.concatenate([found.min(0), found.max(0)]), np.zeros((6, 2)), 0.9)]
-
-    def face_region(self, face):
-        return Region(0.0, 0.0, 1.0, 0.0)
-
-    def next_region(self, points):
-        return Region(0.0, 0.0, 1.0, 0.0)
-
-    def points_in(self, image, region):
-        index = self._index(image)
-        if index < 0:
-            return np.zeros((478, 3), np.float32), np.zeros(478, np.float32), 0.0
-        return self.points[index], np.ones(478, np.float32), 0.95
+    return true_points(head, true)
 
 
 @pytest.fixture(scope="module")
 def networks(points) -> KnownFace:
     return KnownFace(points)
-
-
-def frames_showing(indices) -> np.ndarray:
-    grey = np.array([8 * (index + 1) for index in indices], np.uint8)
-    return np.broadcast_to(grey[:, None, None, None], (len(grey), HEIGHT, WIDTH, 3))
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +79,7 @@ SETTINGS = BuildSettings(size=32, overlay=32, validation=0.5)
 def built(clips, head, networks, tmp_path_factory):
     out = tmp_path_factory.mktemp("out") / "shards"
     lines = []
-    summary = build_dataset(find_clips([str(clips)]), head, out, networks, SETTINGS, say=lines.append)
+    summary = build_dataset(find_clips([str(clips)]), head, out, lambda: networks, SETTINGS, say=lines.append)
     return out, summary, lines
 
 
@@ -133,7 +92,7 @@ def test_good_clips_are_built_and_bad_ones_listed(built):
     assert "0 bytes" in reasons["empty"] and "no face found" in reasons["nobody"]
     assert "visible for 6 frames" in reasons["short"] and "truncated.mp4" in reasons["truncated"]
     assert all(entry["reason"].count("\n") == 0 for entry in summary["rejected"])
-    assert len(lines) == 7 and sum("s left" in line for line in lines) == 3
+    assert len(lines) == 8 and sum("s left" in line for line in lines) == 3
     assert json.loads((out / "summary.json").read_text()) == json.loads(json.dumps(summary))
     table = build.format_table(summary)
     assert table.count("\n") == 7 and "rejected" in table
@@ -173,7 +132,7 @@ def test_overlay_shows_crop_and_mesh(built):
 def test_nothing_usable_leaves_nothing_behind(clips, head, networks, tmp_path):
     with pytest.raises(DatasetError, match="(?s)all 2 clips were rejected:.*empty.mp4.*nobody.mp4"):
         build_dataset(
-            [clips / "empty.mp4", clips / "nobody.mp4"], head, tmp_path / "out", networks, SETTINGS, say=len
+            [clips / "empty.mp4", clips / "nobody.mp4"], head, tmp_path / "out", lambda: networks, SETTINGS, say=len
         )
     assert list(tmp_path.iterdir()) == []
 
@@ -183,13 +142,13 @@ def test_badly_fitting_clip_is_rejected(clips, head, points, tmp_path):
         points + 4 * np.random.default_rng(0).standard_normal(points.shape).astype(np.float32)
     )
     with pytest.raises(DatasetError, match=r"the head fits badly, median error .*`--max-error`"):
-        build_dataset([clips / "good.mp4"], head, tmp_path / "out", garbled, SETTINGS, say=len)
+        build_dataset([clips / "good.mp4"], head, tmp_path / "out", lambda: garbled, SETTINGS, say=len)
 
 
 def test_clip_beyond_the_memory_limit_is_rejected(clips, head, networks, tmp_path):
     settings = BuildSettings(size=32, max_bytes=5 * HEIGHT * WIDTH * 3)
-    with pytest.raises(DatasetError, match=r"good.mp4: more than .*128x96.*`--max-memory`"):
-        build_dataset([clips / "good.mp4"], head, tmp_path / "out", networks, settings, say=len)
+    with pytest.raises(DatasetError, match=r"good.mp4: .*128x96.*take more than .*`--max-memory`"):
+        build_dataset([clips / "good.mp4"], head, tmp_path / "out", lambda: networks, settings, say=len)
 
 
 def test_fit_video_keeps_every_frame(clips, head, networks, true):
@@ -296,7 +255,7 @@ def test_head_without_landmarks_is_refused_at_once(clips, head, networks, tmp_pa
     bare = jax.tree_util.tree_map(lambda x: x, head)
     object.__setattr__(bare, "landmarks", {})
     with pytest.raises(FitError, match="no 'mediapipe478' landmarks"):
-        build_dataset([clips / "good.mp4"], bare, tmp_path / "out", networks, SETTINGS)
+        build_dataset([clips / "good.mp4"], bare, tmp_path / "out", lambda: networks, SETTINGS)
 
 
 def test_array_without_rate_is_refused(head, networks):
