@@ -4,7 +4,11 @@
 
 A mesh of FLAME's size (5,223 vertices, 10,320 faces) covers about 40 % of a 512 x 512 frame. All
 times of a ratio are taken in turns in this run; each ratio is one of medians. Compare only ratios:
-absolute times depend on the machine. The last line of the output is one JSON object:
+absolute times depend on the machine. Every call writes over its own last result (a donated buffer), as
+in a train step, where the map is an intermediate array. Without that, most of a copy's time on
+a CPU are the operating system's, which hands out 47 MB of new pages; ratios so measured are
+`map_over_copy_new_pages` and `all_pairs_over_ours_new_pages`. The last line of the output is one JSON
+object:
 
   map_over_copy         full 45-channel float32 map over a jitted copy of an array of its size
   all_pairs_over_ours   the same map, its faces found by testing all faces at all pixels (the best of
@@ -16,6 +20,7 @@ absolute times depend on the machine. The last line of the output is one JSON ob
 import argparse
 import json
 import time
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -138,30 +143,47 @@ def medians(calls: dict, repeats: int, clock: str) -> dict[str, float]:
     return {name: float(np.median(values)) for name, values in times.items()}
 
 
+def in_place(function, *arguments):
+    """A call of the jitted function that writes over what it returned last."""
+    step = jax.jit(lambda _, *given: function(*given), donate_argnums=0, keep_unused=True)
+    result = [jax.tree.map(jnp.zeros_like, jax.eval_shape(function, *arguments))]
+
+    def call():
+        result[0] = step(result[0], *arguments)
+        return result[0]
+
+    return call
+
+
 def ready(size: int, mesh: tuple[int, int], batch: int | None = None):
-    """The compiled map of a mesh, its arguments bound, and the copy of as many bytes."""
+    """Calls that draw the map of a mesh and that copy as many bytes, and the covered share."""
     vertices, faces = egg(*mesh, n_vertices=FLAME_VERTICES)
     rng = np.random.default_rng(1)
     canonical = jnp.asarray(driver.canonical_positions(jnp.asarray(vertices)))
     given = vertices if batch is None else frames_of(vertices, batch)
     offsets = rng.normal(size=given.shape).astype(np.float32) * driver.EXPRESSION_SCALE
-    given, offsets = jnp.asarray(given), jnp.asarray(offsets)
-    lowered = jax.jit(our_map, static_argnames="size").lower(given, faces, canonical, offsets, size=size)
-    compiled = lowered.compile()
-    image = compiled(given, faces, canonical, offsets)
+    arguments = (jnp.asarray(given), jnp.asarray(faces), canonical, jnp.asarray(offsets))
+    draw = partial(our_map, size=size)
+    fresh, copy = jax.jit(draw), jax.jit(jnp.copy)
+    image = fresh(*arguments)
     covered = float((np.asarray(image[..., 7]) != 0).mean())
-    copy = jax.jit(jnp.copy)
-    calls = {"map": lambda: compiled(given, faces, canonical, offsets), "copy": lambda: copy(image)}
-    return calls, covered, compiled
+    calls = {
+        "map": in_place(draw, *arguments),
+        "copy": in_place(jnp.copy, image),
+        "map_new_pages": lambda: fresh(*arguments),
+        "copy_new_pages": lambda: copy(image),
+    }
+    return calls, covered
 
 
 def map_figures(repeats: int, clock: str, size: int = SIZE) -> dict:
     """The map against a copy of its bytes, and with four times the faces."""
-    calls, covered, _ = ready(size, MAIN_FACES)
+    calls, covered = ready(size, MAIN_FACES)
     calls["map_40k"] = ready(size, FACES_40K)[0]["map"]
     found = medians(calls, repeats, clock)
     return {
         "map_over_copy": found["map"] / found["copy"],
+        "map_over_copy_new_pages": found["map_new_pages"] / found["copy_new_pages"],
         "faces40k_over_10k": found["map_40k"] / found["map"],
         "coverage": covered,
     }
@@ -169,27 +191,30 @@ def map_figures(repeats: int, clock: str, size: int = SIZE) -> dict:
 
 def all_pairs_figures(repeats: int, clock: str, size: int = SIZE) -> dict:
     """The all-pairs map, with its best chunk size, against ours."""
-    calls, _, _ = ready(size, MAIN_FACES)
+    calls, _ = ready(size, MAIN_FACES)
     vertices, faces = egg(*MAIN_FACES, n_vertices=FLAME_VERTICES)
-    canonical = driver.canonical_positions(jnp.asarray(vertices))
-    search = jax.jit(raster.nearest_faces, static_argnames="size")
-    pairs = jax.jit(all_pairs_map, static_argnames=("size", "chunk"))
-    arguments = (jnp.asarray(vertices), faces, canonical, jnp.zeros_like(vertices))
-    all_pairs = {chunk: lambda chunk=chunk: pairs(*arguments, size=size, chunk=chunk) for chunk in CHUNKS}
+    vertices, faces = jnp.asarray(vertices), jnp.asarray(faces)
+    arguments = (vertices, faces, driver.canonical_positions(vertices), jnp.zeros_like(vertices))
+    draw = {chunk: partial(all_pairs_map, size=size, chunk=chunk) for chunk in CHUNKS}
+    all_pairs = {chunk: in_place(draw[chunk], *arguments) for chunk in CHUNKS}
     # Once per chunk size to compile and once to find the best, then in turns with ours.
     for call in all_pairs.values():
         differs = np.abs(np.asarray(call()) - np.asarray(calls["map"]()))[..., :42].max(-1) > 1e-3
         if np.mean(differs) > 0.01:
             raise SystemExit("the two rasterisers draw different pictures: their times are not comparable")
     best = min(CHUNKS, key=lambda chunk: seconds(all_pairs[chunk], clock))
+    fresh = jax.jit(draw[best])
     turns = {
         "all_pairs": all_pairs[best],
         "map": calls["map"],
-        "search": lambda: search(arguments[0], faces, size=size),
+        "all_pairs_new_pages": lambda: fresh(*arguments),
+        "map_new_pages": calls["map_new_pages"],
+        "search": in_place(partial(raster.nearest_faces, size=size), vertices, faces),
     }
-    found = medians(turns, max(3, repeats // 5), clock)
+    found = medians(turns, max(5, repeats // 3), clock)
     return {
         "all_pairs_over_ours": found["all_pairs"] / found["map"],
+        "all_pairs_over_ours_new_pages": found["all_pairs_new_pages"] / found["map_new_pages"],
         "all_pairs_over_our_search": found["all_pairs"] / found["search"],
         "all_pairs_chunk": best,
         "search_share_of_map": found["search"] / found["map"],
@@ -218,8 +243,8 @@ def sweep(repeats: int, quick: bool, clock: str) -> list[dict]:
     cases += [("batch", 128 if quick else 256, MAIN_FACES, batch) for batch in batches]
     rows = []
     for what, side, mesh, batch in cases:
-        calls, covered, _ = ready(side, mesh, batch)
-        found = medians(calls, repeats, clock)
+        calls, covered = ready(side, mesh, batch)
+        found = medians({name: calls[name] for name in ("map", "copy")}, repeats, clock)
         row = {
             "sweep": what,
             "size": side,

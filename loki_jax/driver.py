@@ -12,6 +12,9 @@ arm has no map: `flame_vector` gives its numbers.
 
 from __future__ import annotations
 
+import math
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -31,9 +34,16 @@ from loki_jax.head.types import Camera, Coefficients
 from loki_jax.raster import Fragments, clear_hidden_faces, interpolate, locate, nearest_faces
 
 EXPRESSION_SCALE = 0.0104  # metres: standard deviation of the offsets, design section 5
-_FREQUENCIES = 2.0 ** np.arange(7, dtype=np.float32)
 _PIXELS_AT_ONCE = 2**20
 _CHANNELS = {"full": 45, "no_posenc": 3, "no_deform": 42}
+
+# Of each channel of the full map: the axis it shows, the factor 2^k, and the quarter turns that make
+# a sine a cosine.
+_AXIS = np.array([0] * 14 + [1] * 14 + [2] * 14 + [0, 1, 2])
+_FREQUENCY = np.array(([2.0**k for k in range(7)] * 2) * 3 + [1.0] * 3, np.float32)
+_QUARTER = np.array(([0] * 7 + [1] * 7) * 3 + [0] * 3, np.float32)
+# pi in three parts; products of the first with up to 2^14 halves are exact in float32.
+_PI = (3.140625, 9.67502593994140625e-4, 1.5099579897537296e-7)
 
 
 def driver_channels(arm: str) -> int:
@@ -57,11 +67,40 @@ def canonical_positions(vertices: Float[Array, "V 3"]) -> Float[Array, "V 3"]:
 def positional_encoding(positions: Float[Array, "*b 3"]) -> Float[Array, "*b 42"]:
     """Per axis sin(2^k p), then cos(2^k p), k = 0..6, without a factor pi.
 
-    Evaluated directly: doubling angles is neither faster here nor as exact (1e-6 against 6e-8).
+    Within 2e-7 of the float64 value for |p| below 100.
     """
-    angles = positions[..., None] * _FREQUENCIES
-    encoded = jnp.stack([jnp.sin(angles), jnp.cos(angles)], axis=-2)
-    return encoded.reshape(*positions.shape[:-1], 42)
+    return _encode(positions, 42)
+
+
+def _encode(positions: Float[Array, "*b 3"], channels: int) -> Float[Array, "*b C"]:
+    """The first channels of the encoding; those past the 42nd hold finite numbers without a meaning.
+
+    One elementwise function of position and channel number, so that XLA writes the whole map in one
+    pass; twice as fast on a CPU as its own sine and cosine, which are not vectorised there.
+    """
+    return _sine(_by_axis(positions, channels) * _FREQUENCY[:channels], _QUARTER[:channels])
+
+
+def _by_axis(values: Float[Array, "*b 3"], channels: int) -> Float[Array, "*b C"]:
+    """The component of the vector that each channel shows."""
+    axis = _AXIS[:channels]
+    return jnp.where(
+        axis == 0, values[..., 0:1], jnp.where(axis == 1, values[..., 1:2], values[..., 2:3])
+    )
+
+
+def _sine(angle: Float[Array, "*b"], quarter: Float[Array, "*b"]) -> Float[Array, "*b"]:
+    """sin(angle + quarter pi / 2): reduction to [-pi/2, pi/2], then the Taylor series to 1e-9."""
+    turns = lax.stop_gradient(jnp.round(angle * np.float32(1 / np.pi) + quarter / 2))
+    rest = angle
+    for part in _PI:
+        rest = rest - (turns - quarter / 2) * np.float32(part)
+    square = rest * rest
+    series = jnp.zeros_like(rest)
+    for k in range(13, 1, -2):
+        series = square * (series + np.float32((-1) ** (k // 2) / math.factorial(k)))
+    value = rest + rest * series
+    return jnp.where(turns.astype(jnp.int32) & 1, -value, value)
 
 
 def ndc_vertices(
@@ -85,16 +124,23 @@ def encode_fragments(
     dtype=jnp.float32,
 ) -> Float[Array, "*b S S C"]:
     """The driver map of rasterised fragments: 3 + 3 interpolated numbers, encoded at the pixel."""
-    driver_channels(arm)
-    covered = (fragments.face >= 0)[..., None]
-    parts = []
-    if arm != "no_posenc":
-        encoded = positional_encoding(interpolate(fragments, faces, canonical))
+    channels = driver_channels(arm)
+    deformation = None if arm == "no_deform" else interpolate(fragments, faces, offsets) / EXPRESSION_SCALE
+    if arm == "no_posenc":
+        return deformation.astype(dtype)
+    positions = interpolate(fragments, faces, canonical)
+
+    # Under differentiation only six numbers a pixel are kept.
+    @jax.checkpoint
+    def encode(positions, deformation):
+        encoded = _encode(positions, channels)
         # The cosine of the background's zeros is one.
-        parts.append(jnp.where(covered, encoded, 0.0).astype(dtype))
-    if arm != "no_deform":
-        parts.append((interpolate(fragments, faces, offsets) / EXPRESSION_SCALE).astype(dtype))
-    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1)
+        encoded = jnp.where(fragments.covered[..., None], encoded, 0.0)
+        if deformation is not None:
+            encoded = jnp.where(np.arange(channels) < 42, encoded, _by_axis(deformation, channels))
+        return encoded.astype(dtype)
+
+    return encode(positions, deformation)
 
 
 def driver_map(
