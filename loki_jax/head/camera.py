@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import jax
@@ -74,6 +75,8 @@ def crop_box(
     return jnp.concatenate([centre - half, centre + half], axis=-1)
 
 
+# All frames of a clip are cropped alike, and the matrix takes longer than its product with a frame.
+@functools.lru_cache(maxsize=8)
 def _resampling_matrix(start: float, stop: float, size: int, n_pixels: int) -> scipy.sparse.csr_array:
     """(size, n_pixels + 1) weights that resample [start, stop) of a row of pixels to `size` pixels.
 
