@@ -152,7 +152,18 @@ def build(
             raise DatasetError(f"{out}: is being built by another process. Wait for it, or stop it.")
         try:
             return _build_locked(
-                planned, head, out, folder, make_fit, made_by, options, encoder, workers, overwrite, keep_work, say
+                planned,
+                head,
+                out,
+                folder,
+                make_fit,
+                made_by,
+                options,
+                encoder,
+                workers,
+                overwrite,
+                keep_work,
+                say,
             )
         finally:
             # Nothing in it: nothing to continue.
@@ -185,6 +196,8 @@ def _build_locked(
     ]
     if len(todo) < len(unique):
         say(f"{len(unique) - len(todo)} of {len(unique)} clips are done already")
+    for reason in repeated.values():
+        say(f"rejected: {reason}")
     transient: dict[str, str] = {}
     progress = _Progress(len(todo), say)
     make_work = functools.partial(make_clip_work, make_fit, folder)
@@ -217,11 +230,11 @@ def _build_locked(
     if not accepted:
         reasons = [reason for _, reason, _ in rows_of_rejected]
         shown = "".join(f"\n  {reason}" for reason in reasons[:_LISTED_REJECTIONS])
-        more = f"\n  and {len(reasons) - _LISTED_REJECTIONS} more" if len(reasons) > _LISTED_REJECTIONS else ""
-        _drop_work(folder, keep=False)
-        raise DatasetError(
-            f"{out}: nothing was built, all {len(reasons)} clips were rejected:{shown}{more}"
+        more = (
+            f"\n  and {len(reasons) - _LISTED_REJECTIONS} more" if len(reasons) > _LISTED_REJECTIONS else ""
         )
+        _drop_work(folder, keep=False)
+        raise DatasetError(f"{out}: nothing was built, all {len(reasons)} clips were rejected:{shown}{more}")
     splits = choose_splits(list(dict.fromkeys(clip.identity for clip in accepted)), options.validation)
     rows: list[dict[str, Any]] = []
     summary: dict[str, Any] = {}
@@ -258,7 +271,8 @@ def _build_locked(
                 for name, (count, size) in metadata.shards.items()
             },
             "clips": [
-                clip.as_json() | {"split": info.split, "frames": info.length, "first_record": info.first_record}
+                clip.as_json()
+                | {"split": info.split, "frames": info.length, "first_record": info.first_record}
                 for clip, info in zip(accepted, table, strict=True)
             ],
             "rejected": [
@@ -380,8 +394,12 @@ class _Finished:
         if any(entry.get("transient") for entry in entries):
             return False
         wanted = {clip.clip_id: clip.as_json() for clip in planned}
-        held = {entry["clip"]: {name: entry[name] for name in wanted.get(entry["clip"], {})} for entry in entries}
-        order = [clip.clip_id for clip in planned if clip.clip_id in {e["clip"] for e in self.manifest["clips"]}]
+        held = {
+            entry["clip"]: {name: entry[name] for name in wanted.get(entry["clip"], {})} for entry in entries
+        }
+        order = [
+            clip.clip_id for clip in planned if clip.clip_id in {e["clip"] for e in self.manifest["clips"]}
+        ]
         return wanted == held and order == [entry["clip"] for entry in self.manifest["clips"]]
 
     def rejection(self, clip: PlannedClip) -> str | None:

@@ -76,6 +76,7 @@ class BuildSettings:
       focal: focal length in pixels of the uncropped frames; None: from `fit.fov`.
       crop_factor: side of the crop box over the longer side of the head over the whole clip.
       min_frames: shorter runs with a visible face are rejected.
+      min_face: clips whose head is smaller, in pixels of the uncropped frames, are rejected.
       max_error: clips whose median inner-face error exceeds this part of the distance of the outer eye
         corners are rejected.
       max_bytes: clips whose decoded frames would not fit in so much memory are rejected.
@@ -94,6 +95,7 @@ class BuildSettings:
     focal: float | None = None
     crop_factor: float = CROP_FACTOR
     min_frames: int = 16
+    min_face: float = 64.0
     max_error: float = 0.05
     max_bytes: int = 4 * 2**30
     max_seconds: Fraction | None = None
@@ -163,6 +165,12 @@ def fit_clip(path: Path, head: HeadAsset, landmarker: Landmarker, settings: Buil
         frames[start:stop], settings.fps, cut_track(track, start, stop), head,
         focal=settings.focal, crop_factor=settings.crop_factor, settings=settings.fit, name=str(path),
     )  # fmt: skip
+    face = float(fitted.crop[2] - fitted.crop[0]) / settings.crop_factor
+    if face < settings.min_face:
+        raise RejectedClip(
+            f"{path}: the head is {face:.0f} pixels large, {settings.min_face:.0f} are needed (`--min-face`). Use "
+            "a clip of higher resolution."
+        )
     error = float(np.nanmedian(fitted.fit.error))
     if not error <= settings.max_error:
         raise RejectedClip(
@@ -335,8 +343,12 @@ def add_dataset_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--image-format", choices=("png", "jpeg"), help="default: png up to 128 pixels, jpeg above"
     )
-    parser.add_argument("--latents", metavar="DIR", help="store VAE latents too; DIR is from loki_jax.convert")
-    parser.add_argument("--latents-config", help="config with the VAE's sizes (default: Stable Diffusion 2.1's)")
+    parser.add_argument(
+        "--latents", metavar="DIR", help="store VAE latents too; DIR is from loki_jax.convert"
+    )
+    parser.add_argument(
+        "--latents-config", help="config with the VAE's sizes (default: Stable Diffusion 2.1's)"
+    )
     parser.add_argument("--latents-batch", type=int, default=8, help="pictures encoded at a time")
     parser.add_argument("--no-images", action="store_true", help="store latents only")
     parser.add_argument(
@@ -346,7 +358,10 @@ def add_dataset_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--identities", help="CSV with clip, identity and perhaps source, licence")
     parser.add_argument("--licence", default=default.licence, help="licence of the clips, stored with them")
     parser.add_argument(
-        "--workers", type=int, default=available_cores(), help="processes (default: %(default)s); 0: none extra"
+        "--workers",
+        type=int,
+        default=available_cores(),
+        help="processes (default: %(default)s); 0: none extra",
     )
     parser.add_argument("--keep-work", action="store_true", help="leave the work files in DIR.work")
     parser.add_argument("--overwrite", action="store_true", help="replace a dataset that is already there")
@@ -354,7 +369,9 @@ def add_dataset_arguments(parser: argparse.ArgumentParser) -> None:
 
 def check_dataset_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     if args.size < 8 or args.crop_factor <= 0 or args.workers < 0 or args.latents_batch < 1:
-        parser.error("--size must be at least 8, --crop-factor and --latents-batch positive, --workers not negative")
+        parser.error(
+            "--size must be at least 8, --crop-factor and --latents-batch positive, --workers not negative"
+        )
     if not 0 <= args.validation < 1:
         parser.error("--validation must be in [0, 1)")
     if args.no_images and args.latents is None:
@@ -392,6 +409,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--fov", type=float, default=default.fit.fov, help="field of view of the longer side, degrees"
     )
     parser.add_argument("--min-frames", type=int, default=default.min_frames)
+    parser.add_argument("--min-face", type=float, default=default.min_face, help="pixels of the head")
     parser.add_argument(
         "--max-error", type=float, default=100 * default.max_error, help="percent; see summary.json"
     )
@@ -421,6 +439,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         focal=args.focal,
         crop_factor=args.crop_factor,
         min_frames=args.min_frames,
+        min_face=args.min_face,
         max_error=args.max_error / 100,
         max_bytes=int(args.max_memory * 2**30),
         max_seconds=args.max_seconds,

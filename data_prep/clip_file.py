@@ -82,7 +82,10 @@ def save_clip(folder: Path, key: str, clip: ClipData) -> None:
     """Store a fitted clip."""
     sizes = np.array([len(image) for image in clip.images], np.int64)
     arrays = {
-        **{f"coefficients/{name}": np.asarray(v, np.float32) for name, v in clip.coefficients._asdict().items()},
+        **{
+            f"coefficients/{name}": np.asarray(v, np.float32)
+            for name, v in clip.coefficients._asdict().items()
+        },
         **{f"camera/{name}": np.asarray(value, np.float32) for name, value in clip.camera._asdict().items()},
         "crop": np.asarray(clip.crop, np.float32),
         "confidence": np.asarray(clip.confidence, np.float32),

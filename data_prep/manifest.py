@@ -28,7 +28,16 @@ MANIFEST_FILE = "manifest.json"
 PIPELINE_VERSION = 2
 
 _VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts")
-_PACKAGES = ("jax", "jaxlib", "numpy", "scipy", "av", "opencv-python-headless", "ai-edge-litert", "array_record")
+_PACKAGES = (
+    "jax",
+    "jaxlib",
+    "numpy",
+    "scipy",
+    "av",
+    "opencv-python-headless",
+    "ai-edge-litert",
+    "array_record",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +48,7 @@ class PlannedClip:
       path: the file.
       clip_id: its name in the dataset.
       identity: who it shows.
-      sha256: of the file.
+      sha256: of the file; empty if it cannot be read.
       key: of everything that the fit of it depends on.
       source: where it comes from.
       licence: of its frames.
@@ -157,7 +166,6 @@ def plan_clips(
 
     Raises:
       DatasetError: a clip has no row in `labels`.
-      MediaError: a file cannot be read.
     """
     names = clip_names(paths)
     planned = []
@@ -172,9 +180,10 @@ def plan_clips(
                 )
             label = found
         try:
-            digest = file_sha256(path)
-        except OSError as error:
-            raise MediaError(f"{path}: cannot be read ({error}). Check its permissions.") from error
+            digest = content = file_sha256(path)
+        except OSError:
+            # The clip will be rejected with a reason; only its key must not be another one's.
+            digest, content = "", f"unreadable {path}"
         identity = label.get("identity") or (path.parent.name if identity_from == "folder" else name)
         planned.append(
             PlannedClip(
@@ -182,7 +191,7 @@ def plan_clips(
                 clip_id=name,
                 identity=identity,
                 sha256=digest,
-                key=_hash({"clip": digest, **made_by})[:32],
+                key=_hash({"clip": content, **made_by})[:32],
                 source=label.get("source") or path.name,
                 licence=label.get("licence") or licence,
             )

@@ -95,7 +95,10 @@ def _frame_rate(stream: av.VideoStream, path: Path) -> Fraction:
 
 def _quarter_turns(frame: av.VideoFrame) -> tuple[int, bool]:
     """Counter-clockwise quarter turns, then whether to mirror left-right, that show `frame` upright."""
-    data = frame.side_data.get("DISPLAYMATRIX")
+    try:
+        data = frame.side_data.get("DISPLAYMATRIX")
+    except ValueError:  # PyAV gives up on side data younger than itself (EXIF); the angle it knows
+        return round(frame.rotation / 90) % 4, False
     if data is None:
         return 0, False
     matrix = np.frombuffer(bytes(data), np.int32)[:9].reshape(3, 3)[:2, :2].astype(np.float64)
@@ -226,6 +229,11 @@ class VideoReader:
                     f"{self.path}: has no video track, only audio. Give a file that holds pictures."
                 )
             self._stream = streams[0]
+            if self._stream.codec_context is None:
+                raise MediaError(
+                    f"{self.path}: damaged, or of a kind that cannot be decoded: its video track names no known "
+                    "codec. Copy it again, or convert it (`ffmpeg -i IN -c:v libx264 OUT.mp4`)."
+                )
             self._stream.thread_type = "AUTO"
             _refuse_hdr(self.path, self._stream.codec_context.color_trc)
             self._width = _square_width(self._stream)
@@ -245,19 +253,25 @@ class VideoReader:
     def close(self) -> None:
         self._container.close()
 
-    def _expected_frames(self) -> int:
+    def _missing_frames(self, count: int, end: Fraction | None) -> int:
+        """How many frames the headers promise beyond the `count` decoded ones; `end` is when these end."""
         if self._stream.frames:
-            return self._stream.frames
+            return self._stream.frames - count
+        # Only a duration is known. Variable-rate video has fewer frames than that at its nominal rate, so
+        # times are compared; some containers count from zero and some from the first frame.
+        duration = None
         if self._stream.duration is not None and self._stream.time_base is not None:
-            return int(self._stream.duration * self._stream.time_base * self.source_fps)
-        if self._container.duration is not None and not self.has_audio:
-            return int(Fraction(self._container.duration, av.time_base) * self.source_fps)
-        return 0
+            duration = self._stream.duration * self._stream.time_base
+        elif self._container.duration is not None and not self.has_audio:
+            duration = Fraction(self._container.duration, av.time_base)
+        if duration is None:
+            return 0
+        return int((duration - (count / self.source_fps if end is None else end)) * self.source_fps)
 
     def _decoded(self) -> Iterator[tuple[Fraction | None, av.VideoFrame]]:
         count = 0
         part = self._start > 0 or self._stop is not None
-        origin = Fraction(0)
+        origin, end = Fraction(0), None
         try:
             if part and self._stream.start_time is not None:
                 origin = self._stream.start_time * self._stream.time_base
@@ -274,6 +288,8 @@ class VideoReader:
                     continue
                 if self._stop is not None and at + half > self._stop:
                     break
+                if time is not None:
+                    end = max(end or Fraction(0), time + 1 / self.source_fps)
                 yield time, frame
         except (av.error.FFmpegError, OSError) as error:
             raise MediaError(
@@ -286,7 +302,7 @@ class VideoReader:
         if part:
             return
         # Edit lists may hide a few frames that the container counts.
-        missing = self._expected_frames() - count
+        missing = self._missing_frames(count, end)
         if missing > max(2, count // 20):
             raise MediaError(
                 f"{self.path}: truncated: {count} of {count + missing} frames can be read. "

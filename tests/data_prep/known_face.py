@@ -1,4 +1,4 @@
-"""Clips whose landmarks are known, and a stand-in for the landmark networks that reads them off the frames."""
+"""Clips whose landmarks are known, and a stand-in for the networks that reads them off the frames."""
 
 from fractions import Fraction
 
@@ -40,13 +40,14 @@ def true_points(head, true) -> np.ndarray:
 
 
 class KnownFace:
-    """The networks' interface. A frame's grey value says which points it shows: 8 (index + 1); 0: none."""
+    """The networks' interface. A frame's grey value says which points it shows: 8 (index + 1); black, white: none."""
 
     def __init__(self, points: np.ndarray):
         self.points = points
 
     def _index(self, image) -> int:
-        return min(int(round(float(image.mean()) / 8)), len(self.points)) - 1
+        index = int(round(float(image.mean()) / 8)) - 1
+        return index if index < len(self.points) else -1
 
     def detect(self, image):
         index = self._index(image)

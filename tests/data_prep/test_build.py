@@ -35,7 +35,6 @@ from tests.data_prep.known_face import (
 )
 
 
-
 @pytest.fixture(scope="module")
 def head():
     return builtin_head()
@@ -132,7 +131,12 @@ def test_overlay_shows_crop_and_mesh(built):
 def test_nothing_usable_leaves_nothing_behind(clips, head, networks, tmp_path):
     with pytest.raises(DatasetError, match="(?s)all 2 clips were rejected:.*empty.mp4.*nobody.mp4"):
         build_dataset(
-            [clips / "empty.mp4", clips / "nobody.mp4"], head, tmp_path / "out", lambda: networks, SETTINGS, say=len
+            [clips / "empty.mp4", clips / "nobody.mp4"],
+            head,
+            tmp_path / "out",
+            lambda: networks,
+            SETTINGS,
+            say=len,
         )
     assert list(tmp_path.iterdir()) == []
 
@@ -143,6 +147,12 @@ def test_badly_fitting_clip_is_rejected(clips, head, points, tmp_path):
     )
     with pytest.raises(DatasetError, match=r"the head fits badly, median error .*`--max-error`"):
         build_dataset([clips / "good.mp4"], head, tmp_path / "out", lambda: garbled, SETTINGS, say=len)
+
+
+def test_small_head_is_rejected(clips, head, networks, tmp_path):
+    settings = BuildSettings(size=32, min_face=300)
+    with pytest.raises(DatasetError, match=r"good.mp4: the head is \d\d pixels large.*`--min-face`"):
+        build_dataset([clips / "good.mp4"], head, tmp_path / "out", lambda: networks, settings, say=len)
 
 
 def test_clip_beyond_the_memory_limit_is_rejected(clips, head, networks, tmp_path):
