@@ -37,7 +37,7 @@ def base_config() -> ConfigDict:
 
     c.model = ConfigDict()
     c.model.dtype = "bfloat16"  # of activations; parameters, norms, softmax and loss are float32
-    c.model.attention_backend = "auto"  # auto | xla | chunked | cudnn
+    c.model.attention_backend = "auto"  # auto | xla | chunked | cudnn (GPU) | splash (TPU)
     c.model.remat = True
     c.model.latent_channels = 4
     c.model.unet = ConfigDict()
@@ -45,7 +45,13 @@ def base_config() -> ConfigDict:
     c.model.unet.multipliers = (1, 2, 4, 4)
     c.model.unet.num_res_blocks = 2
     c.model.unet.attention_levels = (0, 1, 2)
-    c.model.unet.attention_modes = ("spatial", "3d", "3d", "3d")  # by level; the middle follows the last
+    # By level; the middle follows the last. "spatial": within a frame, as the paper's finest level; "3d":
+    # all frames together; "temporal": within a frame, then over the frames at each pixel (AnimateDiff, Guo
+    # et al. 2024, section 4.2, without position encoding; adds layers that start at zero).
+    c.model.unet.attention_modes = ("spatial", "3d", "3d", "3d")
+    # Cross-attention of the generation branch to the null prompt: None removes it (the paper's parameter
+    # count), the width of the prompt (1024) keeps SD's layers.
+    c.model.unet.context_dim = placeholder(int)
     c.model.unet.head_channels = 64
     c.model.norm_groups = 32  # of every GroupNorm in encoder and UNets
     c.model.encoder = ConfigDict()
@@ -66,14 +72,23 @@ def base_config() -> ConfigDict:
     c.model.autoencoder.sample_reference = False  # True: the reference latent is a random posterior draw
 
     c.diffusion = ConfigDict()
-    c.diffusion.prediction = "epsilon"  # epsilon | v | x0
+    # What the network predicts: epsilon (Ho et al. 2020, equation 14), v = sqrt(alpha_bar) epsilon -
+    # sqrt(1 - alpha_bar) x0 (Salimans and Ho 2022, section 4), or x0.
+    c.diffusion.prediction = "epsilon"
     c.diffusion.shared_timesteps = 0.0  # share of windows whose frames all have one timestep, as in sampling
+    # Zero terminal SNR (Lin et al. 2024, algorithm 1). The published schedule clips betas at 0.99, which
+    # leaves a trace of signal; max_beta = 1 leaves none and wants prediction v and sample.spacing trailing
+    # (their sections 3.2 and 3.3; variant `zero_snr`).
     c.diffusion.rescale_zero_snr = True
+    c.diffusion.max_beta = 0.99
     c.diffusion.shift_frames = 15  # SNR shifted by sqrt(64^2 / (latent size^2 n)); 0: not shifted
-
+    # gamma of the min-SNR weights (Hang et al. 2023, section 3.4: 5); 0: every timestep counts alike. The
+    # validation loss is never weighted.
+    c.diffusion.min_snr_gamma = 0.0
     c.diffusion.clip = 0.0  # bound on the estimate of the clean latents while sampling; 0: none
 
-    # Shares of samples that lose the identity features, the driver map, or both together.
+    # Shares of samples that lose the identity features, the driver map, or both together (classifier-free
+    # guidance, Ho and Salimans 2022, algorithm 1; independent shares as Brooks et al. 2023, section 3.2.1).
     c.dropout = ConfigDict()
     c.dropout.identity = 0.05
     c.dropout.motion = 0.05
@@ -82,14 +97,24 @@ def base_config() -> ConfigDict:
     c.dropout.null_reference = "features"
 
     c.optimizer = ConfigDict()
+    # The learning rate rises linearly for `warmup_steps`, stays for `hold_steps`, then follows `decay`:
+    # constant | cosine (Loshchilov and Hutter 2017, equation 5) | linear, both down to `final_share` of the
+    # peak at `steps` | rsqrt, proportional to 1 / sqrt(step) (Karras et al. 2024, equation 67).
     c.optimizer.learning_rate = 1e-4
     c.optimizer.warmup_steps = 0
-    c.optimizer.decay = "constant"  # constant | cosine (to zero at `steps`)
+    c.optimizer.hold_steps = 0
+    c.optimizer.decay = "constant"
+    c.optimizer.final_share = 0.0
     c.optimizer.b1 = 0.9
     c.optimizer.b2 = 0.999
+    # Decoupled decay (Loshchilov and Hutter 2019, algorithm 2) of all parameters, as the paper's AdamW, or
+    # of matrices only: not of biases and scales of norms (Radford et al. 2018, section 4.1).
     c.optimizer.weight_decay = 0.01
-    c.optimizer.clip_norm = 1.0  # 0: no clipping
-    c.ema_decay = 0.9999  # 0: no moving average
+    c.optimizer.weight_decay_on = "all"  # all | matrices
+    c.optimizer.clip_norm = 1.0  # of all gradients together (Pascanu et al. 2013, algorithm 1); 0: no clipping
+    # Moving average of the parameters (Ho et al. 2020, appendix B) whose decay grows as
+    # (1 + step) / (10 + step) up to this; 0: none.
+    c.ema_decay = 0.9999
 
     # Mesh: `data` replicates parameters, `fsdp` shards them; -1 takes the devices that are left.
     c.mesh = ConfigDict()
@@ -113,11 +138,17 @@ def base_config() -> ConfigDict:
     c.checkpoint = ConfigDict(dict(every=1000, keep=3, keep_every=0, keep_best=1))
     c.validation = ConfigDict(dict(every=1000, batches=8))
     c.sample = ConfigDict(dict(every=5000, pairs=4, steps=50, guidance=2.0, spacing="leading"))
+    c.sample.video = True  # also samples/STEP.mp4 in the workdir
+    c.sample.follow = False  # HPF and HEF of the samples of synthetic clips; takes seconds to minutes on the host
+    c.sample.pose = "relative"  # relative | absolute: whose head pose a driver gives, where --mode says nothing
     return c
 
 
 def apply_official(c: ConfigDict) -> ConfigDict:
-    """The public code's choices, for reproducing it (docs/decisions.md lists each with ours)."""
+    """The public code's choices, for reproducing it (docs/decisions.md lists each with ours).
+
+    Rows 4 and 13 are choices of the data (`data_prep.build`), row 10 is not reproduced.
+    """
     c.data.fixed_reference = True
     c.driver.neck = False
     c.model.autoencoder.sample_reference = True
@@ -128,7 +159,25 @@ def apply_official(c: ConfigDict) -> ConfigDict:
     c.optimizer.clip_norm = 0.0
     c.ema_decay = 0.0
     c.sample.spacing = "official"
+    c.sample.pose = "absolute"
     return c
+
+
+def apply_zero_snr(c: ConfigDict) -> ConfigDict:
+    """Lin et al. 2024: true zero terminal SNR, v-prediction, and sampling that starts at the last step."""
+    c.diffusion.prediction = "v"
+    c.diffusion.max_beta = 1.0
+    c.sample.spacing = "trailing"
+    return c
+
+
+VARIANTS = {"official": apply_official, "zero_snr": apply_zero_snr}
+
+
+def apply_variant(c: ConfigDict, arg: str | None) -> ConfigDict:
+    """`c` changed as the argument of `--config file.py:variant` says."""
+    variant = take_variant(arg, tuple(VARIANTS))
+    return VARIANTS[variant](c) if variant else c
 
 
 def take_variant(arg: str | None, allowed: tuple[str, ...]) -> str:

@@ -2,17 +2,15 @@
 
     python -m loki_jax.train --config configs/talkvid.py --workdir runs/talkvid \
         --config.data.path=DIR --config.pretrained=SD21_DIR
-    variants: `configs/talkvid.py:official` (the public code's choices)
+    variants: `configs/talkvid.py:official` (the public code's choices), `:zero_snr` (Lin et al. 2024)
 
 Hardware and results: not yet measured (docs/benchmarks.md).
 """
 
-from configs.common import apply_official, base_config, take_variant
+from configs.common import apply_variant, base_config
 
 
 def get_config(arg=None):
     config = base_config()
     config.data.workers = 8
-    if take_variant(arg, ("official",)) == "official":
-        apply_official(config)
-    return config
+    return apply_variant(config, arg)

@@ -306,8 +306,9 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--guidance", type=float, help="classifier-free guidance (default: the config's)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the noise")
     parser.add_argument(
-        "--mode", choices=("relative", "absolute"), default="relative",
-        help="relative: turn from the reference's pose by the driver's increments; absolute: the driver's own pose",
+        "--mode", choices=("relative", "absolute"), default=None,
+        help="relative: turn from the reference's pose by the driver's increments; absolute: the driver's own pose "
+        "(default: the config's)",
     )
     parser.add_argument("--no-audio", action="store_true", help="leave the driver's audio out")
     return parser.parse_args(argv)
@@ -323,6 +324,7 @@ def animate(argv: list[str] | None = None) -> None:
     networks = build_networks(config, head)
     steps = config.sample.steps if args.steps is None else args.steps
     guidance = config.sample.guidance if args.guidance is None else args.guidance
+    mode = args.mode or config.sample.get("pose", "relative")  # models of before this key
     if steps < 1:
         raise ValueError(f"--steps {steps} must be at least 1")
     animator = make_animator(config, networks, steps=steps, guidance=guidance, spacing=config.sample.spacing)
@@ -331,7 +333,7 @@ def animate(argv: list[str] | None = None) -> None:
     # ------------------------------------------------------------------------------------ inputs
     reference = load_portrait(args.reference, head, config.image_size)
     driver = load_performance(args.driver, head, config.image_size)
-    coefficients = jax.tree.map(lambda x: x[None], transfer(head, driver, reference, args.mode))
+    coefficients = jax.tree.map(lambda x: x[None], transfer(head, driver, reference, mode))
     length = len(driver.frames)
     print(f"{driver.name}: {length} frames at {driver.fps} fps; model of step {step}, {steps} steps, guidance {guidance}")
 

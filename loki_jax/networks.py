@@ -53,6 +53,7 @@ def build_networks(config: ConfigDict, head: HeadAsset) -> Networks:
         )
     schedule = make_schedule(
         rescale_zero_snr=config.diffusion.rescale_zero_snr,
+        max_beta=config.diffusion.get("max_beta", 0.99),  # models of before this key
         shift_frames=config.diffusion.shift_frames or None,
         latent_size=model_config.latent_size,
     )
@@ -65,7 +66,7 @@ def random_params(networks: Networks, key: PRNGKeyArray) -> PyTree:
     params = dict(init_params(networks.loki, networks.model_config, loki_key))
     image = jnp.zeros((1, networks.autoencoder.stride * 2, networks.autoencoder.stride * 2, 3))
     params["autoencoder"] = networks.autoencoder.init(autoencoder_key, image).get("params", {})
-    context_dim = networks.loki.reference.context_dim
+    context_dim = networks.loki.reference.context_dim or networks.loki.generation.unet.context_dim
     if context_dim is not None:
         params["null_prompt"] = jnp.zeros((1, 77, context_dim))
     return params
@@ -159,8 +160,11 @@ def encode_condition(networks: Networks, params: PyTree, driver: Float[Array, "b
 
 
 def denoise(networks: Networks, params: PyTree, x, timesteps, condition, features):
-    """The generation UNet's prediction, float32."""
-    return networks.loki.apply(_loki_params(params), x, timesteps, condition, features, method="denoise")
+    """The generation UNet's prediction, float32; its cross-attention, if kept, sees the null prompt."""
+    context = None
+    if networks.loki.generation.unet.context_dim is not None:
+        context = jnp.broadcast_to(params["null_prompt"], (x.shape[0], *params["null_prompt"].shape[1:]))
+    return networks.loki.apply(_loki_params(params), x, timesteps, condition, features, context, method="denoise")
 
 
 def _loki_params(params: PyTree) -> dict:

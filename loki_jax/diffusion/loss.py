@@ -65,6 +65,7 @@ def diffusion_loss(
     schedule: Schedule,
     prediction: str = "epsilon",
     shared_timesteps: float = 0.0,
+    min_snr_gamma: float = 0.0,
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
     """Mean squared error over all frames at random timesteps.
 
@@ -75,9 +76,10 @@ def diffusion_loss(
         draws do not depend on the rest of the batch.
       prediction: "epsilon", "v" or "x0".
       shared_timesteps: see `sample_timesteps`.
+      min_snr_gamma: gamma of `min_snr_weights`, with which each frame's error is weighted; 0: all alike.
 
     Returns:
-      The loss, and {"mse": error of each frame (B,T), "timesteps": (B,T)}.
+      The loss, and {"mse": error of each frame (B,T), not weighted, "timesteps": (B,T)}.
     """
     x0 = x0.astype(jnp.float32)
 
@@ -91,7 +93,29 @@ def diffusion_loss(
     target = prediction_target(schedule, x0, timesteps, noise, prediction)
     error = predict(q_sample(schedule, x0, timesteps, noise), timesteps).astype(jnp.float32) - target
     mse = jnp.square(error).mean((2, 3, 4))
-    return mse.mean(), {"mse": mse, "timesteps": timesteps}
+    weighted = mse * min_snr_weights(schedule, timesteps, prediction, min_snr_gamma) if min_snr_gamma else mse
+    return weighted.mean(), {"mse": mse, "timesteps": timesteps}
+
+
+def min_snr_weights(
+    schedule: Schedule, timesteps: Int[Array, "*n"], prediction: str, gamma: float
+) -> Float[Array, "*n"]:
+    """Min-SNR-gamma weights of the squared error (Hang et al. 2023, section 3.4; their gamma is 5).
+
+    The error of the clean latents is weighted by min(SNR, gamma), SNR = alpha_bar / (1 - alpha_bar). In
+    terms of what the network predicts that is min(SNR, gamma) / SNR for epsilon, min(SNR, gamma) / (SNR + 1)
+    for v and min(SNR, gamma) for x0. Where no signal is left the weight is 1 for epsilon (its limit) and 0
+    for v and x0: at true zero terminal SNR the last step, where sampling starts, is then never trained.
+    """
+    check_prediction(prediction)
+    alpha = jnp.asarray(schedule.alphas_cumprod)[timesteps]
+    snr = alpha / (1 - alpha)
+    bounded = jnp.minimum(snr, gamma)
+    if prediction == "x0":
+        return bounded
+    if prediction == "v":
+        return bounded / (snr + 1)
+    return jnp.minimum(1.0, gamma / jnp.maximum(snr, 1e-30))
 
 
 def check_prediction(prediction: str) -> None:

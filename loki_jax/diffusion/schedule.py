@@ -27,6 +27,7 @@ def alphas_cumprod(
     beta_start: float = 0.00085,
     beta_end: float = 0.012,
     rescale_zero_snr: bool = True,
+    max_beta: float = 0.99,
     shift_frames: int | None = 15,
     latent_size: int = 64,
     base_size: int = 64,
@@ -34,11 +35,14 @@ def alphas_cumprod(
     """alpha_bar of the published schedule, float64.
 
     Betas are Stable Diffusion's "scaled linear"; rescaled to zero terminal SNR (Lin et al. 2024,
-    algorithm 1) and clipped at 0.99, so that the last step keeps a trace of signal; then the
-    signal-to-noise ratio is multiplied by sqrt(base_size^2 / (latent_size^2 shift_frames)), because
-    a window of many similar frames at a higher resolution hides less under the same noise.
+    algorithm 1) and clipped at `max_beta`; then the signal-to-noise ratio is multiplied by
+    sqrt(base_size^2 / (latent_size^2 shift_frames)), because a window of many similar frames at a
+    higher resolution hides less under the same noise.
 
     Args:
+      max_beta: 0.99 as published, so that the last step keeps a trace of signal (alpha_bar about 5e-10);
+        1 makes the last step pure noise, as Lin et al. mean it. Then the network must predict v or x0:
+        noise alone says nothing about epsilon's counterpart, the clean latents.
       shift_frames: n of the shift; the published schedule has 15 although windows have 16 frames
         (section 11, row 16). None leaves the ratio alone.
       latent_size: side of the latents.
@@ -49,7 +53,7 @@ def alphas_cumprod(
         root = (root - root[-1]) * (root[0] / (root[0] - root[-1]))
         alpha_bar = root**2
         alphas = np.concatenate([alpha_bar[:1], alpha_bar[1:] / alpha_bar[:-1]])
-        betas = np.minimum(1.0 - alphas, 0.99)
+        betas = np.minimum(1.0 - alphas, max_beta)
     alpha_bar = np.cumprod(1.0 - betas)
     if shift_frames is not None:
         ratio = np.sqrt(base_size**2 / (latent_size**2 * shift_frames))

@@ -9,7 +9,7 @@ key may be absent):
   remat [False]                  recompute blocks of the generation UNet in the backward pass
   norm_groups [32]               groups of every GroupNorm in encoder and UNets
   unet.channels, unet.multipliers, unet.num_res_blocks, unet.attention_levels, unet.head_channels
-  unet.attention_modes           one of "spatial", "3d", "temporal" a level
+  unet.attention_modes           one of "spatial", "3d", "temporal" (generation branch only) a level
   unet.context_dim [None]        keep text cross-attention in the generation UNet as well
   encoder.kind ["map"]           "map" (driver map) or "vector" (flame_vector)
   encoder.in_channels            45, 42 or 3; for "vector" the length of the coefficient vector
@@ -132,8 +132,11 @@ def make_loki(config) -> Loki:
     sizes = {key: unet[key] for key in ("channels", "multipliers", "num_res_blocks")}
     generation_unet = UNet(**common, **_tuples(sizes), context_dim=unet.get("context_dim", None),
                            remat=config.get("remat", False))
+    # Time exists in the generation branch only: the reference is one frame, and a pretrained backbone
+    # brings no such layers.
+    spatial = tuple("spatial" if mode == "temporal" else mode for mode in common["attention_modes"])
     reference_unet = UNet(
-        **common,
+        **common | {"attention_modes": spatial},
         **_tuples({key: reference.get(key, value) for key, value in sizes.items()}),
         context_dim=reference.get("context_dim", None),
         # Kept activations are only needed when gradients flow through the branch.

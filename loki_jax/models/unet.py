@@ -56,6 +56,7 @@ class Attention(nn.Module):
     head_channels: int
     backend: str
     dtype: Dtype
+    zero_init: bool = False
 
     @nn.compact
     def __call__(
@@ -94,7 +95,7 @@ class Attention(nn.Module):
             else:
                 flat = lambda x: x.reshape(b * t, n, heads, -1)
                 out = attend(flat(q), flat(k), flat(v), self.backend)
-        return dense(channels, "out", self.dtype)(out.reshape(b, t, n, channels))
+        return dense(channels, "out", self.dtype, zero_init=self.zero_init)(out.reshape(b, t, n, channels))
 
 
 class TransformerBlock(nn.Module):
@@ -118,12 +119,16 @@ class TransformerBlock(nn.Module):
         context: Float[Array, "b l e"] | None,
     ) -> tuple[Float[Array, "b t n c"], Float[Array, "b tn c"]]:
         b, t, n, channels = x.shape
-        attention = lambda name: Attention(self.head_channels, self.backend, self.dtype, name=name)
+        attention = lambda name, **options: Attention(
+            self.head_channels, self.backend, self.dtype, name=name, **options
+        )
         normed = LayerNorm(name="self_norm")(x)
         within = "3d" if self.mode == "3d" else "spatial"
         x = x + attention("self_attention")(normed, within, extra=reference)
         if self.mode == "temporal":
-            x = x + attention("temporal_attention")(LayerNorm(name="temporal_norm")(x), "temporal")
+            # Zero at the start, so that a pretrained backbone begins as it is (AnimateDiff, Guo et al. 2024).
+            temporal = attention("temporal_attention", zero_init=True)
+            x = x + temporal(LayerNorm(name="temporal_norm")(x), "temporal")
         if self.context_dim is not None:
             h = LayerNorm(name="cross_norm")(x)
             x = x + attention("cross_attention")(h, "context", context=context)

@@ -26,21 +26,53 @@ class TrainState(NamedTuple):
 
 
 def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
-    """AdamW with optional warm-up, cosine decay and global-norm clipping."""
+    """AdamW (Loshchilov and Hutter 2019) with the options of `config.optimizer`.
+
+    Gradients are clipped by their global norm first (Pascanu et al. 2013); decay is decoupled and
+    scaled by the learning rate; configs/common.py says what each option means.
+
+    Raises:
+      ValueError: an unknown option.
+    """
     c = config.optimizer
-    if c.decay not in ("constant", "cosine"):
-        raise ValueError(f"config.optimizer.decay={c.decay!r}: use constant or cosine")
-    steps = max(config.steps - c.warmup_steps, 1)
-    after = (
-        optax.cosine_decay_schedule(c.learning_rate, steps)
-        if c.decay == "cosine"
-        else optax.constant_schedule(c.learning_rate)
-    )
-    rate = optax.join_schedules(
-        [optax.linear_schedule(0.0, c.learning_rate, max(c.warmup_steps, 1)), after], [c.warmup_steps]
-    )
-    adamw = optax.adamw(rate, b1=c.b1, b2=c.b2, weight_decay=c.weight_decay)
+    if c.weight_decay_on not in ("all", "matrices"):
+        raise ValueError(f"config.optimizer.weight_decay_on={c.weight_decay_on!r}: use all or matrices")
+    mask = decay_mask if c.weight_decay_on == "matrices" else None
+    adamw = optax.adamw(learning_rate(config), b1=c.b1, b2=c.b2, weight_decay=c.weight_decay, mask=mask)
     return optax.chain(optax.clip_by_global_norm(c.clip_norm), adamw) if c.clip_norm else adamw
+
+
+def decay_mask(params):
+    """True for matrices and convolution kernels, False for what has one axis: biases, scales of norms."""
+    return jax.tree.map(lambda x: x.ndim > 1, params)
+
+
+def learning_rate(config: ConfigDict) -> optax.Schedule:
+    """Step -> learning rate: linear warm-up, `hold_steps` at the peak, then `config.optimizer.decay`.
+
+    Raises:
+      ValueError: an unknown decay; "rsqrt" without `hold_steps`.
+    """
+    c = config.optimizer
+    left = max(config.steps - c.warmup_steps - c.hold_steps, 1)
+    if c.decay == "constant":
+        decay = optax.constant_schedule(c.learning_rate)
+    elif c.decay == "cosine":  # Loshchilov and Hutter 2017, equation 5 without restarts
+        decay = optax.cosine_decay_schedule(c.learning_rate, left, alpha=c.final_share)
+    elif c.decay == "linear":
+        decay = optax.linear_schedule(c.learning_rate, c.final_share * c.learning_rate, left)
+    elif c.decay == "rsqrt":  # Karras et al. 2024, equation 67
+        if c.hold_steps <= 0:
+            raise ValueError("config.optimizer.decay=rsqrt falls from hold_steps on: set config.optimizer.hold_steps")
+        decay = lambda step: c.learning_rate / jnp.sqrt(step / c.hold_steps + 1)
+    else:
+        raise ValueError(f"config.optimizer.decay={c.decay!r}: use constant, cosine, linear or rsqrt")
+    parts, ends = [], []
+    if c.warmup_steps:
+        parts, ends = [optax.linear_schedule(0.0, c.learning_rate, c.warmup_steps)], [c.warmup_steps]
+    if c.hold_steps:
+        parts, ends = [*parts, optax.constant_schedule(c.learning_rate)], [*ends, c.warmup_steps + c.hold_steps]
+    return optax.join_schedules([*parts, decay], ends) if parts else decay
 
 
 def create_state(params, frozen, optimizer: optax.GradientTransformation, keep_ema: bool) -> TrainState:

@@ -5,7 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from loki_jax.diffusion.loss import diffusion_loss, prediction_target, q_sample, sample_timesteps
+from loki_jax.diffusion.loss import (
+    diffusion_loss, min_snr_weights, prediction_target, q_sample, sample_timesteps,
+)
+from loki_jax.diffusion.sampler import estimates
 from loki_jax.diffusion.schedule import make_schedule
 
 SCHEDULE = make_schedule()
@@ -85,3 +88,44 @@ def test_key_decides_everything():
 def test_unknown_prediction():
     with pytest.raises(ValueError, match="unknown prediction 'score'"):
         diffusion_loss(lambda x, t: x, jnp.ones((1, 1, 2, 2, 1)), jax.random.key(0), SCHEDULE, "score")
+
+
+def test_min_snr_weights_by_their_formulas():
+    """Hang et al. 2023: min(SNR, gamma) / SNR, / (SNR + 1) and itself, at every timestep."""
+    alpha = SCHEDULE.alphas_cumprod.astype(np.float64)
+    snr = alpha / (1 - alpha)
+    assert snr[0] > 50 and snr[-1] < 1e-8  # the bound acts on one side only
+    for prediction, divisor in (("epsilon", snr), ("v", snr + 1), ("x0", 1.0)):
+        weights = min_snr_weights(SCHEDULE, jnp.arange(1000), prediction, 5.0)
+        np.testing.assert_allclose(weights, np.minimum(snr, 5.0) / divisor, rtol=1e-4)
+    for prediction, limit in (("epsilon", 1.0), ("v", 0.0), ("x0", 0.0)):
+        zero = make_schedule(max_beta=1.0)
+        assert min_snr_weights(zero, jnp.array([999]), prediction, 5.0) == limit
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v", "x0"])
+def test_min_snr_is_one_objective_for_all_predictions(prediction):
+    """Weighted, the same wrong clean latents cost the same whatever the network is asked for."""
+    schedule = make_schedule(shift_frames=None)
+    x0, wrong = jax.random.normal(jax.random.key(0), (2, 3, 8, 4, 4, 2))
+    x0 = x0 / 3
+    key, seen = jax.random.key(1), {}
+
+    def predict(x, t):
+        """What a network answers that takes `wrong` for the clean latents."""
+        seen["t"] = t
+        alpha = jnp.asarray(schedule.alphas_cumprod)[t][..., None, None, None]
+        noise = (x - jnp.sqrt(alpha) * wrong) / jnp.sqrt(1 - alpha)
+        guess, noise_too = estimates(x, noise, alpha, "epsilon")
+        np.testing.assert_allclose(noise_too, noise)
+        return prediction_target(schedule, wrong, t, noise, prediction)
+
+    loss, aux = diffusion_loss(predict, x0, key, schedule, prediction, min_snr_gamma=5.0)
+    alpha = schedule.alphas_cumprod.astype(np.float64)[np.asarray(seen["t"])]
+    clean = np.square(np.asarray(wrong - x0, np.float64)).mean((2, 3, 4))
+    expected = (np.minimum(alpha / (1 - alpha), 5.0) * clean).mean()
+    np.testing.assert_allclose(loss, expected, rtol=1e-3)
+    plain, plain_aux = diffusion_loss(predict, x0, key, schedule, prediction)
+    np.testing.assert_array_equal(aux["mse"], plain_aux["mse"])
+    np.testing.assert_allclose(plain, aux["mse"].mean(), rtol=1e-6)
+    assert abs(plain - loss) > 1e-3

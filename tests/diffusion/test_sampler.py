@@ -72,6 +72,21 @@ def test_samples_a_gaussian(prediction, spacing):
     assert jnp.corrcoef(out.ravel(), noise.ravel())[0, 1] > 0.9999
 
 
+@pytest.mark.parametrize("prediction", ["v", "x0"])
+@pytest.mark.parametrize("steps", [1, 5, 50])
+def test_zero_terminal_snr_reaches_any_brightness(prediction, steps):
+    """Lin et al. 2024: from pure noise, trailing steps end at the data's mean, however few they are."""
+    schedule = make_schedule(max_beta=1.0)
+    noise = jax.random.normal(jax.random.key(0), (4, 8, 8, 8, 4))
+    run = lambda spacing: ddim_sample(
+        gaussian_denoiser(schedule, 3.0, 0.05, prediction), noise, schedule, conditional=None, guidance=1,
+        steps=steps, spacing=spacing, prediction=prediction)
+    out = run("trailing")
+    assert jnp.isfinite(out).all() and abs(out.mean() - 3.0) < 0.01
+    if steps == 1:  # one leading step is the least noisy one: it takes the noise for a picture
+        assert abs(run("leading").mean() - 3.0) > 1
+
+
 def test_guidance_extrapolates_and_one_skips_the_unconditional_branch():
     schedule = make_schedule()
     noise = jax.random.normal(jax.random.key(0), (2, 3, 2, 2, 1))
@@ -124,3 +139,5 @@ def test_errors():
         run(guidance=1, prediction="score")
     with pytest.raises(ValueError, match="cannot start at step 999"):
         run(guidance=1, spacing="trailing")
+    with pytest.raises(ValueError, match="cannot start at step 999"):
+        ddim_sample(lambda x, t, c: x, x, make_schedule(max_beta=1.0), conditional=None, guidance=1, spacing="trailing")

@@ -42,6 +42,23 @@ def test_before_the_shift(reference):
     assert betas[-1] == pytest.approx(0.99)
 
 
+@pytest.mark.parametrize("shift", [None, 15])
+def test_true_zero_terminal_snr(shift):
+    """Lin et al. 2024, algorithm 1: no signal at the last step, the first and the shape kept."""
+    zero = alphas_cumprod(max_beta=1.0, shift_frames=shift)
+    assert zero[-1] == 0 and (np.diff(zero) < 0).all()
+    published = alphas_cumprod(shift_frames=shift)
+    assert 0 < published[-1] < 1e-7
+    np.testing.assert_allclose(zero[:-1], published[:-1], rtol=1e-12)
+    # Their algorithm in its own words: shift sqrt(alpha_bar) so that it ends at 0, scale it to its start.
+    root = np.sqrt(alphas_cumprod(rescale_zero_snr=False, shift_frames=None))
+    expected = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
+    if shift is None:
+        np.testing.assert_allclose(zero, expected, rtol=1e-9, atol=1e-15)
+    schedule = make_schedule(max_beta=1.0, shift_frames=shift)
+    assert schedule.sqrt_alphas_cumprod[-1] == 0 and schedule.sqrt_one_minus_alphas_cumprod[-1] == 1
+
+
 def test_without_the_rescaling_it_is_stable_diffusions():
     alpha_bar = alphas_cumprod(rescale_zero_snr=False, shift_frames=None)
     betas = np.linspace(np.sqrt(0.00085), np.sqrt(0.012), 1000) ** 2
