@@ -31,6 +31,15 @@ def check_config(config: ConfigDict) -> None:
     check_prediction(config.diffusion.prediction)
     if not 0 <= config.diffusion.shared_timesteps <= 1:
         raise ValueError(f"config.diffusion.shared_timesteps={config.diffusion.shared_timesteps} is not a share")
+    if config.diffusion.min_snr_gamma < 0:
+        raise ValueError(f"config.diffusion.min_snr_gamma={config.diffusion.min_snr_gamma}: 0 (off) or above")
+    if config.diffusion.max_beta >= 1 and config.diffusion.prediction == "epsilon":
+        raise ValueError("config.diffusion.max_beta=1 leaves no signal at the last step: set config.diffusion.prediction=v")
+    if config.model.unet.context_dim not in (None, config.model.reference.context_dim):
+        raise ValueError(
+            f"config.model.unet.context_dim={config.model.unet.context_dim}: the null prompt has width "
+            f"{config.model.reference.context_dim} (config.model.reference.context_dim)"
+        )
     if config.dropout.null_reference not in ("features", "latent"):
         raise ValueError(f"config.dropout.null_reference={config.dropout.null_reference!r}: use features or latent")
     if config.dropout.identity + config.dropout.motion + config.dropout.both > 1:
@@ -157,7 +166,9 @@ def make_loss(config: ConfigDict, networks: Networks, mesh: Mesh) -> Callable:
             )
         condition = encode_condition(networks, params, drop_motion(driver, keep_motion))
         predict = lambda x, t: denoise(networks, params, x, t, condition, features)
-        options = (config.diffusion.prediction, config.diffusion.shared_timesteps)
+        # Validation is not weighted, so that runs can be compared.
+        gamma = config.diffusion.min_snr_gamma if dropout else 0.0
+        options = (config.diffusion.prediction, config.diffusion.shared_timesteps, gamma)
         return diffusion_loss(predict, x0, keys["diffusion"], networks.schedule, *options)[0]
 
     return loss
