@@ -117,6 +117,10 @@ def antialias_oracle(image, face, depth, vertices, faces):
     """
     vertices, size = np.asarray(vertices, np.float64), face.shape[0]
     open_edges = _open_edges(vertices, faces)
+    at_edge = {}
+    for index, corners in enumerate(faces):
+        for a, b in ((1, 2), (2, 0), (0, 1)):
+            at_edge.setdefault(tuple(sorted((corners[a], corners[b]))), []).append(index)
     # Pixels as coordinates: the centre of row i, column j lies at (j, i).
     points = ((1 - vertices[:, :2]) * size - 1) / 2
     total, mixed = np.zeros((size, size)), np.zeros(image.shape)
@@ -124,23 +128,30 @@ def antialias_oracle(image, face, depth, vertices, faces):
         ahead = (slice(0, size - down), slice(0, size - right)), (slice(down, size), slice(right, size))
         for i, j in np.argwhere(face[ahead[0]] != face[ahead[1]]):
             one, two = (i, j), (i + down, j + right)
-            corners = faces[face[one] if depth[one] <= depth[two] else face[two]]
-            for a, b in ((1, 2), (2, 0), (0, 1)):
-                start, stop = points[corners[a]] - (j, i), points[corners[b]] - (j, i)
-                if down:
-                    start, stop = start[::-1], stop[::-1]
-                along, across = np.abs(stop - start)
-                if tuple(sorted((corners[a], corners[b]))) not in open_edges:
-                    continue
-                if (across <= along) if down else (across < along):
-                    continue
-                if (start[1] > 0) == (stop[1] > 0):
-                    continue
-                t = start[0] + (stop[0] - start[0]) * start[1] / (start[1] - stop[1])
+            near = face[one] if depth[one] <= depth[two] else face[two]
+            ahead = 1 if depth[one] <= depth[two] else -1
+            while near >= 0:
+                crossed = []
+                corners = faces[near]
+                for a, b in ((1, 2), (2, 0), (0, 1)):
+                    start, stop = points[corners[a]] - (j, i), points[corners[b]] - (j, i)
+                    if down:
+                        start, stop = start[::-1], stop[::-1]
+                    if (start[1] > 0) != (stop[1] > 0):
+                        t = start[0] + (stop[0] - start[0]) * start[1] / (start[1] - stop[1])
+                        crossed.append((ahead * t, t, *np.abs(stop - start), corners[a], corners[b]))
+                if not crossed:
+                    break
+                _, t, along, across, *edge = max(crossed)
+                edge = tuple(sorted(edge))
                 if not 0 <= t <= 1:
-                    continue
-                taker, giver = (two, one) if t > 0.5 else (one, two)
-                total[taker] += abs(t - 0.5)
-                mixed[taker] += abs(t - 0.5) * (image[giver] - image[taker])
-                break
+                    break
+                if edge in open_edges:
+                    if (across > along) if down else (across >= along):
+                        taker, giver = (two, one) if t > 0.5 else (one, two)
+                        total[taker] += abs(t - 0.5)
+                        mixed[taker] += abs(t - 0.5) * (image[giver] - image[taker])
+                    break
+                there = [f for f in at_edge[edge] if f != near]
+                near = there[0] if len(there) == 1 else -1
     return image + mixed / np.maximum(total, 1)[..., None]

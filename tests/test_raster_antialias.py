@@ -23,7 +23,7 @@ FACES = np.concatenate([OCTAHEDRON, 6 + np.arange(12, dtype=np.int32).reshape(4,
 
 rasterize = jax.jit(partial(raster.rasterize, cull=False), static_argnums=2)
 antialias = jax.jit(raster.antialias)
-silhouettes = jax.jit(raster._silhouettes)
+outline = jax.jit(raster._outline)
 
 
 @jax.jit
@@ -78,6 +78,29 @@ def test_coverage_of_turned_edges_is_close():
     assert np.asarray(smooth).min() >= 0 and np.asarray(smooth).max() <= 1
 
 
+def tessellated(corners, cells):
+    """A square (N, 4, 3) of two triangles as cells x cells x 2 triangles, and their indices."""
+    t = np.linspace(0, 1, cells + 1)
+    u, v = (w[..., None] for w in np.meshgrid(t, t, indexing="ij"))
+    a, b, c, d = (corners[:, None, None, k] for k in range(4))
+    points = (1 - u) * (1 - v) * a + u * (1 - v) * b + u * v * c + (1 - u) * v * d
+    index = np.arange((cells + 1) ** 2).reshape(cells + 1, cells + 1)
+    a, b, c, d = index[:-1, :-1], index[1:, :-1], index[1:, 1:], index[:-1, 1:]
+    faces = np.concatenate([np.stack([a, b, c], -1), np.stack([a, c, d], -1)]).reshape(-1, 3)
+    return points.reshape(len(corners), -1, 3).astype(np.float32), faces.astype(np.int32)
+
+
+def test_faces_smaller_than_pixels_keep_their_silhouette():
+    """A square of 2 faces and the same square of 2,312 have the same antialiased edges."""
+    square = quads(np.tile([0.01, 0.02], (6, 1)), 0.5, np.linspace(0.1, 1.4, 6))
+    smooth, plain = coverage(square, QUAD)
+    fine, faces = tessellated(square, 34)
+    fine_smooth, fine_plain = coverage(fine, faces)
+    np.testing.assert_array_equal(fine_plain, plain)
+    assert np.abs(np.asarray(smooth) - plain).max() > 0.4
+    np.testing.assert_allclose(fine_smooth, smooth, atol=2e-3)
+
+
 def test_edges_inside_a_surface_are_left_alone():
     vertices = quads([[0.0, 0.0]], 1.5)
     found = rasterize(vertices, QUAD, SIZE)
@@ -92,16 +115,16 @@ def test_edges_inside_a_surface_are_left_alone():
 def test_silhouettes_follow_edges_and_not_their_order():
     """The octahedron's outline is a cycle; a third sheet on an edge hides its border."""
     corners = np.float32([[1, 0, 3], [-1, 0, 3], [0, 1, 3], [0, -1, 3], [0.2, 0.1, 2], [0.1, 0.2, 4]])
-    found = np.asarray(silhouettes(corners[None], OCTAHEDRON))[0]
-    outline = {
+    found = np.asarray(outline(corners[None], OCTAHEDRON).silhouette)[0]
+    edges = {
         tuple(sorted((face[(k + 1) % 3], face[(k + 2) % 3])))
         for face, flags in zip(OCTAHEDRON.tolist(), found, strict=True)
         for k in range(3)
         if flags[k]
     }
-    assert outline == {(0, 2), (1, 2), (1, 3), (0, 3)}
+    assert edges == {(0, 2), (1, 2), (1, 3), (0, 3)}
     sheets = np.float32([[0, 0, 2], [0, 1, 2], [1, 0, 2], [0.5, 0.2, 2], [-1, 0.5, 2], [np.nan, 0, 2]])
-    edge_of = lambda faces: np.asarray(silhouettes(sheets[None], np.int32(faces)))[0, :, 2]
+    edge_of = lambda faces: np.asarray(outline(sheets[None], np.int32(faces)).silhouette)[0, :, 2]
     np.testing.assert_array_equal(edge_of([[0, 1, 2], [1, 0, 3]]), [True, True])
     np.testing.assert_array_equal(edge_of([[0, 1, 2], [1, 0, 3], [0, 1, 4]]), [False] * 3)
     np.testing.assert_array_equal(edge_of([[0, 1, 2], [0, 1, 5]]), [True, True])  # a broken neighbour
