@@ -1,5 +1,9 @@
 """The attention backends against each other, their memory, and their errors."""
 
+import os
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +11,7 @@ import pytest
 
 from loki_jax.models import attention
 from loki_jax.models.attention import attend, attend_shared
+from tests.models.weights import quick_jit
 
 
 def random_qkv(n, m, batch=1, heads=2, d=4, dtype=jnp.float32):
@@ -32,6 +37,79 @@ def test_large_logits_do_not_overflow():
     np.testing.assert_allclose(out, expected, atol=1e-5)
 
 
+def out_and_gradients(function, q, k, v):
+    cotangent = jax.random.normal(jax.random.key(1), q.shape, q.dtype)
+
+    @quick_jit
+    def run(q, k, v):
+        out, pullback = jax.vjp(function, q, k, v)
+        return [x.astype(jnp.float32) for x in (out, *pullback(cotangent))]
+
+    return run(q, k, v)
+
+
+def unit_qkv(n, m, dtype, heads=2, d=64):
+    return tuple((x / 3).astype(dtype) for x in random_qkv(n, m, heads=heads, d=d))
+
+
+TOLERANCES = {jnp.float32: (2e-5, 1e-4), jnp.bfloat16: (2e-2, 5e-2)}
+
+
+@pytest.mark.parametrize("n, m, dtype", [(300, 133, jnp.float32), (100, 77, jnp.float32), (128, 256, jnp.bfloat16)])
+def test_splash_equals_xla(n, m, dtype):
+    """The TPU kernel, interpreted; token counts that are no multiples of 128 are padded and masked."""
+    q, k, v = unit_qkv(n, m, dtype)
+    splash = lambda q, k, v: attention._splash(q, k, v, interpret=True)
+    expected = out_and_gradients(lambda *qkv: attend(*qkv, "xla"), q, k, v)
+    forward, backward = TOLERANCES[dtype]
+    tolerances = (forward, backward, backward, backward)
+    for ours, theirs, atol in zip(out_and_gradients(splash, q, k, v), expected, tolerances, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=atol)
+
+
+def test_splash_blocks():
+    assert [attention._splash_block(n) for n in (128, 256, 4352, 1152, 17408, 16384)] == [
+        128, 256, 256, 384, 512, 512
+    ]  # fmt: skip
+
+
+def test_splash_materialises_no_mask():
+    q, k = jnp.zeros((1, 4096, 2, 64), jnp.bfloat16), jnp.zeros((1, 4352, 2, 64), jnp.bfloat16)
+    jaxpr = jax.make_jaxpr(lambda q, k: attention._splash(q, k, k))(q, k)
+    constants = [np.size(x) for x in jaxpr.consts]
+    sizes = [var.aval.size for eqn in all_equations(jaxpr.jaxpr) for var in eqn.outvars]
+    assert max(sizes + constants) < 4096 * 4352 / 8
+
+
+MESH_PROGRAM = """
+import jax, jax.numpy as jnp, numpy as np
+from loki_jax.models import attention
+mesh = jax.make_mesh((2, 2), ("data", "fsdp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+q, k, v = (jax.random.normal(key, (4, 128, 1, 8)) for key in jax.random.split(jax.random.key(0), 3))
+with jax.set_mesh(mesh):
+    out = jax.jit(lambda *qkv: attention._splash(*qkv, interpret=True))(q, k, v)
+assert len(out.addressable_shards) == 4 and out.addressable_shards[0].data.shape[0] == 1
+np.testing.assert_allclose(out, attention.attend(q, k, v, "xla"), atol=2e-5)
+"""
+
+
+def test_splash_is_split_over_the_devices_of_a_mesh():
+    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, "-c", MESH_PROGRAM], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
+def test_chunked_equals_xla_in_both_precisions(monkeypatch, dtype):
+    monkeypatch.setattr(attention, "_CHUNK_LOGITS", 2 * 300 * 8)
+    monkeypatch.setattr(attention, "_MIN_CHUNK", 1)
+    q, k, v = unit_qkv(200, 300, dtype)  # 25 blocks of 8 queries
+    chunked, plain = (out_and_gradients(lambda *qkv, b=b: attend(*qkv, b), q, k, v) for b in ("chunked", "xla"))
+    forward, backward = TOLERANCES[dtype]
+    for ours, theirs, atol in zip(chunked, plain, (forward, backward, backward, backward), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=atol)
+
+
 def test_chunked_equals_xla_over_several_uneven_blocks(monkeypatch):
     monkeypatch.setattr(attention, "_CHUNK_LOGITS", 2 * 50 * 16)  # 16 queries a block
     monkeypatch.setattr(attention, "_MIN_CHUNK", 1)
@@ -53,6 +131,25 @@ def test_memory_of_the_backward_pass(backend, fits):
     gradient = jax.grad(lambda q, k, v: attend(q, k, v, backend).sum(), argnums=(0, 1, 2))
     memory = jax.jit(gradient).lower(q, k, v).compile().memory_analysis()
     assert (memory.temp_size_in_bytes < 2**29) == fits
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_chunked_memory_is_linear_at_the_papers_size(backward):
+    """16 x 1,024 queries, 1,024 reference keys, 10 heads of 64 in bfloat16 (design section 6)."""
+
+    def temporaries(frames):
+        q, k = (jax.ShapeDtypeStruct((1, n * 1024, 10, 64), jnp.bfloat16) for n in (frames, frames + 1))
+        function = lambda q, k, v: attend(q, k, v, "chunked")
+        if backward:
+            run = jax.grad(lambda *qkv: function(*qkv).astype(jnp.float32).sum(), argnums=(0, 1, 2))
+        else:
+            run = function
+        return jax.jit(run).lower(q, k, k).compile().memory_analysis().temp_size_in_bytes
+
+    sizes = [temporaries(frames) for frames in (8, 16, 32)]
+    assert sizes[1] < 1e9
+    # The logits alone would be 10.6 GiB, and grow fourfold.
+    assert sizes[1] < 2.2 * sizes[0] and sizes[2] < 2.2 * sizes[1]
 
 
 def test_auto_never_materialises_the_full_size_logits():
@@ -91,8 +188,11 @@ def test_errors():
     with pytest.raises(ValueError, match="shapes do not fit"):
         attend(q, k, v[:, :3])
     if jax.default_backend() != "gpu":
-        with pytest.raises(ValueError, match="CUDA GPU"):
+        with pytest.raises(ValueError, match="'cudnn' cannot run here: it needs a CUDA GPU"):
             attend(q, k, v, "cudnn")
+    if jax.default_backend() != "tpu":
+        with pytest.raises(ValueError, match="'splash' cannot run here: it needs a TPU"):
+            attend(q, k, v, "splash")
 
 
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="the fused kernel needs a CUDA GPU")
