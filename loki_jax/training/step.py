@@ -81,13 +81,9 @@ def initial_params(config: ConfigDict, networks: Networks, head: HeadAsset) -> t
         params = {key: loaded.params.get(key, {}) for key in abstract}
         _check_fit(params, abstract, f"config.init_from={config.init_from}")
         return split_params(config, jax.tree.map(jnp.asarray, params))
+    path = _converted_folder(config.pretrained) if config.pretrained else None
     params = jax.jit(lambda: random_params(networks, jax.random.key(config.seed)))()
-    if config.pretrained:
-        path = Path(config.pretrained)
-        if not path.is_dir():
-            raise CheckpointError(
-                f"{path}: no converted weights there. Make them with `python -m loki_jax.convert` from SD 2.1-base."
-            )
+    if path:
         with ocp.StandardCheckpointer() as checkpointer:
             backbone = checkpointer.restore(path.absolute())
         _check_fit(backbone, {k: abstract[k] for k in ("reference", "autoencoder", "null_prompt") if k in abstract}, str(path))
@@ -96,6 +92,21 @@ def initial_params(config: ConfigDict, networks: Networks, head: HeadAsset) -> t
             "unet": _take_shared(params["generation"]["unet"], backbone["reference"])
         }
     return split_params(config, params)
+
+
+def _converted_folder(pretrained: str) -> Path:
+    """The folder `config.pretrained` names; CheckpointError where `loki_jax.convert` did not write it."""
+    path = Path(pretrained)
+    if not path.is_dir():
+        raise CheckpointError(
+            f"{path}: no converted weights there. Make them with `python -m loki_jax.convert` from SD 2.1-base."
+        )
+    if not (path / "_METADATA").is_file():
+        raise CheckpointError(
+            f"{path}: not a folder of converted weights (it has no _METADATA). Convert it with "
+            f"`python -m loki_jax.convert {path} --out DIR` and give --config.pretrained=DIR."
+        )
+    return path
 
 
 def _take_shared(target: PyTree, source: PyTree) -> PyTree:

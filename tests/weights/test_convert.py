@@ -473,6 +473,32 @@ def test_config_files(tmp_path):
         convert.load_config(str(program))
 
 
+def run_config(pretrained):
+    """A run that starts from a folder; its encoder fits the tiny autoencoder."""
+    config = tiny_config()
+    config.image_size = 16
+    config.model.encoder.widths = (32,)
+    config.model.dtype = "float32"
+    config.pretrained = str(pretrained)
+    return config
+
+
+@pytest.mark.parametrize("folder, message", [
+    ("nowhere", "no converted weights there"), ("sd", "not a folder of converted weights .*convert .*sd --out"),
+])  # fmt: skip
+def test_training_refuses_a_folder_that_was_never_converted(tmp_path, folder, message):
+    """The diffusers folder itself is the likely mistake; nothing is initialised before it is noticed."""
+    from loki_jax.networks import build_networks
+    from loki_jax.training.checkpoint import CheckpointError
+    from loki_jax.training.step import initial_params
+
+    (tmp_path / "sd" / "unet").mkdir(parents=True)
+    config = run_config(tmp_path / folder)
+    head = builtin_head()
+    with pytest.raises(CheckpointError, match=message):
+        initial_params(config, build_networks(config, head), head)
+
+
 @pytest.mark.slow
 def test_training_starts_from_the_folder(tmp_path, network, options):
     """What `config.pretrained` needs is what the program wrote, arrays equal."""
@@ -482,11 +508,7 @@ def test_training_starts_from_the_folder(tmp_path, network, options):
     state = random_state(network, "diffusers")
     save_diffusers(tmp_path / "sd", state, save_file, SAFETENSORS)
     run(tmp_path / "sd", tmp_path / "ours", **options)
-    config = tiny_config()
-    config.image_size = 16
-    config.model.encoder.widths = (32,)
-    config.model.dtype = "float32"
-    config.pretrained = str(tmp_path / "ours")
+    config = run_config(tmp_path / "ours")
     head = builtin_head()
     trained, frozen = initial_params(config, build_networks(config, head), head)
     kernel = parts_of(state)["unet"]["conv_in.weight"].transpose(2, 3, 1, 0)
