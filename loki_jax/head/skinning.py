@@ -184,17 +184,24 @@ def skin(
             f"{head.n_expression} axes of head {head.name!r}"
         )
     neutral, mouth = identity.vertices[..., :n_vertices, :], identity.vertices[..., n_vertices:, :]
-    posed = neutral + jnp.einsum("...e,evc->...vc", expression, head.expression_basis, precision=_HIGHEST)
     # As in FLAME, joints follow the mesh with its expression.
-    joints = jnp.einsum("jv,...vc->...jc", head.joint_regressor, posed, precision=_HIGHEST)
+    joint_basis = jnp.einsum("jv,evc->ejc", head.joint_regressor, head.expression_basis, precision=_HIGHEST)
+    joints = jnp.einsum("jv,...vc->...jc", head.joint_regressor, neutral, precision=_HIGHEST)
+    joints = joints + jnp.einsum("...e,ejc->...jc", expression, joint_basis, precision=_HIGHEST)
+    basis, weights = head.expression_basis, expression
     if head.pose_correctives.shape[0]:
         feature = (rotations[..., 1:, :, :] - jnp.eye(3)).reshape(*rotations.shape[:-3], -1)
-        posed = posed + jnp.einsum("...p,pvc->...vc", feature, head.pose_correctives, precision=_HIGHEST)
+        basis = jnp.concatenate([basis, head.pose_correctives])
+        weights = jnp.concatenate(
+            [jnp.broadcast_to(expression, (*feature.shape[:-1], expression.shape[-1])), feature], axis=-1
+        )
+    posed = neutral + jnp.einsum("...e,evc->...vc", weights, basis, precision=_HIGHEST)
     rotation, offset = _world_transforms(_parents(head), rotations, joints)
-    blended = jnp.einsum("vj,...jik->...vik", head.skinning_weights, rotation, precision=_HIGHEST)
-    moved = jnp.einsum("vj,...ji->...vi", head.skinning_weights, offset, precision=_HIGHEST)
-    # Three multiply-adds a coordinate; a batched 3 x 3 matrix product is slower on every backend.
-    vertices = moved + sum(blended[..., k] * posed[..., k, None] for k in range(3))
+    # Elementwise and so fused: a matrix product over five joints would have to be written out and
+    # transposed, a batched 3 x 3 product even more so.
+    maps = jnp.concatenate([rotation, offset[..., None]], axis=-1)[..., None, :, :, :]
+    blended = sum(head.skinning_weights[:, j, None, None] * maps[..., j, :, :] for j in range(maps.shape[-3]))
+    vertices = blended[..., 3] + sum(blended[..., k] * posed[..., k, None] for k in range(3))
     if mouth.shape[-2] == 0:
         return vertices
     neck = head.joint("neck")
