@@ -49,6 +49,7 @@ _CONTOUR = (
 _IRISES = tuple(range(468, 478))
 _HIGHEST = jax.lax.Precision.HIGHEST
 _ACTIVE_SET_ROUNDS = 4
+_CPU_CHUNK = 4  # frames linearised at a time where the cache is small
 
 
 class FitError(ValueError):
@@ -248,17 +249,23 @@ def _correctives(head: HeadAsset, n: int, coefficients: Coefficients) -> Float[A
 
 
 def _linearise(problem: _Problem, layout: _Layout, shape, x):
-    """Residuals (N, n, 2) in pixels and their Jacobians for a frame's unknowns and for the shape.
+    """Residuals (N, n, 2) in pixels and their Jacobians for a frame's unknowns and for the shape."""
+    predicted, by_shape, by_frame = jax.vmap(_frame_linearisation(problem, layout, shape))(x)
+    return predicted - problem.observed, by_frame, by_shape
+
+
+def _frame_linearisation(problem: _Problem, layout: _Layout, shape):
+    """A function of one frame's unknowns: pixels (n, 2) and their Jacobians for the shape and for it.
 
     With M_j the joints' maps, a landmark lies at sum_j w_j M_j (p, 1) for its unposed place p. Only the
     few entries of M_j are left to automatic differentiation; the rest are products of small matrices,
     several times faster than pushing tangents through the skinning.
     """
     head, n = problem.head, problem.observed.shape[1]
-    n_expression, n_joints = layout.n_expression, len(head.joint_names)
+    n_shape, n_expression, n_joints = head.n_shape, layout.n_expression, len(head.joint_names)
     vertices = make_identity(head, shape).vertices
     # Shape and expression act alike on the unposed vertices, of which the last are the joints.
-    bases = jnp.concatenate([head.expression_basis, head.shape_basis])
+    bases = jnp.concatenate([head.shape_basis, head.expression_basis])
     own_basis = jnp.moveaxis(bases[:, :n], 0, -1)  # (n, 3, b)
     joint_basis = bases[:, n:].reshape(len(bases), -1)  # (b, 3 J)
     weights = head.skinning_weights[:n]
@@ -289,7 +296,9 @@ def _linearise(problem: _Problem, layout: _Layout, shape, x):
         tra = unpack(motion).tra
         world = sum(blended[..., k] * place[:, k, None] for k in range(4)) + tra
         # Pixels by world coordinates (n, 2, 3), and by the landmark's own unposed place.
-        predicted, push = jax.linearize(lambda w: project(camera_from_world(w, problem.camera), problem.camera), world)
+        predicted, push = jax.linearize(
+            lambda w: project(camera_from_world(w, problem.camera), problem.camera), world
+        )
         by_world = jnp.stack([push(jnp.broadcast_to(axis, world.shape)) for axis in jnp.eye(3)], axis=-1)
         by_place = sum(by_world[..., c, None] * blended[:, None, c, :3] for c in range(3))
 
@@ -306,11 +315,33 @@ def _linearise(problem: _Problem, layout: _Layout, shape, x):
         if has_correctives:
             bent = jax.jacfwd(add_correctives)(motion)
             rigid += sum(by_place[..., c, None] * bent[:, None, c] for c in range(3))
-        jacobian = jnp.concatenate([linear[..., :n_expression], rigid], axis=-1)
-        return predicted, jacobian, linear[..., n_expression:]
+        by_frame = jnp.concatenate([linear[..., n_shape:], rigid], axis=-1)
+        return predicted, linear[..., :n_shape], by_frame
 
-    predicted, by_frame, by_shape = jax.vmap(frame)(x)
-    return predicted - problem.observed, by_frame, by_shape
+    return frame
+
+
+def _normal_equations(problem: _Problem, layout: _Layout, shape, x):
+    """Residuals (N, n, 2) and, of the robustly weighted ones, J^T J (N, s + p, s + p) and J^T r (N, s + p).
+
+    On a CPU a few frames at a time: their Jacobians stay in the cache and are never written out.
+    """
+    chunk = min(len(x), _CPU_CHUNK) if jax.default_backend() == "cpu" else len(x)
+    linearise = _frame_linearisation(problem, layout, shape)
+
+    def frame(item):
+        x, observed, confidence, sigma = item
+        predicted, by_shape, by_frame = linearise(x)
+        residual = predicted - observed
+        deviation = jnp.linalg.norm(residual, axis=-1) / sigma
+        weight = confidence * jnp.minimum(1.0, problem.huber / jnp.maximum(deviation, 1e-6)) / sigma**2
+        rows = jnp.concatenate([by_shape, by_frame, residual[..., None]], axis=-1)
+        rows = (rows * jnp.sqrt(weight)[:, None, None]).reshape(-1, rows.shape[-1])
+        gram = jnp.einsum("ra,rb->ab", rows, rows, precision=_HIGHEST)
+        return residual, gram[:-1, :-1], gram[:-1, -1]
+
+    items = x, problem.observed, problem.weight, problem.sigma
+    return jax.lax.map(frame, items, batch_size=chunk)
 
 
 def _second_difference(x: Float[Array, "N p"], real: Float[Array, " N"]) -> Float[Array, "M p"]:
@@ -383,26 +414,17 @@ def _step(problem: _Problem, layout: _Layout, shape, x, damping):
     Which unknowns lie at a bound is found by the primal-dual active set method: solve with a guess,
     release those whose multiplier has the wrong sign, hold those that left the box, a few times.
     """
-    residual, jac_x, jac_s = _linearise(problem, layout, shape, x)
+    residual, gram, gradient = _normal_equations(problem, layout, shape, x)
     cost = _cost(problem, residual, shape, x)
-    deviation = jnp.linalg.norm(residual, axis=-1) / problem.sigma
-    weight = (
-        problem.weight * jnp.minimum(1.0, problem.huber / jnp.maximum(deviation, 1e-6)) / problem.sigma**2
-    )
-    weight = jnp.repeat(weight[..., None], 2, -1)
-
-    def flat(value):
-        return value.reshape(len(value), -1, *value.shape[3:])
+    n_shape = len(shape)
 
     def product(spec, *args):
         return jnp.einsum(spec, *args, precision=_HIGHEST)
 
-    residual, weight, jac_x, jac_s = flat(residual), flat(weight), flat(jac_x), flat(jac_s)
-    weighted_x = jac_x * weight[..., None]
     prior = problem.frame_prior * problem.real[:, None]
     banded = len(x) > 2  # shorter clips have no second difference
-    gradient_x = product("nra,nr->na", weighted_x, residual) + prior * x
-    gradient_s = product("nra,nr->a", jac_s * weight[..., None], residual) + problem.shape_prior * shape
+    gradient_x = gradient[:, n_shape:] + prior * x
+    gradient_s = gradient[:, :n_shape].sum(0) + problem.shape_prior * shape
     diagonal_smooth = jnp.zeros_like(x)
     if banded:
         gradient_x += _smoothing(problem, x)
@@ -410,10 +432,8 @@ def _step(problem: _Problem, layout: _Layout, shape, x, damping):
         counts = jnp.pad(inside, (0, 2)) + 4 * jnp.pad(inside, 1) + jnp.pad(inside, (2, 0))
         diagonal_smooth = counts[:, None] * problem.smoothness
 
-    block_x = product("nra,nrb->nab", weighted_x, jac_x)
-    block_xs = product("nra,nrs->nas", weighted_x, jac_s)
-    flat_s = (jac_s * jnp.sqrt(weight)[..., None]).reshape(-1, jac_s.shape[-1])
-    block_s = product("ra,rb->ab", flat_s, flat_s) + jnp.diag(problem.shape_prior)
+    block_x, block_xs = gram[:, n_shape:, n_shape:], gram[:, n_shape:, :n_shape]
+    block_s = gram[:, :n_shape, :n_shape].sum(0) + jnp.diag(problem.shape_prior)
     diagonal_x = jnp.diagonal(block_x, axis1=1, axis2=2) + prior + diagonal_smooth
     # Padded frames have no term at all: a unit diagonal keeps them where they are.
     block_x += jax.vmap(jnp.diag)(prior + damping * diagonal_x + (1 - problem.real[:, None]))

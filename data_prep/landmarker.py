@@ -112,6 +112,15 @@ def cache_dir() -> Path:
     return root / "loki_jax" / "landmarks"
 
 
+def cached_models(folder: Path | None = None) -> dict[str, Path] | None:
+    """Paths of the three models by stem if `folder` (default: the user's cache) holds them, else None."""
+    folder = cache_dir() if folder is None else Path(folder)
+    files = {folder / Path(member).name: digest for member, digest in _MODELS.items()}
+    if not all(_has_sha256(path, digest) for path, digest in files.items()):
+        return None
+    return {path.stem: path for path in files}
+
+
 def fetch_models(wheel: str | os.PathLike | None = None, folder: Path | None = None) -> dict[str, Path]:
     """Paths of the three models by stem, unpacked into `folder` (default: the user's cache) if needed.
 
@@ -122,9 +131,9 @@ def fetch_models(wheel: str | os.PathLike | None = None, folder: Path | None = N
       LandmarkError: no wheel and no way to download it, or a file with another checksum.
     """
     folder = cache_dir() if folder is None else Path(folder)
+    if (cached := cached_models(folder)) is not None:
+        return cached
     paths = {Path(member).stem: folder / Path(member).name for member in _MODELS}
-    if all(_has_sha256(folder / Path(member).name, digest) for member, digest in _MODELS.items()):
-        return paths
     if wheel is not None:
         _unpack(Path(wheel), folder)
         return paths
