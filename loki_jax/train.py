@@ -3,7 +3,8 @@
     python -m loki_jax.train --config configs/demo.py --workdir runs/demo --config.data.path=shards
 
 Any key of the config can be given as `--config.key=value`. A run that stopped goes on from its last
-checkpoint when the same command is given again.
+checkpoint when the same command is given again. The same command runs on one device or on many
+processes; docs/training.md says how they find each other, what the workdir holds, and the exit codes.
 
 The loop's order matters: the batch of step n is taken, the step is done, then parameters, optimiser,
 moving average and the iterator (which stands right after batch n) are saved together. A step's
@@ -12,9 +13,10 @@ randomness is folded from the seed and n. So a resumed run repeats an undisturbe
 
 from __future__ import annotations
 
-import itertools
-import sys
+import contextlib
+import os
 import time
+from fractions import Fraction
 from pathlib import Path
 
 import jax
@@ -23,21 +25,29 @@ from absl import app, flags, logging
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import config_flags
 
-from loki_jax.data.pipeline import iterate, make_dataset, make_validation_dataset
-from loki_jax.data.records import DatasetError, open_dataset
-from loki_jax.head.asset import HeadAssetError
 from loki_jax.networks import build_networks
 from loki_jax.training import checkpoint as ckpt
-from loki_jax.training.logging import MetricWriter, Progress, duration, say
-from loki_jax.training.samples import make_sampler, sample_sheet, take_windows
-from loki_jax.training.sharding import global_batch, make_mesh, tree_shardings
+from loki_jax.training.accounting import chip_of, work_of
+from loki_jax.training.distributed import ClusterError, find_cluster, join, on_tpu_vm
+from loki_jax.training.dump import write_dump
+from loki_jax.training.faults import NonFiniteError, Preempted, StopRequest, Watchdog, leave
+from loki_jax.training.inputs import open_inputs, start_reading
+from loki_jax.training.logging import MetricWriter, Progress, progress_line, say
+from loki_jax.training.provenance import describe_run, record_start
+from loki_jax.training.samples import can_follow, follow, make_pairs, make_sampler, sample_frames, sample_sheet
+from loki_jax.training.sharding import global_batch, make_mesh, place, tree_shardings
 from loki_jax.training.state import create_state, make_optimizer
 from loki_jax.training.step import check_config, initial_params, make_eval_step, make_train_step
+from loki_jax.training.watch import StepWatch, window_names
+from loki_jax.video import write_video
 
 FLAGS = flags.FLAGS
 config_flags.DEFINE_config_file("config", None, "Configuration file, e.g. configs/demo.py.")
 flags.DEFINE_string("workdir", None, "Folder of the run: config, checkpoints, metrics.")
-flags.DEFINE_bool("distributed", False, "Join the other processes of the cluster (jax.distributed).")
+flags.DEFINE_bool("distributed", False, "Stop unless the environment names other processes to join.")
+flags.DEFINE_string("coordinator", None, "host:port of process 0, where the environment does not tell.")
+flags.DEFINE_integer("processes", None, "How many processes there are; with --coordinator.")
+flags.DEFINE_integer("process_id", None, "Which of them this is, from 0; with --coordinator.")
 
 
 def train(config, workdir: Path) -> float:
@@ -45,112 +55,142 @@ def train(config, workdir: Path) -> float:
 
     Raises:
       DatasetError, HeadAssetError, CheckpointError, ValueError: the input does not fit; nothing is written.
-      FloatingPointError: the loss is not finite; names the step.
+      NonFiniteError: too many updates in a row were skipped; a dump is written.
+      Preempted: the process was asked to stop; a checkpoint is saved.
     """
     lead = jax.process_index() == 0
 
     # ----------------------------------------------------------------------------------- input
     check_config(config)
-    if not config.data.path:
-        raise DatasetError("config.data.path is empty: give --config.data.path=DIR, the folder with dataset_info.json")
-    dataset = open_dataset(config.data.path)
-    if dataset.metadata.image_size != config.image_size:
-        raise DatasetError(
-            f"{config.data.path}: frames of {dataset.metadata.image_size} pixels, the config wants "
-            f"{config.image_size}. Rebuild with --size {config.image_size} or set --config.image_size."
-        )
-    if config.batch_size % jax.device_count():
-        raise ValueError(f"config.batch_size={config.batch_size} is not divisible by {jax.device_count()} devices")
-    source = dict(
-        path=config.data.path, window=config.window, batch=config.batch_size, seed=config.seed,
-        process_index=jax.process_index(), process_count=jax.process_count(), cache_bytes=config.data.cache_mb * 2**20,
-        max_corrupt_share=config.data.max_corrupt_share,
-    )
-    has_latents = dataset.metadata.latent_shape is not None
-    windows = make_dataset(**source, fixed_reference=config.data.fixed_reference, with_images=not has_latents)
-    iterator = iterate(windows, config.data.workers, config.data.threads, prefetch=2 * config.data.threads)
-    held_out = []
-    if dataset.clips_of("validation"):
-        held_out = list(itertools.islice(iterate(make_validation_dataset(**source)), config.validation.batches))
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
+    dataset, windows, held_out = open_inputs(config, mesh)
+    iterator = start_reading(config, windows, mesh)
 
     # ------------------------------------------------------------------------- model and state
     head = dataset.head()
     networks = build_networks(config, head)
     optimizer = make_optimizer(config)
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
     params, frozen = initial_params(config, networks, head)
-    state = create_state(params, frozen, optimizer, keep_ema=config.ema_decay > 0)
-    del params, frozen
-    shardings, unsharded = tree_shardings(state, mesh, config.sharding_rules, config.sharding_min_size)
-    state = jax.device_put(state, shardings)
+    build = lambda params, frozen: create_state(params, frozen, optimizer, keep_ema=config.ema_decay > 0)
+    abstract = jax.eval_shape(build, params, frozen)
+    shardings, unsharded = tree_shardings(abstract, mesh, config.sharding_rules, config.sharding_min_size)
+    params, frozen = place(params, shardings.params), place(frozen, shardings.frozen)
 
     ckpt.prepare_workdir(workdir, config, head)
-    ckpt.save_frozen(workdir, state.frozen)
+    ckpt.save_frozen(workdir, frozen)
     writer = MetricWriter(workdir, lead)
-    count = {name: sum(x.size for x in jax.tree.leaves(tree)) for name, tree in state.params.items()}
-    say(f"mesh {dict(mesh.shape)}, trained parameters {count}", lead)
+    count = {name: sum(x.size for x in jax.tree.leaves(tree)) for name, tree in params.items()}
+    say(f"mesh {dict(mesh.shape)}, {jax.process_count()} processes, trained parameters {count}", lead)
     for name, shape in unsharded:
         say(f"not sharded: {name} {shape}", lead)
 
-    train_step = jax.jit(
-        make_train_step(config, networks, optimizer, mesh), donate_argnums=0,
-        out_shardings=(shardings, None),
-    )
-    eval_step = jax.jit(make_eval_step(config, networks, mesh))
-    sample = make_sampler(config, networks)
-    head = jax.device_put(head, NamedSharding(mesh, PartitionSpec()))
-    validation = [global_batch(batch, mesh) for batch in held_out]
-    pairs = take_windows(held_out[0], config.sample.pairs) if held_out and lead else None
-
     # --------------------------------------------------------------------------------- restore
-    manager = ckpt.open_manager(workdir, config.checkpoint.every, config.checkpoint.keep)
-    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
-    restored = ckpt.restore_state(manager, abstract._replace(frozen=state.frozen), iterator)
-    first = 0
-    if restored is not None:
-        state, iterator = restored
-        state = jax.device_put(state, shardings)
-        first = int(state.step)
+    manager = ckpt.open_manager(workdir, config.checkpoint)
+    abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
+    restored = ckpt.restore_state(manager, abstract._replace(frozen=frozen), iterator)
+    first, skipped = 0, 0
+    if restored is None:
+        state = jax.jit(build, out_shardings=shardings)(params, frozen)
+    else:
+        state, run = restored
+        state = state._replace(step=place(state.step, shardings.step))
+        first, skipped = run["step"], run["skipped"]
         say(f"resumed from step {first}", lead)
+    del params, frozen, restored
+    code = ckpt.code_version()
+    if lead:
+        record_start(workdir, describe_run(config, mesh, Path(config.data.path), first))
+    writer.event(first, "start", code=code, devices=jax.device_count(), processes=jax.process_count())
+
+    if first >= config.steps:
+        say(f"nothing to do: config.steps={config.steps}", lead)
+        return float("nan")
+
+    # --------------------------------------------------------------------------------- compile
+    whole = NamedSharding(mesh, PartitionSpec())
+    placed_head = place(head, jax.tree.map(lambda _: whole, head))
+    validation = [global_batch(batch, mesh) for batch in held_out]
+    pairs = make_pairs(held_out[0], config.sample.pairs, head, dataset, config.sample.pose) if held_out else None
+    sample = make_sampler(config, networks, mesh)
+    eval_step = jax.jit(make_eval_step(config, networks, mesh))
+    train_step = jax.jit(
+        make_train_step(config, networks, optimizer, mesh), donate_argnums=0, out_shardings=(shardings, None)
+    )
+    began = time.monotonic()
+    traced = train_step.trace(state, global_batch(windows[0], mesh), placed_head)
+    train_step = traced.lower().compile()
+    flops, chip = work_of(traced.jaxpr).model, chip_of(jax.devices()[0])
+    peak = f"{chip.name}, {chip.flops:.3g} FLOP/s" if chip else "no peak known, so no MFU"
+    say(f"compiled in {time.monotonic() - began:.0f} s; {flops:.3g} FLOP a step; chip: {peak}", lead)
+
+    def averaged(state):
+        return (state.params if state.ema is None else state.ema) | state.frozen
+
+    def report(incidents):
+        for incident in incidents:
+            names = window_names(incident.batch, dataset.clips)
+            say(f"{incident}; windows (clip, frame, reference): {[tuple(n.values()) for n in names]}", lead)
+            writer.event(incident.step, incident.kind, **incident.figures, windows=names)
+            if watch.stuck and incident.kind == "skipped":
+                folder = workdir / "dumps" / str(incident.step)
+                write_dump(folder, incident.step, incident.batch, state, config, head, names, incident.figures)
+                raise NonFiniteError(f"{watch.in_row} updates in a row were not finite, the last of step "
+                                     f"{incident.step}. Look into it with: python -m loki_jax.training.dump {folder}")
 
     # ------------------------------------------------------------------------------------ loop
-    progress = Progress(first, config.steps)
-    losses, loss = [], float("nan")
-    for step in range(first + 1, config.steps + 1):
-        began = time.monotonic()
-        batch = next(iterator)
-        progress.waiting(time.monotonic() - began)
-        state, metrics = train_step(state, global_batch(batch, mesh), head)
-        losses.append(metrics)
-
-        if _due(step, config.log.every, config.steps):
-            means = {k: float(np.mean([m[k] for m in losses])) for k in jax.device_get(losses[-1])}
-            losses, loss = [], means["loss"]
-            if not np.isfinite(loss):
-                raise FloatingPointError(f"loss is {loss} within the {config.log.every} steps before step {step}")
-            figures = progress.report(step)
-            writer.scalars(step, means | figures)
-            say(
-                f"step {step}/{config.steps} loss {loss:.4f} {figures['steps_per_s'] * config.batch_size:.2f} clips/s "
-                f"data wait {figures['data_wait']:.0%} left {duration(figures['eta_s'])}", lead,
-            )
-        if validation and _due(step, config.validation.every, config.steps):
-            trained = state.ema if state.ema is not None else state.params
-            values = [float(eval_step(trained, state.frozen, b, head, i)) for i, b in enumerate(validation)]
-            writer.scalars(step, {"val_loss": float(np.mean(values))})
-            say(f"step {step} validation loss {np.mean(values):.4f}", lead)
-        if pairs is not None and _due(step, config.sample.every, config.steps):
-            trained = state.ema if state.ema is not None else state.params
-            frames = np.asarray(sample(trained | state.frozen, head, pairs))
-            picture = sample_sheet(np.asarray(pairs["reference"]), np.asarray(pairs["frames"]), frames)
-            writer.image(step, "samples", picture)
-        if _due(step, config.checkpoint.every, config.steps):
-            ckpt.save_state(manager, step, state, iterator, force=True)
-
-    manager.wait_until_finished()
-    manager.close()
-    writer.close()
+    progress = Progress(first, config.steps, config.batch_size, flops, chip.flops * mesh.size if chip else None)
+    watch, watchdog = StepWatch(config.faults, skipped), Watchdog(config.faults.hang_seconds)
+    loss = float("nan")
+    with contextlib.ExitStack() as stack:
+        stack.callback(writer.close)
+        stack.callback(watchdog.stop)
+        stack.callback(iterator.close)
+        stack.enter_context(ckpt.finishing(manager, agreed=(Preempted, NonFiniteError)))
+        request = stack.enter_context(StopRequest())
+        for step in range(first + 1, config.steps + 1):
+            with progress.waiting():
+                batch = next(iterator)
+            state, metrics = train_step(state, batch, placed_head)
+            report(watch.follow(step, batch, metrics))
+            watchdog.beat()
+            if _due(step, config.log.every, config.steps):
+                report(watch.finish())
+                values = watch.means() | progress.report(step)
+                loss = values.get("loss", loss)
+                writer.scalars(step, values)
+                say(progress_line(step, config.steps, values), lead)
+            val_loss = None
+            if validation and _due(step, config.validation.every, config.steps):
+                losses = [eval_step(averaged(state), {}, b, placed_head, i) for i, b in enumerate(validation)]
+                val_loss = float(np.mean([float(x) for x in losses]))
+                writer.scalars(step, {"val_loss": val_loss})
+                say(f"step {step} validation loss {val_loss:.4f}", lead)
+            if pairs is not None and _due(step, config.sample.every, config.steps):
+                frames = sample(averaged(state), placed_head, pairs)
+                if lead:
+                    _show(writer, workdir, step, pairs, frames, head, dataset, config)
+            stop = request.reached(step)
+            if stop or _due(step, config.checkpoint.every, config.steps):
+                report(watch.finish())
+                ckpt.save_state(manager, step, state, iterator, config, code, watch.skipped, val_loss)
+            if stop:
+                manager.wait_until_finished()
+                writer.event(step, "stopped", reason="asked to stop")
+                raise Preempted(step)
+        report(watch.finish())
     return loss
+
+
+def _show(writer, workdir, step, pairs, frames, head, dataset, config) -> None:
+    """Write the picture and the video of a sample, and measure how it follows where the config wants it."""
+    writer.image(step, "samples", sample_sheet(pairs, frames))
+    if config.sample.video:
+        (workdir / "samples").mkdir(exist_ok=True)
+        write_video(workdir / "samples" / f"{step:08d}.mp4", sample_frames(pairs, frames), Fraction(25))
+    if config.sample.follow and can_follow(head, dataset, pairs):
+        figures = follow(head, dataset, pairs, frames)
+        writer.scalars(step, figures)
+        say(f"step {step} " + "  ".join(f"{key} {value:.3f}" for key, value in figures.items()))
 
 
 def _due(step: int, every: int, last: int) -> bool:
@@ -163,12 +203,18 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unknown arguments: {' '.join(argv[1:])}")
     # Orbax and TFDS report every file they open; the progress lines are ours.
     logging.set_verbosity(logging.WARNING)
-    if FLAGS.distributed:
-        jax.distributed.initialize()
+    config, workdir = FLAGS.config, Path(FLAGS.workdir)
+    if config.deterministic:
+        # Read when jax first looks for devices, which is later than here.
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_deterministic_ops=true".strip()
     try:
-        train(FLAGS.config, Path(FLAGS.workdir))
-    except (DatasetError, HeadAssetError, ckpt.CheckpointError, ValueError, FloatingPointError) as error:
-        sys.exit(f"error: {error}")
+        cluster = find_cluster(os.environ, FLAGS.coordinator, FLAGS.processes, FLAGS.process_id, on_tpu_vm())
+        if FLAGS.distributed and cluster is None:
+            raise ClusterError("--distributed: nothing in the environment names other processes (docs/training.md)")
+        join(cluster)
+        train(config, workdir)
+    except Exception as error:
+        leave(error, workdir)
 
 
 if __name__ == "__main__":

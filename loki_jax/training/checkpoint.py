@@ -3,8 +3,11 @@
     workdir/config.json     the resolved config
     workdir/head.npz        the head asset of the training data
     workdir/frozen/         parameters that are not trained (written once; absent without any)
-    workdir/checkpoints/N/  params, ema, optimizer and data-iterator state after N steps (Orbax, atomic)
-    workdir/metrics.jsonl, workdir/tensorboard/
+    workdir/checkpoints/N/  all that step N + 1 depends on (Orbax, atomic): params, ema, optimizer; data, the
+                            iterator's state; run, the step, the random key, config and code version
+    workdir/metrics.jsonl, workdir/events.jsonl, workdir/tensorboard/, workdir/samples/
+    workdir/starts/NNN.json code, packages, devices and data of each start
+    workdir/dumps/N/        what reproduces a step that gave no finite numbers (`training/dump.py`)
 
 A trained model also travels as one `.safetensors` file (bfloat16 parameters, config and head name in
 its metadata); the package ships one, called "demo".
@@ -12,30 +15,40 @@ its metadata); the package ships one, called "demo".
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
+from orbax.checkpoint.checkpoint_managers import preservation_policy as preservation
 from safetensors import SafetensorError, safe_open
 from safetensors.flax import save_file
 
+import loki_jax
 from loki_jax.head.asset import HeadAsset, load_head, save_head
 from loki_jax.head.builtin import builtin_head
+from loki_jax.training.provenance import git_revision
+from loki_jax.training.sharding import path_name
 from loki_jax.training.state import TrainState
 
 # Keys that may differ between a run and its continuation; all others describe the model, the data or
 # the mathematics, and a changed one means another run.
-RUN_KEYS = ("steps", "init_from", "pretrained", "log", "checkpoint", "validation", "sample", "mesh", "sharding_rules",
-            "sharding_min_size", "data.path", "data.workers", "data.cache_mb", "model.attention_backend", "model.remat")
+RUN_KEYS = (
+    "steps", "init_from", "pretrained", "log", "checkpoint", "validation", "sample", "mesh", "sharding_rules",
+    "sharding_min_size", "accumulate", "deterministic", "faults", "data.path", "data.workers", "data.threads",
+    "data.cache_mb", "data.max_corrupt_share", "model.attention_backend", "model.remat",
+)  # fmt: skip
 
 
 class CheckpointError(ValueError):
@@ -108,6 +121,8 @@ def config_differences(mine: ConfigDict, theirs: ConfigDict, only: str = "") -> 
 def prepare_workdir(workdir: Path, config: ConfigDict, head: HeadAsset) -> None:
     """Write config and head asset into a new workdir, or check that an old one is of this run.
 
+    With several processes all must call; process 0 writes.
+
     Raises:
       CheckpointError: the workdir holds a run of another config or another head.
     """
@@ -127,70 +142,191 @@ def prepare_workdir(workdir: Path, config: ConfigDict, head: HeadAsset) -> None:
                 f"{head_file}: this workdir was trained on head {stored.name!r}, the data uses {head.name!r}. "
                 "Choose another --workdir."
             )
-    workdir.mkdir(parents=True, exist_ok=True)
-    if not head_file.is_file():
-        save_head(head_file, head)
-    partial = workdir / ".config.json.partial"
-    partial.write_text(config_to_json(config))
-    os.replace(partial, config_file)
+    # Nobody writes before all have read.
+    multihost_utils.sync_global_devices("workdir read")
+    if jax.process_index() == 0:
+        workdir.mkdir(parents=True, exist_ok=True)
+        if not head_file.is_file():
+            save_head(head_file, head)
+        partial = workdir / ".config.json.partial"
+        partial.write_text(config_to_json(config))
+        os.replace(partial, config_file)
+    multihost_utils.sync_global_devices("workdir written")
 
 
 # ---------------------------------------------------------------------------- training checkpoints
 
 
-def open_manager(workdir: Path, every: int, keep: int) -> ocp.CheckpointManager:
-    """Orbax manager of `workdir/checkpoints`; saves asynchronously, each checkpoint appears whole or not."""
+def code_version() -> str:
+    """Version of the package and, in a git checkout, the revision it was run from."""
+    revision = git_revision(Path(loki_jax.__file__).parent)
+    if revision is None:
+        return loki_jax.__version__
+    return f"{loki_jax.__version__} {revision['revision']}" + (" and changes" if revision["changed"] else "")
+
+
+def open_manager(workdir: Path, retention: ConfigDict) -> ocp.CheckpointManager:
+    """Orbax manager of `workdir/checkpoints`; saves asynchronously, each checkpoint appears whole or not.
+
+    Args:
+      retention: `config.checkpoint`. The last `keep` checkpoints stay, those at multiples of
+        `keep_every` (0: none), and the `keep_best` with the lowest validation loss.
+    """
+    by_loss = lambda metrics: -metrics.get("val_loss", float("inf"))
+    policies = [preservation.LatestN(retention.keep)]
+    if retention.keep_every:
+        policies.append(preservation.EveryNSteps(retention.keep_every))
+    if retention.keep_best:
+        policies.append(
+            preservation.BestN(get_metric_fn=by_loss, n=retention.keep_best, keep_checkpoints_without_metrics=False)
+        )
     return ocp.CheckpointManager(
         (workdir / "checkpoints").absolute(),
         options=ocp.CheckpointManagerOptions(
-            save_interval_steps=every, max_to_keep=keep, enable_async_checkpointing=True, step_prefix=None
+            preservation_policy=preservation.AnyPreservationPolicy(policies), best_fn=by_loss, best_mode="max",
+            enable_async_checkpointing=True, step_prefix=None, cleanup_tmp_directories=True,
         ),
-    )
+    )  # fmt: skip
 
 
-def save_state(manager: ocp.CheckpointManager, step: int, state: TrainState, iterator, force: bool = False) -> None:
-    """Save parameters, EMA, optimiser and data-iterator state together.
+@contextlib.contextmanager
+def finishing(manager: ocp.CheckpointManager, agreed: tuple[type[Exception], ...]) -> Iterator[None]:
+    """Let the save under way finish, whatever ends the run.
+
+    But not after an error in one of several processes, unless it is one that all raise (`agreed`): the
+    others would be waited for.
+    """
+    try:
+        yield
+    except Exception as error:
+        if jax.process_count() == 1 or isinstance(error, agreed):
+            manager.close()
+        raise
+    manager.wait_until_finished()
+    manager.close()
+
+
+def save_state(
+    manager: ocp.CheckpointManager, step: int, state: TrainState, iterator, config: ConfigDict,
+    code: str, skipped: int = 0, val_loss: float | None = None,
+) -> None:  # fmt: skip
+    """Start saving everything that the steps after `step` depend on; all processes must call.
 
     `iterator` must stand right after the batch of step `step`.
+
+    Args:
+      code: `code_version()` when the process started.
+      skipped: updates skipped so far.
+      val_loss: validation loss after this step, where it was measured: decides which checkpoints are best.
     """
+    key = jax.random.fold_in(jax.random.key(config.seed), step)
+    run = {
+        "step": step, "seed": config.seed, "next_key": np.asarray(jax.random.key_data(key)).tolist(),
+        "skipped": skipped, "code": code, "config": json.loads(config_to_json(config)),
+        "devices": jax.device_count(), "processes": jax.process_count(),
+    }  # fmt: skip
     items = {
         "params": ocp.args.StandardSave(state.params),
         "optimizer": ocp.args.StandardSave(state.opt_state),
-        "data": grain.checkpoint.CheckpointSave(iterator),
+        # Process 0's, whose position is that of all: another number of processes can go on from it.
+        "data": ocp.args.JsonSave(iterator.get_state()),
+        "run": ocp.args.JsonSave(run),
     }
     if state.ema is not None:
         items["ema"] = ocp.args.StandardSave(state.ema)
-    manager.save(step, args=ocp.args.Composite(**items), force=force)
+    metrics = {} if val_loss is None else {"val_loss": float(val_loss)}
+    if not manager.save(step, args=ocp.args.Composite(**items), metrics=metrics, force=True):
+        raise CheckpointError(f"{manager.directory}: step {step} was not saved")
 
 
-def restore_state(manager: ocp.CheckpointManager, abstract: TrainState, iterator) -> tuple[TrainState, Any] | None:
-    """The newest whole checkpoint, placed as `abstract` says (any mesh), or None when there is none.
+def restore_state(manager: ocp.CheckpointManager, abstract: TrainState, iterator) -> tuple[TrainState, dict] | None:
+    """The newest whole checkpoint, placed as `abstract` says (any mesh, any number of processes).
+
+    Sets the state of `iterator`.
 
     Args:
       abstract: TrainState of ShapeDtypeStructs with shardings; its `frozen` part is passed through.
+
+    Returns:
+      (state, what `save_state` wrote as "run"), or None when there is no checkpoint.
+
+    Raises:
+      CheckpointError: the checkpoint is of another architecture or is damaged.
     """
     step = manager.latest_step()
     if step is None:
         return None
-    items = {
-        "params": ocp.args.StandardRestore(abstract.params),
-        "optimizer": ocp.args.StandardRestore(abstract.opt_state),
-        "data": grain.checkpoint.CheckpointRestore(iterator),
-    }
+    folder = Path(manager.directory) / str(step)
+    trees = {"params": abstract.params, "optimizer": abstract.opt_state}
     if abstract.ema is not None:
-        items["ema"] = ocp.args.StandardRestore(abstract.ema)
-    restored = manager.restore(step, args=ocp.args.Composite(**items))
+        trees["ema"] = abstract.ema
+    for name, wanted in trees.items():
+        check_fit(_stored_shapes(folder / name), wanted, str(folder / name))
+    items = {name: ocp.args.StandardRestore(tree) for name, tree in trees.items()}
+    items |= {"data": ocp.args.JsonRestore(), "run": ocp.args.JsonRestore()}
+    try:
+        restored = manager.restore(step, args=ocp.args.Composite(**items))
+    except (ValueError, OSError, KeyError) as error:
+        raise CheckpointError(f"{folder}: cannot be read ({error}). {_OLDER.format(folder)}") from error
+    if restored.run["step"] != step:
+        raise CheckpointError(f"{folder}: holds step {restored.run['step']}. {_OLDER.format(folder)}")
+    iterator.set_state(restored.data)
     state = abstract._replace(
         step=jnp.asarray(step, jnp.int32),
         params=restored.params,
         opt_state=restored.optimizer,
         ema=restored.ema if abstract.ema is not None else None,
     )
-    return state, restored.data
+    return state, restored.run
+
+
+_OLDER = "Move {0} away to go on from the checkpoint before it."
+
+
+def _stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Paths and shapes of a saved tree."""
+    try:
+        tree = ocp.PyTreeCheckpointHandler().metadata(epath.Path(folder.absolute())).tree
+    except (ValueError, OSError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{folder}: not readable ({error}). {_OLDER.format(folder.parent)}") from error
+    return leaf_shapes(tree)
+
+
+def leaf_shapes(tree) -> dict[str, tuple[int, ...]]:
+    """Path -> shape of every leaf that has one; fields of tuples by name or number, as Orbax stores them."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {path_name(path): tuple(leaf.shape) for path, leaf in leaves if hasattr(leaf, "shape")}
+
+
+def check_fit(found: dict[str, tuple[int, ...]], wanted, source: str) -> None:
+    """Compare the shapes of a saved tree with those of the tree `wanted`.
+
+    Raises:
+      CheckpointError: another architecture; names the first paths and shapes that differ.
+    """
+    expected = leaf_shapes(wanted)
+    wrong = [
+        f"{key}: {found.get(key, 'missing')} there, {expected.get(key, 'none')} in this config"
+        for key in sorted(found.keys() | expected.keys())
+        if found.get(key) != expected.get(key)
+    ]
+    if wrong:
+        raise CheckpointError(
+            f"{source}: weights of another architecture ({len(wrong)} arrays differ):\n  " + "\n  ".join(wrong[:8])
+            + "\nUse the config they were made with."
+        )
+
+
+def saved_steps(workdir: Path) -> list[int]:
+    """Steps of the whole checkpoints in a workdir, ascending."""
+    folder = workdir / "checkpoints"
+    if not folder.is_dir():
+        return []
+    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit())
 
 
 def save_frozen(workdir: Path, frozen) -> None:
-    """Write the parameters that are not trained, once."""
+    """Write the parameters that are not trained, once; all processes must call."""
     path = (workdir / "frozen").absolute()
     if not path.exists() and jax.tree.leaves(frozen):
         with ocp.StandardCheckpointer() as checkpointer:
@@ -203,15 +339,19 @@ def save_frozen(workdir: Path, frozen) -> None:
 def load_checkpoint(source: str | os.PathLike, use_ema: bool = True) -> Checkpoint:
     """Load a trained model from a workdir, a `.safetensors` file or the shipped model ("demo").
 
+    A workdir gives its last checkpoint, `WORKDIR/checkpoints/N` the one after step N.
+
     Raises:
       CheckpointError: nothing there, or it is not one of ours.
     """
     if str(source) == "demo":
         with resources.as_file(resources.files("loki_jax") / "assets" / "demo.safetensors") as path:
             return load_model_file(path)
-    path = Path(source)
+    path, step = Path(source), None
     if path.suffix == ".safetensors":
         return load_model_file(path)
+    if path.parent.name == "checkpoints" and path.name.isdigit():
+        path, step = path.parent.parent, int(path.name)
     if not (path / "config.json").is_file():
         raise CheckpointError(
             f"{path}: not a workdir of loki_jax.train (no config.json). "
@@ -220,19 +360,21 @@ def load_checkpoint(source: str | os.PathLike, use_ema: bool = True) -> Checkpoi
     config = config_from_json((path / "config.json").read_text())
     head = load_head(path / "head.npz")
     folder = path / "checkpoints"
-    manager = ocp.CheckpointManager(folder.absolute(), options=ocp.CheckpointManagerOptions(read_only=True)) if folder.is_dir() else None
-    step = manager.latest_step() if manager is not None else None
-    if step is None:
+    saved = saved_steps(path)
+    if not saved:
         raise CheckpointError(f"{folder}: holds no finished checkpoint. Train for at least one checkpoint interval.")
+    step = saved[-1] if step is None else step
+    if step not in saved:
+        raise CheckpointError(f"{folder}: no checkpoint of step {step}; there are {', '.join(map(str, saved))}.")
     item = "ema" if use_ema and (folder / str(step) / "ema").exists() else "params"
     # The pixel autoencoder has no parameters, and files keep no empty dict.
-    params = {"autoencoder": {}} | _restore_as_numpy((folder / str(step) / item).absolute())
+    params = {"autoencoder": {}} | restore_as_numpy((folder / str(step) / item).absolute())
     if (path / "frozen").is_dir():
-        params |= _restore_as_numpy((path / "frozen").absolute())
+        params |= restore_as_numpy((path / "frozen").absolute())
     return Checkpoint(config, params, head, step)
 
 
-def _restore_as_numpy(path: Path) -> dict:
+def restore_as_numpy(path: Path) -> dict:
     """A saved tree without a target, which would want the devices of the training run back."""
     with ocp.PyTreeCheckpointer() as checkpointer:
         tree = checkpointer.metadata(path).item_metadata.tree

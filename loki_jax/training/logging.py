@@ -2,31 +2,42 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tensorboardX import SummaryWriter
 
 
 class MetricWriter:
-    """Appends scalars and pictures of one run to `workdir/metrics.jsonl` and TensorBoard files."""
+    """Appends to `workdir/metrics.jsonl` and `events.jsonl`, and writes TensorBoard files."""
 
     def __init__(self, workdir: Path, active: bool):
         self._active = active
         if active:
             workdir.mkdir(parents=True, exist_ok=True)
             self._jsonl = open(workdir / "metrics.jsonl", "a", buffering=1)
+            self._events = open(workdir / "events.jsonl", "a", buffering=1)
             self._board = SummaryWriter(str(workdir / "tensorboard"))
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         if not self._active:
             return
-        self._jsonl.write(json.dumps({"step": step, **{k: float(v) for k, v in values.items()}}) + "\n")
+        values = {key: float(value) for key, value in values.items() if np.isfinite(value)}
+        self._jsonl.write(json.dumps({"step": step, **values}) + "\n")
         for key, value in values.items():
             self._board.add_scalar(key, value, step)
+
+    def event(self, step: int, kind: str, **details: Any) -> None:
+        """Something that is no curve: a start, a skipped update, a spike, a stop."""
+        if self._active:
+            row = {"step": step, "time": time.time(), "event": kind, **details}
+            self._events.write(json.dumps(row, default=str) + "\n")
 
     def image(self, step: int, name: str, picture: np.ndarray) -> None:
         """`picture` is (H, W, 3) uint8."""
@@ -36,33 +47,56 @@ class MetricWriter:
     def close(self) -> None:
         if self._active:
             self._jsonl.close()
+            self._events.close()
             self._board.close()
 
 
 class Progress:
-    """Rate, share of time spent waiting for data and time left, since the last report."""
+    """Rates since the last report: steps and windows a second, MFU, share of time waiting for data, time left.
 
-    def __init__(self, first_step: int, last_step: int):
-        self._last_step = last_step
+    Args:
+      flops: matrix operations of a step over all devices (`accounting.work_of(...).model`), and
+      peak: what all devices together could do in a second. None where no peak is known: no MFU then.
+    """
+
+    def __init__(self, first_step: int, last_step: int, batch_size: int, flops: float = 0.0, peak: float | None = None):
+        self._last_step, self._batch_size, self._flops, self._peak = last_step, batch_size, flops, peak
         self._step = first_step
         self._time = time.monotonic()
         self._waited = 0.0
 
-    def waiting(self, seconds: float) -> None:
-        self._waited += seconds
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around what waits for data."""
+        began = time.monotonic()
+        yield
+        self._waited += time.monotonic() - began
 
     def report(self, step: int) -> dict[str, float]:
-        """steps_per_s, data_wait (share of the interval) and eta_s at `step`; starts a new interval."""
+        """steps_per_s, clips_per_s, mfu, data_wait (share of the interval), eta_s at `step`; starts a new interval."""
         now = time.monotonic()
         elapsed = max(now - self._time, 1e-9)
         rate = (step - self._step) / elapsed
-        figures = {
-            "steps_per_s": rate,
-            "data_wait": self._waited / elapsed,
-            "eta_s": (self._last_step - step) / rate if rate > 0 else float("inf"),
-        }
+        figures = {"steps_per_s": rate, "clips_per_s": rate * self._batch_size}
+        if self._peak:
+            figures["mfu"] = self._flops * rate / self._peak
+        figures["data_wait"] = self._waited / elapsed
+        figures["eta_s"] = (self._last_step - step) / rate if rate > 0 else float("inf")
         self._step, self._time, self._waited = step, now, 0.0
         return figures
+
+
+def progress_line(step: int, last_step: int, values: dict[str, float]) -> str:
+    """One line for a person: step, loss, rate, MFU where it is known, data wait, time left."""
+    parts = [f"step {step}/{last_step}"]
+    parts.append(f"loss {values['loss']:.4f}" if "loss" in values else "no finite loss")
+    parts.append(f"{values['clips_per_s']:.2f} clips/s")
+    if "mfu" in values:
+        parts.append(f"MFU {values['mfu']:.1%}")
+    parts += [f"data wait {values['data_wait']:.1%}", f"left {duration(values['eta_s'])}"]
+    if values.get("skipped"):
+        parts.append(f"{values['skipped']:.0f} updates skipped")
+    return "  ".join(parts)
 
 
 def say(message: str, active: bool = True) -> None:
@@ -81,11 +115,13 @@ def duration(seconds: float) -> str:
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
     """The rows of a `metrics.jsonl`; a line cut off by a crash is left out, repeated steps keep the last."""
+    # Losses, validation losses and figures of samples may share a step.
+    kind = lambda row: next((key for key in ("val_loss", "sample_hpf") if key in row), "loss")
     rows: dict[tuple, dict[str, float]] = {}
     for line in Path(path).read_text().splitlines():
         try:
             row = json.loads(line)
         except json.JSONDecodeError:
             continue
-        rows[(row["step"], "val_loss" in row)] = row
+        rows[(row["step"], kind(row))] = row
     return sorted(rows.values(), key=lambda row: row["step"])

@@ -1,48 +1,185 @@
-"""Pictures of what the model does with fixed held-out windows, during training."""
+"""What the model does with fixed held-out windows, during training: pictures, videos, HPF and HEF."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree, UInt8
 from ml_collections import ConfigDict
 
+from loki_jax.appearance import sample_appearance
+from loki_jax.data.records import Dataset
 from loki_jax.head.asset import HeadAsset
+from loki_jax.head.builtin import NAME as BUILTIN
+from loki_jax.head.retarget import size_ratio, substitute
+from loki_jax.head.types import Camera, Coefficients
+from loki_jax.metrics.hef import head_expression_follow
+from loki_jax.metrics.hpf import head_pose_follow
+from loki_jax.metrics.photometric import fit_photometric_clips
 from loki_jax.networks import Networks, driver_input, portrait_features, sample_from_features
+from loki_jax.training.sharding import BATCH_AXES
 
 
-def make_sampler(config: ConfigDict, networks: Networks):
-    """sample(params, head, batch) -> (B,T,S,S,3) uint8: the batch's windows, always from the same noise."""
+class Pairs(NamedTuple):
+    """Fixed references and drivers: N of one person each, then N of two (numpy, the same on all processes).
 
-    @jax.jit
-    def sample(params: PyTree, head: HeadAsset, batch: dict[str, Any]):
-        driver = driver_input(config, head, batch["coefficients"], batch["camera"], batch["crop"])
-        # One camera and one crop a clip; the reference frame is of the same clip.
-        camera, crop = jax.tree.map(lambda x: x[:, 0], (batch["camera"], batch["crop"]))
+    Attributes:
+      names: "reference clip < driver clip" of each pair.
+      reference: (2N,S,S,3) uint8; reference_coefficients (2N,...); reference_clip (2N,) clip indices.
+      driver: (2N,T,S,S,3) uint8, the driver's frames; for the first N they are what should come out.
+      driver_coefficients, driver_camera: as recorded, (2N,T,...).
+      coefficients, camera, crop: what the reference is to perform, (2N,T,...): its own camera and crop.
+    """
+
+    names: tuple[str, ...]
+    reference: UInt8[np.ndarray, "n s s 3"]
+    reference_coefficients: Coefficients
+    reference_clip: np.ndarray
+    driver: UInt8[np.ndarray, "n t s s 3"]
+    driver_coefficients: Coefficients
+    driver_camera: Camera
+    coefficients: Coefficients
+    camera: Camera
+    crop: np.ndarray
+
+
+def make_pairs(batch: dict[str, Any], count: int, head: HeadAsset, dataset: Dataset, mode: str) -> Pairs | None:
+    """Pairs from a validation batch; all processes must call. None where it holds no images.
+
+    Window i drives its own person, and then the person of window i + 1 (design section 9).
+
+    Args:
+      batch: this process's part of the batch (numpy).
+      count: N; at most as many as the global batch has windows.
+      mode: pose of the second kind, "relative" or "absolute".
+    """
+    if "frames" not in batch or count < 1:
+        return None
+    whole = multihost_utils.process_allgather(batch, tiled=True)
+    rows = np.arange(min(count, len(whole["frames"])))
+    take = lambda name, index: jax.tree.map(lambda x: np.asarray(x)[index], whole[name])
+    others = np.roll(rows, -1)
+    own = np.concatenate([rows, others])  # whose portrait
+    drivers = np.concatenate([rows, rows])  # whose performance
+    frames = whole["frames"].shape[1]
+    repeat = lambda tree: jax.tree.map(lambda x: np.repeat(x[:, :1], frames, 1), tree)
+
+    def perform(driver, reference, driver_camera, reference_camera):
+        scale = size_ratio(head, reference.shape, driver.shape[0])
+        return substitute(
+            driver, reference, mode, scale=scale, driver_camera=driver_camera, reference_camera=reference_camera
+        )
+
+    first_of = lambda tree: jax.tree.map(lambda x: x[:, 0], tree)
+    swapped = jax.vmap(perform)(
+        take("coefficients", rows), take("reference_coefficients", others),
+        first_of(take("camera", rows)), first_of(take("camera", others)),
+    )  # fmt: skip
+    clip = np.asarray(whole["clip_index"])
+    name = lambda row: dataset.clips[int(clip[row])].clip_id
+    return Pairs(
+        names=tuple(f"{name(a)} < {name(b)}" for a, b in zip(own, drivers, strict=True)),
+        reference=take("reference", own),
+        reference_coefficients=take("reference_coefficients", own),
+        reference_clip=clip[own],
+        driver=take("frames", drivers),
+        driver_coefficients=take("coefficients", drivers),
+        driver_camera=take("camera", drivers),
+        coefficients=jax.tree.map(
+            lambda same, new: np.concatenate([same, np.asarray(new)]), take("coefficients", rows), swapped
+        ),
+        camera=repeat(take("camera", own)),
+        crop=repeat(take("crop", own)),
+    )
+
+
+def make_sampler(config: ConfigDict, networks: Networks, mesh: Mesh) -> Callable[[PyTree, HeadAsset, Pairs], np.ndarray]:
+    """sample(params, head, pairs) -> (2N,T,S,S,3) uint8 on every process, always from the same noise.
+
+    All processes must call. The pairs are split over the devices where their number allows.
+    """
+    whole = NamedSharding(mesh, PartitionSpec())
+
+    def sample(params: PyTree, head: HeadAsset, inputs: dict[str, Any]):
+        driver = driver_input(config, head, inputs["coefficients"], inputs["camera"], inputs["crop"])
+        camera, crop = jax.tree.map(lambda x: x[:, 0], (inputs["camera"], inputs["crop"]))
         features = portrait_features(
-            config, networks, params, head, batch["reference"], batch["reference_coefficients"], camera, crop
+            config, networks, params, head, inputs["reference"], inputs["reference_coefficients"], camera, crop
         )
         return sample_from_features(
             config, networks, params, features, driver, jax.random.key(0), steps=config.sample.steps,
             guidance=config.sample.guidance, spacing=config.sample.spacing,
         )
 
-    return sample
+    compiled = jax.jit(sample, out_shardings=whole)
+    names = ("coefficients", "camera", "crop", "reference", "reference_coefficients")
+
+    def run(params: PyTree, head: HeadAsset, pairs: Pairs) -> np.ndarray:
+        spec = PartitionSpec(BATCH_AXES) if len(pairs.reference) % mesh.size == 0 else PartitionSpec()
+        placed = NamedSharding(mesh, spec)
+        # Every process holds all pairs and gives its devices what they ask for.
+        put = lambda x: jax.make_array_from_callback(x.shape, placed, lambda index: x[index])
+        inputs = {name: jax.tree.map(lambda x: put(np.asarray(x)), getattr(pairs, name)) for name in names}
+        return np.asarray(compiled(params, head, inputs))
+
+    return run
 
 
-def sample_sheet(
-    reference: UInt8[np.ndarray, "b s s 3"], truth: UInt8[np.ndarray, "b t s s 3"], sampled: UInt8[np.ndarray, "b t s s 3"]
-) -> UInt8[np.ndarray, "h w 3"]:
-    """For each window a row of true frames over a row of sampled ones, the reference in front of both."""
+def sample_frames(
+    pairs: Pairs, sampled: UInt8[np.ndarray, "n t s s 3"]
+) -> list[UInt8[np.ndarray, "h w 3"]]:
+    """Frames of a video: a column for each pair, with its reference, its driver and what was sampled."""
+    columns = len(sampled)
+    still = np.concatenate(list(pairs.reference), 1)
+    frames = []
+    for t in range(sampled.shape[1]):
+        rows = [still] + [np.concatenate([x[i, t] for i in range(columns)], 1) for x in (pairs.driver, sampled)]
+        frames.append(np.concatenate(rows, 0))
+    return frames
+
+
+def sample_sheet(pairs: Pairs, sampled: UInt8[np.ndarray, "n t s s 3"]) -> UInt8[np.ndarray, "h w 3"]:
+    """For each pair a row of the driver's frames over a row of sampled ones, the reference in front of both."""
     rows = []
-    for portrait, true_frames, new_frames in zip(reference, truth, sampled, strict=True):
-        rows += [np.concatenate([portrait, *true_frames], 1), np.concatenate([portrait, *new_frames], 1)]
+    for portrait, driver, new in zip(pairs.reference, pairs.driver, sampled, strict=True):
+        rows += [np.concatenate([portrait, *driver], 1), np.concatenate([portrait, *new], 1)]
     return np.concatenate(rows, 0)
 
 
-def take_windows(batch: dict[str, Any], count: int) -> dict[str, Any]:
-    """The first `count` windows of a batch, as host arrays of this process."""
-    return jax.tree.map(lambda x: jnp.asarray(np.asarray(x)[:count]), batch)
+def can_follow(head: HeadAsset, dataset: Dataset, pairs: Pairs) -> bool:
+    """Whether `follow` can read these pairs back: synthetic clips of the built-in head."""
+    known = all("identity_seed" in dataset.clips[int(clip)].extra for clip in pairs.reference_clip)
+    return head.name == BUILTIN and known
+
+
+def follow(
+    head: HeadAsset, dataset: Dataset, pairs: Pairs, sampled: UInt8[np.ndarray, "n t s s 3"], size: int = 256
+) -> dict[str, float]:
+    """Mean HPF (degrees) and HEF of sampled windows, of one person and of two, read back photometrically.
+
+    Works on one process alone. Two windows of few frames say less than `python -m loki_jax.evaluate`.
+    """
+    appearances = [sample_appearance(dataset.clips[int(c)].extra["identity_seed"], head) for c in pairs.reference_clip]
+    appearance = jax.tree.map(lambda *x: jnp.stack([jnp.asarray(v) for v in x]), *appearances)
+    fitted, _ = fit_photometric_clips(
+        sampled, head, pairs.reference_coefficients.shape, appearance, pairs.camera, pairs.crop
+    )
+    fitted = jax.tree.map(np.asarray, fitted)
+    one = lambda tree, i: jax.tree.map(lambda x: np.asarray(x)[i], tree)
+    hpf, hef = [], []
+    for i in range(len(sampled)):
+        mine, target = one(fitted, i), one(pairs.driver_coefficients, i)
+        hpf.append(head_pose_follow(mine.rot, target.rot, mine.neck, target.neck).degrees)
+        hef.append(head_expression_follow(head, mine, target, one(pairs.driver_camera, i), size=size).distance)
+    half = len(sampled) // 2
+    mean = lambda values: float(np.mean([v for v in values if v is not None]))
+    return {
+        "sample_hpf": mean(hpf[:half]), "sample_hef": mean(hef[:half]),
+        "sample_hpf_cross": mean(hpf[half:]), "sample_hef_cross": mean(hef[half:]),
+    }  # fmt: skip

@@ -92,7 +92,42 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
+def batch_part(mesh: Mesh) -> int:
+    """Which of the equal parts of a global batch this process reads: `process_index` of `make_dataset`.
+
+    A mesh may order the devices of a pod by its wiring, so that process p does not hold rows p B/n ... of the
+    batch. What counts is where its rows lie.
+    """
+    devices = list(mesh.devices.flat)
+    mine = [i for i, device in enumerate(devices) if device.process_index == jax.process_index()]
+    if mine != list(range(mine[0], mine[0] + len(mine))):
+        return jax.process_index()  # scattered rows: every window is read once, but rows are permuted
+    return mine[0] // len(mine)
+
+
 def global_batch(local_batch, mesh: Mesh):
     """This process's part of a batch (numpy) -> global arrays split over the mesh."""
     sharding = batch_sharding(mesh)
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), local_batch)
+
+
+def local_batch(batch):
+    """The inverse of `global_batch`: this process's rows as numpy arrays."""
+
+    def rows(x: jax.Array) -> np.ndarray:
+        shards = {shard.index[0].start or 0: shard.data for shard in x.addressable_shards}
+        return np.concatenate([np.asarray(shards[start]) for start in sorted(shards)])
+
+    return jax.tree.map(rows, batch)
+
+
+def place(tree, shardings):
+    """Arrays that every process holds whole -> global arrays."""
+    if jax.process_count() == 1:
+        return jax.device_put(tree, shardings)
+
+    def put(x, sharding):
+        value = np.asarray(x)
+        return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
+
+    return jax.tree.map(put, tree, shardings)

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import optax
 import orbax.checkpoint as ocp
-from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 from ml_collections import ConfigDict
 
 from loki_jax.diffusion.loss import check_prediction, diffusion_loss
@@ -19,9 +19,9 @@ from loki_jax.head.asset import HeadAsset
 from loki_jax.models.autoencoder import sample_posterior
 from loki_jax.models.loki import drop_identity, drop_motion
 from loki_jax.networks import (
-    Networks, denoise, driver_input, encode_condition, encode_images, random_params, reference_features,
+    Networks, denoise, driver_input, encode_condition, random_params, reference_features, unit_range,
 )
-from loki_jax.training.checkpoint import CheckpointError, load_checkpoint
+from loki_jax.training.checkpoint import CheckpointError, check_fit, leaf_shapes, load_checkpoint
 from loki_jax.training.sharding import BATCH_AXES
 from loki_jax.training.state import TrainState, update_ema
 
@@ -29,6 +29,10 @@ from loki_jax.training.state import TrainState, update_ema
 def check_config(config: ConfigDict) -> None:
     """Raise ValueError for options that contradict each other."""
     check_prediction(config.diffusion.prediction)
+    if config.accumulate < 1 or config.batch_size % config.accumulate:
+        raise ValueError(f"config.batch_size={config.batch_size} cannot be cut into config.accumulate={config.accumulate} parts")
+    if config.faults.max_skips < 1:
+        raise ValueError(f"config.faults.max_skips={config.faults.max_skips}: at least 1")
     if not 0 <= config.diffusion.shared_timesteps <= 1:
         raise ValueError(f"config.diffusion.shared_timesteps={config.diffusion.shared_timesteps} is not a share")
     if config.diffusion.min_snr_gamma < 0:
@@ -79,14 +83,14 @@ def initial_params(config: ConfigDict, networks: Networks, head: HeadAsset) -> t
     if config.init_from:
         loaded = load_checkpoint(config.init_from)
         params = {key: loaded.params.get(key, {}) for key in abstract}
-        _check_fit(params, abstract, f"config.init_from={config.init_from}")
+        check_fit(leaf_shapes(params), abstract, f"config.init_from={config.init_from}")
         return split_params(config, jax.tree.map(jnp.asarray, params))
     path = _converted_folder(config.pretrained) if config.pretrained else None
     params = jax.jit(lambda: random_params(networks, jax.random.key(config.seed)))()
     if path:
         with ocp.StandardCheckpointer() as checkpointer:
             backbone = checkpointer.restore(path.absolute())
-        _check_fit(backbone, {k: abstract[k] for k in ("reference", "autoencoder", "null_prompt") if k in abstract}, str(path))
+        check_fit(leaf_shapes(backbone), {k: abstract[k] for k in ("reference", "autoencoder", "null_prompt") if k in abstract}, str(path))
         params |= backbone
         params["generation"] = dict(params["generation"]) | {
             "unet": _take_shared(params["generation"]["unet"], backbone["reference"])
@@ -116,21 +120,6 @@ def _take_shared(target: PyTree, source: PyTree) -> PyTree:
     return {key: _take_shared(value, source[key]) if key in source else value for key, value in target.items()}
 
 
-def _check_fit(params: PyTree, abstract: PyTree, source: str) -> None:
-    found = {jax.tree_util.keystr(p): tuple(x.shape) for p, x in jax.tree_util.tree_leaves_with_path(params)}
-    wanted = {jax.tree_util.keystr(p): tuple(x.shape) for p, x in jax.tree_util.tree_leaves_with_path(abstract)}
-    wrong = [
-        f"{key}: {found.get(key, 'missing')} there, {wanted.get(key, 'none')} in this config"
-        for key in sorted(found.keys() | wanted.keys())
-        if found.get(key) != wanted.get(key)
-    ]
-    if wrong:
-        raise CheckpointError(
-            f"{source}: weights of another architecture ({len(wrong)} arrays differ):\n  " + "\n  ".join(wrong[:8])
-            + "\nUse the config they were made with."
-        )
-
-
 # --------------------------------------------------------------------------------------------- loss
 
 
@@ -143,9 +132,14 @@ def sharded_driver_input(config: ConfigDict, mesh: Mesh) -> Callable:
     )
 
 
-def dropout_masks(key: PRNGKeyArray, count: int, dropout: ConfigDict) -> tuple[Array, Array]:
-    """(keep identity, keep motion), each (count,) bool: exclusive shares lose one, the other or both."""
-    u = jax.random.uniform(key, (count,))
+def window_keys(key: PRNGKeyArray, rows: Int[Array, " b"]) -> PRNGKeyArray:
+    """A key for each window, by its row in the global batch: draws are the same however a batch is cut up."""
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, rows)
+
+
+def dropout_masks(keys: PRNGKeyArray, dropout: ConfigDict) -> tuple[Array, Array]:
+    """(keep identity, keep motion), (B,) bool each, for keys (B,): exclusive shares lose one, the other or both."""
+    u = jax.vmap(jax.random.uniform)(keys)
     both, identity = dropout.both, dropout.both + dropout.identity
     lost_both, lost_identity = u < both, (u >= both) & (u < identity)
     lost_motion = (u >= identity) & (u < identity + dropout.motion)
@@ -153,12 +147,13 @@ def dropout_masks(key: PRNGKeyArray, count: int, dropout: ConfigDict) -> tuple[A
 
 
 def make_loss(config: ConfigDict, networks: Networks, mesh: Mesh) -> Callable:
-    """loss(trained, frozen, batch, head, key, dropout) -> scalar."""
+    """loss(trained, frozen, batch, head, keys, dropout) -> scalar; `keys` (B,) of `window_keys`."""
     draw = sharded_driver_input(config, mesh)
 
-    def loss(trained: PyTree, frozen: PyTree, batch: dict[str, Any], head: HeadAsset, key: PRNGKeyArray, dropout: bool):
+    def loss(trained: PyTree, frozen: PyTree, batch: dict[str, Any], head: HeadAsset, keys: PRNGKeyArray, dropout: bool):
         params = trained | frozen
-        keys = dict(zip(("latent", "reference", "dropout", "diffusion"), jax.random.split(key, 4)))
+        split = jax.vmap(lambda key: jax.random.split(key, 4), out_axes=1)(keys)
+        keys = dict(zip(("latent", "reference", "dropout", "diffusion"), split))
         x0 = _latents(networks, params, batch, "", keys["latent"])
         reference = _latents(
             networks, params, batch, "reference_", keys["reference"] if config.model.autoencoder.sample_reference else None
@@ -166,7 +161,7 @@ def make_loss(config: ConfigDict, networks: Networks, mesh: Mesh) -> Callable:
         driver, reference_condition = _drivers(config, networks, params, batch, head, draw)
         keep_identity, keep_motion = jnp.ones((2, x0.shape[0]), bool)
         if dropout:
-            keep_identity, keep_motion = dropout_masks(keys["dropout"], x0.shape[0], config.dropout)
+            keep_identity, keep_motion = dropout_masks(keys["dropout"], config.dropout)
         if config.dropout.null_reference == "latent":
             features = reference_features(
                 networks, params, drop_motion(reference, keep_identity), reference_condition
@@ -197,32 +192,84 @@ def _drivers(config, networks, params, batch, head, draw) -> tuple[Array, Array 
     return driver[:, :-1], encode_condition(networks, params, driver[:, -1:])[:, 0]
 
 
-def _latents(networks: Networks, params: PyTree, batch: dict, prefix: str, key) -> Float[Array, "*b h w c"]:
-    """Latents of the frames or of the reference: from the shards where they hold them, else encoded."""
+def _latents(
+    networks: Networks, params: PyTree, batch: dict, prefix: str, keys: PRNGKeyArray | None
+) -> Float[Array, "b *t h w c"]:
+    """Latents of the frames or of the reference: from the shards where they hold them, else encoded.
+
+    The posterior mean, or a draw of it where each window has a key.
+    """
     if f"{prefix}latent_mean" in batch:
         scale = networks.autoencoder.scale
         mean = batch[f"{prefix}latent_mean"].astype(jnp.float32) * scale
         logvar = batch[f"{prefix}latent_logvar"].astype(jnp.float32) + 2 * jnp.log(scale)
-        return mean if key is None else sample_posterior(key, mean, logvar)
-    return encode_images(networks, params, batch["reference" if prefix else "frames"], key)
+    else:
+        images = unit_range(batch["reference" if prefix else "frames"])
+        flat = images.reshape(-1, *images.shape[-3:])
+        encoded = networks.autoencoder.apply({"params": params["autoencoder"]}, flat, method="encode")
+        mean, logvar = (x.reshape(*images.shape[:-3], *x.shape[1:]) for x in encoded)
+    return mean if keys is None else jax.vmap(sample_posterior)(keys, mean, logvar)
 
 
 # -------------------------------------------------------------------------------------------- steps
 
 
+def deal_windows(tree: PyTree, parts: int, mesh: Mesh) -> PyTree:
+    """Leaves (B, ...) -> (parts, B / parts, ...): every device deals out the windows it holds, none moves.
+
+    B must be a multiple of parts x devices.
+    """
+    placed = NamedSharding(mesh, PartitionSpec(None, BATCH_AXES))
+
+    def deal(x: Array) -> Array:
+        x = x.reshape(mesh.size, parts, -1, *x.shape[1:]).swapaxes(0, 1)
+        return jax.lax.with_sharding_constraint(x.reshape(parts, -1, *x.shape[3:]), placed)
+
+    return jax.tree.map(deal, tree)
+
+
+def make_gradients(config: ConfigDict, networks: Networks, mesh: Mesh) -> Callable:
+    """gradients(state, batch, head) -> (loss, gradients): means over the global batch of step `state.step + 1`.
+
+    With `config.accumulate` > 1 the batch goes through in so many parts, one after another, whose
+    gradients are summed: the memory of a part, the result of the whole up to rounding.
+    """
+    value_and_grad = jax.value_and_grad(make_loss(config, networks, mesh))
+
+    def gradients(state: TrainState, batch: dict, head: HeadAsset):
+        key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+        rows = jnp.arange(config.batch_size)
+        of = lambda batch, rows: value_and_grad(state.params, state.frozen, batch, head, window_keys(key, rows), True)
+        if config.accumulate == 1:
+            return of(batch, rows)
+        zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params))
+        add = lambda total, part: (jax.tree.map(jnp.add, total, of(*part)), None)
+        total, _ = jax.lax.scan(add, zeros, deal_windows((batch, rows), config.accumulate, mesh))
+        return jax.tree.map(lambda x: x / config.accumulate, total)
+
+    return gradients
+
+
 def make_train_step(
     config: ConfigDict, networks: Networks, optimizer: optax.GradientTransformation, mesh: Mesh
 ) -> Callable[[TrainState, dict, HeadAsset], tuple[TrainState, dict[str, Array]]]:
-    """step(state, batch, head) -> (state, {"loss", "grad_norm"})."""
-    loss_of = make_loss(config, networks, mesh)
+    """step(state, batch, head) -> (state, {"loss", "grad_norm", "skipped"}).
+
+    Where the loss or the gradients' norm is not finite, parameters, average and optimiser stay as they
+    are (`skipped` is 1); the step still counts, so that the next batch meets other noise.
+    """
+    gradients = make_gradients(config, networks, mesh)
 
     def step(state: TrainState, batch: dict, head: HeadAsset):
-        key = jax.random.fold_in(jax.random.key(config.seed), state.step)
-        loss, grads = jax.value_and_grad(loss_of)(state.params, state.frozen, batch, head, key, True)
+        loss, grads = gradients(state, batch, head)
+        norm = optax.tree.norm(grads)
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema = None if state.ema is None else update_ema(state.ema, params, state.step, config.ema_decay)
-        metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
+        new, old = (params, ema, opt_state), (state.params, state.ema, state.opt_state)
+        params, ema, opt_state = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
+        metrics = {"loss": loss, "grad_norm": norm, "skipped": 1.0 - finite}
         return TrainState(state.step + 1, params, ema, opt_state, state.frozen), metrics
 
     return step
@@ -233,6 +280,7 @@ def make_eval_step(config: ConfigDict, networks: Networks, mesh: Mesh) -> Callab
     loss_of = make_loss(config, networks, mesh)
 
     def evaluate(trained: PyTree, frozen: PyTree, batch: dict, head: HeadAsset, index: int):
-        return loss_of(trained, frozen, batch, head, jax.random.fold_in(jax.random.key(0), index), False)
+        keys = window_keys(jax.random.fold_in(jax.random.key(0), index), jnp.arange(config.batch_size))
+        return loss_of(trained, frozen, batch, head, keys, False)
 
     return evaluate

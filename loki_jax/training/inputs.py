@@ -1,0 +1,68 @@
+"""The data of a run: training batches, held-out batches, and whether they fit the config."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from loki_jax.data.pipeline import Batches, BatchIterator, iterate, make_dataset, make_validation_dataset
+from loki_jax.data.records import Dataset, DatasetError, open_dataset
+from loki_jax.training.logging import say
+from loki_jax.training.sharding import batch_part, global_batch
+
+
+class Inputs(NamedTuple):
+    """`windows`: this process's part of every batch; `held_out`: its part of the validation batches (numpy)."""
+
+    dataset: Dataset
+    windows: Batches
+    held_out: list[dict[str, Any]]
+
+
+def open_inputs(config: ConfigDict, mesh: Mesh) -> Inputs:
+    """Open the dataset of `config.data`.
+
+    Raises:
+      DatasetError: it is missing or damaged, or does not fit the config.
+      ValueError: the batch cannot be split over the devices.
+    """
+    if not config.data.path:
+        raise DatasetError("config.data.path is empty: give --config.data.path=DIR, the folder with dataset_info.json")
+    dataset = open_dataset(config.data.path)
+    if dataset.metadata.image_size != config.image_size:
+        raise DatasetError(
+            f"{config.data.path}: frames of {dataset.metadata.image_size} pixels, the config wants "
+            f"{config.image_size}. Rebuild with --size {config.image_size} or set --config.image_size."
+        )
+    if config.batch_size % (mesh.size * config.accumulate):
+        raise ValueError(
+            f"config.batch_size={config.batch_size} is not divisible by {mesh.size} devices "
+            f"x config.accumulate={config.accumulate}"
+        )
+    source = dict(
+        path=config.data.path, window=config.window, batch=config.batch_size, seed=config.seed,
+        process_index=batch_part(mesh), process_count=jax.process_count(), cache_bytes=config.data.cache_mb * 2**20,
+        max_corrupt_share=config.data.max_corrupt_share,
+    )  # fmt: skip
+    # Cached latents are all a step needs; validation reads images too, for its pictures.
+    with_images = dataset.metadata.latent_shape is None
+    windows = make_dataset(**source, fixed_reference=config.data.fixed_reference, with_images=with_images)
+    held_out = []
+    if dataset.clips_of("validation"):
+        has_images = dataset.metadata.image_format is not None
+        batches = make_validation_dataset(**source, with_images=has_images)
+        held_out = list(itertools.islice(iterate(batches), config.validation.batches))
+    return Inputs(dataset, windows, held_out)
+
+
+def start_reading(config: ConfigDict, windows: Batches, mesh: Mesh) -> BatchIterator:
+    """The batches as global arrays, read and sent to the devices ahead of the loop."""
+    process = f"process {jax.process_index()}: " if jax.process_count() > 1 else ""
+    return iterate(
+        windows, config.data.workers, config.data.threads, prefetch=2 * config.data.threads,
+        to_device=lambda batch: global_batch(batch, mesh), report=lambda message: say(process + message),
+    )  # fmt: skip
