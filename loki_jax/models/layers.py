@@ -97,8 +97,8 @@ def _conv3x3_of_patches(x: Array, kernel: Array, stride: int, padding) -> Array:
     padded = jnp.pad(x, ((0, 0), *padding, (0, 0)))
     h, w = ((size - 3) // stride + 1 for size in padded.shape[1:3])
     span = lambda start, size: slice(start, start + stride * (size - 1) + 1, stride)
-    patches = jnp.concatenate([padded[:, span(i, h), span(j, w)] for i in range(3) for j in range(3)], axis=-1)
-    out = patches.reshape(n * h * w, 9 * c) @ kernel.reshape(9 * c, -1)
+    taps = [padded[:, span(i, h), span(j, w)] for i in range(3) for j in range(3)]
+    out = jnp.concatenate(taps, axis=-1).reshape(n * h * w, 9 * c) @ kernel.reshape(9 * c, -1)
     return out.reshape(n, h, w, -1)
 
 

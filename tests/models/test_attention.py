@@ -55,7 +55,9 @@ def unit_qkv(n, m, dtype, heads=2, d=64):
 TOLERANCES = {jnp.float32: (2e-5, 1e-4), jnp.bfloat16: (2e-2, 5e-2)}
 
 
-@pytest.mark.parametrize("n, m, dtype", [(300, 133, jnp.float32), (100, 77, jnp.float32), (128, 256, jnp.bfloat16)])
+@pytest.mark.parametrize("n, m, dtype", [
+    (300, 133, jnp.float32), (100, 77, jnp.float32), (128, 256, jnp.bfloat16),
+])  # fmt: skip
 def test_splash_equals_xla(n, m, dtype):
     """The TPU kernel, interpreted; token counts that are no multiples of 128 are padded and masked."""
     q, k, v = unit_qkv(n, m, dtype)
@@ -104,7 +106,8 @@ def test_chunked_equals_xla_in_both_precisions(monkeypatch, dtype):
     monkeypatch.setattr(attention, "_CHUNK_LOGITS", 2 * 300 * 8)
     monkeypatch.setattr(attention, "_MIN_CHUNK", 1)
     q, k, v = unit_qkv(200, 300, dtype)  # 25 blocks of 8 queries
-    chunked, plain = (out_and_gradients(lambda *qkv, b=b: attend(*qkv, b), q, k, v) for b in ("chunked", "xla"))
+    run = lambda backend: out_and_gradients(lambda *qkv: attend(*qkv, backend), q, k, v)
+    chunked, plain = run("chunked"), run("xla")
     forward, backward = TOLERANCES[dtype]
     for ours, theirs, atol in zip(chunked, plain, (forward, backward, backward, backward), strict=True):
         np.testing.assert_allclose(ours, theirs, atol=atol)
