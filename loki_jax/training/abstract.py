@@ -26,18 +26,33 @@ def abstract_state(config: ConfigDict, networks: Networks, optimizer: optax.Grad
     return jax.eval_shape(build)
 
 
-def abstract_batch(config: ConfigDict, head: HeadAsset) -> dict[str, Any]:
-    """A global batch of images as ShapeDtypeStructs (see `data/pipeline.py`)."""
+def abstract_batch(config: ConfigDict, head: HeadAsset, latents_of: Networks | None = None) -> dict[str, Any]:
+    """A global batch as ShapeDtypeStructs (see `data/pipeline.py`): of images, or of latents.
+
+    Args:
+      latents_of: networks whose autoencoder's latents the shards hold instead of images.
+    """
     b, t, s = config.batch_size, config.window, config.image_size
     floats = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
     ints = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
 
     def coefficients(*lead: int) -> Coefficients:
-        return Coefficients(floats(*lead, head.n_shape), floats(*lead, head.n_expression), *(floats(*lead, 3) for _ in range(5)))
+        rotations = (floats(*lead, 3) for _ in range(5))
+        return Coefficients(floats(*lead, head.n_shape), floats(*lead, head.n_expression), *rotations)
 
-    return {
+    pictures = {
         "frames": jax.ShapeDtypeStruct((b, t, s, s, 3), jnp.uint8),
         "reference": jax.ShapeDtypeStruct((b, s, s, 3), jnp.uint8),
+    }
+    if latents_of is not None:
+        side, channels = latents_of.model_config.latent_size, latents_of.model_config.latent_channels
+        latent = lambda *lead: jax.ShapeDtypeStruct((*lead, side, side, channels), jnp.bfloat16)
+        pictures = {
+            f"{prefix}latent_{name}": latent(*lead)
+            for prefix, lead in (("", (b, t)), ("reference_", (b,)))
+            for name in ("mean", "logvar")
+        }
+    return pictures | {
         "coefficients": coefficients(b, t),
         "reference_coefficients": coefficients(b),
         "camera": Camera(floats(b, t, 4), floats(b, t, 4, 4)),

@@ -101,7 +101,7 @@ class Operation(NamedTuple):
         "elementwise" or "reduction".
       flops: operations over all devices.
       bytes: operands and results, over all devices, where the work is not fused away: 0 for
-        elementwise; without the logits for attention.
+        elementwise; attention's logits, and reductions over them, are left out.
       scope: name stack, from the outermost call inwards: Flax module paths, and "transpose(" and
         "rematted_computation" where the backward pass and recomputation are.
     """
@@ -153,29 +153,71 @@ def operations(jaxpr: ClosedJaxpr | Jaxpr) -> Iterator[Operation]:
     A scan's body counts as often as it runs, a `while` body once, the dearest branch of a `cond`, the
     body of a `shard_map` once for each device, a Pallas kernel once for each point of its grid.
     """
-    open_jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
     # Compilers drop what nobody reads: the reference branch after its last feature, for one.
-    live, _ = dce_jaxpr(open_jaxpr, [True] * len(open_jaxpr.outvars))
-    yield from _operations(live, 1.0, "")
+    live = live_jaxpr(jaxpr)
+    logits = {product.logits for product in attention_products(live)}
+    yield from _operations(live, 1.0, "", logits)
 
 
-def _operations(jaxpr: Jaxpr, times: float, scope: str) -> Iterator[Operation]:
+def live_jaxpr(jaxpr: ClosedJaxpr | Jaxpr) -> Jaxpr:
+    """The program without what no output needs."""
+    jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
+    return dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0]
+
+
+class AttentionProduct(NamedTuple):
+    """A batched product whose result is larger than both operands: q and k to logits.
+
+    Attributes:
+      scope: name stack.
+      batch: samples times heads (times frames, where attention is within frames).
+      queries, keys, width: tokens on both sides and channels of a head.
+      logits: shape of the result.
+    """
+
+    scope: str
+    batch: int
+    queries: int
+    keys: int
+    width: int
+    logits: tuple[int, ...]
+
+
+def attention_products(jaxpr: Jaxpr, scope: str = "") -> Iterator[AttentionProduct]:
+    """The products of q and k of a program that writes its attention out, those of its gradients included."""
+    for equation in jaxpr.eqns:
+        here = f"{scope}/{equation.source_info.name_stack}"
+        if equation.primitive.name == "dot_general" and equation.params["dimension_numbers"][1][0]:
+            (contract, _), (axes, _) = equation.params["dimension_numbers"]
+            left, right, out = (v.aval for v in (*equation.invars[:2], equation.outvars[0]))
+            if out.size > max(left.size, right.size):
+                batch, width = (math.prod(left.shape[axis] for axis in group) for group in (axes, contract))
+                yield AttentionProduct(
+                    here, batch, left.size // (batch * width), right.size // (batch * width), width, out.shape
+                )
+        for body in jaxprs_in_params(equation.params):
+            yield from attention_products(getattr(body, "jaxpr", body), here)
+
+
+def _operations(jaxpr: Jaxpr, times: float, scope: str, logits: set) -> Iterator[Operation]:
     for equation in jaxpr.eqns:
         name = equation.primitive.name
         here = f"{scope}/{equation.source_info.name_stack}"
         single = _single(equation)
         if single is not None:
             kind, flops, size = single
+            if kind == "reduction" and equation.invars[0].aval.shape in logits:
+                size = 0.0
             yield Operation(kind, times * flops, times * size, here)
             continue
         bodies = [getattr(j, "jaxpr", j) for j in jaxprs_in_params(equation.params)]
         if name == "cond":
-            branches = [list(_operations(body, times, f"{here}/cond")) for body in bodies]
+            branches = [list(_operations(body, times, f"{here}/cond", logits)) for body in bodies]
             yield from max(branches, key=lambda ops: sum(op.flops for op in ops), default=[])
             continue
         repeats = times * _repeats(equation)
         for body in bodies:
-            yield from _operations(body, repeats, f"{here}/{name}")
+            yield from _operations(body, repeats, f"{here}/{name}", logits)
 
 
 def _repeats(equation: Any) -> float:
@@ -234,7 +276,7 @@ def _convolution_flops(equation: Any, ins: list, outs: list) -> float:
         taps *= np.sum((position >= 0) & (position < (size - 1) * spread + 1) & (position % spread == 0))
     batch = out.shape[numbers.out_spec[0]]
     features = out.shape[numbers.out_spec[1]]
-    return 2.0 * taps * batch * features * rhs.shape[numbers.rhs_spec[1]]
+    return float(2.0 * taps * batch * features * rhs.shape[numbers.rhs_spec[1]])
 
 
 def _bytes(aval: Any) -> float:

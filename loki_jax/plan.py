@@ -1,0 +1,154 @@
+"""Plan a training run without its chips: what it costs, whether it fits, how long a step should take.
+
+    python -m loki_jax.plan --config configs/hdtf.py --mesh data=8,fsdp=1 --chip h200
+    python -m loki_jax.plan --config configs/hdtf.py --mesh data=32,fsdp=8 --batch 512 --json plan.json
+    python -m loki_jax.plan --config configs/hdtf.py --mesh data=4,fsdp=2 --compile
+    python -m loki_jax.plan --config configs/hdtf.py --sweep 8,64,1024 --chip h100,h200,v5p --out scaling.png
+
+The step that `loki_jax.train` runs is traced from shapes alone: nothing is allocated, and it takes
+well under a minute. `--compile` also compiles it for as many simulated CPU devices as the mesh has,
+and prints what the compiler says of memory, operations and collectives beside the plan. That takes
+minutes and about 4 GB at full size, whatever the number of devices.
+
+Any key of the config can be given as `--config.key=value`, as for training.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import jax
+from absl import app, flags, logging
+from ml_collections import ConfigDict, config_flags
+
+from loki_jax.head.builtin import builtin_head
+from loki_jax.planning import predict
+from loki_jax.planning.compiled import compile_step, format_compiled
+from loki_jax.planning.memory import ATTENTION_BACKENDS
+from loki_jax.planning.report import check_batch, format_plan, make_plan
+from loki_jax.planning.sweep import draw_sweep, format_sweep, sweep
+from loki_jax.planning.work import make_subject
+from loki_jax.training.accounting import Chip, chip_named
+from loki_jax.training.logging import say
+
+FLAGS = flags.FLAGS
+
+
+def define_flags() -> None:
+    """Define the program's flags; ml_collections and absl keep them in one place for each process."""
+    config_flags.DEFINE_config_file("config", None, "Configuration file, e.g. configs/hdtf.py.")
+    flags.DEFINE_string("mesh", "data=8,fsdp=1", "Devices along each axis.")
+    flags.DEFINE_list("chip", ["h200"], "h100 | h200 | a100-80 | v4 | v5e | v5p | v6e; several with --sweep.")
+    flags.DEFINE_integer("batch", None, "Windows a step over all devices; the config's where left out.")
+    flags.DEFINE_enum("attention", None, ATTENTION_BACKENDS, "Backend; the config's, and for 'auto' the chip's own.")
+    flags.DEFINE_bool("latents", False, "The shards hold latents: the step skips the VAE.")
+    flags.DEFINE_float("efficiency", predict.EFFICIENCY, "Share of the peak that matrix work is assumed to reach.")
+    flags.DEFINE_bool("compile", False, "Also compile the step for simulated devices and print what XLA says.")
+    flags.DEFINE_string("json", None, "Also write everything to this file.")
+    flags.DEFINE_list("sweep", None, "Numbers of devices: a table of predicted weak scaling instead of one plan.")
+    flags.DEFINE_integer("windows", 2, "Windows a device, with --sweep.")
+    flags.DEFINE_string("out", None, "Picture of the sweep (.png).")
+
+
+def parse_mesh(text: str) -> tuple[int, int]:
+    """(data, fsdp) of `data=8,fsdp=1`; an axis left out is 1. Raises ValueError on anything else."""
+    axes = {"data": 1, "fsdp": 1}
+    for part in text.split(","):
+        name, _, size = part.strip().partition("=")
+        if name not in axes or not size.isdigit() or int(size) < 1:
+            raise ValueError(f"--mesh {text}: write data=8,fsdp=1 (whole numbers from 1; the axes are data and fsdp)")
+        axes[name] = int(size)
+    return axes["data"], axes["fsdp"]
+
+
+def attention_backend(wanted: str | None, model: ConfigDict, chip: Chip) -> str:
+    """What `config.model`'s backend means on a chip: `auto` is the chip's fused kernel where it can run."""
+    name = wanted or model.attention_backend
+    if name in ATTENTION_BACKENDS:
+        return name
+    if chip.kinds[0].startswith("TPU"):
+        return "splash"
+    return "cudnn" if model.dtype in ("bfloat16", "float16") else "chunked"
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write `value` beside `path` and rename, so that no half-written file is left."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(value, indent=1, default=float) + "\n")
+    partial.rename(path)
+
+
+def plan(config, title: str) -> None:
+    """Print the plan, or the sweep, that the flags ask for.
+
+    Raises:
+      ValueError: a chip, mesh or batch that does not exist or fit; nothing is written.
+    """
+    chips = [chip_named(name) for name in FLAGS.chip]
+    if FLAGS.batch is not None:
+        if FLAGS.batch < 1:
+            raise ValueError(f"--batch {FLAGS.batch}: at least one window")
+        config.batch_size = FLAGS.batch
+
+    # ------------------------------------------------------------------------------------- sweep
+    if FLAGS.sweep:
+        if not all(n.isdigit() and int(n) > 0 for n in FLAGS.sweep):
+            raise ValueError(f"--sweep {','.join(FLAGS.sweep)}: whole numbers of devices, e.g. 8,64,1024")
+        counts = sorted({int(n) for n in FLAGS.sweep})
+        say("tracing the step (seconds to a minute) ...")
+        subject = make_subject(config, builtin_head())
+        backends = {chip.name: attention_backend(FLAGS.attention, config.model, chip) for chip in chips}
+        rows = sweep(subject, chips, counts, FLAGS.windows, backends, FLAGS.latents, FLAGS.efficiency)
+        print(format_sweep(rows))
+        if FLAGS.json:
+            write_json(Path(FLAGS.json), rows)
+        if FLAGS.out:
+            draw_sweep(rows, Path(FLAGS.out))
+            say(f"wrote {FLAGS.out}")
+        return
+
+    # ---------------------------------------------------------------------------------- one plan
+    if len(chips) != 1:
+        raise ValueError("--chip: several chips only with --sweep")
+    (chip,) = chips
+    data, fsdp = parse_mesh(FLAGS.mesh)
+    windows = check_batch(config.batch_size, data * fsdp, config.get("accumulate", 1))
+    backend = attention_backend(FLAGS.attention, config.model, chip)
+    say("tracing the step (seconds to a minute) ...")
+    subject = make_subject(config, builtin_head())
+    result = make_plan(subject, chip, data, fsdp, windows, backend, latents=FLAGS.latents, efficiency=FLAGS.efficiency)
+    print(format_plan(result, title))
+    if FLAGS.compile:
+        result["compiled"] = compile_step(subject, data, fsdp, FLAGS.latents)
+        print("\n" + format_compiled(result))
+    if FLAGS.json:
+        write_json(Path(FLAGS.json), result)
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"unknown arguments: {' '.join(argv[1:])}")
+    logging.set_verbosity(logging.WARNING)
+    try:
+        # Before anything touches a device: planning never uses a real one.
+        jax.config.update("jax_platforms", "cpu")
+        if FLAGS.compile:
+            data, fsdp = parse_mesh(FLAGS.mesh)
+            jax.config.update("jax_num_cpu_devices", data * fsdp)
+            plan(FLAGS.config, config_name())
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+
+
+def config_name() -> str:
+    """The config file as it was given."""
+    return config_flags.get_config_filename(FLAGS["config"])
+
+
+if __name__ == "__main__":
+    define_flags()
+    flags.mark_flags_as_required(["config"])
+    app.run(main)

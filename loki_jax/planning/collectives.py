@@ -1,0 +1,155 @@
+"""Bytes that devices exchange in a step: what the sharding implies, and what a compiled program holds."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import NamedTuple
+
+import jax
+
+from loki_jax.training.accounting import Chip
+from loki_jax.training.state import TrainState
+
+KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+
+
+class Collective(NamedTuple):
+    """Collectives of one kind over groups of one size, in one step.
+
+    Attributes:
+      kind: one of `KINDS`.
+      axis: mesh axis they run over: "data", "fsdp", "all", or "?" in a compiled program.
+      group: devices of a group.
+      bytes: of the whole array that is reduced, gathered or exchanged on each device, all of them together.
+      count: how many.
+      what: what travels.
+    """
+
+    kind: str
+    axis: str
+    group: int
+    bytes: int
+    count: int
+    what: str
+
+
+def sent_bytes(collective: Collective) -> float:
+    """Bytes that each device sends, by the ring algorithms."""
+    g, size = collective.group, collective.bytes
+    rounds = {"all-reduce": 2 * (g - 1) / g, "collective-permute": 1.0}
+    return size * rounds.get(collective.kind, (g - 1) / g)
+
+
+# ------------------------------------------------------------------------------------- expectation
+
+
+def expected_collectives(
+    state: TrainState, shardings: TrainState, data: int, fsdp: int, dtype_bytes: int, frozen_read: list[bool]
+) -> list[Collective]:
+    """What data parallelism and sharded parameters need, if nothing else is exchanged.
+
+    Sharded parameters are gathered in the computation's dtype, once for the forward and once for the
+    backward pass (the recomputation there uses the same copy); their gradients are reduced to the
+    shards over fsdp and summed over data. Whole parameters' float32 gradients are summed over all.
+
+    Args:
+      dtype_bytes: of one number in the computation's dtype.
+      frozen_read: whether a step reads each of the frozen arrays (the VAE's decoder it does not).
+    """
+    sharded = whole = frozen = 0
+    sharded_count = whole_count = frozen_count = 0
+    for leaf, spec in zip(jax.tree.leaves(state.params), jax.tree.leaves(shardings.params), strict=True):
+        if spec.is_fully_replicated:
+            whole, whole_count = whole + leaf.size, whole_count + 1
+        else:
+            sharded, sharded_count = sharded + leaf.size, sharded_count + 1
+    for leaf, spec, read in zip(
+        jax.tree.leaves(state.frozen), jax.tree.leaves(shardings.frozen), frozen_read, strict=True
+    ):
+        if read and not spec.is_fully_replicated:
+            frozen, frozen_count = frozen + leaf.size * leaf.dtype.itemsize, frozen_count + 1
+    found = [
+        Collective("all-gather", "fsdp", fsdp, dtype_bytes * sharded, sharded_count, "parameters, forward"),
+        Collective("all-gather", "fsdp", fsdp, dtype_bytes * sharded, sharded_count, "parameters, backward"),
+        Collective("all-gather", "fsdp", fsdp, frozen, frozen_count, "frozen parameters in use"),
+        Collective("reduce-scatter", "fsdp", fsdp, 4 * sharded, sharded_count, "gradients of shards"),
+        Collective("all-reduce", "data", data, 4 * sharded // fsdp, sharded_count, "gradients of shards"),
+        Collective("all-reduce", "all", data * fsdp, 4 * whole, whole_count, "gradients of whole arrays"),
+    ]
+    return [c for c in found if c.group > 1 and c.bytes]
+
+
+# ---------------------------------------------------------------------------------------- compiled
+
+_LINE = re.compile(
+    r"^\s*(?:ROOT\s+)?%?\S+ = (?P<result>\(.*?\)|\S+) (?P<kind>" + "|".join(KINDS) + r")(?P<start>-start)?\((?P<rest>.*)$",
+    re.MULTILINE,
+)
+_ARRAY = re.compile(r"\b(pred|bf16|[fsuc]\d+|f8\w+)\[([\d,]*)\]")
+_BITS = {"pred": 8, "bf16": 16}
+
+
+def parse_collectives(hlo: str, n_devices: int) -> list[Collective]:
+    """The collectives of a compiled program's text (`compiled.as_text()`), summed by kind and group.
+
+    What stands in a loop counts once. XLA for CPU has no reduce-scatter: it reduces the whole array
+    everywhere and slices, so an all-reduce there may be a reduce-scatter on GPU and TPU.
+    """
+    sums: dict[tuple[str, int], list[int]] = {}
+    for match in _LINE.finditer(hlo):
+        kind, result, rest = match["kind"], match["result"], match["rest"]
+        group = _group_size(kind, rest, n_devices)
+        arrays = [_array_bytes(*found) for found in _ARRAY.findall(result)]
+        if match["start"] and result.startswith("(") and kind != "all-reduce":
+            # Asynchronous forms return (operands, results): the results are the second half, or the second entry.
+            arrays = arrays[len(arrays) // 2 :] if kind != "collective-permute" else arrays[1:2]
+        size = sum(arrays) * (group if kind == "reduce-scatter" else 1)
+        entry = sums.setdefault((kind, group), [0, 0])
+        entry[0] += size
+        entry[1] += 1
+    return [Collective(kind, "?", group, size, count, "compiled") for (kind, group), (size, count) in sorted(sums.items())]
+
+
+def _array_bytes(dtype: str, shape: str) -> int:
+    bits = _BITS.get(dtype) or int(re.match(r"\D+(\d+)", dtype)[1])
+    return math.prod(int(n) for n in shape.split(",") if n) * bits // 8
+
+
+def _group_size(kind: str, rest: str, n_devices: int) -> int:
+    """Devices of a group, from any of XLA's ways to write replica groups."""
+    if kind == "collective-permute":
+        return 2
+    if found := re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", rest):
+        sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", found[1])}
+        return math.prod(sizes[name] for name in re.findall(r"'([^']+)'", found[2]))
+    if found := re.search(r"replica_groups=\[(\d+),(\d+)\]<=", rest):
+        return int(found[2])
+    if found := re.search(r"replica_groups=\{\{([\d,]+)\}", rest):
+        return found[1].count(",") + 1
+    return n_devices
+
+
+# -------------------------------------------------------------------------------------------- time
+
+# Assumed, not measured: what one collective costs beside its bytes for each doubling of its group, and
+# the bytes that XLA joins into one (its default threshold on GPUs).
+LATENCY = 10e-6
+COMBINED = 30e6
+
+
+def seconds(collective: Collective, chip: Chip, data: int, fsdp: int) -> float:
+    """Time of collectives on `chip`, on an idle network.
+
+    Neighbours on the fsdp axis are neighbours in hardware. A group inside one domain uses its links
+    alone. A larger one works in two stages: all members in a domain share the work of leaving it, each
+    by its own network port.
+    """
+    stride = fsdp if collective.axis == "data" else 1
+    inside = max(1, min(collective.group, chip.domain // stride))
+    outside = collective.group / inside
+    half = collective.bytes * (inside - 1) / inside / chip.link
+    half += collective.bytes / inside * (outside - 1) / outside / chip.network
+    passes = 2 if collective.kind == "all-reduce" else 1
+    calls = max(1, min(collective.count, math.ceil(collective.bytes / COMBINED)))
+    return passes * (half + calls * LATENCY * math.log2(max(collective.group, 2)))

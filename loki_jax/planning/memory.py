@@ -1,0 +1,251 @@
+"""Bytes on one device: what stays (exact, from the sharding rules) and what a step adds (estimated).
+
+The estimate of activations is read off the traced step: what the forward pass computes and the
+backward pass reads is kept; inside a block that is recomputed, the same holds for the block alone.
+It is too much in one way (compilers recompute cheap elementwise work instead of keeping it) and too
+little in another (schedules that hold several large arrays at once, workspaces of convolutions): at
+full size in float32, XLA for CPU wants about 1.4 times the temporaries (docs/scaling.md).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, jaxprs_in_params
+from jax.sharding import AbstractMesh, NamedSharding
+
+from loki_jax.models.attention import attend
+from loki_jax.planning.work import PARTS, part_of
+from loki_jax.training.accounting import AttentionProduct, attention_products, live_jaxpr, operations
+from loki_jax.training.sharding import path_name
+from loki_jax.training.state import TrainState
+
+ATTENTION_BACKENDS = ("xla", "chunked", "cudnn", "splash")
+# Backward pass, for each logit: the float32 weights and their gradient, and a 16-bit copy of both.
+_BYTES_A_LOGIT = 12
+
+
+class Placement(NamedTuple):
+    """Where the arrays of one group of the train state lie.
+
+    Attributes:
+      total: bytes of one whole copy.
+      per_device: bytes on each device.
+      sharded, small, whole: arrays that are split; that are too small to be; that no rule or no
+        dimension lets split, as (path, shape).
+    """
+
+    total: int
+    per_device: int
+    sharded: int
+    small: int
+    whole: tuple[tuple[str, tuple[int, ...]], ...]
+
+
+def placements(state: TrainState, shardings: TrainState, min_size: int) -> dict[str, Placement]:
+    """Placement of parameters, moving average, optimiser moments, gradients and frozen parameters."""
+    groups = {
+        "parameters": (state.params, shardings.params),
+        "moving average": (state.ema, shardings.ema),
+        "optimiser moments": (state.opt_state, shardings.opt_state),
+        # The step gives gradients the layout of their parameters.
+        "gradients": (state.params, shardings.params),
+        "frozen": (state.frozen, shardings.frozen),
+    }
+    return {name: _placement(*group, min_size) for name, group in groups.items()}
+
+
+def _placement(tree: Any, shardings: Any, min_size: int) -> Placement:
+    total = per_device = sharded = small = 0
+    whole = []
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    for (path, leaf), sharding in zip(leaves, jax.tree.leaves(shardings), strict=True):
+        size = leaf.size * leaf.dtype.itemsize
+        part = math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        total, per_device = total + size, per_device + part
+        if part < size:
+            sharded += 1
+        elif leaf.size < min_size:
+            small += 1
+        else:
+            whole.append((path_name(path), tuple(leaf.shape)))
+    return Placement(total, per_device, sharded, small, tuple(whole))
+
+
+def batch_bytes(batch: Any) -> int:
+    """Bytes of a tree of shapes."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(batch))
+
+
+# ------------------------------------------------------------------------------------ activations
+
+
+class Activations(NamedTuple):
+    """Bytes on one device beside the train state.
+
+    Attributes:
+      kept: by part of the forward pass, what the backward pass reads.
+      block: the largest recomputed block's own intermediate arrays, without attention's logits.
+      attention: by backend, what the largest attention of the generation branch needs in the backward
+        pass beside its inputs and results.
+      operation: operands and results of the largest operation of the backward pass.
+      encode: the largest operand, result and one more copy in the frozen VAE.
+    """
+
+    kept: dict[str, int]
+    block: int
+    attention: dict[str, int]
+    operation: int
+    encode: int
+
+
+def activations(jaxpr: ClosedJaxpr, devices: int) -> Activations:
+    """Activations of a traced step (`work.trace_step`), per device.
+
+    Args:
+      devices: that share the global batch; the chunked backend sizes its blocks by the whole batch.
+    """
+    live = live_jaxpr(jaxpr)
+    products = list(attention_products(live))
+    # Logits differ from backend to backend: they are counted apart.
+    logits = {product.logits for product in products}
+    kept = _kept(live, logits)
+    blocks = [_block(body, logits) for body in _recomputed_bodies(live)]
+    largest = dict.fromkeys(PARTS, 0.0)
+    for op in operations(jaxpr):
+        part = part_of(op.scope)
+        largest[part] = max(largest[part], op.bytes)
+    return Activations(
+        kept=kept, block=max(blocks, default=0),
+        attention=attention_bytes(_largest_attention(products), devices),
+        operation=int(largest["backward"]), encode=int(1.5 * largest["VAE encode"]),
+    )  # fmt: skip
+
+
+def _kept(jaxpr: Jaxpr, logits: set) -> dict[str, int]:
+    """Bytes of what forward equations produce and backward equations read, by part that produced them.
+
+    Where the whole step sits in a loop (accumulated gradients), its body is looked at.
+    """
+    produced: dict[Any, str] = {}
+    found: dict[str, int] = {}
+    for equation in jaxpr.eqns:
+        scope = _scope(equation)
+        if "transpose(" not in scope:
+            if "jvp(" in scope:
+                produced.update(dict.fromkeys(equation.outvars, scope))
+            continue
+        for var in equation.invars:
+            if isinstance(var, Literal):
+                continue
+            origin = produced.pop(var, None)
+            if origin is not None and var.aval.shape not in logits:
+                part = part_of(origin)
+                found[part] = found.get(part, 0) + _bytes(var.aval)
+    if found:
+        return found
+    for equation in jaxpr.eqns:
+        for body in jaxprs_in_params(equation.params):
+            if inner := _kept(getattr(body, "jaxpr", body), logits):
+                return inner
+    return {}
+
+
+def _scope(equation: Any) -> str:
+    # The name of a call tells driver maps (a shard_map) from the rest.
+    return f"{equation.source_info.name_stack}/{equation.primitive.name}"
+
+
+def _recomputed_bodies(jaxpr: Jaxpr):
+    """Bodies of the checkpointed calls of the backward pass."""
+    for equation in jaxpr.eqns:
+        for body in jaxprs_in_params(equation.params):
+            body = getattr(body, "jaxpr", body)
+            if equation.primitive.name in ("remat2", "checkpoint") and "transpose(" in str(equation.source_info.name_stack):
+                yield body
+            else:
+                yield from _recomputed_bodies(body)
+
+
+def _block(body: Jaxpr, logits: set) -> int:
+    """Bytes of what a block's recomputation produces and its backward pass reads."""
+    produced, total = set(), 0
+    for equation in body.eqns:
+        if "rematted_computation" in str(equation.source_info.name_stack):
+            produced.update(equation.outvars)
+            continue
+        for var in equation.invars:
+            if not isinstance(var, Literal) and var in produced and var.aval.shape not in logits:
+                produced.discard(var)
+                total += _bytes(var.aval)
+    return total
+
+
+def _largest_attention(products: list[AttentionProduct]) -> AttentionProduct | None:
+    """The attention with the largest logits in the generation branch's forward pass."""
+    mine = [p for p in products if "denoise" in p.scope and "transpose(" not in p.scope]
+    return max(mine, key=lambda p: math.prod(p.logits), default=None)
+
+
+def attention_bytes(largest: AttentionProduct | None, devices: int) -> dict[str, int]:
+    """Bytes that each backend needs for one attention, forward and backward, beside inputs and results.
+
+    xla: all logits. chunked: one block of them. cudnn, splash: a float32 accumulator for the gradient
+    of q, a log-sum-exp for each query and head, and (splash) copies padded to multiples of 128 tokens.
+
+    Args:
+      largest: on one of `devices` devices.
+    """
+    if largest is None:
+        return dict.fromkeys(ATTENTION_BACKENDS, 0)
+    batch, n, m, width = largest.batch, largest.queries, largest.keys, largest.width
+    flash = 4 * batch * n * (width + 1)
+    padded = lambda tokens: -(-tokens // 128) * 128
+    return {
+        "xla": _BYTES_A_LOGIT * math.prod(largest.logits),
+        "chunked": _BYTES_A_LOGIT * _chunk_logits(batch * devices, n, m, width) // devices,
+        "cudnn": flash,
+        "splash": flash + 2 * batch * width * (padded(n) + 2 * padded(m)),
+    }
+
+
+def _chunk_logits(batch: int, n: int, m: int, width: int) -> int:
+    """Logits that the chunked backend holds at a time: the largest product of the traced function."""
+    shape = lambda tokens: jax.ShapeDtypeStruct((batch, tokens, 1, width), jnp.bfloat16)
+    traced = jax.make_jaxpr(lambda q, k, v: attend(q, k, v, "chunked"))(shape(n), shape(m), shape(m))
+    return max((math.prod(p.logits) for p in attention_products(traced.jaxpr)), default=0)
+
+
+def _bytes(aval: Any) -> int:
+    itemsize = getattr(aval.dtype, "itemsize", 0)
+    return int(np.prod(aval.shape, dtype=np.int64)) * itemsize if not jnp.issubdtype(aval.dtype, jax.dtypes.extended) else 0
+
+
+# ------------------------------------------------------------------------------------------- peak
+
+
+def peak_bytes(resident: int, gradients: int, step: Activations, backend: str) -> dict[str, int]:
+    """Bytes at the two moments that need most: the frozen VAE, and the backward pass.
+
+    The backward pass is counted as if all gradients stood beside all kept activations; they meet
+    nearly so where the part that is differentiated last keeps most.
+    """
+    return {
+        "VAE encode": resident + step.encode,
+        "backward": resident + gradients + sum(step.kept.values()) + step.block + step.attention[backend] + step.operation,
+    }
+
+
+def abstract_mesh(data: int, fsdp: int) -> AbstractMesh:
+    """The training mesh without devices: enough for shardings and shard shapes."""
+    return AbstractMesh((data, fsdp), ("data", "fsdp"))
+
+
+def device_bytes(tree: Any, shardings: Any) -> int:
+    """Bytes of a tree of arrays or shapes on each device."""
+    part = lambda leaf, s: math.prod(s.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+    return sum(jax.tree.leaves(jax.tree.map(part, tree, shardings, is_leaf=lambda x: isinstance(x, NamedSharding))))

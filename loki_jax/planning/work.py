@@ -1,0 +1,147 @@
+"""A full-size train step without its chips: traced from shapes, and its work by part.
+
+Everything here is read off one trace of the real step at the batch that one device holds. Nothing is
+compiled or allocated; a full-size trace takes seconds.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import optax
+from jax.extend.core import ClosedJaxpr, Literal
+from ml_collections import ConfigDict
+
+from loki_jax.head.asset import HeadAsset
+from loki_jax.networks import Networks, build_networks
+from loki_jax.training.abstract import abstract_batch, abstract_state
+from loki_jax.training.accounting import Operation, live_jaxpr, operations
+from loki_jax.training.sharding import make_mesh
+from loki_jax.training.state import TrainState, make_optimizer
+from loki_jax.training.step import make_train_step
+
+# In the order in which a step does them.
+PARTS = (
+    "driver map", "VAE encode", "reference branch", "conditioning encoder", "generation forward",
+    "recomputation", "backward", "optimiser", "rest",
+)  # fmt: skip
+MATRIX_KINDS = ("matmul", "convolution", "attention")
+
+
+class Subject(NamedTuple):
+    """What is planned: a config, and what follows from it alone."""
+
+    config: ConfigDict
+    head: HeadAsset
+    networks: Networks
+    optimizer: optax.GradientTransformation
+    state: TrainState  # ShapeDtypeStructs
+
+
+class PartWork(NamedTuple):
+    """Work of one part of the step on one device.
+
+    Attributes:
+      matrix: operations in products, convolutions and attention.
+      attention: the part of `matrix` that is attention.
+      vector: elementwise operations and reductions; loops of unknown length count once.
+      bytes: operands and results of matrix operations (without attention's logits) and of reductions.
+    """
+
+    matrix: float = 0.0
+    attention: float = 0.0
+    vector: float = 0.0
+    bytes: float = 0.0
+
+
+def make_subject(config: ConfigDict, head: HeadAsset) -> Subject:
+    """Networks, optimiser and state shapes of `config`. Raises ValueError on options that do not fit."""
+    networks = build_networks(config, head)
+    optimizer = make_optimizer(config)
+    return Subject(config, head, networks, optimizer, abstract_state(config, networks, optimizer))
+
+
+def trace_step(subject: Subject, windows: int, latents: bool = False) -> ClosedJaxpr:
+    """The train step on one device that holds `windows` windows, attention written out (`xla`).
+
+    Attention written out has every product in view; other backends do the same ones (flash kernels
+    do q k^T once more in the backward pass).
+
+    Args:
+      latents: the shards hold latents, the VAE is skipped.
+    """
+    config = ConfigDict(subject.config.to_dict())
+    config.batch_size = windows
+    config.model.attention_backend = "xla"
+    networks = build_networks(config, subject.head)
+    mesh = make_mesh(1, 1, jax.devices()[:1])
+    step = make_train_step(config, networks, subject.optimizer, mesh)
+    batch = abstract_batch(config, subject.head, networks if latents else None)
+    return jax.jit(step).trace(subject.state, batch, subject.head).jaxpr
+
+
+def part_of(scope: str) -> str:
+    """The part of the step that an operation belongs to, from its name stack."""
+    if "rematted_computation" in scope:
+        return "recomputation"
+    if "transpose(" in scope:
+        return "backward"
+    if "shard_map" in scope:
+        return "driver map"
+    for mark, part in (
+        ("Autoencoder", "VAE encode"),
+        ("reference_features", "reference branch"),
+        ("encode_condition", "conditioning encoder"),
+        ("denoise", "generation forward"),
+    ):
+        if mark in scope:
+            return part
+    # What differentiation has touched belongs to the loss; the update stands outside of it.
+    return "rest" if "jvp(" in scope else "optimiser"
+
+
+def work_by_part(jaxpr: ClosedJaxpr) -> dict[str, PartWork]:
+    """Work of every part, zero where the step has none."""
+    parts = dict.fromkeys(PARTS, PartWork())
+    for op in operations(jaxpr):
+        name = part_of(op.scope)
+        parts[name] = _add(parts[name], op)
+    return parts
+
+
+def _add(work: PartWork, op: Operation) -> PartWork:
+    if op.kind not in MATRIX_KINDS:
+        return work._replace(vector=work.vector + op.flops, bytes=work.bytes + op.bytes)
+    return PartWork(
+        work.matrix + op.flops, work.attention + op.flops * (op.kind == "attention"), work.vector,
+        work.bytes + op.bytes,
+    )  # fmt: skip
+
+
+def frozen_read(jaxpr: ClosedJaxpr, state: TrainState) -> list[bool]:
+    """Whether the traced step reads each of the frozen arrays, in the order of `jax.tree.leaves`."""
+    live = live_jaxpr(jaxpr)
+    read = {var for equation in live.eqns for var in equation.invars if not isinstance(var, Literal)}
+    # The arguments of the step come in this order: state (its fields in order), batch, head.
+    before = len(jax.tree.leaves(state._replace(frozen=None)))
+    frozen = live.invars[before : before + len(jax.tree.leaves(state.frozen))]
+    return [var in read for var in frozen]
+
+
+def count(tree: Any) -> int:
+    """Scalars in a tree of arrays or shapes."""
+    return sum(int(leaf.size) for leaf in jax.tree.leaves(tree))
+
+
+def parameters_by_part(state: TrainState) -> dict[str, int]:
+    """Parameters of the generation UNet, conditioning encoder, reference branch, VAE and null prompt."""
+    params = state.params | state.frozen
+    generation = params["generation"]
+    return {
+        "generation UNet": count(generation["unet"]),
+        "conditioning encoder": count(generation["encoder"]),
+        "reference UNet": count(params["reference"]),
+        "VAE": count(params.get("autoencoder", {})),
+        "null prompt": count(params.get("null_prompt", {})),
+    }
