@@ -138,7 +138,7 @@ def main(argv: list[str]) -> None:
         if FLAGS.compile:
             data, fsdp = parse_mesh(FLAGS.mesh)
             jax.config.update("jax_num_cpu_devices", data * fsdp)
-            plan(FLAGS.config, config_name())
+        plan(FLAGS.config, config_name())
     except ValueError as error:
         sys.exit(f"error: {error}")
 

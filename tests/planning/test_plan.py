@@ -251,6 +251,18 @@ def test_errors_are_one_clear_line():
         check_batch(60, 8, 2)
 
 
+def test_the_program_plans_and_refuses():
+    command = [sys.executable, "-m", "loki_jax.plan", "--config", "configs/demo.py:tiny"]
+    run = lambda *more: subprocess.run([*command, *more], capture_output=True, text=True, cwd=ROOT)
+    done = run("--mesh", "data=2", "--chip", "v5e")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.startswith("configs/demo.py:tiny: mesh data=2 x fsdp=1 of v5e, batch 2 (1 windows a device)")
+    assert "PREDICTED STEP on v5e" in done.stdout
+    refused = run("--mesh", "data=3")
+    assert refused.returncode == 1 and not refused.stdout
+    assert refused.stderr.strip().splitlines()[-1].startswith("error: a batch of 2 windows does not divide over 3 devices")
+
+
 def test_attention_backend_of_a_chip():
     model = hdtf.get_config().model
     assert attention_backend(None, model, chip_named("h100")) == "cudnn"
