@@ -6,14 +6,17 @@ Needs the `convert` extra and torch. SD 2.1's UNet at full width (`--quick`: tin
 32 x 32 latents, 77 context tokens. All three hold the same random weights, carried over by the
 converter's tables, and must agree before anything is timed: ours within 1e-4 of torch in float32, the
 Flax model within 5e-2, because it computes tanh-GELU and another GroupNorm eps. Times are taken in
-turns; ratios are those of medians. torch runs on the GPU when JAX does. The last line of the output
+turns, in changing order; ratios are those of medians. torch runs on the GPU when JAX does. The last line of the output
 is one JSON object with `ours_over_flax_diffusers` and `ours_over_torch` (below 1: ours is faster).
 
-Full width needs about 16 GB of memory in float32.
+Full width takes two copies of the weights (ours and Flax's share theirs), about 9 GB in float32 (the JSON
+states the peak), and on two idle cores about two minutes. Run it on an idle machine: torch's threads wait
+for each other, so that its time, and with it `ours_over_torch`, suffers most from company.
 """
 
 import argparse
 import json
+import resource
 import time
 from statistics import median
 
@@ -83,7 +86,7 @@ def main() -> None:
     dtype, torch_dtype = jnp.dtype(args.dtype), getattr(torch, args.dtype)
     theirs = random_torch_unet(options)
 
-    # One weight at a time: three copies of the model are enough.
+    # One weight at a time; where the layouts agree, ours and Flax's are the same array.
     table = diffusers_unet_table(network.loki.reference)
     flax_names = flax_table(table)
     state = theirs.state_dict()
@@ -161,6 +164,7 @@ def main() -> None:
         "ours_over_flax_diffusers": round(medians["ours"] / medians["flax_diffusers"], 3),
         "ours_over_torch": round(medians["ours"] / medians["torch"], 3),
         "error_against_torch": errors["ours"],
+        "peak_memory_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 1),
     }))  # fmt: skip
 
 
