@@ -42,11 +42,11 @@ from benchmarks.fit_accuracy import FRAME_SIZE, observe, true_clip
 from data_prep import fit
 from data_prep.fit import DEFAULT_SETTINGS, fit_landmarks
 from data_prep.landmarker import cached_models
-from data_prep.synth import FPS, clip_crop, render_frames
+from data_prep.synth import FPS, render_frames
 from loki_jax.appearance import sample_appearance
 from loki_jax.head.builtin import builtin_head
 from loki_jax.head.types import Coefficients
-from loki_jax.video import VideoReader, write_video
+from loki_jax.video import write_video
 
 COST_TOLERANCE = 1e-3  # SciPy may stop this much above our cost
 

@@ -76,7 +76,7 @@ def _camera() -> Camera:
     return Camera(np.array([focal, focal, _SIZE / 2, _SIZE / 2], np.float32), extrinsics)
 
 
-def _mark(landmarker: Landmarker, image: np.ndarray) -> tuple[np.ndarray, float] | None:
+def mark(landmarker: Landmarker, image: np.ndarray) -> tuple[np.ndarray, float] | None:
     """Landmarks (478, 2) in pixels and the face score, or None where no face is seen."""
     faces = landmarker.detect(image)
     if not faces:
@@ -116,7 +116,7 @@ def _observe(head: HeadAsset, mesh: BuiltinMesh, landmarker: Landmarker, seeds: 
     for seed in seeds:
         frontal = Coefficients(*(field[3:4] for field in views))
         image = render_frames(head, frontal, camera, crop, sample_appearance(seed, head), _SIZE)[0]
-        marks = _mark(landmarker, image)
+        marks = mark(landmarker, image)
         scored.append((-1.0 if marks is None else marks[1], seed))
     chosen = [seed for score, seed in sorted(scored, reverse=True)[:keep] if score > 0.5]
     if not chosen:
@@ -125,7 +125,7 @@ def _observe(head: HeadAsset, mesh: BuiltinMesh, landmarker: Landmarker, seeds: 
     for seed in chosen:
         frames = render_frames(head, views, camera, crop, sample_appearance(seed, head), _SIZE)
         for view in range(n):
-            marks = _mark(landmarker, frames[view])
+            marks = mark(landmarker, frames[view])
             if marks is None or marks[1] < 0.5:
                 continue
             observed.append(_surface_points(mesh, faces[view], bary[view], marks[0]))
@@ -135,7 +135,7 @@ def _observe(head: HeadAsset, mesh: BuiltinMesh, landmarker: Landmarker, seeds: 
     return np.stack(observed), np.stack(irises), sheet
 
 
-def _mirror_pairs(points: np.ndarray) -> np.ndarray:
+def mirror_pairs(points: np.ndarray) -> np.ndarray:
     """The permutation that exchanges left and right among 468 points."""
     pairs = np.full(468, -1)
     pairs[list(_MIDLINE)] = _MIDLINE
@@ -207,7 +207,7 @@ def embed(head: HeadAsset, landmarker: Landmarker, seeds: range = range(24), kee
     mesh = builtin_mesh()
     observed, irises, sheet = _observe(head, mesh, landmarker, seeds, keep)
     points = np.median(observed[:, :468], axis=0)
-    pairs = _mirror_pairs(points)
+    pairs = mirror_pairs(points)
     points = 0.5 * (points + points[pairs] * [-1, 1, 1])
     # The whole face is laid on one side and mirrored, so that both sides are exact mirror images.
     skin = np.flatnonzero((mesh.part[mesh.faces] == builtin.SKIN).all(-1))

@@ -5,6 +5,8 @@
     python -m data_prep.head_asset flame generic_model.pkl --out head.npz [--blink FILE]
         [--landmarks FILE] [--mask FILE] [--n-shape 150] [--n-expression 65]
 
+A head without the 478 MediaPipe landmarks that the fit uses gets them from `data_prep.embed_landmarks`, if it
+has the 68 iBUG ones to start from (`--no-embedding`: not). The licence of the source is kept in the asset.
 The sheet (`--sheet`, by default beside the asset with the suffix .png) holds a turntable, the joints,
 the landmarks, the first identity axes and every expression axis.
 """
@@ -24,6 +26,8 @@ import numpy as np
 from jaxtyping import Array, Float, UInt8
 from PIL import Image, ImageDraw
 
+from data_prep.fit import LANDMARK_SET
+from data_prep.landmarker import Landmarker, LandmarkError, cached_models, fetch_models
 from loki_jax.head.asset import HeadAsset, HeadAssetError, save_head
 from loki_jax.head.builtin import builtin_head
 from loki_jax.head.camera import camera_from_world, crop_box, ndc_from_camera, project
@@ -207,6 +211,8 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
         source.add_argument("--out", required=True, type=Path, help="the asset to write (.npz)")
         source.add_argument("--sheet", type=Path, help="the pictures to write (default: --out with .png)")
         source.add_argument("--no-sheet", action="store_true", help="write no pictures")
+        source.add_argument("--no-embedding", action="store_true", help="add no MediaPipe landmarks")
+        source.add_argument("--wheel", help="the mediapipe 0.10.21 wheel with the networks (else the cache)")
     return parser.parse_args(argv)
 
 
@@ -218,6 +224,34 @@ def _write_image(path: Path, image: UInt8[np.ndarray, "height width 3"]) -> None
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _embedded(head: HeadAsset, wheel: str | None) -> HeadAsset:
+    """The head with all MediaPipe landmarks; as it is where it has them or nothing to start from."""
+    from data_prep.embed_landmarks import can_embed, with_landmarks
+
+    held = head.landmarks.get(LANDMARK_SET)
+    if held is not None and (np.asarray(held.face)[:468] >= 0).all():
+        return head
+    if not can_embed(head):
+        print(
+            f"note: {head.name} has no landmarks to start from, so it can be rendered but not fitted. "
+            "Give its 51 or 68 iBUG landmarks with --landmarks."
+        )
+        return head
+    models = fetch_models(wheel) if wheel else cached_models()
+    if models is None:
+        print(
+            "note: the landmark networks are not cached (`python -m data_prep.landmarker` or --wheel); "
+            "landmarks are placed by closest points, which is less exact."
+        )
+    head, openings = with_landmarks(head, None if models is None else Landmarker(models))
+    for opening in openings:
+        print(
+            f"{opening.part}: gap over width {opening.rest:.2f} at rest, {opening.least:.2f} by "
+            f"{opening.least_by}, {opening.most:.2f} by {opening.most_by}"
+        )
+    return head
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -241,8 +275,10 @@ def main(argv: list[str] | None = None) -> int:
                 mask_region=arguments.mask_region,
                 lip_vertex=arguments.lip_vertex,
             )
+        if not arguments.no_embedding:
+            head = _embedded(head, arguments.wheel)
         digest = save_head(arguments.out, head)
-    except HeadAssetError as error:
+    except (HeadAssetError, LandmarkError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(

@@ -19,7 +19,7 @@ from loki_jax.head.asset import HeadAsset, HeadAssetError, Landmarks, file_sha25
 _METRES_PER_UNIT = 0.01
 # MediaPipe's numbers of the 68 iBUG landmarks, in iBUG's order (design section 3). The contour, the
 # first 17, corresponds only roughly.
-_MEDIAPIPE_OF_IBUG = np.array(
+MEDIAPIPE_OF_IBUG = np.array(
     """162 234 93 58 172 136 149 148 152 377 378 365 397 288 323 454 389 71 63 105 66 107 336 296 334 293
     301 168 197 5 4 75 97 2 326 305 33 160 158 133 153 144 362 385 387 263 373 380 61 39 37 0 267 269 291
     405 314 17 84 181 78 82 13 312 308 317 14 87""".split(),
@@ -146,7 +146,7 @@ def head_from_ict(path: str | os.PathLike) -> HeadAsset:
 
     ibug = _vertex_landmarks(faces, data["landmarks68"])
     marks = Landmarks(np.full(_N_MEDIAPIPE, -1, np.int32), np.zeros((_N_MEDIAPIPE, 3), np.float32))
-    marks.face[_MEDIAPIPE_OF_IBUG], marks.bary[_MEDIAPIPE_OF_IBUG] = ibug.face, ibug.bary
+    marks.face[MEDIAPIPE_OF_IBUG], marks.bary[MEDIAPIPE_OF_IBUG] = ibug.face, ibug.bary
     for number, name in _PUPILS.items():
         pupil = _pupil(points, faces, region[name])
         if pupil is not None:
