@@ -6,11 +6,12 @@ Three parts, each printed with what was measured; the last line is one JSON obje
 
 Solver (`solver_fps`, `scipy_over_ours`). A clip of the built-in head from `benchmarks/fit_accuracy.py` is
 fitted by `data_prep.fit`, all frames together, from landmarks to coefficients and errors.
-`scipy.optimize.least_squares` (trf with bounds, x_scale "jac", exact) gets single frames of the same problem:
-the same residuals, robust weights, priors and bounds, the same start (moved off the bounds, where trf is slow)
-and our Jacobian, jitted, so that it does not pay for finite differences. It has a shape of its own for each
-frame and no smoothness, which makes low costs easier for it, and stops as soon as its cost is what ours is for
-that frame. Calls are taken in turns; the ratio is one of median seconds a frame of the two optimisers.
+`scipy.optimize.least_squares` (trf with bounds, x_scale "jac", exact) gets single frames of the same
+problem: the same residuals, robust weights, priors and bounds, the same start (moved off the bounds, where
+trf is slow) and our Jacobian, jitted, so that it does not pay for finite differences. It has a shape of its
+own for each frame and no smoothness, which makes low costs easier for it, and stops as soon as its cost is
+what ours is for that frame. Calls are taken in turns; the ratio is one of median seconds a frame of the two
+optimisers.
 `finite_difference_over_ours`: the same with SciPy's own "2-point" Jacobian, on one frame.
 
 Pipeline (`pipeline_fps`). `python -m data_prep.build` on 1 and on 1 + `--copies` copies of a clip: frames of
@@ -126,7 +127,8 @@ def solver(frames: int, scipy_frames: int, rounds: int) -> dict:
         as_double = lambda f: lambda y: np.asarray(f(frame, y.astype(np.float32)), np.float64)
         # Finite differences of float32 residuals need a step that their rounding does not swamp.
         how = {"jac": as_double(jacobian)} if analytic else {"jac": "2-point", "diff_step": 1e-3}
-        found = least_squares(as_double(residuals), first, bounds=(lower, upper), callback=enough, x_scale="jac", max_nfev=200, **how)
+        how |= {"bounds": (lower, upper), "x_scale": "jac", "max_nfev": 200, "callback": enough}
+        found = least_squares(as_double(residuals), first, **how)
         return found.cost / wanted, found.nfev
 
     theirs(chosen[0])  # compiles

@@ -245,7 +245,11 @@ def _embedded(head: HeadAsset, wheel: str | None) -> HeadAsset:
             "note: the landmark networks are not cached (`python -m data_prep.landmarker` or --wheel); "
             "landmarks are placed by closest points, which is less exact."
         )
-    head, openings = with_landmarks(head, None if models is None else Landmarker(models))
+    try:
+        head, openings = with_landmarks(head, None if models is None else Landmarker(models))
+    except HeadAssetError as error:
+        print(f"note: {error} The asset keeps the landmarks it has.")
+        return head
     for opening in openings:
         print(
             f"{opening.part}: gap over width {opening.rest:.2f} at rest, {opening.least:.2f} by "

@@ -13,7 +13,7 @@ from tests.head.test_ict import arrays
 def test_ict_with_a_sheet(tmp_path, capsys):
     np.savez(tmp_path / "ict.npz", **arrays())
     out = tmp_path / "sub" / "head.npz"
-    assert head_asset.main(["ict", str(tmp_path / "ict.npz"), "--out", str(out)]) == 0
+    assert head_asset.main(["ict", str(tmp_path / "ict.npz"), "--no-embedding", "--out", str(out)]) == 0
     head = load_head(out)
     assert head.name == "ict" and "sha256" in capsys.readouterr().out
     pictures = head_asset.sheet_pictures(head)
