@@ -306,7 +306,8 @@ def _without_repetitions(planned: Sequence[PlannedClip]) -> tuple[list[PlannedCl
     for clip in planned:
         if (earlier := first.setdefault(clip.key, clip)) is not clip:
             repeated[clip.clip_id] = (
-                f"{clip.path}: has the same content as {earlier.path.name}, which stands for it. Remove one of them."
+                f"{clip.path}: has the same content as {earlier.path.name}, which stands for it. Remove one of "
+                "them."
             )
     return list(first.values()), repeated
 

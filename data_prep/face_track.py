@@ -157,22 +157,39 @@ def clip_crop_box(
 
     The head are the vertices of the render mask; shoulders and neck base do not widen the box.
     """
-    padded = Coefficients(*(pad_frames(field) for field in coefficients))
-    low, high = _extent(head, padded, camera)
+    low, high = head_extent(head, coefficients, camera)
     corners = jnp.stack([jnp.min(low, axis=0), jnp.max(high, axis=0)])
     return np.asarray(crop_box(corners, factor))
+
+
+def head_extent(
+    head: HeadAsset, coefficients: Coefficients, camera: Camera
+) -> tuple[Float[np.ndarray, "N 2"], Float[np.ndarray, "N 2"]]:
+    """Smallest and largest pixel coordinates of the projected head (render mask), for each of N frames.
+
+    The camera may be one for all frames, or one a frame.
+    """
+    n = len(coefficients.expression)
+    padded = Coefficients(*(pad_frames(np.asarray(field)) for field in coefficients))
+    cameras = Camera(
+        pad_frames(np.broadcast_to(camera.intrinsics, (n, 4))),
+        pad_frames(np.broadcast_to(camera.extrinsics, (n, 4, 4))),
+    )
+    low, high = _extent(head, padded, cameras)
+    return np.asarray(low)[:n], np.asarray(high)[:n]
 
 
 @jax.jit
 def _extent(head: HeadAsset, coefficients: Coefficients, camera: Camera) -> tuple[Array, Array]:
     mask = mesh_render_mask(head)[:, None]
 
-    def frame(coefficients):
+    def frame(values):
+        coefficients, camera = values
         identity = make_identity(head, coefficients.shape)
         pixels = project(camera_from_world(world_vertices(head, identity, coefficients), camera), camera)
         return jnp.min(jnp.where(mask, pixels, jnp.inf), 0), jnp.max(jnp.where(mask, pixels, -jnp.inf), 0)
 
-    return jax.lax.map(frame, coefficients)
+    return jax.lax.map(frame, (coefficients, camera))
 
 
 def fit_track(

@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -128,7 +128,8 @@ def read_labels(path: str | os.PathLike) -> dict[str, dict[str, str]]:
         raise DatasetError(f"{path}: not a readable CSV file ({error}). Check `--identities`.") from error
     if not {"clip", "identity"} <= set(columns):
         raise DatasetError(
-            f"{path}: has the columns {', '.join(columns) or 'none'}; its first line must name clip and identity."
+            f"{path}: has the columns {', '.join(columns) or 'none'}; its first line must name clip and "
+            "identity."
         )
     labels: dict[str, dict[str, str]] = {}
     for number, row in enumerate(rows, start=2):
@@ -153,6 +154,8 @@ def plan_clips(
     paths: Sequence[Path],
     made_by: dict[str, Any],
     *,
+    named: Sequence[Path] | None = None,
+    digest_of: Callable[[Path], str] = file_sha256,
     identity_from: str = "file",
     labels: dict[str, dict[str, str]] | None = None,
     licence: str = "not stated",
@@ -161,30 +164,32 @@ def plan_clips(
 
     Args:
       made_by: what the fits depend on besides the clips; can be written as JSON.
+      named: what names, folders and rows of `labels` go by; None: the paths themselves.
+      digest_of: SHA-256 of a clip's content; may raise OSError.
       identity_from: "file": every file is its own identity; "folder": files of a folder share one.
       labels: what `read_labels` returns; it comes before `identity_from`.
 
     Raises:
       DatasetError: a clip has no row in `labels`.
     """
-    names = clip_names(paths)
+    named = paths if named is None else named
     planned = []
-    for path, name in zip(paths, names, strict=True):
+    for path, called, name in zip(paths, named, clip_names(named), strict=True):
         label: dict[str, str] = {}
         if labels is not None:
-            found = label_of(labels, path)
+            found = label_of(labels, called)
             if found is None:
                 raise DatasetError(
-                    f"{path}: has no row in the table of identities. Add `{path.name},WHO` to it, or leave the "
-                    "clip out."
+                    f"{path}: has no row in the table of identities. Add `{called.name},WHO` to it, or leave "
+                    "the clip out."
                 )
             label = found
         try:
-            digest = content = file_sha256(path)
+            digest = content = digest_of(path)
         except OSError:
             # The clip will be rejected with a reason; only its key must not be another one's.
             digest, content = "", f"unreadable {path}"
-        identity = label.get("identity") or (path.parent.name if identity_from == "folder" else name)
+        identity = label.get("identity") or (called.parent.name if identity_from == "folder" else name)
         planned.append(
             PlannedClip(
                 path=path,
@@ -192,7 +197,7 @@ def plan_clips(
                 identity=identity,
                 sha256=digest,
                 key=_hash({"clip": content, **made_by})[:32],
-                source=label.get("source") or path.name,
+                source=label.get("source") or called.name,
                 licence=label.get("licence") or licence,
             )
         )
