@@ -1,0 +1,242 @@
+"""Curves of one or several training runs.
+
+    python -m loki_jax.plot WORKDIR... --out curves.png
+    python -m loki_jax.plot runs/hdtf runs/no_posenc --out curves.pdf --smooth 500
+
+Draws what the runs logged in `metrics.jsonl`: training loss, validation loss, gradient norm, share of time
+spent waiting for data, MFU, windows a second, and HPF and HEF of samples; quantities that no run has are left
+out. A run may still be going. Pale lines are the logged values (each a mean over a logging interval), bold
+ones their exponential average with a half-life of `--smooth` steps, of the logarithm where the axis is
+logarithmic; the picture says so. Validation losses and sample metrics are drawn as they are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib
+import numpy as np
+from jaxtyping import Float
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from loki_jax.training.logging import read_metrics
+
+
+class PlotError(ValueError):
+    """A workdir has nothing to draw, or the picture cannot be written; the message names the mend."""
+
+
+class Quantity(NamedTuple):
+    """One panel: the key in `metrics.jsonl`, its title, how it is drawn."""
+
+    key: str
+    title: str
+    smooth: bool = True
+    log: bool = False
+    percent: bool = False
+
+
+QUANTITIES = (
+    Quantity("loss", "training loss", log=True),
+    Quantity("val_loss", "validation loss (fixed noise and timesteps)", smooth=False, log=True),
+    Quantity("grad_norm", "gradient norm before clipping", log=True),
+    Quantity("data_wait", "share of time waiting for data", percent=True),
+    Quantity("mfu", "MFU: model FLOPs over the devices' peak", percent=True),
+    Quantity("clips_per_s", "windows a second"),
+    Quantity("sample_hpf", "HPF of samples (degrees)", smooth=False),
+    Quantity("sample_hef", "HEF of samples", smooth=False),
+)
+
+
+class Run(NamedTuple):
+    """A run's name and its curves: key -> (steps, values), steps ascending."""
+
+    name: str
+    curves: dict[str, tuple[np.ndarray, np.ndarray]]
+
+
+def read_run(workdir: str | os.PathLike, name: str | None = None) -> Run:
+    """The curves of a workdir.
+
+    Raises:
+      PlotError: no such folder, no metrics in it, or none that is drawn.
+    """
+    path = Path(workdir)
+    file = path / "metrics.jsonl"
+    if not path.is_dir():
+        raise PlotError(f"{path}: no such folder. Give the --workdir of a run of loki_jax.train.")
+    if not file.is_file():
+        raise PlotError(
+            f"{path}: holds no metrics.jsonl, so it is no workdir of loki_jax.train, or the run has not begun."
+        )
+    try:
+        rows = read_metrics(file)
+    except (KeyError, TypeError, UnicodeDecodeError) as error:
+        raise PlotError(f"{file}: not a metrics file of loki_jax.train ({type(error).__name__}: {error}).") from error
+    curves = {}
+    for quantity in QUANTITIES:
+        points = [(row["step"], row[quantity.key]) for row in rows if quantity.key in row]
+        points = [(step, value) for step, value in points if value is not None and math.isfinite(value)]
+        if points:
+            steps, values = zip(*points, strict=True)
+            curves[quantity.key] = np.array(steps, float), np.array(values, float)
+    if not curves:
+        raise PlotError(f"{file}: holds no values yet. Wait for the first log interval (config.log.every).")
+    return Run(name or path.name, curves)
+
+
+def run_names(workdirs: Sequence[str | os.PathLike]) -> list[str]:
+    """Short names of the workdirs: as many last parts of each path as tell all apart."""
+    parts = [Path(workdir).absolute().parts for workdir in workdirs]
+    for length in range(1, max(len(part) for part in parts) + 1):
+        names = ["/".join(part[-length:]) for part in parts]
+        if len(set(names)) == len(names):
+            return names
+    raise PlotError("the same workdir is given twice.")
+
+
+def smoothed(
+    steps: Float[np.ndarray, " n"], values: Float[np.ndarray, " n"], half_life: float
+) -> Float[np.ndarray, " n"]:
+    """Exponential average whose weights halve every `half_life` steps, normalised so that it has no start-up bias.
+
+    Rows may lie unevenly: weights go by steps, not by rows. half_life 0 returns the values.
+    """
+    if half_life <= 0:
+        return values
+    result, total, weight, last = np.empty_like(values), 0.0, 0.0, steps[0]
+    for i, (step, value) in enumerate(zip(steps, values, strict=True)):
+        keep = 0.5 ** ((step - last) / half_life)
+        total, weight, last = total * keep + value, weight * keep + 1.0, step
+        result[i] = total / weight
+    return result
+
+
+def draw_runs(runs: Sequence[Run], half_life: float | None = None) -> Figure:
+    """A figure with a panel for every quantity that a run has.
+
+    Args:
+      half_life: of the smoothing, in steps; None: a fiftieth of the longest run.
+    """
+    longest = max(steps[-1] for run in runs for steps, _ in run.curves.values())
+    half_life = longest / 50 if half_life is None else half_life
+    shown = [quantity for quantity in QUANTITIES if any(quantity.key in run.curves for run in runs)]
+    columns = min(len(shown), 3 if len(shown) > 4 else 2)
+    rows = -(-len(shown) // columns)
+    figure = Figure(figsize=(5.2 * columns, 3.3 * rows + 0.9), dpi=120, layout="constrained")
+    colours = [matplotlib.colormaps["tab10"](i) for i in range(10)]
+    if len(runs) > 10:
+        colours = [matplotlib.colormaps["turbo"](x) for x in np.linspace(0.02, 0.98, len(runs))]
+    for i, quantity in enumerate(shown):
+        axes = figure.add_subplot(rows, columns, i + 1)
+        curves = {run.name: run.curves[quantity.key] for run in runs if quantity.key in run.curves}
+        log = quantity.log and all((values > 0).all() for _, values in curves.values())
+        for run, colour in zip(runs, colours, strict=False):
+            if run.name in curves:
+                _draw_curve(axes, *curves[run.name], colour, half_life if quantity.smooth else 0.0, log)
+        _finish(axes, quantity, longest, log)
+    handles = [matplotlib.lines.Line2D([], [], color=colour, label=run.name) for run, colour in zip(runs, colours, strict=False)]
+    figure.legend(handles=handles, loc="outside upper center", ncols=min(len(runs), 4), frameon=False)
+    if half_life > 0:
+        figure.supxlabel(
+            f"step    (pale: as logged; bold: exponential average with a half-life of {half_life:,.4g} steps, "
+            "of the logarithm on logarithmic axes)", fontsize=9,
+        )  # fmt: skip
+    else:
+        figure.supxlabel("step    (as logged, not smoothed)", fontsize=9)
+    return figure
+
+
+def _draw_curve(axes: Axes, steps: np.ndarray, values: np.ndarray, colour, half_life: float, log: bool) -> None:
+    few = "o" if len(steps) < 40 else None
+    if half_life <= 0:
+        axes.plot(steps, values, color=colour, linewidth=1.4, marker=few, markersize=3)
+        return
+    axes.plot(steps, values, color=colour, linewidth=0.8, alpha=0.3)
+    # One huge gradient would hang over a plain average for twenty half-lives on a logarithmic axis.
+    average = np.exp(smoothed(steps, np.log(values), half_life)) if log else smoothed(steps, values, half_life)
+    axes.plot(steps, average, color=colour, linewidth=1.6, marker=few, markersize=3)
+
+
+def _finish(axes: Axes, quantity: Quantity, longest: float, log: bool) -> None:
+    axes.set_title(quantity.title, fontsize=10)
+    axes.set_xlim(0, longest * 1.01)
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.xaxis.set_major_formatter(lambda step, _: f"{step:,.0f}")
+    drawn = np.concatenate([np.asarray(line.get_ydata(), float) for line in axes.get_lines()])
+    if log:
+        axes.set_yscale("log")
+        if drawn.max() < 10 * drawn.min():  # less than a decade: ticks at plain numbers
+            axes.yaxis.set_major_locator(MaxNLocator(5))
+            axes.yaxis.set_minor_locator(matplotlib.ticker.NullLocator())
+            axes.yaxis.set_major_formatter(lambda value, _: f"{value:.3g}")
+    elif quantity.percent:
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
+        axes.set_ylim(0, max(1.1 * drawn.max(), 0.01))
+    else:
+        axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.25)
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write the figure whole or not at all; the suffix decides on the format.
+
+    Raises:
+      PlotError: an unknown suffix, or no such folder.
+    """
+    formats = FigureCanvasAgg(figure).get_supported_filetypes()
+    kind = path.suffix.removeprefix(".").lower()
+    if kind not in formats:
+        raise PlotError(f"{path}: cannot write {path.suffix or 'files without a suffix'}; use .png, .pdf or .svg.")
+    if not path.absolute().parent.is_dir():
+        raise PlotError(f"{path}: no such folder {path.parent}. Make it first.")
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        figure.savefig(partial, format=kind)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def plot(argv: list[str] | None = None) -> None:
+    """Run the program. Raises PlotError; nothing is written then."""
+    parser = argparse.ArgumentParser(
+        prog="python -m loki_jax.plot", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("workdirs", nargs="+", metavar="WORKDIR", help="--workdir of a run of loki_jax.train")
+    parser.add_argument("--out", required=True, type=Path, help="picture to write: .png, .pdf or .svg")
+    parser.add_argument(
+        "--smooth", type=float, metavar="STEPS",
+        help="half-life of the average (default: a fiftieth of the longest run; 0: none)",
+    )  # fmt: skip
+    args = parser.parse_args(argv)
+    if args.smooth is not None and not args.smooth >= 0:
+        raise PlotError(f"--smooth {args.smooth:g}: a number of steps, 0 or above")
+    names = run_names(args.workdirs)
+    runs = [read_run(workdir, name) for workdir, name in zip(args.workdirs, names, strict=True)]
+    save_figure(draw_runs(runs, args.smooth), args.out)
+    for run in runs:
+        last = {key: (int(steps[-1]), values[-1]) for key, (steps, values) in run.curves.items()}
+        found = ", ".join(f"{key} {value:.4g}" for key, (_, value) in last.items())
+        print(f"{run.name}: step {max(step for step, _ in last.values()):,}: {found}")
+    print(f"wrote {args.out}")
+
+
+def main() -> None:
+    try:
+        plot()
+    except PlotError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
