@@ -25,7 +25,8 @@ TRAIN = ["--config", "configs/demo.py:tiny", "--workdir", "runs/a b", "--config.
 
 def call(*command, path=None, timeout=120, **environment):
     """Run a command with nothing of this machine's cluster or GPUs in its environment."""
-    keep = {key: os.environ[key] for key in ("HOME", "PATH", "TMPDIR") if key in os.environ}
+    names = ("HOME", "PATH", "TMPDIR", "JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS")
+    keep = {key: os.environ[key] for key in names if key in os.environ}
     if path is not None:
         keep["PATH"] = f"{path}:{keep['PATH']}"
     keep |= {"LOKI_PYTHON": sys.executable} | environment
@@ -141,14 +142,15 @@ def test_two_processes_train(tmp_path):
     from loki_jax.training.logging import read_metrics
     from tests.synthetic_clips import write_clips
 
-    write_clips(tmp_path / "shards", frames=6)
+    write_clips(tmp_path / "shards", frames=6, size=16)
     train = ["--config", "configs/demo.py:tiny", "--workdir", tmp_path / "run",
-             f"--config.data.path={tmp_path / 'shards'}", "--config.log.every=1", "--config.sample.every=0"]
+             f"--config.data.path={tmp_path / 'shards'}", "--config.image_size=16", "--config.log.every=1",
+             "--config.sample.every=0", "--config.optimizer.decay=constant"]
     done = call(LAUNCH / "multiprocess.sh", "--cpu", "-n", 2, "--", *train, "--config.steps=2", timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     assert [row["step"] for row in read_metrics(tmp_path / "run" / "metrics.jsonl") if "loss" in row] == [1, 2]
     assert load_checkpoint(tmp_path / "run").step == 2
-    done = call(sys.executable, "-m", "loki_jax.train", *train, "--config.steps=3", JAX_PLATFORMS="cpu")
+    done = call(sys.executable, "-m", "loki_jax.train", *train, "--config.steps=3", JAX_PLATFORMS="cpu", timeout=600)
     assert done.returncode == 0, done.stderr
     assert load_checkpoint(tmp_path / "run").step == 3
 
