@@ -11,8 +11,8 @@
 #   --workers N     how many workers --dry-run shows (default 4; gcloud asks the slice itself)
 #
 # On the workers `train` runs `tpu_pod.sh worker-train ARGUMENTS`: it detaches from the connection, logs to
-# ~/loki_jax/train.log, and starts again after code 69 (a process was lost) or 75 (preempted) up to 100 times
-# (LOKI_MAX_RESTARTS). `stop` runs `worker-stop`. Workers find each other through the TPU's metadata. Workdir
+# ~/loki_jax/train.log, and starts again after code 69 (a process was lost), 75 (preempted) or a signal, up to
+# 100 times (LOKI_MAX_RESTARTS). `stop` runs `worker-stop`. Workers find each other through the TPU's metadata. Workdir
 # and shards must lie on a disk that all workers see (Filestore, or a mounted bucket).
 set -euo pipefail
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)
@@ -64,7 +64,7 @@ case ${1:-} in
                 wait "$child" || code=$?
             done
             echo "tpu_pod.sh: $(date -Is) code $code"
-            if $stop || [[ $code -ne 69 && $code -ne 75 ]]; then
+            if $stop || [[ $code -ne 69 && $code -ne 75 && $code -le 128 ]]; then
                 exit "$code"
             fi
             child=''

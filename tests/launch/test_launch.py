@@ -182,7 +182,7 @@ def test_slurm_options_are_where_slurm_looks():
 
 
 @pytest.mark.parametrize("code, restarts, queued", [
-    (0, 0, False), (75, 0, True), (69, 3, True), (75, 5, False), (65, 0, False), (70, 0, False), (137, 0, False)])
+    (0, 0, False), (75, 0, True), (69, 3, True), (75, 5, False), (65, 0, False), (70, 0, False), (134, 0, True), (137, 5, False)])
 def test_slurm_queues_again_what_can_go_on(tmp_path, code, restarts, queued):
     executable(tmp_path / "srun", f'#!/bin/sh\nprintf "%s\\n" "$@" >{tmp_path}/ran\nexit {code}\n')
     executable(tmp_path / "scontrol", f'#!/bin/sh\necho "$@" >{tmp_path}/queued\n')
