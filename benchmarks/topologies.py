@@ -2,12 +2,14 @@
 
     python benchmarks/topologies.py [--quick] [--steps 20]
 
+One of the topologies, 2 x 2, also cuts each batch into two parts (gradient accumulation).
+
 The real program trains a tiny config (global batch 8) on simulated CPU devices whose processes talk
 over gloo. Against one process with one device: gradients of the first step, relative in norm per tensor
 (read from the first checkpoint: Adam's first moment is (1 - b1) times the gradient, clipping is off), and
 the loss of every step, relative. Then the last checkpoint of each is restored under each other, the
 shards of all arrays compared with the files bit for bit. --quick: two processes of one device, fsdp,
-3 steps. The last line of the output is one JSON object; the exit code is 1 unless all bounds hold.
+accumulation, 3 steps. The last line of the output is one JSON object; the exit code is 1 unless all bounds hold.
 """
 
 from __future__ import annotations
@@ -45,31 +47,37 @@ class Topology(NamedTuple):
     processes: int
     devices: int  # of each process
     axis: str  # which mesh axis takes them all
+    accumulate: int = 1
 
     @property
     def name(self) -> str:
-        return f"{self.processes}x{self.devices}-{self.axis}"
+        return f"{self.processes}x{self.devices}-{self.axis}-{self.accumulate}"
 
 
 ONE = Topology(1, 1, "data")
-ALL = [Topology(p, 8 // p, axis) for axis in ("data", "fsdp") for p in (1, 2, 4)]
+ALL = [Topology(p, 8 // p, axis) for axis in ("data", "fsdp") for p in (1, 2, 4)] + [Topology(2, 2, "fsdp", 2)]
+QUICK = [Topology(2, 1, "fsdp", 2)]
 
 
 def config_of(topology: Topology, shards: Path, steps: int):
     """The tiny config on a topology; batch 8, no clipping, every array of 64 numbers or more sharded."""
     count = topology.processes * topology.devices
     return tiny_config(
-        shards, steps=steps, batch_size=8, optimizer__clip_norm=0.0, sharding_min_size=64,
+        shards, steps=steps, batch_size=8, accumulate=topology.accumulate, optimizer__clip_norm=0.0, sharding_min_size=64,
         checkpoint__every=1, checkpoint__keep_every=1, checkpoint__keep_best=0,
         mesh__data=count if topology.axis == "data" else 1, mesh__fsdp=count if topology.axis == "fsdp" else 1,
     )  # fmt: skip
 
 
-def start(command: list[str], topology: Topology, cache: Path) -> None:
-    """Run one command in all processes of a topology; RuntimeError with their output when one fails."""
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
-        address = f"localhost:{probe.getsockname()[1]}"
+        return probe.getsockname()[1]
+
+
+def start(command: list[str], topology: Topology, cache: Path) -> None:
+    """Run one command in all processes of a topology; RuntimeError with their output when one fails."""
+    address = f"localhost:{free_port()}"
     env = environment(cache, topology.devices)
     running = []
     for index in range(topology.processes):
@@ -179,14 +187,14 @@ def main() -> None:
         flags = dict(flag.removeprefix("--").split("=") for flag in args.cluster)
         numbers = {key: int(flags[key]) for key in ("processes", "process_id") if key in flags}
         join(find_cluster(os.environ, flags.get("coordinator"), **numbers))
-        sizes, axis = args.topology.split("-")
-        topology = Topology(*map(int, sizes.split("x")), axis)
+        sizes, axis, accumulate = args.topology.split("-")
+        topology = Topology(*map(int, sizes.split("x")), axis, int(accumulate))
         folder = Path(args.restore)
         restore_all(topology, folder / "shards", args.steps, [folder / name for name in args.workdirs])
         return
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        topologies, steps = ([Topology(2, 1, "fsdp")], 3) if args.quick else (ALL, args.steps)
+        topologies, steps = (QUICK, 3) if args.quick else (ALL, args.steps)
         result = measure(folder, topologies, steps, folder / "cache")
     print(json.dumps(result))
     sys.exit(0 if result["within_bounds"] else 1)

@@ -155,6 +155,7 @@ def train(config, workdir: Path) -> float:
             watchdog.beat()
             if _due(step, config.log.every, config.steps):
                 report(watch.finish())
+                manager.check_for_errors()  # of a save under way, long before the next one
                 values = watch.means() | progress.report(step)
                 loss = values.get("loss", loss)
                 writer.scalars(step, values)

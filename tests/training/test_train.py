@@ -1,83 +1,45 @@
 """The real training program on a tiny config and a tiny synthetic dataset."""
 
-from fractions import Fraction
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks.tiny_run import SIZE, tiny_config, write_shards
 from configs import demo, hdtf
 from data_prep.synth import synth_clip
-from loki_jax.data.records import Clip, DatasetError, write_dataset
+from loki_jax.data.records import DatasetError
 from loki_jax.head.builtin import builtin_head
-from loki_jax.head.types import Camera, Coefficients
 from loki_jax.networks import build_networks, portrait_features, random_params
 from loki_jax.train import train
 from loki_jax.training.checkpoint import CheckpointError, load_checkpoint, load_model_file, save_model_file
 from loki_jax.training.logging import read_metrics
 from loki_jax.training.step import initial_params
 
-SIZE = 16
-
-
-def tiny_clips(head, count=4, frames=6):
-    rng = np.random.default_rng(0)
-    for i in range(count):
-        moving = lambda n, scale: (rng.standard_normal((frames, n)) * scale).astype(np.float32)
-        yield Clip(
-            clip_id=f"clip{i}", identity=f"person{i}", fps=Fraction(25), split="validation" if i == 0 else "train",
-            source="test", licence="test",
-            coefficients=Coefficients(
-                shape=rng.standard_normal(head.n_shape).astype(np.float32), expression=moving(head.n_expression, 0.1),
-                rot=moving(3, 0.2), tra=moving(3, 0.0), neck=moving(3, 0.05), jaw=moving(3, 0.1), eyes=moving(3, 0.1),
-            ),
-            camera=Camera(
-                np.array([400, 400, 64, 64], np.float32),
-                np.array([[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 1], [0, 0, 0, 1]], np.float32),
-            ),
-            crop=np.array([0, 0, 128, 128], np.float32),
-            images=list(rng.integers(0, 255, (frames, SIZE, SIZE, 3), dtype=np.uint8)),
-        )
-
-
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory):
-    path = tmp_path_factory.mktemp("data") / "shards"
-    head = builtin_head()
-    write_dataset(path, head, tiny_clips(head), SIZE)
-    return path
+    return write_shards(tmp_path_factory.mktemp("data") / "shards")
 
 
-def tiny_config(shards, steps, sample=False):
-    config = demo.get_config("tiny")
-    config.image_size = SIZE
-    config.data.path = str(shards)
-    config.steps = steps
-    config.optimizer.warmup_steps = 0
-    config.optimizer.decay = "constant"
-    config.checkpoint.every = 2
-    config.validation.every = 2
-    config.log.every = 1
-    config.sample.every = 4 if sample else 0
-    return config
+def run_config(shards, steps, sample=False):
+    return tiny_config(shards, steps=steps, validation__every=2, sample__every=4 if sample else 0)
 
 
 @pytest.fixture(scope="module")
 def finished(shards, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("run")
-    train(tiny_config(shards, 4, sample=True), workdir)
+    train(run_config(shards, 4, sample=True), workdir)
     return workdir
 
 
 def test_resumed_run_is_bit_identical(shards, finished, tmp_path):
-    train(tiny_config(shards, 2), tmp_path)
-    train(tiny_config(shards, 4), tmp_path)
+    train(run_config(shards, 2), tmp_path)
+    train(run_config(shards, 4), tmp_path)
     for use_ema in (True, False):
         straight, resumed = (load_checkpoint(path, use_ema) for path in (finished, tmp_path))
         assert straight.step == resumed.step == 4
         jax.tree.map(np.testing.assert_array_equal, straight.params, resumed.params)
-    start = initial_params(tiny_config(shards, 4), build_networks(straight.config, straight.head), straight.head)[0]
+    start = initial_params(run_config(shards, 4), build_networks(straight.config, straight.head), straight.head)[0]
     moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), start["generation"], dict(resumed.params)["generation"])
     assert max(jax.tree.leaves(moved)) > 0
 
@@ -91,14 +53,14 @@ def test_metrics_are_logged(finished):
 
 
 def test_workdir_of_another_config_is_refused(shards, finished):
-    config = tiny_config(shards, 6)
+    config = run_config(shards, 6)
     config.model.unet.channels = 32
     with pytest.raises(CheckpointError, match=r"another config(.|\n)*model.unet.channels: 16 -> 32(.|\n)*--workdir"):
         train(config, finished)
 
 
 def test_init_from_another_architecture_is_refused(shards, finished, tmp_path):
-    config = tiny_config(shards, 1)
+    config = run_config(shards, 1)
     config.init_from = str(finished)
     config.model.encoder.stem = 16
     with pytest.raises(CheckpointError, match="another architecture"):
@@ -107,7 +69,7 @@ def test_init_from_another_architecture_is_refused(shards, finished, tmp_path):
 
 
 def test_missing_pretrained_weights_stop_the_run(shards, tmp_path):
-    config = tiny_config(shards, 1)
+    config = run_config(shards, 1)
     config.model.reference.trainable = False
     with pytest.raises(ValueError, match="reference.driver"):
         train(config, tmp_path / "new")
@@ -122,7 +84,7 @@ def test_missing_pretrained_weights_stop_the_run(shards, tmp_path):
 
 @pytest.mark.parametrize("size", [32])
 def test_dataset_of_another_size_is_refused(shards, tmp_path, size):
-    config = tiny_config(shards, 1)
+    config = run_config(shards, 1)
     config.image_size = size
     with pytest.raises(DatasetError, match=f"{SIZE} pixels.*{size}"):
         train(config, tmp_path / "new")
@@ -145,7 +107,7 @@ def test_model_file_round_trip_and_damage(finished, tmp_path):
 def test_frozen_reference_comes_from_pretrained_weights_and_stays(shards, tmp_path):
     import orbax.checkpoint as ocp
 
-    config = tiny_config(shards, 2)
+    config = run_config(shards, 2)
     config.model.reference.trainable = False
     config.model.reference.driver = False
     config.model.reference.context_dim = 8
@@ -184,7 +146,7 @@ def test_portraits_driver_map_reaches_the_features_where_the_config_says_so(with
 
 @pytest.mark.parametrize("arm", ["no_posenc", "no_deform", "flame_vector"])
 def test_ablation_arms_train(shards, tmp_path, arm):
-    config = tiny_config(shards, 1)
+    config = run_config(shards, 1)
     config.driver.arm = arm
     config.validation.every = 0
     assert np.isfinite(train(config, tmp_path))
