@@ -177,7 +177,12 @@ def make_loss(config: ConfigDict, networks: Networks, mesh: Mesh) -> Callable:
         options = (config.diffusion.prediction, config.diffusion.shared_timesteps, gamma)
         return diffusion_loss(predict, x0, keys["diffusion"], networks.schedule, *options)[0]
 
-    return loss
+    def loss_on_mesh(*args):
+        # Kernels that XLA cannot split (splash attention) look the mesh up and split themselves.
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return loss(*args)
+
+    return loss_on_mesh
 
 
 def _drivers(config, networks, params, batch, head, draw) -> tuple[Array, Array | None]:
