@@ -517,7 +517,7 @@ def write_dataset(
                 }
                 if image is not None:
                     record["image"] = image
-                writer.write(features.serialize_example(record))
+                writer.write(_serialize(features, record))
             rows.append(row)
             if progress is not None:
                 progress(row)
@@ -557,6 +557,12 @@ def write_dataset(
         for writer in writers.values():
             writer.close()
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _serialize(features: tfds.features.FeaturesDict, record: dict[str, Any]) -> bytes:
+    # An example is a map, whose order on the wire differs from process to process unless it is asked for.
+    example = tf_example_pb2.Example.FromString(features.serialize_example(record))
+    return example.SerializeToString(deterministic=True)
 
 
 def _write_tfds_info(
@@ -705,7 +711,8 @@ class Dataset:
         """
         numbers = range(clip.first_record, clip.first_record + clip.length)
         frames = self.read(clip.split, numbers, with_image=False)
-        has_images, has_latents = self.metadata.image_format is not None, self.metadata.latent_shape is not None
+        has_images = self.metadata.image_format is not None
+        has_latents = self.metadata.latent_shape is not None
 
         def images():
             source = self.source(clip.split)
@@ -715,6 +722,8 @@ class Dataset:
         def stack(values):
             return np.stack(list(values))
 
+        coefficients = zip(*(frame.coefficients for frame in frames), strict=True)
+        cameras = zip(*(frame.camera for frame in frames), strict=True)
         return Clip(
             clip_id=clip.clip_id,
             identity=clip.identity,
@@ -722,8 +731,8 @@ class Dataset:
             split=clip.split,
             source=clip.source,
             licence=clip.licence,
-            coefficients=Coefficients(*(stack(v) for v in zip(*(f.coefficients for f in frames), strict=True))),
-            camera=Camera(*(stack(v) for v in zip(*(f.camera for f in frames), strict=True))),
+            coefficients=Coefficients(*map(stack, coefficients)),
+            camera=Camera(*map(stack, cameras)),
             crop=stack(f.crop for f in frames),
             images=images() if has_images else None,
             latent_mean=stack(f.latent_mean for f in frames) if has_latents else None,

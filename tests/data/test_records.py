@@ -126,6 +126,33 @@ def test_writing_twice_gives_the_same_bytes(tmp_path):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
 
 
+def test_another_process_gives_the_same_bytes(tmp_path):
+    # Maps in protocol buffers are ordered anew in every process if one does not take care.
+    program = """
+import sys
+sys.path.insert(0, sys.argv[2])
+from tests.data.clips import SIZE, make_clip, small_head
+from loki_jax.data.records import write_dataset
+write_dataset(sys.argv[1], small_head(), [make_clip(0, 6, latents=True)], SIZE)
+"""
+    shards = []
+    for name in ("a", "b", "c"):
+        root = str(Path(__file__).parents[2])
+        subprocess.run([sys.executable, "-c", program, str(tmp_path / name), root], check=True)
+        (shard,) = (tmp_path / name).glob("loki-train*")
+        shards.append(shard.read_bytes())
+    assert shards[0] == shards[1] == shards[2]
+
+
+def test_a_stored_clip_can_be_written_again(written, tmp_path):
+    dataset = open_dataset(written)
+    write_dataset(
+        tmp_path / "again", small_head(), map(dataset.stored_clip, dataset.clips), SIZE, shard_bytes=2000
+    )
+    for path in written.iterdir():
+        assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes(), path.name
+
+
 def test_jpeg_and_encoded_images(tmp_path):
     smooth = np.broadcast_to(np.linspace(0, 255, SIZE, dtype=np.uint8)[:, None, None], (SIZE, SIZE, 3)).copy()
     write_dataset(
