@@ -11,6 +11,9 @@ import pytest
 
 from loki_jax.models import attention
 from loki_jax.models.attention import attend, attend_shared
+from loki_jax.models.autoencoder import make_autoencoder
+from loki_jax.models.loki import make_loki
+from loki_jax.weights.layouts import sd21_config
 from tests.models.weights import quick_jit
 
 
@@ -87,11 +90,19 @@ MESH_PROGRAM = """
 import jax, jax.numpy as jnp, numpy as np
 from loki_jax.models import attention
 mesh = jax.make_mesh((2, 2), ("data", "fsdp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
-q, k, v = (jax.random.normal(key, (4, 128, 1, 8)) for key in jax.random.split(jax.random.key(0), 3))
-with jax.set_mesh(mesh):
-    out = jax.jit(lambda *qkv: attention._splash(*qkv, interpret=True))(q, k, v)
-assert len(out.addressable_shards) == 4 and out.addressable_shards[0].data.shape[0] == 1
-np.testing.assert_allclose(out, attention.attend(q, k, v, "xla"), atol=2e-5)
+split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(("data", "fsdp")))
+keys = jax.random.split(jax.random.key(0), 3)
+qkv = [jax.device_put(jax.random.normal(key, (4, 128, 1, 8)), split) for key in keys]
+
+def loss(*qkv):
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # as the training step does
+        return jnp.sin(attention._splash(*qkv, interpret=True)).sum()
+
+gradients = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(*qkv)
+expected = jax.grad(lambda *qkv: jnp.sin(attention.attend(*qkv, "xla")).sum(), argnums=(0, 1, 2))(*qkv)
+for ours, theirs in zip(gradients, expected):
+    assert ours.sharding.spec == split.spec, ours.sharding
+    np.testing.assert_allclose(ours, theirs, atol=1e-4)
 """
 
 
@@ -196,6 +207,31 @@ def test_errors():
     if jax.default_backend() != "tpu":
         with pytest.raises(ValueError, match="'splash' cannot run here: it needs a TPU"):
             attend(q, k, v, "splash")
+
+
+def test_splash_on_several_chips_needs_their_mesh(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    q, _, _ = random_qkv(3, 4, batch=4)
+    assert attention._choose(q, q) == "splash"
+    monkeypatch.setattr(jax, "device_count", lambda: 4)
+    with pytest.raises(ValueError, match=r"several chips; run the program under jax.set_mesh"):
+        attend(q, q, q, "splash")
+    assert attention._choose(q, q) == "xla"
+    mesh = jax.sharding.AbstractMesh((2, 2), ("data", "fsdp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    with jax.sharding.use_abstract_mesh(mesh):
+        assert attention._choose(q, q) == "splash"
+        with pytest.raises(ValueError, match="batch of 3 does not split evenly over 4 devices"):
+            attend(q[:3], q[:3], q[:3], "splash")
+
+
+def test_the_vae_is_spared_the_fused_kernels():
+    """Its one head is 512 wide; a config that asks for a fused kernel means the UNets."""
+    config = sd21_config()
+    for chosen, expected in (("cudnn", "auto"), ("splash", "auto"), ("chunked", "chunked")):
+        config.attention_backend = chosen
+        assert make_autoencoder(config).attention_backend == expected
+        config.encoder.in_channels = 45
+        assert make_loki(config).generation.unet.attention_backend == chosen
 
 
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="the fused kernel needs a CUDA GPU")
