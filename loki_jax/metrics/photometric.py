@@ -30,7 +30,7 @@ from loki_jax.head.types import Camera, Coefficients
 from loki_jax.raster import rasterize
 
 _PRECISION = jax.lax.Precision.HIGHEST
-# In units of the local contrast (`_features`).
+# In units of the local contrast (`contrast_features`).
 _NOISE_FLOOR = 0.03
 _MODEL_ERROR = 0.1  # differences beyond this are taken to be of the model, not of the pixel
 _TRUST_ELSEWHERE = 0.1
@@ -138,7 +138,7 @@ def _blur_matrix(size: int, sigma: Float[Array, ""]) -> Float[Array, "s s"]:
     return weights / weights.sum(1, keepdims=True)
 
 
-def _blur(image: Float[Array, "s s c"], sigma: Float[Array, ""]) -> Float[Array, "s s c"]:
+def blur(image: Float[Array, "s s c"], sigma: Float[Array, ""]) -> Float[Array, "s s c"]:
     matrix = _blur_matrix(image.shape[0], sigma)
     return jnp.einsum("ij,jkc,lk->ilc", matrix, image, matrix)
 
@@ -152,15 +152,15 @@ def _gradient(image: Float[Array, "s s c"]) -> Float[Array, "s s c 2"]:
     return -half * jnp.stack([along_columns, along_rows], -1)
 
 
-def _features(image: Float[Array, "s s c"], sigma: Float[Array, ""]) -> Float[Array, "s s c"]:
+def contrast_features(image: Float[Array, "s s c"], sigma: Float[Array, ""]) -> Float[Array, "s s c"]:
     """Details of about `sigma` pixels and more, relative to the contrast around them.
 
     A difference of two blurs over its local root mean square: colours, light and sharpness that are a
     little wrong everywhere, as a network's are, cancel; edges and features count where they are.
     """
     per_pixel = image.shape[0] / 64
-    band = _blur(image, sigma) - _blur(image, 3 * sigma + 4 * per_pixel)
-    energy = _blur((band**2).mean(-1, keepdims=True), 8 * per_pixel)
+    band = blur(image, sigma) - blur(image, 3 * sigma + 4 * per_pixel)
+    energy = blur((band**2).mean(-1, keepdims=True), 8 * per_pixel)
     return band / jnp.sqrt(energy + 0.03**2)
 
 
@@ -193,7 +193,7 @@ def _step(problem, observed, previous, change, motion, unknowns, sigma, active):
         problem.appearance,
         size,
     )
-    rendered, observed = _features(rendered, sigma), _features(observed, sigma)
+    rendered, observed = contrast_features(rendered, sigma), contrast_features(observed, sigma)
 
     face, bary = _spread(fragments.face, fragments.bary, max(2, size // 16))
     inside = face >= 0
