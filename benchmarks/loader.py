@@ -62,7 +62,9 @@ def make_shards(folder: Path, kind: str, clips: int) -> dict:
 
     def clip(number: int) -> Clip:
         motion = {name: rng.normal(size=(FRAMES, 3)) for name in ("rot", "tra", "neck", "jaw", "eyes")}
-        latents = rng.normal(size=(2, FRAMES, *LATENT)).astype(np.float32) if kind == "latents" else (None, None)
+        latents = (
+            rng.normal(size=(2, FRAMES, *LATENT)).astype(np.float32) if kind == "latents" else (None, None)
+        )
         return Clip(
             clip_id=f"clip{number}", identity=f"person{number}", fps=Fraction(25), split="train",
             source="benchmarks/loader.py", licence="CC0",
@@ -75,7 +77,9 @@ def make_shards(folder: Path, kind: str, clips: int) -> dict:
         )  # fmt: skip
 
     path = folder / "loki" / "1.0.0"
-    metadata = write_dataset(path, head, (clip(i) for i in range(clips)), SIZE, image_format="jpeg", shard_bytes=2**25)
+    metadata = write_dataset(
+        path, head, (clip(i) for i in range(clips)), SIZE, image_format="jpeg", shard_bytes=2**25
+    )
     return {"records": metadata.records["train"], "bytes": sum(size for _, size in metadata.shards.values())}
 
 
@@ -107,7 +111,9 @@ def measure(folder: Path, source: str, seconds: float) -> float:
 
             count = os.cpu_count() or 1
             pool = ThreadPoolExecutor(count)
-            take = lambda numbers: list(pool.map(data.__getitems__, [numbers[i::count] for i in range(count)]))
+            take = lambda numbers: list(
+                pool.map(data.__getitems__, [numbers[i::count] for i in range(count)])
+            )
         result = rate(lambda: take(rng.integers(len(data), size=at_once).tolist()) and at_once, seconds)
     else:
         sys.path.insert(0, str(ROOT))
@@ -118,10 +124,14 @@ def measure(folder: Path, source: str, seconds: float) -> float:
         if source == "frames":
             data = open_dataset(path)
             total = data.metadata.records["train"]
-            result = rate(lambda: len(data.read("train", rng.integers(total, size=at_once).tolist())), seconds)
+            result = rate(
+                lambda: len(data.read("train", rng.integers(total, size=at_once).tolist())), seconds
+            )
         else:
             workers = int(source.removeprefix("workers_"))
-            iterator = iterate(make_dataset(path, WINDOW, BATCH, seed=0), workers, threads=1 if workers else 2, prefetch=2)
+            iterator = iterate(
+                make_dataset(path, WINDOW, BATCH, seed=0), workers, threads=1 if workers else 2, prefetch=2
+            )
             for _ in range(2 + 3 * workers):  # what was read ahead while the processes started
                 next(iterator)
             result = rate(lambda: next(iterator)["crop"].shape[0] * (WINDOW + 1), seconds)
@@ -151,7 +161,9 @@ def child(arguments: list[str]) -> float:
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true", help="one short round on fewer records")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=4.0, help="of each measurement")
@@ -159,7 +171,9 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv[1:])
     if args.measure:
         folder, source, seconds = args.measure
-        print(jpeg_rate(float(seconds)) if source == "jpeg" else measure(Path(folder), source, float(seconds)))
+        print(
+            jpeg_rate(float(seconds)) if source == "jpeg" else measure(Path(folder), source, float(seconds))
+        )
         return
     if args.quick:
         args.rounds, args.seconds = 1, 1.0
@@ -169,7 +183,10 @@ def main(argv: list[str]) -> None:
         for kind in ("jpeg", "latents"):
             size = make_shards(Path(scratch) / kind, kind, 2 if args.quick else CLIPS)
             result[kind] = {"bytes_per_record": round(size["bytes"] / size["records"])}
-            print(f"{kind}: {size['records']} records of {result[kind]['bytes_per_record'] / 1e3:.0f} KB", flush=True)
+            print(
+                f"{kind}: {size['records']} records of {result[kind]['bytes_per_record'] / 1e3:.0f} KB",
+                flush=True,
+            )
         bare = []
         for round_ in range(args.rounds):
             bare.append(child([scratch, "jpeg", str(args.seconds)]))
@@ -177,7 +194,10 @@ def main(argv: list[str]) -> None:
                 for source in SOURCES:
                     value = child([str(Path(scratch) / kind), source, str(args.seconds)])
                     found.setdefault((kind, source), []).append(value)
-                    print(f"round {round_ + 1}/{args.rounds} {kind:8} {source:10} {value:9.0f} records/s", flush=True)
+                    print(
+                        f"round {round_ + 1}/{args.rounds} {kind:8} {source:10} {value:9.0f} records/s",
+                        flush=True,
+                    )
     for (kind, source), values in found.items():
         records = statistics.median(values)
         result[kind][f"{source}_records_per_s"] = round(records, 1)

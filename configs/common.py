@@ -82,8 +82,8 @@ def base_config() -> ConfigDict:
     c.diffusion.rescale_zero_snr = True
     c.diffusion.max_beta = 0.99
     c.diffusion.shift_frames = 15  # SNR shifted by sqrt(64^2 / (latent size^2 n)); 0: not shifted
-    # gamma of the min-SNR weights (Hang et al. 2023, section 3.4: 5); 0: every timestep counts alike. The
-    # validation loss is never weighted.
+    # gamma of the min-SNR weights (Hang et al. 2023, who use 5; formulas in diffusion/loss.py); 0: every
+    # timestep counts alike. The validation loss is never weighted.
     c.diffusion.min_snr_gamma = 0.0
     c.diffusion.clip = 0.0  # bound on the estimate of the clean latents while sampling; 0: none
 
@@ -99,7 +99,7 @@ def base_config() -> ConfigDict:
     c.optimizer = ConfigDict()
     # The learning rate rises linearly for `warmup_steps`, stays for `hold_steps`, then follows `decay`:
     # constant | cosine (Loshchilov and Hutter 2017, equation 5) | linear, both down to `final_share` of the
-    # peak at `steps` | rsqrt, proportional to 1 / sqrt(step) (Karras et al. 2024, equation 67).
+    # peak at `steps` | rsqrt, proportional to 1 / sqrt(step) (EDM2, Karras et al. 2024).
     c.optimizer.learning_rate = 1e-4
     c.optimizer.warmup_steps = 0
     c.optimizer.hold_steps = 0
@@ -111,7 +111,7 @@ def base_config() -> ConfigDict:
     # of matrices only: not of biases and scales of norms (Radford et al. 2018, section 4.1).
     c.optimizer.weight_decay = 0.01
     c.optimizer.weight_decay_on = "all"  # all | matrices
-    c.optimizer.clip_norm = 1.0  # of all gradients together (Pascanu et al. 2013, algorithm 1); 0: no clipping
+    c.optimizer.clip_norm = 1.0  # of all gradients together (Pascanu et al. 2013, algorithm 1); 0: none
     # Moving average of the parameters (Ho et al. 2020, appendix B) whose decay grows as
     # (1 + step) / (10 + step) up to this; 0: none.
     c.ema_decay = 0.9999
@@ -126,10 +126,12 @@ def base_config() -> ConfigDict:
     c.sharding_min_size = 2**16  # smaller arrays are not worth a collective
 
     c.faults = ConfigDict()
-    c.faults.max_skips = 10  # so many updates in a row skipped for a loss or gradient that is not finite: stop
+    # So many updates in a row skipped, because loss or gradient were not finite, stop the run.
+    c.faults.max_skips = 10
     c.faults.spike_factor = 10.0  # a gradient norm above so many times the median is logged
     c.faults.spike_window = 100  # steps the median is over
-    c.faults.hang_seconds = 1800  # no step finished for so long: end with the exit code of a lost process; 0: wait
+    # No step finished for so long: end with the exit code of a lost process. 0: wait for ever.
+    c.faults.hang_seconds = 1800
 
     # Intervals in steps; all four are also due after the last step. 0: never.
     c.log = ConfigDict(dict(every=50))
@@ -139,8 +141,9 @@ def base_config() -> ConfigDict:
     c.validation = ConfigDict(dict(every=1000, batches=8))
     c.sample = ConfigDict(dict(every=5000, pairs=4, steps=50, guidance=2.0, spacing="leading"))
     c.sample.video = True  # also samples/STEP.mp4 in the workdir
-    c.sample.follow = False  # HPF and HEF of the samples of synthetic clips; takes seconds to minutes on the host
-    c.sample.pose = "relative"  # relative | absolute: whose head pose a driver gives, where --mode says nothing
+    # HPF and HEF of the samples of synthetic clips; takes seconds to minutes on the host.
+    c.sample.follow = False
+    c.sample.pose = "relative"  # relative | absolute: how a driver gives the head pose, unless --mode says
     return c
 
 

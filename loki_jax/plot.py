@@ -76,12 +76,14 @@ def read_run(workdir: str | os.PathLike, name: str | None = None) -> Run:
         raise PlotError(f"{path}: no such folder. Give the --workdir of a run of loki_jax.train.")
     if not file.is_file():
         raise PlotError(
-            f"{path}: holds no metrics.jsonl, so it is no workdir of loki_jax.train, or the run has not begun."
+            f"{path}: holds no metrics.jsonl: no workdir of loki_jax.train, or its run has not begun."
         )
     try:
         rows = read_metrics(file)
     except (KeyError, TypeError, UnicodeDecodeError) as error:
-        raise PlotError(f"{file}: not a metrics file of loki_jax.train ({type(error).__name__}: {error}).") from error
+        raise PlotError(
+            f"{file}: not a metrics file of loki_jax.train ({type(error).__name__}: {error})."
+        ) from error
     curves = {}
     for quantity in QUANTITIES:
         points = [(row["step"], row[quantity.key]) for row in rows if quantity.key in row]
@@ -107,9 +109,10 @@ def run_names(workdirs: Sequence[str | os.PathLike]) -> list[str]:
 def smoothed(
     steps: Float[np.ndarray, " n"], values: Float[np.ndarray, " n"], half_life: float
 ) -> Float[np.ndarray, " n"]:
-    """Exponential average whose weights halve every `half_life` steps, normalised so that it has no start-up bias.
+    """Exponential average whose weights halve every `half_life` steps, without a start-up bias.
 
-    Rows may lie unevenly: weights go by steps, not by rows. half_life 0 returns the values.
+    The weights add up to one and go by steps, not by rows, which may lie unevenly. half_life 0 returns the
+    values.
     """
     if half_life <= 0:
         return values
@@ -144,26 +147,33 @@ def draw_runs(runs: Sequence[Run], half_life: float | None = None) -> Figure:
             if run.name in curves:
                 _draw_curve(axes, *curves[run.name], colour, half_life if quantity.smooth else 0.0, log)
         _finish(axes, quantity, longest, log)
-    handles = [matplotlib.lines.Line2D([], [], color=colour, label=run.name) for run, colour in zip(runs, colours, strict=False)]
+    handles = [
+        matplotlib.lines.Line2D([], [], color=colour, label=run.name)
+        for run, colour in zip(runs, colours, strict=False)
+    ]
     figure.legend(handles=handles, loc="outside upper center", ncols=min(len(runs), 4), frameon=False)
     if half_life > 0:
         figure.supxlabel(
-            f"step    (pale: as logged; bold: exponential average with a half-life of {half_life:,.4g} steps, "
-            "of the logarithm on logarithmic axes)", fontsize=9,
+            f"step    (pale: as logged; bold: exponential average with a half-life of {half_life:,.4g} "
+            "steps, of the logarithm on logarithmic axes)", fontsize=9,
         )  # fmt: skip
     else:
         figure.supxlabel("step    (as logged, not smoothed)", fontsize=9)
     return figure
 
 
-def _draw_curve(axes: Axes, steps: np.ndarray, values: np.ndarray, colour, half_life: float, log: bool) -> None:
+def _draw_curve(
+    axes: Axes, steps: np.ndarray, values: np.ndarray, colour, half_life: float, log: bool
+) -> None:
     few = "o" if len(steps) < 40 else None
     if half_life <= 0:
         axes.plot(steps, values, color=colour, linewidth=1.4, marker=few, markersize=3)
         return
     axes.plot(steps, values, color=colour, linewidth=0.8, alpha=0.3)
     # One huge gradient would hang over a plain average for twenty half-lives on a logarithmic axis.
-    average = np.exp(smoothed(steps, np.log(values), half_life)) if log else smoothed(steps, values, half_life)
+    average = (
+        np.exp(smoothed(steps, np.log(values), half_life)) if log else smoothed(steps, values, half_life)
+    )
     axes.plot(steps, average, color=colour, linewidth=1.6, marker=few, markersize=3)
 
 
@@ -196,7 +206,9 @@ def save_figure(figure: Figure, path: Path) -> None:
     formats = FigureCanvasAgg(figure).get_supported_filetypes()
     kind = path.suffix.removeprefix(".").lower()
     if kind not in formats:
-        raise PlotError(f"{path}: cannot write {path.suffix or 'files without a suffix'}; use .png, .pdf or .svg.")
+        raise PlotError(
+            f"{path}: cannot write {path.suffix or 'files without a suffix'}; use .png, .pdf or .svg."
+        )
     if not path.absolute().parent.is_dir():
         raise PlotError(f"{path}: no such folder {path.parent}. Make it first.")
     partial = path.with_name(f".{path.name}.partial")
@@ -210,7 +222,9 @@ def save_figure(figure: Figure, path: Path) -> None:
 def plot(argv: list[str] | None = None) -> None:
     """Run the program. Raises PlotError; nothing is written then."""
     parser = argparse.ArgumentParser(
-        prog="python -m loki_jax.plot", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m loki_jax.plot",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("workdirs", nargs="+", metavar="WORKDIR", help="--workdir of a run of loki_jax.train")
     parser.add_argument("--out", required=True, type=Path, help="picture to write: .png, .pdf or .svg")

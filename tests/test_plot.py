@@ -14,7 +14,12 @@ def write_run(path, steps=20, every=10, mfu=False, scale=1.0, cut=False):
     rng = np.random.default_rng(len(path.name))
     rows = []
     for i in range(1, steps + 1):
-        row = {"step": i * every, "loss": scale * (0.1 + rng.exponential(0.02) + 1 / i), "grad_norm": 1 / i, "data_wait": 0.02}
+        row = {
+            "step": i * every,
+            "loss": scale * (0.1 + rng.exponential(0.02) + 1 / i),
+            "grad_norm": 1 / i,
+            "data_wait": 0.02,
+        }
         rows.append(row | ({"mfu": 0.4} if mfu else {}))
         if i % 5 == 0:
             rows.append({"step": i * every, "val_loss": scale * (0.1 + 1 / i)})
@@ -34,7 +39,11 @@ def test_a_picture_of_two_runs(tmp_path, capsys):
     picture = np.asarray(Image.open(out).convert("RGB"))
     assert picture.shape[0] > 300 and picture.shape[1] > 600 and picture.std() > 10
     said = capsys.readouterr().out.splitlines()
-    assert said[0].startswith("first: step 200: loss") and said[1].startswith("second: step 200") and "mfu 0.4" in said[1]
+    assert (
+        said[0].startswith("first: step 200: loss")
+        and said[1].startswith("second: step 200")
+        and "mfu 0.4" in said[1]
+    )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["curves.png", "first", "second"]
     plot([str(runs[0]), "--out", str(tmp_path / "curves.svg")])
     assert "<svg" in (tmp_path / "curves.svg").read_text()
@@ -51,7 +60,9 @@ def test_panels_are_what_the_runs_have(tmp_path):
     assert [len(panel) for panel in lines] == [4, 2, 4, 4, 2]
     np.testing.assert_array_equal(lines[0][0].get_ydata(), plain.curves["loss"][1])
     steps, loss = plain.curves["loss"]
-    np.testing.assert_allclose(lines[0][1].get_ydata(), np.exp(smoothed(steps, np.log(loss), 30)))  # a log axis
+    np.testing.assert_allclose(
+        lines[0][1].get_ydata(), np.exp(smoothed(steps, np.log(loss), 30))
+    )  # a log axis
     assert both.axes[0].get_yscale() == "log" and both.axes[3].get_yscale() == "linear"
     np.testing.assert_array_equal(lines[3][1].get_ydata(), smoothed(*plain.curves["data_wait"], 30))
     assert "half-life of 30 steps" in both.get_supxlabel()
@@ -65,7 +76,9 @@ def test_smoothing_by_its_definition():
     values = rng.normal(size=50)
     for half_life in (1.0, 20.0, 1000.0):
         weights = np.tril(0.5 ** (np.maximum(steps[:, None] - steps, 0) / half_life))
-        np.testing.assert_allclose(smoothed(steps, values, half_life), weights @ values / weights.sum(1), rtol=1e-9)
+        np.testing.assert_allclose(
+            smoothed(steps, values, half_life), weights @ values / weights.sum(1), rtol=1e-9
+        )
     np.testing.assert_allclose(smoothed(steps, np.full(50, 3.0), 7), 3.0)  # no bias at the start
     np.testing.assert_array_equal(smoothed(steps, values, 0), values)
 
@@ -102,7 +115,11 @@ def test_what_cannot_be_drawn(tmp_path):
         with pytest.raises(PlotError, match=message) as error:
             plot([str(good), str(path), "--out", str(tmp_path / "x.png")])
         assert str(path) in str(error.value)
-    for out, message in (("x.gif2", "use .png, .pdf or .svg"), ("x", "without a suffix"), ("no/x.png", "no such folder")):
+    for out, message in (
+        ("x.gif2", "use .png, .pdf or .svg"),
+        ("x", "without a suffix"),
+        ("no/x.png", "no such folder"),
+    ):
         with pytest.raises(PlotError, match=message):
             plot([str(good), "--out", str(tmp_path / out)])
     with pytest.raises(PlotError, match="--smooth -1"):

@@ -173,7 +173,8 @@ class _ReadWindow(grain.transforms.Map):
         names = [record_name(self._dataset, self._split, int(record)) for record in dict.fromkeys(unreadable)]
         raise DatasetError(
             f"{self._dataset.path}: {_MAX_DRAWS} windows drawn in a row hold records that cannot be read: "
-            + "; ".join(names) + f". {_MEND}"
+            + "; ".join(names)
+            + f". {_MEND}"
         )
 
     def _element(self, chosen: _Window) -> dict[str, Any]:
@@ -211,12 +212,17 @@ class _ReadWindow(grain.transforms.Map):
 
 
 def _checked(frame: Frame, dataset: Dataset) -> Frame:
-    """`frame`, if its arrays have the sizes the metadata promises (a damaged picture may decode to another)."""
+    """`frame`, if its arrays have the sizes the metadata promises (a damaged picture may not)."""
     meta = dataset.metadata
     image = None if frame.image is None else frame.image.shape
     sizes = len(frame.coefficients.shape), len(frame.coefficients.expression)
-    if image not in (None, (meta.image_size, meta.image_size, 3)) or sizes != (meta.n_shape, meta.n_expression):
-        raise DatasetError(f"image of shape {image} with {sizes[0]} shape and {sizes[1]} expression coefficients")
+    if image not in (None, (meta.image_size, meta.image_size, 3)) or sizes != (
+        meta.n_shape,
+        meta.n_expression,
+    ):
+        raise DatasetError(
+            f"image of shape {image} with {sizes[0]} shape and {sizes[1]} expression coefficients"
+        )
     return frame
 
 
@@ -406,7 +412,9 @@ class Batches:
 
 def _take_apart(element: dict[str, Any]) -> tuple[Batch, np.ndarray]:
     """(the batch, the unreadable records it met)."""
-    return {key: value for key, value in element.items() if key != _UNREADABLE}, np.array(element[_UNREADABLE])
+    return {key: value for key, value in element.items() if key != _UNREADABLE}, np.array(
+        element[_UNREADABLE]
+    )
 
 
 class BatchIterator(grain.DatasetIterator[Any]):
@@ -445,8 +453,8 @@ class BatchIterator(grain.DatasetIterator[Any]):
             if "Worker process" not in str(error):
                 raise
             raise DatasetError(
-                f"{self._batches.dataset.path}: a process that reads batches ended ({error}). Most often memory "
-                "ran out: lower config.data.workers, config.data.threads or config.data.cache_mb."
+                f"{self._batches.dataset.path}: a process that reads batches ended ({error}). Most often "
+                "memory ran out: lower config.data.workers, config.data.threads or config.data.cache_mb."
             ) from error
         self._count(unreadable)
         self._taken += 1
@@ -481,7 +489,8 @@ class BatchIterator(grain.DatasetIterator[Any]):
                 others = [record_name(dataset, split, other) for other in self._unreadable[:-1]]
                 raise DatasetError(
                     f"{message}. That makes {found} of {total} records of split {split!r}; "
-                    f"config.data.max_corrupt_share={self._batches.max_corrupt_share:g} allows {allowed}. {_MEND}"
+                    f"config.data.max_corrupt_share={self._batches.max_corrupt_share:g} allows {allowed}. "
+                    + _MEND
                     + "".join(f"\n  also: {name}" for name in others[-8:])
                 )
             self._report(f"{message}. Its windows are replaced ({found} such records, {allowed} allowed).")

@@ -100,11 +100,12 @@ def diffusion_loss(
 def min_snr_weights(
     schedule: Schedule, timesteps: Int[Array, "*n"], prediction: str, gamma: float
 ) -> Float[Array, "*n"]:
-    """Min-SNR-gamma weights of the squared error (Hang et al. 2023, section 3.4; their gamma is 5).
+    """Min-SNR-gamma weights of the squared error.
 
-    The error of the clean latents is weighted by min(SNR, gamma), SNR = alpha_bar / (1 - alpha_bar). In
-    terms of what the network predicts that is min(SNR, gamma) / SNR for epsilon, min(SNR, gamma) / (SNR + 1)
-    for v and min(SNR, gamma) for x0. Where no signal is left the weight is 1 for epsilon (its limit) and 0
+    Hang et al. 2023, "Efficient Diffusion Training via Min-SNR Weighting Strategy"; their gamma is 5. The
+    error of the clean latents is weighted by min(SNR, gamma), SNR = alpha_bar / (1 - alpha_bar). In terms of
+    what the network predicts that is min(SNR, gamma) / SNR for epsilon, min(SNR, gamma) / (SNR + 1) for v
+    and min(SNR, gamma) for x0. Where no signal is left the weight is 1 for epsilon (its limit) and 0
     for v and x0: at true zero terminal SNR the last step, where sampling starts, is then never trained.
     """
     check_prediction(prediction)

@@ -61,9 +61,9 @@ def learning_rate(config: ConfigDict) -> optax.Schedule:
         decay = optax.cosine_decay_schedule(c.learning_rate, left, alpha=c.final_share)
     elif c.decay == "linear":
         decay = optax.linear_schedule(c.learning_rate, c.final_share * c.learning_rate, left)
-    elif c.decay == "rsqrt":  # Karras et al. 2024, equation 67
+    elif c.decay == "rsqrt":  # EDM2 (Karras et al. 2024): 1 / sqrt(max(t / t_ref, 1)), t_ref = hold_steps
         if c.hold_steps <= 0:
-            raise ValueError("config.optimizer.decay=rsqrt falls from hold_steps on: set config.optimizer.hold_steps")
+            raise ValueError("config.optimizer.decay=rsqrt: set config.optimizer.hold_steps, where it begins")
         decay = lambda step: c.learning_rate / jnp.sqrt(step / c.hold_steps + 1)
     else:
         raise ValueError(f"config.optimizer.decay={c.decay!r}: use constant, cosine, linear or rsqrt")
@@ -71,7 +71,8 @@ def learning_rate(config: ConfigDict) -> optax.Schedule:
     if c.warmup_steps:
         parts, ends = [optax.linear_schedule(0.0, c.learning_rate, c.warmup_steps)], [c.warmup_steps]
     if c.hold_steps:
-        parts, ends = [*parts, optax.constant_schedule(c.learning_rate)], [*ends, c.warmup_steps + c.hold_steps]
+        parts.append(optax.constant_schedule(c.learning_rate))
+        ends.append(c.warmup_steps + c.hold_steps)
     return optax.join_schedules([*parts, decay], ends) if parts else decay
 
 

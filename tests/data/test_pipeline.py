@@ -192,12 +192,12 @@ def test_a_full_cache_needs_no_files(tmp_path):
 
 
 READER = """
-import json, sys
+import json, multiprocessing, sys
 import jax
 from absl import app
 from loki_jax.data.pipeline import iterate, make_dataset
 
-# stdin: a list of jobs {path, workers, count, state, share}; a line of JSON for each batch and each job's end.
+# stdin: a list of jobs, see read_in_a_program; a line of JSON for each job.
 def main(argv):
     for job in json.load(sys.stdin):
         batches = make_dataset(job["path"], 4, 3, seed=11, max_corrupt_share=job["share"])
@@ -208,7 +208,10 @@ def main(argv):
             iterator.set_state(job["state"])
         rows, error = [], None
         try:
-            for _ in range(job["count"]):
+            for taken in range(job["count"]):
+                if job["kill"] and taken == 2:
+                    for worker in multiprocessing.active_children():
+                        worker.kill()
                 batch = jax.device_get(next(iterator))
                 rows.append([batch[key].tolist() for key in ("clip_index", "frame_index", "reference_index")]
                             + [float(batch["frames"].sum()), float(batch["latent_mean"].sum())])
@@ -225,7 +228,7 @@ if __name__ == "__main__":
 def read_in_a_program(tmp_path, jobs):
     """Results of jobs for READER: Grain's workers need a program with parsed absl flags and a main guard."""
     (tmp_path / "reader.py").write_text(READER)
-    defaults = {"workers": 0, "count": 6, "state": None, "share": 0.0, "device": False}
+    defaults = {"workers": 0, "count": 6, "state": None, "share": 0.0, "device": False, "kill": False}
     done = subprocess.run(
         [sys.executable, str(tmp_path / "reader.py")],
         input=json.dumps([defaults | job for job in jobs], default=str),
@@ -268,13 +271,19 @@ def test_worker_counts_and_prefetch_change_nothing(shards, spoilt, tmp_path):
     jobs += [{"path": spoilt, "share": 0.05} | option for option in options]
     # The state of a run that sends ahead goes on with a worker, and the other way round.
     jobs += [{"path": spoilt, "share": 0.05, "count": 2, "device": True}]
-    *results, half = read_in_a_program(tmp_path, jobs)
+    jobs += [{"path": shards, "workers": 1, "count": 500, "kill": True}]
+    *results, half, killed = read_in_a_program(tmp_path, jobs)
     (sound, *others), damaged = results[:2], results[2:]
     assert others == [sound] and not sound["error"] and not sound["said"]
     assert all(result == damaged[0] for result in damaged) and not damaged[0]["error"]
     assert damaged[0]["rows"] != sound["rows"] and damaged[0]["said"]
     expected = take(make_dataset(shards, T, 3, seed=11), 6)
     assert [row[0] for row in sound["rows"]] == [batch["clip_index"].tolist() for batch in expected]
+    assert (
+        killed["error"].startswith("DatasetError: ")
+        and "a process that reads batches ended" in killed["error"]
+    )
+    assert killed["rows"][:6] == sound["rows"][: len(killed["rows"])]
     assert half["state"]["batches"] == 2
     rest = {"path": spoilt, "count": 4, "share": 0.05, "state": half["state"]}
     for result in read_in_a_program(tmp_path, [rest | {"workers": 1}, rest | {"device": True}]):
@@ -311,18 +320,23 @@ def test_windows_of_a_damaged_record_are_replaced(shards, spoilt):
 def test_too_many_damaged_records_stop_the_run(spoilt, tmp_path):
     # 2 of 47 records: a share of 0.03 allows one.
     iterator = iterate(make_dataset(spoilt, T, 3, seed=2, max_corrupt_share=0.03), report=lambda text: None)
-    with pytest.raises(DatasetError, match=r"(?s)record \d+ .*cannot be read.*makes 2 of 47 records.*=0.03 allows 1.*also"):
+    with pytest.raises(
+        DatasetError, match=r"(?s)record \d+ .*cannot be read.*makes 2 of 47 records.*=0.03 allows 1.*also"
+    ):
         for _ in range(50):
             next(iterator)
     taken = iterator.get_state()["batches"]
     results = read_in_a_program(
-        tmp_path, [{"path": spoilt, "workers": workers, "count": 50} for workers in (0, 1)])
+        tmp_path, [{"path": spoilt, "workers": workers, "count": 50} for workers in (0, 1)]
+    )
     assert results[0] == results[1] and results[0]["rows"] == results[0]["rows"][:taken]
     assert results[0]["error"].startswith("DatasetError: ") and "makes 1 of 47 records" in results[0]["error"]
 
 
 def test_damaged_records_are_counted_over_a_resume(spoilt):
-    read = lambda: iterate(make_dataset(spoilt, T, 3, seed=2, max_corrupt_share=0.03), report=lambda text: None)
+    read = lambda: iterate(
+        make_dataset(spoilt, T, 3, seed=2, max_corrupt_share=0.03), report=lambda text: None
+    )
     whole, taken = read(), 0
     with pytest.raises(DatasetError, match="makes 2 of 47"):
         while True:
@@ -345,14 +359,25 @@ def test_a_damaged_picture_is_a_damaged_record(tmp_path):
     small = encode_image(np.zeros((8, 8, 3), np.uint8), "jpeg")
     good = [make_clip(0, 40, images=[picture] * 40)]
     write_dataset(
-        tmp_path / "d", small_head(), [*good, make_clip(1, 4, images=[picture[:-300]] + [picture] * 3),
-                                       make_clip(2, 4, images=[picture, small, picture, picture])],
-        SIZE, image_format="jpeg")
+        tmp_path / "d",
+        small_head(),
+        [
+            *good,
+            make_clip(1, 4, images=[picture[:-300]] + [picture] * 3),
+            make_clip(2, 4, images=[picture, small, picture, picture]),
+        ],
+        SIZE,
+        image_format="jpeg",
+    )
     said = []
     iterator = iterate(make_dataset(tmp_path / "d", T, 2, seed=0, max_corrupt_share=0.1), report=said.append)
     assert all((next(iterator)["clip_index"] == 0).all() for _ in range(20))
-    assert any("(clip 'clip1', frame 0) cannot be read: image file is truncated" in text for text in said), said
-    assert any("(clip 'clip2', frame 1) cannot be read: image of shape (8, 8, 3)" in text for text in said), said
+    assert any("(clip 'clip1', frame 0) cannot be read: image file is truncated" in text for text in said), (
+        said
+    )
+    assert any("(clip 'clip2', frame 1) cannot be read: image of shape (8, 8, 3)" in text for text in said), (
+        said
+    )
 
 
 def test_an_unreadable_shard_and_a_lost_one(tmp_path):

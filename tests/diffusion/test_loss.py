@@ -6,7 +6,11 @@ import numpy as np
 import pytest
 
 from loki_jax.diffusion.loss import (
-    diffusion_loss, min_snr_weights, prediction_target, q_sample, sample_timesteps,
+    diffusion_loss,
+    min_snr_weights,
+    prediction_target,
+    q_sample,
+    sample_timesteps,
 )
 from loki_jax.diffusion.sampler import estimates
 from loki_jax.diffusion.schedule import make_schedule

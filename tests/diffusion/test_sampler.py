@@ -140,4 +140,5 @@ def test_errors():
     with pytest.raises(ValueError, match="cannot start at step 999"):
         run(guidance=1, spacing="trailing")
     with pytest.raises(ValueError, match="cannot start at step 999"):
-        ddim_sample(lambda x, t, c: x, x, make_schedule(max_beta=1.0), conditional=None, guidance=1, spacing="trailing")
+        ddim_sample(lambda x, t, c: x, x, make_schedule(max_beta=1.0), conditional=None, guidance=1,
+                    spacing="trailing")

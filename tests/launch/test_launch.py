@@ -25,12 +25,20 @@ TRAIN = ["--config", "configs/demo.py:tiny", "--workdir", "runs/a b", "--config.
 
 def call(*command, path=None, timeout=120, **environment):
     """Run a command with nothing of this machine's cluster or GPUs in its environment."""
-    names = ("HOME", "PATH", "TMPDIR", "JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS")
+    names = (
+        "HOME",
+        "PATH",
+        "TMPDIR",
+        "JAX_COMPILATION_CACHE_DIR",
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS",
+    )
     keep = {key: os.environ[key] for key in names if key in os.environ}
     if path is not None:
         keep["PATH"] = f"{path}:{keep['PATH']}"
     keep |= {"LOKI_PYTHON": sys.executable} | environment
-    return subprocess.run([str(part) for part in command], capture_output=True, text=True, env=keep, cwd=ROOT, timeout=timeout)
+    return subprocess.run(
+        [str(part) for part in command], capture_output=True, text=True, env=keep, cwd=ROOT, timeout=timeout
+    )
 
 
 def executable(path, text):
@@ -62,7 +70,19 @@ def processes_of(output):
 
 
 def test_multiprocess_on_the_cpu():
-    done = call(LAUNCH / "multiprocess.sh", "--cpu", "-n", 3, "--devices", 2, "--port", 4321, "--dry-run", "--", *TRAIN)
+    done = call(
+        LAUNCH / "multiprocess.sh",
+        "--cpu",
+        "-n",
+        3,
+        "--devices",
+        2,
+        "--port",
+        4321,
+        "--dry-run",
+        "--",
+        *TRAIN,
+    )
     assert done.returncode == 0, done.stderr
     commands = processes_of(done.stdout)
     assert sorted(commands) == [0, 1, 2]
@@ -79,21 +99,29 @@ def test_multiprocess_gives_every_process_a_gpu(tmp_path):
     executable(tmp_path / "nvidia-smi", "#!/bin/sh\nprintf '0\\n1\\n2\\n'\n")
     script = LAUNCH / "multiprocess.sh"
     done = call(script, "--dry-run", "--", *TRAIN, path=tmp_path)
-    assert [words[1] for words in processes_of(done.stdout).values()] == [f"CUDA_VISIBLE_DEVICES={i}" for i in range(3)]
+    assert [words[1] for words in processes_of(done.stdout).values()] == [
+        f"CUDA_VISIBLE_DEVICES={i}" for i in range(3)
+    ]
     ports = {words[words.index("--coordinator") + 1] for words in processes_of(done.stdout).values()}
     assert len(ports) == 1 and 1024 < int(ports.pop().split(":")[1]) < 65536
     done = call(script, "--dry-run", "--", *TRAIN, path=tmp_path, CUDA_VISIBLE_DEVICES="5,7")
-    assert [words[1] for words in processes_of(done.stdout).values()] == ["CUDA_VISIBLE_DEVICES=5", "CUDA_VISIBLE_DEVICES=7"]
+    assert [words[1] for words in processes_of(done.stdout).values()] == [
+        "CUDA_VISIBLE_DEVICES=5",
+        "CUDA_VISIBLE_DEVICES=7",
+    ]
     done = call(script, "-n", 4, "--gpu", "--dry-run", "--", *TRAIN, path=tmp_path)
     assert done.returncode == 69 and "4 processes want a GPU each, found 3" in done.stderr
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (["-n", "two", "--", "x"], "-n needs a number"),
-    (["--gpus", "--", "x"], "unknown option --gpus"),
-    (["--config", "x"], "come after --"),
-    (["-n", "2"], "no arguments for loki_jax.train"),
-])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["-n", "two", "--", "x"], "-n needs a number"),
+        (["--gpus", "--", "x"], "unknown option --gpus"),
+        (["--config", "x"], "come after --"),
+        (["-n", "2"], "no arguments for loki_jax.train"),
+    ],
+)
 def test_multiprocess_usage(arguments, message):
     done = call(LAUNCH / "multiprocess.sh", *arguments)
     assert done.returncode == 64 and message in done.stderr and "CUDA_VISIBLE_DEVICES" in done.stderr
@@ -112,13 +140,36 @@ for i in $(seq "$((SLEEP * 10))"); do sleep 0.1; done
 def test_multiprocess_returns_the_first_failure_and_ends_the_others(tmp_path):
     python = executable(tmp_path / "python", FAKE_PYTHON)
     began = time.monotonic()
-    done = call(LAUNCH / "multiprocess.sh", "--cpu", "-n", 3, "--port", 1, "--", "x",
-                LOKI_PYTHON=str(python), CODE="65", SLEEP="60", LOKI_GRACE="1")
+    done = call(
+        LAUNCH / "multiprocess.sh",
+        "--cpu",
+        "-n",
+        3,
+        "--port",
+        1,
+        "--",
+        "x",
+        LOKI_PYTHON=str(python),
+        CODE="65",
+        SLEEP="60",
+        LOKI_GRACE="1",
+    )
     assert done.returncode == 65 and time.monotonic() - began < 50
     assert {"[0] started 0", "[1] started 1", "[2] started 2"} <= set(done.stdout.splitlines())
     assert "do not end by themselves" in done.stderr
-    done = call(LAUNCH / "multiprocess.sh", "--cpu", "-n", 2, "--port", 1, "--", "x",
-                LOKI_PYTHON=str(python), CODE="", SLEEP="0")
+    done = call(
+        LAUNCH / "multiprocess.sh",
+        "--cpu",
+        "-n",
+        2,
+        "--port",
+        1,
+        "--",
+        "x",
+        LOKI_PYTHON=str(python),
+        CODE="",
+        SLEEP="0",
+    )
     assert done.returncode == 0
 
 
@@ -127,7 +178,11 @@ def test_multiprocess_passes_sigterm_on(tmp_path):
     environment = {"PATH": os.environ["PATH"], "LOKI_PYTHON": str(python), "CODE": "", "SLEEP": "60"}
     running = subprocess.Popen(
         [LAUNCH / "multiprocess.sh", "--cpu", "-n", "2", "--port", "1", "--", "x"],
-        env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
     lines = [running.stdout.readline().strip() for _ in range(2)]
     assert sorted(lines) == ["[0] started 0", "[1] started 1"]
     running.send_signal(signal.SIGTERM)
@@ -143,14 +198,27 @@ def test_two_processes_train(tmp_path):
     from tests.synthetic_clips import write_clips
 
     write_clips(tmp_path / "shards", frames=6, size=16)
-    train = ["--config", "configs/demo.py:tiny", "--workdir", tmp_path / "run",
-             f"--config.data.path={tmp_path / 'shards'}", "--config.image_size=16", "--config.log.every=1",
-             "--config.sample.every=0", "--config.optimizer.decay=constant"]
+    train = [
+        "--config",
+        "configs/demo.py:tiny",
+        "--workdir",
+        tmp_path / "run",
+        f"--config.data.path={tmp_path / 'shards'}",
+        "--config.image_size=16",
+        "--config.log.every=1",
+        "--config.sample.every=0",
+        "--config.optimizer.decay=constant",
+    ]
     done = call(LAUNCH / "multiprocess.sh", "--cpu", "-n", 2, "--", *train, "--config.steps=2", timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert [row["step"] for row in read_metrics(tmp_path / "run" / "metrics.jsonl") if "loss" in row] == [1, 2]
+    assert [row["step"] for row in read_metrics(tmp_path / "run" / "metrics.jsonl") if "loss" in row] == [
+        1,
+        2,
+    ]
     assert load_checkpoint(tmp_path / "run").step == 2
-    done = call(sys.executable, "-m", "loki_jax.train", *train, "--config.steps=3", JAX_PLATFORMS="cpu", timeout=600)
+    done = call(
+        sys.executable, "-m", "loki_jax.train", *train, "--config.steps=3", JAX_PLATFORMS="cpu", timeout=600
+    )
     assert done.returncode == 0, done.stderr
     assert load_checkpoint(tmp_path / "run").step == 3
 
@@ -162,12 +230,26 @@ def test_slurm_dry_run():
     done = call("bash", LAUNCH / "slurm.sbatch", "--dry-run", *TRAIN, LOKI_ROOT=str(ROOT))
     assert done.returncode == 0, done.stderr
     commands = processes_of(done.stdout)
-    assert len(commands) == 2 and all(words == [sys.executable, "-m", "loki_jax.train", *TRAIN] for words in commands.values())
-    done = call("bash", LAUNCH / "slurm.sbatch", "--dry-run", *TRAIN, LOKI_ROOT=str(ROOT),
-                SLURM_NNODES="3", SLURM_NTASKS_PER_NODE="8")
+    assert len(commands) == 2 and all(
+        words == [sys.executable, "-m", "loki_jax.train", *TRAIN] for words in commands.values()
+    )
+    done = call(
+        "bash",
+        LAUNCH / "slurm.sbatch",
+        "--dry-run",
+        *TRAIN,
+        LOKI_ROOT=str(ROOT),
+        SLURM_NNODES="3",
+        SLURM_NTASKS_PER_NODE="8",
+    )
     assert len(processes_of(done.stdout)) == 24 and "process 23 (node 2, SLURM_PROCID=23)" in done.stdout
     # What srun will tell those processes, they understand.
-    node_list = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "node[01-03]", "SLURM_STEP_NUM_TASKS": "24", "SLURM_PROCID": "23"}
+    node_list = {
+        "SLURM_JOB_ID": "7",
+        "SLURM_STEP_NODELIST": "node[01-03]",
+        "SLURM_STEP_NUM_TASKS": "24",
+        "SLURM_PROCID": "23",
+    }
     cluster = find_cluster(node_list)
     assert (cluster.kind, cluster.processes, cluster.process_id) == ("slurm", 24, 23)
 
@@ -176,20 +258,49 @@ def test_slurm_options_are_where_slurm_looks():
     """Slurm reads #SBATCH lines up to the first command."""
     lines = (LAUNCH / "slurm.sbatch").read_text().splitlines()
     first_command = next(i for i, line in enumerate(lines) if line and not line.startswith("#"))
-    options = dict(re.match(r"#SBATCH --([a-z-]+)=?(.*)", line).groups() for line in lines[:first_command] if line.startswith("#SBATCH"))
+    options = dict(
+        re.match(r"#SBATCH --([a-z-]+)=?(.*)", line).groups()
+        for line in lines[:first_command]
+        if line.startswith("#SBATCH")
+    )
     assert options["signal"] == "TERM@300" and "requeue" in options and options["open-mode"] == "append"
     assert not any(line.startswith("#SBATCH") for line in lines[first_command:])
 
 
-@pytest.mark.parametrize("code, restarts, queued", [
-    (0, 0, False), (75, 0, True), (69, 3, True), (75, 5, False), (65, 0, False), (70, 0, False), (134, 0, True), (137, 5, False)])
+@pytest.mark.parametrize(
+    "code, restarts, queued",
+    [
+        (0, 0, False),
+        (75, 0, True),
+        (69, 3, True),
+        (75, 5, False),
+        (65, 0, False),
+        (70, 0, False),
+        (134, 0, True),
+        (137, 5, False),
+    ],
+)
 def test_slurm_queues_again_what_can_go_on(tmp_path, code, restarts, queued):
     executable(tmp_path / "srun", f'#!/bin/sh\nprintf "%s\\n" "$@" >{tmp_path}/ran\nexit {code}\n')
     executable(tmp_path / "scontrol", f'#!/bin/sh\necho "$@" >{tmp_path}/queued\n')
-    done = call("bash", LAUNCH / "slurm.sbatch", *TRAIN, path=tmp_path, SLURM_SUBMIT_DIR=str(ROOT), SLURM_JOB_ID="42",
-                SLURM_RESTART_COUNT=str(restarts), LOKI_MAX_RESTARTS="5")
+    done = call(
+        "bash",
+        LAUNCH / "slurm.sbatch",
+        *TRAIN,
+        path=tmp_path,
+        SLURM_SUBMIT_DIR=str(ROOT),
+        SLURM_JOB_ID="42",
+        SLURM_RESTART_COUNT=str(restarts),
+        LOKI_MAX_RESTARTS="5",
+    )
     assert done.returncode == code
-    assert (tmp_path / "ran").read_text().splitlines() == ["--wait=180", sys.executable, "-m", "loki_jax.train", *TRAIN]
+    assert (tmp_path / "ran").read_text().splitlines() == [
+        "--wait=180",
+        sys.executable,
+        "-m",
+        "loki_jax.train",
+        *TRAIN,
+    ]
     assert (tmp_path / "queued").exists() == queued
     if queued:
         assert (tmp_path / "queued").read_text() == "requeue 42\n"
@@ -215,10 +326,25 @@ def test_pod_dry_run():
     assert done.returncode == 0, done.stderr
     gcloud, *workers = done.stdout.splitlines()
     remote = "cd loki_jax && ./launch/tpu_pod.sh worker-train " + " ".join(
-        shlex.quote(word).replace("'runs/a b'", "runs/a\\ b").replace("""'--config.note=it'"'"'s'""", "--config.note=it\\'s")
-        for word in TRAIN)
-    assert shlex.split(gcloud) == ["gcloud", "compute", "tpus", "tpu-vm", "ssh", "pod", "--project", "p", "--zone",
-                                   "us-west4-a", "--worker=all", f"--command={remote}"]
+        shlex.quote(word)
+        .replace("'runs/a b'", "runs/a\\ b")
+        .replace("""'--config.note=it'"'"'s'""", "--config.note=it\\'s")
+        for word in TRAIN
+    )
+    assert shlex.split(gcloud) == [
+        "gcloud",
+        "compute",
+        "tpus",
+        "tpu-vm",
+        "ssh",
+        "pod",
+        "--project",
+        "p",
+        "--zone",
+        "us-west4-a",
+        "--worker=all",
+        f"--command={remote}",
+    ]
     assert workers == [f"worker {i}: {remote}" for i in range(3)]
     for action, words in (("stop", "worker-stop"), ("watch", "tail"), ("setup", '".[tpu]"')):
         done = call(*POD, action, *where, "--dry-run")
@@ -228,9 +354,12 @@ def test_pod_dry_run():
 
 def test_pod_usage():
     for arguments, message in (
-        ([], "the first argument is"), (["train"], "needs the name"), (["train", "pod", "--", "x"], "--zone is missing"),
-        (["train", "pod", "--zone", "z"], "no arguments for loki_jax.train"), (["stop", "pod", "--zone"], "--zone needs"),
-    ):  # fmt: skip
+        ([], "the first argument is"),
+        (["train"], "needs the name"),
+        (["train", "pod", "--", "x"], "--zone is missing"),
+        (["train", "pod", "--zone", "z"], "no arguments for loki_jax.train"),
+        (["stop", "pod", "--zone"], "--zone needs"),
+    ):
         done = call(*POD, *arguments)
         assert done.returncode == 64 and message in done.stderr
 
@@ -257,7 +386,7 @@ def wait_for(condition, seconds=60):
 
 
 def test_pod_workers_train_restart_and_stop(tmp_path):
-    """Through all layers of quoting: every worker gets the arguments, goes on after 69, and ends when told."""
+    """Through all layers of quoting: a worker gets the arguments, goes on after 69, ends when told."""
     executable(tmp_path / "bin" / "gcloud", FAKE_GCLOUD)
     homes = [tmp_path / "workers" / str(i) for i in range(2)]
     for home in homes:
@@ -298,7 +427,9 @@ def test_jobset():
     assert job["completions"] == hosts and environment["JAX_NUM_PROCESSES"]["value"] == str(hosts)
     assert job["completionMode"] == "Indexed" and job["backoffLimit"] == 0 and pod["restartPolicy"] == "Never"
     assert container["resources"]["requests"] == container["resources"]["limits"]
-    assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
+    assert {mount["name"] for mount in container["volumeMounts"]} == {
+        volume["name"] for volume in pod["volumes"]
+    }
 
     # The processes find each other with what the pods are given.
     annotations = {"jobset-name": jobset["metadata"]["name"], "replicatedjob-name": replicated["name"]}
@@ -318,7 +449,9 @@ def test_jobset():
     values = rule["onExitCodes"]["values"]
     assert rule["action"] == "FailJob" and rule["onExitCodes"]["containerName"] == container["name"]
     assert set(values) == set(ExitCode) - {ExitCode.DONE, ExitCode.LOST_PROCESS, ExitCode.PREEMPTED}
-    assert jobset["spec"]["failurePolicy"]["rules"] == [{"action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}]
+    assert jobset["spec"]["failurePolicy"]["rules"] == [
+        {"action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}
+    ]
 
 
 def test_the_container_runs_the_training_program():

@@ -53,7 +53,10 @@ def x():
 def test_cross_attention_is_kept_on_the_null_prompt_or_dropped(x):
     dropped = build_networks(small_config(), builtin_head())
     kept = build_networks(small_config(**{"model.unet.context_dim": 8}), builtin_head())
-    a, b = (jax.eval_shape(lambda n=n: random_params(n, jax.random.key(0)))["generation"]["unet"] for n in (dropped, kept))
+    a, b = (
+        jax.eval_shape(lambda n=n: random_params(n, jax.random.key(0)))["generation"]["unet"]
+        for n in (dropped, kept)
+    )
     extra = names(b) - names(a)
     assert not names(a) - names(b) and extra and all("/cross_" in name for name in extra)
 
@@ -86,9 +89,14 @@ def test_temporal_attention_starts_as_nothing_and_joins_frames(x):
     block = TransformerBlock(8, "temporal", None, "xla", jnp.float32)
     initial = block.init(jax.random.key(0), jnp.ones((1, T, 4, 16)), None, None)["params"]
     out = initial["temporal_attention"]["out"]
-    assert not any(leaf.any() for leaf in jax.tree.leaves(out)) and initial["temporal_attention"]["q"]["kernel"].any()
+    assert (
+        not any(leaf.any() for leaf in jax.tree.leaves(out))
+        and initial["temporal_attention"]["q"]["kernel"].any()
+    )
     # ... and with that, the model is the one without them.
-    zeroed = lambda path, leaf: 0 * leaf if "temporal_attention']['out" in jax.tree_util.keystr(path) else leaf
+    zeroed = lambda path, leaf: (
+        0 * leaf if "temporal_attention']['out" in jax.tree_util.keystr(path) else leaf
+    )
     started = jax.tree_util.tree_map_with_path(zeroed, params)
     pick = lambda shapes, tree: {
         key: pick(value, tree[key]) if isinstance(value, dict) else tree[key] for key, value in shapes.items()
@@ -105,11 +113,14 @@ def test_temporal_attention_starts_as_nothing_and_joins_frames(x):
     np.testing.assert_allclose(step(params, x[:, ::-1]), step(params, x)[:, ::-1], atol=1e-4)
 
 
-@pytest.mark.parametrize("options, message", [
-    ({"model.unet.context_dim": 4}, "null prompt has width 8"),
-    ({"diffusion.max_beta": 1.0, "diffusion.prediction": "epsilon"}, "leaves no signal at the last step"),
-    ({"diffusion.min_snr_gamma": -1.0}, "min_snr_gamma=-1.0"),
-])
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"model.unet.context_dim": 4}, "null prompt has width 8"),
+        ({"diffusion.max_beta": 1.0, "diffusion.prediction": "epsilon"}, "leaves no signal at the last step"),
+        ({"diffusion.min_snr_gamma": -1.0}, "min_snr_gamma=-1.0"),
+    ],
+)
 def test_contradictions(options, message):
     config = small_config(**options)
     config.pretrained = "sd"

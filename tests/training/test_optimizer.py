@@ -20,16 +20,22 @@ def config_of(**options):
     return config
 
 
-@pytest.mark.parametrize("options, expected", [
-    ({}, {0: 1.0, 99: 1.0, 10_000: 1.0}),
-    (dict(warmup_steps=10), {0: 0.0, 5: 0.5, 10: 1.0, 99: 1.0}),
-    (dict(decay="cosine"), {0: 1.0, 50: 0.5, 25: 0.5 + np.sqrt(0.125), 100: 0.0, 200: 0.0}),
-    (dict(decay="cosine", warmup_steps=20, final_share=0.2), {10: 0.5, 20: 1.0, 60: 0.6, 100: 0.2}),
-    (dict(decay="linear", warmup_steps=20, hold_steps=40), {10: 0.5, 20: 1.0, 60: 1.0, 80: 0.5, 100: 0.0}),
-    (dict(decay="linear", final_share=0.5), {0: 1.0, 50: 0.75, 100: 0.5, 300: 0.5}),
-    # Karras et al. 2024, equation 67: sqrt(hold / step) from the hold on.
-    (dict(decay="rsqrt", hold_steps=25), {0: 1.0, 25: 1.0, 100: 0.5, 400: 0.25}),
-])
+@pytest.mark.parametrize(
+    "options, expected",
+    [
+        ({}, {0: 1.0, 99: 1.0, 10_000: 1.0}),
+        (dict(warmup_steps=10), {0: 0.0, 5: 0.5, 10: 1.0, 99: 1.0}),
+        (dict(decay="cosine"), {0: 1.0, 50: 0.5, 25: 0.5 + np.sqrt(0.125), 100: 0.0, 200: 0.0}),
+        (dict(decay="cosine", warmup_steps=20, final_share=0.2), {10: 0.5, 20: 1.0, 60: 0.6, 100: 0.2}),
+        (
+            dict(decay="linear", warmup_steps=20, hold_steps=40),
+            {10: 0.5, 20: 1.0, 60: 1.0, 80: 0.5, 100: 0.0},
+        ),
+        (dict(decay="linear", final_share=0.5), {0: 1.0, 50: 0.75, 100: 0.5, 300: 0.5}),
+        # EDM2 (Karras et al. 2024): sqrt(hold / step) from the hold on.
+        (dict(decay="rsqrt", hold_steps=25), {0: 1.0, 25: 1.0, 100: 0.5, 400: 0.25}),
+    ],
+)
 def test_learning_rate(options, expected):
     rate = learning_rate(config_of(learning_rate=3e-4, **options))
     found = {step: float(rate(step)) / 3e-4 for step in expected}
@@ -69,11 +75,14 @@ def test_clipping_keeps_the_direction_and_bounds_the_norm():
         jax.tree.map(np.testing.assert_array_equal, moments[clip], gradient)
 
 
-@pytest.mark.parametrize("options, message", [
-    (dict(decay="step"), "decay='step': use constant, cosine, linear or rsqrt"),
-    (dict(decay="rsqrt"), "set config.optimizer.hold_steps"),
-    (dict(weight_decay_on="norms"), "weight_decay_on='norms': use all or matrices"),
-])
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(decay="step"), "decay='step': use constant, cosine, linear or rsqrt"),
+        (dict(decay="rsqrt"), "set config.optimizer.hold_steps"),
+        (dict(weight_decay_on="norms"), "weight_decay_on='norms': use all or matrices"),
+    ],
+)
 def test_unknown_options(options, message):
     with pytest.raises(ValueError, match=message):
         make_optimizer(config_of(**options))
