@@ -28,7 +28,7 @@ from ml_collections import config_flags
 from loki_jax.networks import build_networks
 from loki_jax.training import checkpoint as ckpt
 from loki_jax.training.accounting import chip_of, work_of
-from loki_jax.training.distributed import ClusterError, find_cluster, join, on_tpu_vm
+from loki_jax.training.distributed import ClusterError, find_cluster, join, on_tpu_vm, wait_for_all
 from loki_jax.training.dump import write_dump
 from loki_jax.training.faults import NonFiniteError, Preempted, StopRequest, Watchdog, leave
 from loki_jax.training.inputs import open_inputs, start_reading
@@ -119,6 +119,7 @@ def train(config, workdir: Path) -> float:
     began = time.monotonic()
     traced = train_step.trace(state, global_batch(windows[0], mesh), placed_head)
     train_step = traced.lower().compile()
+    wait_for_all("compiled")
     flops, chip = work_of(traced.jaxpr).model, chip_of(jax.devices()[0])
     peak = f"{chip.name}, {chip.flops:.3g} FLOP/s" if chip else "no peak known, so no MFU"
     say(f"compiled in {time.monotonic() - began:.0f} s; {flops:.3g} FLOP a step; chip: {peak}", lead)

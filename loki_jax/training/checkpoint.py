@@ -29,7 +29,6 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
-from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 from orbax.checkpoint.checkpoint_managers import preservation_policy as preservation
 from safetensors import SafetensorError, safe_open
@@ -38,6 +37,7 @@ from safetensors.flax import save_file
 import loki_jax
 from loki_jax.head.asset import HeadAsset, load_head, save_head
 from loki_jax.head.builtin import builtin_head
+from loki_jax.training.distributed import wait_for_all
 from loki_jax.training.provenance import git_revision
 from loki_jax.training.sharding import path_name
 from loki_jax.training.state import TrainState
@@ -143,7 +143,7 @@ def prepare_workdir(workdir: Path, config: ConfigDict, head: HeadAsset) -> None:
                 "Choose another --workdir."
             )
     # Nobody writes before all have read.
-    multihost_utils.sync_global_devices("workdir read")
+    wait_for_all("workdir read")
     if jax.process_index() == 0:
         workdir.mkdir(parents=True, exist_ok=True)
         if not head_file.is_file():
@@ -151,7 +151,7 @@ def prepare_workdir(workdir: Path, config: ConfigDict, head: HeadAsset) -> None:
         partial = workdir / ".config.json.partial"
         partial.write_text(config_to_json(config))
         os.replace(partial, config_file)
-    multihost_utils.sync_global_devices("workdir written")
+    wait_for_all("workdir written")
 
 
 # ---------------------------------------------------------------------------- training checkpoints

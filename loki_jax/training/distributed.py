@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
 # jax's own choice for TPU slices; any free port serves.
 _PORT = 8476
@@ -186,11 +188,22 @@ def join(cluster: Cluster | None) -> None:
     try:
         if cluster.kind == "tpu":
             jax.distributed.initialize()
-            return
-        jax.distributed.initialize(
-            cluster.coordinator, cluster.processes, cluster.process_id, cluster.local_devices,
-            # All is known: jax must not look for another cluster around this one.
-            cluster_detection_method="deactivate",
-        )  # fmt: skip
+        else:
+            jax.distributed.initialize(
+                cluster.coordinator, cluster.processes, cluster.process_id, cluster.local_devices,
+                # All is known: jax must not look for another cluster around this one.
+                cluster_detection_method="deactivate",
+            )  # fmt: skip
+        # Gloo gives up when the first collective finds a process 30 s late. Here all are on time.
+        wait_for_all("joined")
+        multihost_utils.sync_global_devices("joined")
     except (RuntimeError, ValueError) as error:
         raise ClusterError(f"could not join {cluster}: {error}") from error
+
+
+def wait_for_all(name: str, seconds: int = 3600) -> None:
+    """Wait until every process is here, without the devices; each name once in a process's life.
+
+    Before a collective that one process may reach much later, because it compiles or reads longer.
+    """
+    ocp.multihost.get_barrier_sync_fn()(key=f"loki_jax {name}", timeout_ms=1000 * seconds)

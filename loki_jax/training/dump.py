@@ -21,7 +21,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 from safetensors.flax import load_file, save_file
 
@@ -29,6 +28,7 @@ from loki_jax.head.asset import HeadAsset, load_head, save_head
 from loki_jax.head.types import Camera, Coefficients
 from loki_jax.networks import build_networks
 from loki_jax.training.checkpoint import CheckpointError, code_version, config_from_json, config_to_json, restore_as_numpy
+from loki_jax.training.distributed import wait_for_all
 from loki_jax.training.sharding import local_batch, make_mesh, path_name
 from loki_jax.training.state import TrainState, make_optimizer
 from loki_jax.training.step import make_gradients
@@ -63,7 +63,7 @@ def write_dump(
     if lead:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-    multihost_utils.sync_global_devices(f"dump {folder}")
+    wait_for_all(f"dump {step}")
     flat = {path_name(path): jnp.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(local_batch(batch))}
     save_file(flat, str(folder / f"batch-{jax.process_index()}.safetensors"))
     with ocp.StandardCheckpointer() as checkpointer:

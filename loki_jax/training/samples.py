@@ -52,7 +52,7 @@ class Pairs(NamedTuple):
 def make_pairs(batch: dict[str, Any], count: int, head: HeadAsset, dataset: Dataset, mode: str) -> Pairs | None:
     """Pairs from a validation batch; all processes must call. None where it holds no images.
 
-    Window i drives its own person, and then the person of window i + 1 (design section 9).
+    Window i drives its own person, and then that of the next window of somebody else (design section 9).
 
     Args:
       batch: this process's part of the batch (numpy).
@@ -64,7 +64,9 @@ def make_pairs(batch: dict[str, Any], count: int, head: HeadAsset, dataset: Data
     whole = multihost_utils.process_allgather(batch, tiled=True)
     rows = np.arange(min(count, len(whole["frames"])))
     take = lambda name, index: jax.tree.map(lambda x: np.asarray(x)[index], whole[name])
-    others = np.roll(rows, -1)
+    clip = np.asarray(whole["clip_index"])
+    identity = [dataset.clips[int(clip[row])].identity for row in rows]
+    others = np.array([_next_other(identity, row) for row in rows])
     own = np.concatenate([rows, others])  # whose portrait
     drivers = np.concatenate([rows, rows])  # whose performance
     frames = whole["frames"].shape[1]
@@ -81,7 +83,6 @@ def make_pairs(batch: dict[str, Any], count: int, head: HeadAsset, dataset: Data
         take("coefficients", rows), take("reference_coefficients", others),
         first_of(take("camera", rows)), first_of(take("camera", others)),
     )  # fmt: skip
-    clip = np.asarray(whole["clip_index"])
     name = lambda row: dataset.clips[int(clip[row])].clip_id
     return Pairs(
         names=tuple(f"{name(a)} < {name(b)}" for a, b in zip(own, drivers, strict=True)),
@@ -97,6 +98,12 @@ def make_pairs(batch: dict[str, Any], count: int, head: HeadAsset, dataset: Data
         camera=repeat(take("camera", own)),
         crop=repeat(take("crop", own)),
     )
+
+
+def _next_other(identity: list[str], row: int) -> int:
+    """The next row, around the end, of another identity; the row itself where there is only one."""
+    count = len(identity)
+    return next((i % count for i in range(row + 1, row + count) if identity[i % count] != identity[row]), row)
 
 
 def make_sampler(config: ConfigDict, networks: Networks, mesh: Mesh) -> Callable[[PyTree, HeadAsset, Pairs], np.ndarray]:
