@@ -131,7 +131,8 @@ def main() -> int:
                         process.wait()
                         kills += 1
                         print(
-                            f"kill {kills}/{args.kills}: {'all processes' if whole_group else 'the program'}, "
+                            f"kill {kills}/{args.kills}: "
+                            f"{'all processes' if whole_group else 'the program'}, "
                             f"{work_files(out)} of {len(clips)} clips done, "
                             f"{time.monotonic() - begun:.0f} s", flush=True,
                         )  # fmt: skip
@@ -154,7 +155,8 @@ def main() -> int:
             lost += n_clips - len(json.loads(found["clips.json"]))
             identical &= not differing and not left
             print(
-                f"round {rounds}: {'identical' if not differing else f'{differing} differ'}; left over: {left or 'nothing'}"
+                f"round {rounds}: {'identical' if not differing else f'{differing} differ'}; left over: "
+                f"{left or 'nothing'}"
             )
             shutil.rmtree(out.parent)
     result = {

@@ -306,7 +306,8 @@ def _without_repetitions(planned: Sequence[PlannedClip]) -> tuple[list[PlannedCl
     for clip in planned:
         if (earlier := first.setdefault(clip.key, clip)) is not clip:
             repeated[clip.clip_id] = (
-                f"{clip.path}: has the same content as {earlier.path.name}, which stands for it. Remove one of "
+                f"{clip.path}: has the same content as {earlier.path.name}, which stands for it. Remove "
+                "one of "
                 "them."
             )
     return list(first.values()), repeated
@@ -383,7 +384,8 @@ class _Finished:
         missing = [entry["clip"] for key, entry in self.entries.items() if key not in keys]
         if missing:
             raise DatasetError(
-                f"{out}: holds {len(missing)} clips that are not among those given, such as {missing[0]!r}. Give "
+                f"{out}: holds {len(missing)} clips that are not among those given, such as "
+                f"{missing[0]!r}. Give "
                 "all clips to extend it, or leave these out with `--overwrite`."
             )
 

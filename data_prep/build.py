@@ -168,7 +168,8 @@ def fit_clip(path: Path, head: HeadAsset, landmarker: Landmarker, settings: Buil
     face = float(fitted.crop[2] - fitted.crop[0]) / settings.crop_factor
     if face < settings.min_face:
         raise RejectedClip(
-            f"{path}: the head is {face:.0f} pixels large, {settings.min_face:.0f} are needed (`--min-face`). Use "
+            f"{path}: the head is {face:.0f} pixels large, {settings.min_face:.0f} are needed "
+            "(`--min-face`). Use "
             "a clip of higher resolution."
         )
     error = float(np.nanmedian(fitted.fit.error))
@@ -187,7 +188,8 @@ def _decode(path: Path, facts: ClipFacts, settings: BuildSettings) -> list[np.nd
     def too_large() -> RejectedClip:
         return RejectedClip(
             f"{path}: its decoded frames ({facts.width}x{facts.height}) take more than "
-            f"{settings.max_bytes / 2**30:.1f} GiB. Cut it into shorter clips (or `--max-seconds`), scale it down, "
+            f"{settings.max_bytes / 2**30:.1f} GiB. Cut it into shorter clips (or `--max-seconds`), scale "
+            "it down, "
             "or raise `--max-memory`."
         )
 

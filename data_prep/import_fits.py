@@ -98,7 +98,8 @@ def find_fits(sources: Sequence[str]) -> list[Path]:
                 found.setdefault(path.resolve(), None)
     if not found:
         raise DatasetError(
-            f"{', '.join(sources)}: neither fit.npz nor transforms.json nor flame_param.npz there. Check `--fits`."
+            f"{', '.join(sources)}: neither fit.npz nor transforms.json nor flame_param.npz there. Check "
+            "`--fits`."
         )
     return list(found)
 
@@ -170,7 +171,8 @@ def _check_arrays(
     missing = [key for key in shapes if key not in arrays]
     if missing:
         raise DatasetError(
-            f"{path}: lacks {', '.join(missing)}; it holds {', '.join(sorted(arrays)) or 'nothing'}. Give the file "
+            f"{path}: lacks {', '.join(missing)}; it holds {', '.join(sorted(arrays)) or 'nothing'}. Give "
+            "the file "
             "that the fitting program wrote."
         )
     for key, shape in shapes.items():
@@ -211,7 +213,8 @@ def _expression(
     plain = [index for index, name in enumerate(names) if name != "blink"][:last]
     if len(plain) < last and np.abs(values[:, len(plain) : last]).max() > 0:
         raise DatasetError(
-            f"{path}: uses {last} expression axes of FLAME and a blink, the head has {len(plain)}. Make it with "
+            f"{path}: uses {last} expression axes of FLAME and a blink, the head has {len(plain)}. Make it "
+            "with "
             "`python -m data_prep.head_asset flame MODEL.pkl --blink FILE`."
         )
     result[:, plain] = values[:, : len(plain)]
@@ -219,7 +222,8 @@ def _expression(
         result[:, names.index("blink")] = values[:, last]
     elif np.abs(values[:, last]).max() > 0:
         notes = (
-            f"the blink (65th expression axis, up to {np.abs(values[:, last]).max():.2f}) is dropped: the head has "
+            f"the blink (65th expression axis, up to {np.abs(values[:, last]).max():.2f}) is dropped: the "
+            "head has "
             "no such axis. Make it with `data_prep.head_asset flame --blink FILE` to keep it.",
         )
     return result, notes
@@ -271,9 +275,9 @@ def read_vhap_fit(
     """A fit that VHAP exported, as GaussianAvatars reads it: `transforms.json` or `flame_param.npz`.
 
     Its FLAME turns about the root joint and then translates, ours turns about the origin: with J the
-    root joint of the face with its expression, tra = translation + J - R J. Its cameras look along -z (OpenGL), camera to
-    world. The two eyes' rotations become their mean. Static offsets of vertices have no place in our
-    coefficients.
+    root joint of the face with its expression, tra = translation + J - R J. Its cameras look along
+    -z (OpenGL), camera to world. The two eyes' rotations become their mean. Static offsets of vertices
+    have no place in our coefficients.
 
     Raises:
       DatasetError: files are missing or damaged, or do not fit the head.
@@ -304,7 +308,8 @@ def read_vhap_fit(
         n = len(everything["expr"])
         if rows.min() < 0 or rows.max() >= n:
             raise DatasetError(
-                f"{transforms}: names frame {rows.max()}, but {whole} holds {n}. They belong to different exports."
+                f"{transforms}: names frame {rows.max()}, but {whole} holds {n}. They belong to different "
+                "exports."
             )
         arrays = {key: everything[key][rows] for key in _VHAP_KEYS if key != "shape"}
         arrays |= {"shape": everything["shape"]}
@@ -378,7 +383,8 @@ def _read_transforms(path: Path, camera: int) -> list[dict[str, Any]]:
         if isinstance(error, DatasetError):
             raise
         raise DatasetError(
-            f"{path}: not a readable transforms.json of VHAP ({type(error).__name__}: {error}). Export it again."
+            f"{path}: not a readable transforms.json of VHAP ({type(error).__name__}: {error}). Export it "
+            "again."
         ) from error
     return entries
 
@@ -473,7 +479,8 @@ def make_import(
             boxes = np.broadcast_to(box, (n, 4))
         if not np.isfinite(boxes).all() or (boxes[:, 2:] - boxes[:, :2] < 1).any():
             raise RejectedClip(
-                f"{clip.path}: the head is behind the camera or a point. The fit is of another head or camera."
+                f"{clip.path}: the head is behind the camera or a point. The fit is of another head or "
+                "camera."
             )
         indices = resample_indices(n, rate, fps)
         wanted, images = dict.fromkeys(indices.tolist()), {}
@@ -492,8 +499,8 @@ def make_import(
         }  # fmt: skip
         crop = boxes[indices] if official_crops else boxes[0]
         return ClipData(
-            coefficients, camera, crop, np.ones(len(indices), np.float32), [images[i] for i in indices.tolist()],
-            row,
+            coefficients, camera, crop, np.ones(len(indices), np.float32),
+            [images[i] for i in indices.tolist()], row,
         )  # fmt: skip
 
     return take
@@ -505,8 +512,10 @@ def _check_in_sight(box: Float[np.ndarray, "4"], shape: tuple[int, ...], path: P
     share = np.prod(np.clip(inside, 0, None)) / np.prod(box[2:] - box[:2])
     if share < 0.25:
         raise RejectedClip(
-            f"{path}: only {100 * share:.0f} % of the head's box {np.round(box).astype(int).tolist()} lie in the "
-            f"{width}x{height} pictures. They have another size than those that were fitted, or belong to another "
+            f"{path}: only {100 * share:.0f} % of the head's box {np.round(box).astype(int).tolist()} lie "
+            "in the "
+            f"{width}x{height} pictures. They have another size than those that were fitted, or belong to "
+            "another "
             "camera (`--camera`)."
         )
 

@@ -65,7 +65,8 @@ def load_encoder(
         raise DatasetError(f"{error} `--latents` takes a folder of `python -m loki_jax.convert`.") from error
     if image_size % model.stride:
         raise DatasetError(
-            f"--size {image_size} is no multiple of the VAE's stride of {model.stride} pixels. Choose another size."
+            f"--size {image_size} is no multiple of the VAE's stride of {model.stride} pixels. Choose "
+            "another size."
         )
     example = jnp.zeros((1, 2 * model.stride, 2 * model.stride, 3))
     shapes = jax.eval_shape(model.init, jax.random.key(0), example)["params"]
@@ -80,7 +81,8 @@ def load_encoder(
         if info is None or tuple(info.shape) != wanted[name]:
             found = "nothing" if info is None else f"shape {tuple(info.shape)}"
             raise DatasetError(
-                f"{folder}: for autoencoder/{name} it holds {found}, the VAE needs {wanted[name]}. Convert the "
+                f"{folder}: for autoencoder/{name} it holds {found}, the VAE needs {wanted[name]}. Convert "
+                "the "
                 "weights again, or give their sizes with `--latents-config`."
             )
         array = np.asarray(tensors.read(f"autoencoder/{name}"), np.float32)

@@ -132,7 +132,8 @@ def pixel_box(clip: WantedClip, height: int, width: int) -> tuple[slice, slice]:
     x1, y1 = x1 - (x1 - x0) % 2, y1 - (y1 - y0) % 2
     if x1 - x0 < w / 2 or y1 - y0 < h / 2 or x1 <= x0 or y1 <= y0:
         raise MediaError(
-            f"the published box {clip.box} (for height {clip.box_height}) lies outside the {width}x{height} video. "
+            f"the published box {clip.box} (for height {clip.box_height}) lies outside the "
+            f"{width}x{height} video. "
             "It may be another version of the video."
         )
     return slice(y0, y1), slice(x0, x1)
@@ -157,7 +158,8 @@ def cut_clip(video: Path, clip: WantedClip, out: Path) -> None:
         first = next(shown, None)
         if first is None:
             raise MediaError(
-                f"{video}: ends before the clip's start at {float(clip.start):.1f} s. It may be another version."
+                f"{video}: ends before the clip's start at {float(clip.start):.1f} s. It may be another "
+                "version."
             )
         count = 1
 
@@ -169,7 +171,8 @@ def cut_clip(video: Path, clip: WantedClip, out: Path) -> None:
                 yield frame
             if count / reader.fps < _SHORTEST:
                 raise MediaError(
-                    f"{video}: has only {count} frames from {float(clip.start):.1f} s on. It may be another version."
+                    f"{video}: has only {count} frames from {float(clip.start):.1f} s on. It may be "
+                    "another version."
                 )
 
         write_video(out, counted(), reader.fps, synthetic=False)
@@ -256,8 +259,10 @@ def run_recipe(
             done += len(video.clips)
             seconds = time.monotonic() - started
             say(
-                f"[{done}/{total}] {video.names[0]}: {len(video.clips) - len(result)} of {len(video.clips)} clips, "
-                f"{3600 * done / max(seconds, 1e-9):.0f} clips/h, {seconds / done * (total - done):.0f} s left"
+                f"[{done}/{total}] {video.names[0]}: {len(video.clips) - len(result)} of "
+                f"{len(video.clips)} clips, "
+                f"{3600 * done / max(seconds, 1e-9):.0f} clips/h, {seconds / done * (total - done):.0f} s "
+                "left"
             )
             for clip_id, reason in result:
                 say(f"  failed: {clip_id}: {reason}")

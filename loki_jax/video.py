@@ -137,7 +137,8 @@ def _to_rgb(frame: av.VideoFrame, width: int | None = None) -> UInt8[np.ndarray,
 def _refuse_hdr(path: Path, transfer: int) -> None:
     if int(transfer) in _HDR_TRANSFERS:
         raise MediaError(
-            f"{path}: high dynamic range, transfer {_HDR_TRANSFERS[int(transfer)]}, is not read. Convert it to "
+            f"{path}: high dynamic range, transfer {_HDR_TRANSFERS[int(transfer)]}, is not read. Convert "
+            "it to "
             "standard range first (`ffmpeg -i IN -vf zscale=t=linear:npl=100,tonemap=hable,"
             "zscale=p=bt709:t=bt709:m=bt709,format=yuv420p OUT.mp4`)."
         )
@@ -231,7 +232,8 @@ class VideoReader:
             self._stream = streams[0]
             if self._stream.codec_context is None:
                 raise MediaError(
-                    f"{self.path}: damaged, or of a kind that cannot be decoded: its video track names no known "
+                    f"{self.path}: damaged, or of a kind that cannot be decoded: its video track names no "
+                    "known "
                     "codec. Copy it again, or convert it (`ffmpeg -i IN -c:v libx264 OUT.mp4`)."
                 )
             self._stream.thread_type = "AUTO"

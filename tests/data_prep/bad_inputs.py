@@ -84,6 +84,13 @@ def picture(name, mode="RGB", size=(WIDTH, HEIGHT), **options):
     return make
 
 
+def turned_right():
+    """EXIF data that ask for a quarter turn."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return exif.tobytes()
+
+
 def sound_only(name, cover=False):
     def make(folder):
         with av.open(str(folder / name), "w") as container:
@@ -164,7 +171,8 @@ def alpha(frames, value=255):
 
 
 def zeroed(data, start, stop):
-    data[int(start * len(data)) : int(stop * len(data))] = bytes(int(stop * len(data)) - int(start * len(data)))
+    first, last = int(start * len(data)), int(stop * len(data))
+    data[first:last] = bytes(last - first)
     return data
 
 
@@ -190,9 +198,11 @@ CASES = {
     # Pictures.
     "png picture": (picture("still.png"), SHORT + "|" + GONE),
     "jpeg picture": (picture("still.jpg"), SHORT + "|" + GONE),
-    "png called mp4": (picture("still.mp4", size=(64, 64), format="PNG"), SHORT + "|" + GONE + "|" + UNREADABLE),
+    "png called mp4": (
+        picture("still.mp4", size=(64, 64), format="PNG"), SHORT + "|" + GONE + "|" + UNREADABLE,
+    ),
     "16-bit picture": (picture("deep.png", mode="I;16"), SHORT + "|" + GONE),
-    "portrait with EXIF rotation": (picture("exif.jpg", exif=b"Exif\x00\x00MM\x00*\x00\x00\x00\x08\x00\x01\x01\x12\x00\x03\x00\x00\x00\x01\x00\x06\x00\x00\x00\x00\x00\x00"), SHORT + "|" + GONE),
+    "portrait with EXIF rotation": (picture("exif.jpg", exif=turned_right()), SHORT + "|" + GONE),
     "gif of one picture": (picture("still.gif", mode="L"), SHORT + "|" + GONE),
     # Damage.
     "first half": (damaged("half.mp4", lambda d: d[: len(d) // 2]), UNREADABLE),
@@ -203,7 +213,7 @@ CASES = {
         damaged("half.avi", lambda d: d[: len(d) // 2], codec="mpeg4"), UNREADABLE + "|" + SHORT,
     ),
     "header zeroed": (damaged("head.mp4", lambda d: zeroed(d, 0, 0.02)), UNREADABLE),
-    "index zeroed": (damaged("index.mp4", lambda d: zeroed(d, 0.7, 1)), UNREADABLE + "|" + GONE + "|" + SHORT),
+    "index zeroed": (damaged("index.mp4", lambda d: zeroed(d, 0.7, 1)), UNREADABLE),
     "pictures zeroed": (
         damaged("blank.mp4", lambda d: zeroed(d, 0.4, 0.5)), r"damaged after \d+ frames",
     ),
@@ -217,7 +227,7 @@ CASES = {
     "two frames": (video("two.mp4", [3, 4]), SHORT),
     "too short by one": (video("short.mp4", SPEECH[:-1]), SHORT),
     "variable frame rate": (
-        video("variable.mkv", SPEECH, times=[0.04 * i + (0.012 if i % 3 == 1 else 0) for i in range(N)]), READ,
+        video("variable.mkv", SPEECH, times=[0.04 * i + 0.012 * (i % 3 == 1) for i in range(N)]), READ,
     ),
     "pauses of a screen recording": (
         video("screen.mkv", SPEECH[:8], times=[0, 0.04, 0.2, 0.24, 0.5, 0.54, 0.7, 0.74]), READ,
@@ -227,7 +237,9 @@ CASES = {
         video("ntsc.mp4", np.arange(20) * N // 20, rate=Fraction(30000, 1001)), READ,
     ),
     "one frame a second": (video("slow.mp4", [0, 8], rate=Fraction(1)), READ),
-    "starts in the middle of time": (video("late.mkv", SPEECH, times=[100 + 0.04 * i for i in range(N)]), READ),
+    "starts in the middle of time": (
+        video("late.mkv", SPEECH, times=[100 + 0.04 * i for i in range(N)]), READ,
+    ),
     # Who is to be seen.
     "no face": (video("nobody.mp4", [-1] * N), GONE),
     "face comes late": (video("entrance.mp4", [-1] * 6 + SPEECH), READ),
@@ -237,7 +249,8 @@ CASES = {
     "two files with the same content": (video("again.mp4", SPEECH), r"has the same content as good1.mp4"),
     # Pixels.
     "odd size": (
-        video("odd.mkv", change=lambda f: bigger(f, HEIGHT + 1, WIDTH + 1), codec="ffv1", pixels="bgr0"), READ,
+        video("odd.mkv", change=lambda f: bigger(f, HEIGHT + 1, WIDTH + 1), codec="ffv1", pixels="bgr0"),
+        READ,
     ),
     "8K": (
         video("8k.mp4", SPEECH[:4], change=lambda f: bigger(f, 4320, 7680), codec="mpeg4"),
@@ -246,7 +259,10 @@ CASES = {
     "portrait format": (video("tall.mp4", change=lambda f: bigger(f, 256, WIDTH)), READ),
     "grayscale": (video("grey.mkv", change=lambda f: f, codec="ffv1", pixels="gray"), READ),
     "16-bit": (video("deep.mkv", codec="ffv1", pixels="gray16le"), READ),
-    "10-bit": (video("ten.mp4", codec="libx265", pixels="yuv420p10le", options={"x265-params": "log-level=none"}), READ),
+    "10-bit": (
+        video("ten.mp4", codec="libx265", pixels="yuv420p10le", options={"x265-params": "log-level=none"}),
+        READ,
+    ),
     "4:4:4": (video("full.mp4", pixels="yuv444p"), READ),
     "alpha": (video("alpha.mov", change=alpha, codec="qtrle", pixels="argb"), READ),
     "all transparent": (

@@ -81,6 +81,4 @@ def build_fake(paths, out, *, log=None, settings=None, options=None, labels=None
 
 def tree(folder):
     """Every file of a folder with its bytes."""
-    return {
-        str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()
-    }
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}

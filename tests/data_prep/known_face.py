@@ -40,7 +40,8 @@ def true_points(head, true) -> np.ndarray:
 
 
 class KnownFace:
-    """The networks' interface. A frame's grey value says which points it shows: 8 (index + 1); black, white: none."""
+    """The networks' interface. A frame's grey value says which points it shows, 8 (index + 1); black and
+    white frames show nobody."""
 
     def __init__(self, points: np.ndarray):
         self.points = points

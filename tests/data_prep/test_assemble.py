@@ -112,7 +112,9 @@ def test_extending_never_loses_clips_unasked(whole, tmp_path):
     shutil.copytree(out, tmp_path / "out")
     with pytest.raises(DatasetError, match="holds 1 clips that are not among those given, such as 'b'"):
         build_fake([paths[0], *paths[2:]], tmp_path / "out")
-    with pytest.raises(DatasetError, match="built with other settings .settings.size: 16 there, 32 asked for"):
+    with pytest.raises(
+        DatasetError, match="built with other settings .settings.size: 16 there, 32 asked for"
+    ):
         build_fake(paths, tmp_path / "out", settings={"size": 32})
     assert tree(tmp_path / "out") == expected
     log = tmp_path / "log"
@@ -126,7 +128,9 @@ def test_labels_and_splits_may_change_without_new_fits(whole, tmp_path):
     shutil.copytree(out, tmp_path / "out")
     log = tmp_path / "log"
     labels = {path.name: {"identity": "one person", "licence": "CC0", "source": "here"} for path in paths}
-    build_fake(paths, tmp_path / "out", log=log, labels=labels, options=DatasetOptions(SIZE, "png", validation=0))
+    build_fake(
+        paths, tmp_path / "out", log=log, labels=labels, options=DatasetOptions(SIZE, "png", validation=0)
+    )
     assert lines(log) == []
     rows = open_dataset(tmp_path / "out").clips
     assert {(row.identity, row.licence, row.source, row.split) for row in rows} == {
