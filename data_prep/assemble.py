@@ -441,8 +441,8 @@ def _load(
         stored = Clip(
             clip_id=clip.clip_id, identity=clip.identity, fps=Fraction(row["fps"]), split="train",
             source=clip.source, licence=clip.licence, coefficients=data.coefficients, camera=data.camera,
-            crop=data.crop, images=None, confidence=data.confidence, fit_quality=row["error_pixels"],
-            extra={"error_percent": row["error_percent"]},
+            crop=data.crop, images=None, confidence=data.confidence, fit_quality=row.get("error_pixels"),
+            extra={"error_percent": row["error_percent"]} if "error_percent" in row else {},
         )  # fmt: skip
         mean = logvar = None
     elif finished is not None and clip.key in finished.entries:

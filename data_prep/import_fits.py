@@ -494,8 +494,7 @@ def make_import(
         if camera.intrinsics.ndim == 2:
             camera = Camera(camera.intrinsics[indices], camera.extrinsics[indices])
         row = {
-            "frames": len(indices), "fps": str(fps), "error_percent": None, "error_pixels": None,
-            "source_fps": str(rate), "notes": list(fit.notes),
+            "frames": len(indices), "fps": str(fps), "source_fps": str(rate), "notes": list(fit.notes),
         }  # fmt: skip
         crop = boxes[indices] if official_crops else boxes[0]
         return ClipData(
