@@ -39,6 +39,8 @@ class ConditioningEncoder(nn.Module):
       widths: one stage for each entry: residual block to that width, then a stride-2 convolution.
       out: channels of the result, the UNet's first width.
       norm_groups: groups of every GroupNorm; must divide `stem` and all widths.
+      remat: recompute the residual blocks in the backward pass. At 512 pixels they would keep more than
+        all else in the step (docs/scaling.md).
     """
 
     stem: int = 64
@@ -46,6 +48,7 @@ class ConditioningEncoder(nn.Module):
     out: int = 320
     norm_groups: int = 32
     dtype: Dtype = jnp.float32
+    remat: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "n s s c"]) -> Float[Array, "n h w out"]:
@@ -54,7 +57,8 @@ class ConditioningEncoder(nn.Module):
         if x.shape[1] % stride or x.shape[2] % stride:
             raise ValueError(f"driver maps of {x.shape[1]} x {x.shape[2]} are not divisible by the "
                              f"encoder's stride {stride}")
-        residual = lambda width, name: EncoderResidual(width, self.norm_groups, self.dtype, name=name)
+        block = nn.remat(EncoderResidual) if self.remat else EncoderResidual
+        residual = lambda width, name: block(width, self.norm_groups, self.dtype, name=name)
         h = Conv3x3(self.stem, dtype=self.dtype, name="stem")(x.astype(self.dtype))
         for i, width in enumerate(self.widths):
             h = residual(width, f"stage_{i}_residual")(h)

@@ -6,7 +6,7 @@ key may be absent):
   latent_channels, latent_size   c and the side h = w of the latents
   dtype ["float32"]              of the computation; parameters are float32
   attention_backend ["auto"]     see `models/attention.py`
-  remat [False]                  recompute blocks of the generation UNet in the backward pass
+  remat [False]                  recompute blocks of encoder and generation UNet in the backward pass
   norm_groups [32]               groups of every GroupNorm in encoder and UNets
   unet.channels, unet.multipliers, unet.num_res_blocks, unet.attention_levels, unet.head_channels
   unet.attention_modes           one of "spatial", "3d", "temporal" (generation branch only) a level
@@ -145,7 +145,8 @@ def make_loki(config) -> Loki:
     kind = encoder.get("kind", "map")
     if kind == "map":
         widths = tuple(encoder.widths)
-        driver_encoder = ConditioningEncoder(encoder.stem, widths, unet.channels, groups, dtype)
+        remat = config.get("remat", False)
+        driver_encoder = ConditioningEncoder(encoder.stem, widths, unet.channels, groups, dtype, remat)
     elif kind == "vector":
         driver_encoder = VectorEncoder(encoder.hidden, unet.channels, (config.latent_size,) * 2, dtype)
     else:
