@@ -107,6 +107,9 @@ from loki_jax.data import pipeline, records
 records.write_dataset(sys.argv[1], small_head(), [make_clip(0, 6, latents=True)], SIZE)
 batch = next(pipeline.iterate(pipeline.make_dataset(sys.argv[1], 4, 2, seed=0)))
 assert batch["frames"].shape == (2, 4, SIZE, SIZE, 3)
+import tensorflow_datasets as tfds  # plain, as somebody without this package reads it
+source = tfds.builder_from_directory(sys.argv[1]).as_data_source("train")
+assert len(source) == 6 and source[5]["image"].shape == (SIZE, SIZE, 3) and source[5]["frame_index"] == 5
 assert "tensorflow" not in sys.modules
 """
     done = subprocess.run(

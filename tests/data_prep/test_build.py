@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 
 import jax
@@ -159,6 +160,18 @@ def test_clip_beyond_the_memory_limit_is_rejected(clips, head, networks, tmp_pat
     settings = BuildSettings(size=32, max_bytes=5 * HEIGHT * WIDTH * 3)
     with pytest.raises(DatasetError, match=r"good.mp4: .*128x96.*take more than .*`--max-memory`"):
         build_dataset([clips / "good.mp4"], head, tmp_path / "out", lambda: networks, settings, say=len)
+
+
+@pytest.mark.slow  # each process imports and compiles everything
+def test_fits_do_not_depend_on_the_number_of_processes(clips, head, points, tmp_path):
+    contents = []
+    for workers in (1, 2):
+        out = tmp_path / f"out{workers}"
+        make = functools.partial(KnownFace, points)
+        build_dataset(find_clips([str(clips)]), head, out, make, SETTINGS, workers=workers, say=len)
+        contents.append({path.relative_to(out): path.read_bytes() for path in out.rglob("*") if path.is_file()})
+        assert not list(tmp_path.glob("*.work"))
+    assert contents[0] == contents[1]
 
 
 def test_fit_video_keeps_every_frame(clips, head, networks, true):
