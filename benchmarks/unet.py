@@ -6,8 +6,9 @@ Needs the `convert` extra and torch. SD 2.1's UNet at full width (`--quick`: tin
 32 x 32 latents, 77 context tokens. All three hold the same random weights, carried over by the
 converter's tables, and must agree before anything is timed: ours within 1e-4 of torch in float32, the
 Flax model within 5e-2, because it computes tanh-GELU and another GroupNorm eps. Times are taken in
-turns, in changing order; ratios are those of medians. torch runs on the GPU when JAX does. The last line of the output
-is one JSON object with `ours_over_flax_diffusers` and `ours_over_torch` (below 1: ours is faster).
+turns, in changing order; ratios are those of medians. torch runs on the GPU when JAX does. The last line
+of the output is one JSON object with `ours_over_flax_diffusers` and `ours_over_torch` (below 1: ours is
+faster).
 
 Full width takes two copies of the weights (ours and Flax's share theirs), about 9 GB in float32 (the JSON
 states the peak), and on two idle cores about two minutes. Run it on an idle machine: torch's threads wait
