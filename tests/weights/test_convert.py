@@ -484,7 +484,8 @@ def run_config(pretrained):
 
 
 @pytest.mark.parametrize("folder, message", [
-    ("nowhere", "no converted weights there"), ("sd", "not a folder of converted weights .*convert .*sd --out"),
+    ("nowhere", "no converted weights there"),
+    ("sd", "not a folder of converted weights .*convert .*sd --out"),
 ])  # fmt: skip
 def test_training_refuses_a_folder_that_was_never_converted(tmp_path, folder, message):
     """The diffusers folder itself is the likely mistake; nothing is initialised before it is noticed."""
