@@ -240,7 +240,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="16 frames, 2 of them by SciPy, 1 further clip")
     parser.add_argument("--frames", type=int, default=64, help="of the solver's and the synthetic clip")
     parser.add_argument("--scipy-frames", type=int, default=8)
-    parser.add_argument("--clip", type=Path, help="a video with a face (default: a synthetic one)")
+    parser.add_argument("--clip", type=Path, help="an mp4 with a face (default: a synthetic one)")
     parser.add_argument("--head", default="builtin", help="head of the pipeline's fit")
     parser.add_argument("--copies", type=int, default=4, help="further copies in the second build")
     parser.add_argument("--size", type=int, default=512, help="side of the stored frames")
