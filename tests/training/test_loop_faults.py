@@ -1,0 +1,194 @@
+"""The real training program under injected faults: right message, right exit code, last checkpoint whole."""
+
+import json
+import resource
+import shutil
+import signal
+import subprocess
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from benchmarks import resume, topologies
+from benchmarks.tiny_run import environment, tiny_config, train_command, write_shards
+from loki_jax.data.records import DatasetError
+from loki_jax.networks import build_networks
+from loki_jax.train import train
+from loki_jax.training.checkpoint import CheckpointError, load_checkpoint, restore_as_numpy, saved_steps
+from loki_jax.training.dump import read_dump, replay
+from loki_jax.training.faults import ExitCode, NonFiniteError, exit_code
+from loki_jax.training.step import initial_params
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    return write_shards(tmp_path_factory.mktemp("data") / "shards")
+
+
+@pytest.fixture(scope="module")
+def started(shards, tmp_path_factory):
+    """A workdir with a checkpoint after step 2; copy it."""
+    workdir = tmp_path_factory.mktemp("started") / "run"
+    train(tiny_config(shards, steps=2), workdir)
+    return workdir
+
+
+@pytest.fixture
+def workdir(started, tmp_path):
+    return shutil.copytree(started, tmp_path / "run")
+
+
+def cache():
+    """Where this process keeps compiled programs, for those it starts."""
+    return jax.config.jax_compilation_cache_dir or ""
+
+
+def test_updates_that_are_not_finite_are_skipped_and_then_stop_the_run(tmp_path, capsys):
+    shards = write_shards(tmp_path / "shards", latents=np.inf)
+    config = tiny_config(shards, steps=9, checkpoint__every=1, faults__max_skips=3)
+    with pytest.raises(NonFiniteError, match="3 updates in a row.*step 3.*loki_jax.training.dump") as error:
+        train(config, tmp_path / "run")
+    assert exit_code(error.value) == ExitCode.NOT_FINITE
+    said = capsys.readouterr().err
+    assert all(f"step {step}: update skipped" in said for step in (1, 2, 3)) and "'clip" in said
+    events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
+    skipped = [event for event in events if event["event"] == "skipped"]
+    assert [event["step"] for event in skipped] == [1, 2, 3]
+    assert all(len(event["windows"]) == config.batch_size for event in skipped)
+    # Nothing has moved, in the parameters, their average and the optimiser.
+    stored = load_checkpoint(tmp_path / "run", use_ema=False)
+    assert saved_steps(tmp_path / "run") == [1, 2] and stored.step == 2
+    start = initial_params(config, build_networks(config, stored.head), stored.head)[0]
+    for use_ema in (True, False):
+        params = load_checkpoint(tmp_path / "run", use_ema).params
+        jax.tree.map(np.testing.assert_array_equal, dict(params)["generation"], start["generation"])
+    moments = restore_as_numpy(tmp_path / "run" / "checkpoints" / "2" / "optimizer")
+    assert all(not np.any(leaf) for leaf in jax.tree.leaves(moments))
+    # The dump has the batch and what the step saw.
+    dump = read_dump(tmp_path / "run" / "dumps" / "3")
+    assert dump.step == 3 and dump.info["windows"] == skipped[-1]["windows"]
+    assert np.isinf(np.asarray(dump.batch["latent_mean"], np.float32)).all()
+    jax.tree.map(np.testing.assert_array_equal, dump.params["trained"]["generation"], start["generation"])
+    (tmp_path / "run" / "dumps" / "3" / "dump.json").unlink()
+    with pytest.raises(CheckpointError, match="cut short"):
+        read_dump(tmp_path / "run" / "dumps" / "3")
+
+
+@pytest.mark.slow
+def test_a_dump_replays_the_step(tmp_path):
+    shards = write_shards(tmp_path / "shards", latents=np.inf)
+    with pytest.raises(NonFiniteError):
+        train(tiny_config(shards, steps=2, faults__max_skips=1), tmp_path / "run")
+    found = replay(read_dump(tmp_path / "run" / "dumps" / "1"))
+    assert not np.isfinite(found["loss"]) and found["gradients"]
+    assert any(line.startswith("latent_mean of window 0: {'clip'") for line in found["batch"])
+
+
+def test_a_full_disk_stops_the_run_and_leaves_the_last_checkpoint(shards, workdir):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # The system refuses to let any file grow beyond this, as it does on a full disk.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, before[1]))
+    try:
+        with pytest.raises(Exception) as error:  # noqa: B017, PT011 (what it is called is Orbax's business)
+            train(tiny_config(shards, steps=4), workdir)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert exit_code(error.value) == ExitCode.STORAGE, repr(error.value)
+    assert saved_steps(workdir) == [2]
+    train(tiny_config(shards, steps=4), workdir)
+    assert load_checkpoint(workdir).step == 4
+
+
+def test_an_unreadable_shard_stops_the_run_and_leaves_the_last_checkpoint(shards, workdir, tmp_path):
+    broken = shutil.copytree(shards, tmp_path / "shards")
+    shard = next(broken.glob("loki-train*"))
+    content = bytearray(shard.read_bytes())
+    content[100:-100] = bytes(len(content) - 200)
+    shard.write_bytes(content)
+    with pytest.raises(DatasetError, match=shard.name) as error:
+        train(tiny_config(broken, steps=4, data__max_corrupt_share=0.0), workdir)
+    assert exit_code(error.value) == ExitCode.DATA
+    shard.write_bytes(content[:200])
+    with pytest.raises(DatasetError, match=shard.name):
+        train(tiny_config(broken, steps=4), workdir)
+    assert load_checkpoint(workdir).step == 2
+
+
+def test_a_checkpoint_of_another_architecture_is_refused(shards, workdir):
+    config = tiny_config(shards, steps=4)
+    config.model.unet.channels = 32
+    # As if the same config built another network, in another version of the code.
+    (workdir / "config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"another architecture(.|\n)*\(3, 3, \d+, 16\) there, \(3, 3, \d+, 32\)"):
+        train(config, workdir)
+
+
+def read_until(process, wanted):
+    for line in process.stderr:
+        if line.startswith(wanted):
+            return
+    raise AssertionError(f"ended with {process.wait()} before {wanted!r}")
+
+
+def test_sigterm_saves_and_resumes_where_it_was(shards, workdir):
+    command = train_command(tiny_config(shards, steps=10**6, checkpoint__every=10**6), workdir)
+    process = subprocess.Popen(command, env=environment(cache()), stderr=subprocess.PIPE, text=True)
+    read_until(process, "step 5/")
+    began = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    rest = process.stderr.read()
+    assert process.wait() == ExitCode.PREEMPTED, rest
+    assert time.monotonic() - began < 30
+    last = saved_steps(workdir)[-1]
+    assert last >= 5 and f"saved after step {last}" in rest
+    train(tiny_config(shards, steps=last + 1), workdir)
+    assert saved_steps(workdir)[-1] == last + 1
+    steps = [json.loads(line)["step"] for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, last + 2))  # none lost, none repeated
+
+
+@pytest.mark.slow
+def test_a_killed_run_resumes_bit_for_bit(tmp_path):
+    result = resume.run(tmp_path, 2, 30, environment(tmp_path / "cache"))
+    assert result["identical"] == 2, result
+
+
+@pytest.mark.slow
+def test_two_processes_compute_what_one_does(tmp_path):
+    result = topologies.measure(tmp_path, topologies.QUICK, 3, tmp_path / "cache")
+    assert result["within_bounds"] and result["restored_pairs"] == 2, result
+
+
+def start_two(shards, workdir, tmp_path):
+    config = tiny_config(shards, steps=10**6, checkpoint__every=10**6)
+    port = topologies.free_port()
+    return [
+        subprocess.Popen(
+            train_command(config, workdir, f"--coordinator=localhost:{port}", "--processes=2", f"--process_id={i}"),
+            env=environment(tmp_path / "cache"), stderr=subprocess.PIPE, text=True,
+        )
+        for i in range(2)
+    ]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_sigterm_to_one_of_two_processes_stops_both_after_one_step(shards, tmp_path):
+    processes = start_two(shards, tmp_path / "run", tmp_path)
+    read_until(processes[0], "step 3/")
+    processes[1].send_signal(signal.SIGTERM)
+    outputs = [process.communicate()[1] for process in processes]
+    assert [process.returncode for process in processes] == [ExitCode.PREEMPTED] * 2, outputs
+    last = saved_steps(tmp_path / "run")[-1]
+    assert all(f"saved after step {last}" in output for output in outputs)
+
+
+@pytest.mark.slow
+def test_a_process_whose_partner_is_gone_ends(shards, tmp_path):
+    processes = start_two(shards, tmp_path / "run", tmp_path)
+    read_until(processes[0], "step 3/")
+    processes[1].kill()
+    output = processes[0].communicate(timeout=200)[1]
+    assert processes[0].returncode == ExitCode.LOST_PROCESS, output
+    assert "same command" in output
