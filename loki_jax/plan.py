@@ -45,6 +45,7 @@ def define_flags() -> None:
     flags.DEFINE_enum("attention", None, ATTENTION_BACKENDS, "Backend; the config's, and for 'auto' the chip's own.")
     flags.DEFINE_bool("latents", False, "The shards hold latents: the step skips the VAE.")
     flags.DEFINE_float("efficiency", predict.EFFICIENCY, "Share of the peak that matrix work is assumed to reach.")
+    flags.DEFINE_float("network", None, "GB/s a chip can send out of its domain, where yours is not the table's.")
     flags.DEFINE_bool("compile", False, "Also compile the step for simulated devices and print what XLA says.")
     flags.DEFINE_string("json", None, "Also write everything to this file.")
     flags.DEFINE_list("sweep", None, "Numbers of devices: a table of predicted weak scaling instead of one plan.")
@@ -88,6 +89,10 @@ def plan(config, title: str) -> None:
       ValueError: a chip, mesh or batch that does not exist or fit; nothing is written.
     """
     chips = [chip_named(name) for name in FLAGS.chip]
+    if FLAGS.network is not None:
+        if FLAGS.network <= 0:
+            raise ValueError(f"--network {FLAGS.network}: more than 0 GB/s")
+        chips = [chip._replace(network=1e9 * FLAGS.network) for chip in chips]
     if FLAGS.batch is not None:
         if FLAGS.batch < 1:
             raise ValueError(f"--batch {FLAGS.batch}: at least one window")

@@ -9,7 +9,7 @@ from loki_jax.planning.work import Subject
 from loki_jax.training.accounting import Chip
 
 # Parameters whole on each device, split within eight neighbours, split over all devices.
-LAYOUTS = {"data": lambda n: (n, 1), "fsdp=8": lambda n: (n // 8, 8), "fsdp": lambda n: (1, n)}
+LAYOUTS = {"data": lambda n: (n, 1), "fsdp=8": lambda n: (n // 8, 8), "fsdp=all": lambda n: (1, n)}
 
 
 def sweep(
@@ -26,7 +26,7 @@ def sweep(
         for layout, axes in LAYOUTS.items():
             for n in counts:
                 data, fsdp = axes(n)
-                if data < 1 or data * fsdp != n or (layout == "fsdp" and n == 8):
+                if data < 1 or data * fsdp != n or (layout == "fsdp=all" and n == 8):
                     continue
                 plan = make_plan(
                     subject, chip, data, fsdp, windows, backends[chip.name], latents=latents, efficiency=efficiency,
@@ -44,10 +44,10 @@ def sweep(
 
 
 def format_sweep(rows: list[dict]) -> str:
-    lines = ["chip     layout   devices   batch   device ms  network ms   step ms  serial ms  efficiency  windows/s  peak GB"]
+    lines = ["chip     layout     devices   batch   device ms  network ms   step ms  serial ms  efficiency  windows/s  peak GB"]
     for r in rows:
         lines.append(
-            f"{r['chip']:8s} {r['layout']:8s} {r['devices']:7d} {r['batch']:7d} {1e3 * r['device_s']:11.1f} "
+            f"{r['chip']:8s} {r['layout']:10s} {r['devices']:7d} {r['batch']:7d} {1e3 * r['device_s']:11.1f} "
             f"{1e3 * r['network_s']:11.1f} {1e3 * r['step_s']:9.1f} {1e3 * r['serial_s']:10.1f} "
             f"{r['serial_efficiency']:4.0%}..{r['efficiency']:4.0%} {r['windows_per_s']:10.0f} {r['peak_bytes'] / 1e9:8.1f}"
             + ("" if r["fits"] else "  does NOT fit")
@@ -56,29 +56,34 @@ def format_sweep(rows: list[dict]) -> str:
 
 
 def draw_sweep(rows: list[dict], path: Path) -> None:
-    """Step time without overlap over the number of devices, one panel a chip, to a PNG."""
+    """Predicted efficiency over the number of devices, one panel a chip, to a PNG; hollow where memory is short."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     chips = list(dict.fromkeys(r["chip"] for r in rows))
-    figure, panels = pyplot.subplots(1, len(chips), figsize=(4.2 * len(chips), 3.6), squeeze=False, sharey=False)
+    figure, panels = pyplot.subplots(1, len(chips), figsize=(3.9 * len(chips), 3.7), squeeze=False, sharey=True)
     for panel, chip in zip(panels[0], chips, strict=True):
         mine = [r for r in rows if r["chip"] == chip]
         for layout in dict.fromkeys(r["layout"] for r in mine):
             line = [r for r in mine if r["layout"] == layout]
             devices = [r["devices"] for r in line]
-            (serial,) = panel.plot(devices, [1e3 * r["serial_s"] for r in line], marker="o", ms=3, label=layout)
-            panel.plot(devices, [1e3 * r["step_s"] for r in line], ls=":", color=serial.get_color())
-        panel.axhline(1e3 * min(r["device_s"] for r in mine), color="grey", lw=0.8, ls="--")
-        panel.set(title=chip, xscale="log", xlabel="devices", ylim=(0, None))
+            (serial,) = panel.plot(devices, [100 * r["serial_efficiency"] for r in line], label=layout)
+            panel.plot(devices, [100 * r["efficiency"] for r in line], ls=":", color=serial.get_color())
+            for r in line:
+                fill = serial.get_color() if r["fits"] else "white"
+                panel.plot(r["devices"], 100 * r["serial_efficiency"], "o", ms=4, mec=serial.get_color(), mfc=fill)
+        batch = mine[0]["batch"] // mine[0]["devices"]
+        panel.set(title=f"{chip}, {batch} window{'s' * (batch > 1)} a device", xscale="log", xlabel="devices")
         ticks = sorted({r["devices"] for r in mine})
         panel.set_xticks(ticks, [str(n) for n in ticks], rotation=60, fontsize=7)
         panel.minorticks_off()
-    panels[0][0].set_ylabel("predicted step, ms")
-    panels[0][0].legend(title="solid: no overlap\ndotted: overlapped", fontsize=7, title_fontsize=7, loc="lower right")
+        panel.grid(alpha=0.3)
+    lowest = min(100 * r["serial_efficiency"] for r in rows)
+    panels[0][0].set(ylabel="step without network / step, %", ylim=(max(0, lowest - 8), 101))
+    panels[0][-1].legend(title="solid: nothing overlaps\ndotted: planned overlap", fontsize=7, title_fontsize=7, loc="lower left")
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=110)
     pyplot.close(figure)

@@ -223,7 +223,7 @@ def test_other_configs_and_the_sweep(tiny, tmp_path):
     rows = sweep(subject, [chip_named("h100"), chip_named("v5p")], [8, 64, 1024], 1,
                  {"h100": "cudnn", "v5p": "splash"}, False, 0.5)
     assert [r["devices"] for r in rows if r["chip"] == "h100" and r["layout"] == "data"] == [8, 64, 1024]
-    assert {r["layout"] for r in rows} == {"data", "fsdp=8", "fsdp"}
+    assert {r["layout"] for r in rows} == {"data", "fsdp=8", "fsdp=all"}
     for row in rows:
         assert row["device_s"] <= row["step_s"] <= row["serial_s"] and row["batch"] == row["devices"]
     times = [r["network_s"] for r in rows if r["chip"] == "h100" and r["layout"] == "data"]
