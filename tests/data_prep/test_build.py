@@ -24,6 +24,7 @@ from loki_jax.head.rotation import geodesic_angle, matrix_from_rotvec
 from loki_jax.head.skinning import make_identity, mesh_render_mask, world_vertices
 from loki_jax.head.types import Coefficients
 from loki_jax.video import MediaError, read_video, write_video
+from tests.data_prep.fake_fit import tree
 from tests.data_prep.known_face import (
     HEIGHT,
     RATE,
@@ -169,7 +170,7 @@ def test_fits_do_not_depend_on_the_number_of_processes(clips, head, points, tmp_
         out = tmp_path / f"out{workers}"
         make = functools.partial(KnownFace, points)
         build_dataset(find_clips([str(clips)]), head, out, make, SETTINGS, workers=workers, say=len)
-        contents.append({path.relative_to(out): path.read_bytes() for path in out.rglob("*") if path.is_file()})
+        contents.append(tree(out))
         assert not list(tmp_path.glob("*.work"))
     assert contents[0] == contents[1]
 
@@ -272,6 +273,17 @@ def test_program_reports_bad_input(tmp_path, clips, capsys):
     with pytest.raises(MediaError):
         find_clips([str(tmp_path / "bare")])
     assert not (tmp_path / "out").exists()
+
+
+def test_ctrl_c_says_how_to_go_on(tmp_path, clips, monkeypatch, capsys):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(build, "fetch_models", lambda wheel: {})
+    monkeypatch.setattr(build, "build_dataset", interrupted)
+    out = tmp_path / "out"
+    assert build.main(["--clips", str(clips), "--head", "builtin", "--out", str(out)]) == 130
+    assert f"kept in {out}.work. Run the same command again" in capsys.readouterr().err
 
 
 def test_head_without_landmarks_is_refused_at_once(clips, head, networks, tmp_path):
