@@ -4,7 +4,7 @@ The estimate of activations is read off the traced step: what the forward pass c
 backward pass reads is kept; inside a block that is recomputed, the same holds for the block alone.
 It is too much in one way (compilers recompute cheap elementwise work instead of keeping it) and too
 little in another (schedules that hold several large arrays at once, workspaces of convolutions): at
-full size in float32, XLA for CPU wants about 1.4 times the temporaries (docs/scaling.md).
+full size in float32, XLA for CPU wanted about 1.5 times the temporaries (docs/scaling.md).
 """
 
 from __future__ import annotations
