@@ -469,7 +469,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             labels=labels, encoder=encoder, workers=args.workers, overwrite=args.overwrite,
             keep_work=args.keep_work, say=lambda line: print(line, flush=True),
         )  # fmt: skip
-    except (MediaError, HeadAssetError, LandmarkError, FitError, DatasetError, WorkerError) as error:
+    except (MediaError, HeadAssetError, LandmarkError, FitError, DatasetError, WorkerError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

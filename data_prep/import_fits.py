@@ -601,7 +601,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             planned, head, args.out, make_fit, made_by, options, encoder=encoder, workers=args.workers,
             overwrite=args.overwrite, keep_work=args.keep_work, say=lambda line: print(line, flush=True),
         )  # fmt: skip
-    except (MediaError, HeadAssetError, DatasetError, WorkerError) as error:
+    except (MediaError, HeadAssetError, DatasetError, WorkerError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -21,9 +21,10 @@ _ONE_THREAD = {
     "OPENBLAS_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
     "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1",
-    # A fit is small: several processes would only wait for each other on one accelerator.
-    "JAX_PLATFORMS": "cpu",
 }
+# A fit is small: several processes would only wait for each other on one accelerator.
+_ON_CPU = {"JAX_PLATFORMS": "cpu"}
+_SIGKILL = 9
 
 
 class WorkerError(RuntimeError):
@@ -36,7 +37,7 @@ class Died(NamedTuple):
     exit_code: int
 
     def __str__(self) -> str:
-        if self.exit_code == -signal.SIGKILL:
+        if self.exit_code == -_SIGKILL:
             return "the process that worked on it was killed, perhaps for lack of memory (fewer `--workers`)"
         how = f"signal {-self.exit_code}" if self.exit_code < 0 else f"exit code {self.exit_code}"
         return f"the process that worked on it died ({how})"
@@ -73,7 +74,8 @@ def run_parallel(
     def start() -> None:
         ours, theirs = context.Pipe()
         process = context.Process(target=_serve, args=(theirs, make_work), daemon=True)
-        with _environment(_ONE_THREAD):
+        kept = {name: value for name, value in _ONE_THREAD.items() if name not in os.environ}
+        with _environment(kept | _ON_CPU):
             process.start()
         theirs.close()
         running[ours] = _Worker(process, ours)
@@ -122,14 +124,17 @@ def run_parallel(
 
 @contextlib.contextmanager
 def _environment(variables: dict[str, str]) -> Iterator[None]:
-    """These environment variables for processes started within; what the user set stays."""
-    added = {name: value for name, value in variables.items() if name not in os.environ}
-    os.environ.update(added)
+    """These environment variables for processes started within."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
     try:
         yield
     finally:
-        for name in added:
-            del os.environ[name]
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def _serve(connection: Connection, make_work: Callable[[], Callable[[Any], Any]]) -> None:
