@@ -283,10 +283,15 @@ def restore_state(manager: ocp.CheckpointManager, abstract: TrainState, iterator
 _OLDER = "Move {0} away to go on from the checkpoint before it."
 
 
+def _stored_tree(folder: Path):
+    """Shapes and dtypes of a saved tree."""
+    return ocp.PyTreeCheckpointHandler().metadata(epath.Path(folder)).tree
+
+
 def _stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """Paths and shapes of a saved tree."""
     try:
-        tree = ocp.PyTreeCheckpointHandler().metadata(epath.Path(folder.absolute())).tree
+        tree = _stored_tree(folder.absolute())
     except (ValueError, OSError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{folder}: not readable ({error}). {_OLDER.format(folder.parent)}") from error
     return leaf_shapes(tree)
@@ -377,7 +382,7 @@ def load_checkpoint(source: str | os.PathLike, use_ema: bool = True) -> Checkpoi
 def restore_as_numpy(path: Path) -> dict:
     """A saved tree without a target, which would want the devices of the training run back."""
     with ocp.PyTreeCheckpointer() as checkpointer:
-        tree = checkpointer.metadata(path).item_metadata.tree
+        tree = _stored_tree(path)
         restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
         return checkpointer.restore(path, args=ocp.args.PyTreeRestore(restore_args=restore_args))
 
