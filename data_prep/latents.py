@@ -50,31 +50,27 @@ def load_encoder(
     import jax.numpy as jnp
 
     from loki_jax.convert import load_config
-    from loki_jax.models.autoencoder import make_autoencoder
     from loki_jax.weights import layouts, sources
     from loki_jax.weights.tensors import WeightsError
 
     folder = Path(folder)
     try:
         model_config = layouts.sd21_config() if config is None else load_config(config).model
-        if model_config.autoencoder.kind != "kl":
-            raise DatasetError(f"{config}: its autoencoder is no VAE. Give the config that has one.")
-        model = make_autoencoder(model_config)
+        network = layouts.make_network(model_config)
         tensors = sources.open_orbax(folder)
     except WeightsError as error:
         raise DatasetError(f"{error} `--latents` takes a folder of `python -m loki_jax.convert`.") from error
+    model = network.autoencoder
     if image_size % model.stride:
         raise DatasetError(
             f"--size {image_size} is no multiple of the VAE's stride of {model.stride} pixels. Choose "
             "another size."
         )
-    example = jnp.zeros((1, 2 * model.stride, 2 * model.stride, 3))
-    shapes = jax.eval_shape(model.init, jax.random.key(0), example)["params"]
     wanted = {
-        "/".join(str(key.key) for key in path): tuple(leaf.shape)
-        for path, leaf in jax.tree_util.tree_flatten_with_path(shapes)[0]
+        name.removeprefix("autoencoder/"): shape
+        for name, shape in network.shapes.items()
+        if name.startswith(("autoencoder/encoder/", "autoencoder/quant/"))
     }
-    wanted = {name: shape for name, shape in wanted.items() if name.split("/")[0] in ("encoder", "quant")}
     digest, params = hashlib.sha256(repr((model.scale, sorted(wanted.items()))).encode()), {}
     for name in sorted(wanted):
         info = tensors.infos.get(f"autoencoder/{name}")
