@@ -402,3 +402,33 @@ def test_unreadable_images_give_one_clear_error(tmp_path):
         with pytest.raises(MediaError, match=message) as error:
             read_image(path)
         assert str(path) in str(error.value)
+
+
+def test_pixels_become_square_and_parts_are_read_at_any_rate(tmp_path):
+    path = tmp_path / "wide.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=50)
+        stream.width, stream.height, stream.pix_fmt = 32, 48, "yuv420p"
+        stream.codec_context.sample_aspect_ratio = Fraction(2, 1)
+        for index in range(100):
+            image = np.full((48, 32, 3), 2 * index + 20, np.uint8)
+            image[:, 16:] = 240
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        container.mux(stream.encode(None))
+
+    def shown(**part):
+        with video.VideoReader(path, **part) as reader:
+            frames = list(reader)
+        assert all(frame.shape == (48, 64, 3) for frame in frames)
+        return reader.fps, [round((float(frame[:, :16].mean()) - 20) / 2) for frame in frames], frames
+
+    fps, numbers, frames = shown()
+    assert fps == 50 and np.abs(np.subtract(numbers, range(100))).max() <= 1
+    assert frames[0][:, 40:].min() > 220 and frames[0][:, :24].max() < 60  # twice as wide, not cut
+    fps, numbers, _ = shown(fps=Fraction(25), start=Fraction(1, 2), stop=Fraction(3, 2))
+    assert fps == 25 and len(numbers) == 25 and np.abs(np.subtract(numbers, range(25, 75, 2))).max() <= 1
+    _, numbers, _ = shown(fps=Fraction(100), stop=Fraction(1, 10))
+    assert len(numbers) == 10 and numbers[-1] - numbers[0] in (3, 4, 5)
+    assert shown(start=Fraction(5))[1] == []
+    with pytest.raises(ValueError, match="0 <= start < stop"):
+        video.VideoReader(path, start=Fraction(2), stop=Fraction(1))
