@@ -51,6 +51,7 @@ from data_prep.landmarker import Landmarker, LandmarkError, clip_landmarks, fetc
 from data_prep.latents import LatentEncoder, load_encoder
 from data_prep.manifest import PlannedClip, find_clips, pipeline_identity, plan_clips, read_labels
 from data_prep.overlay import overlay_frames
+from data_prep.photometric import refine
 from data_prep.probe import ClipFacts, probe_clip
 from data_prep.workers import WorkerError
 from loki_jax.data.records import DatasetError, encode_image
@@ -87,6 +88,7 @@ class BuildSettings:
       validation: share of identities in the validation split; if there are five or more, at least one.
       identity_from: "file": every file is its own identity; "folder": files of a folder share one.
       licence: licence of the clips, stored with them.
+      photometric: refine poses by the pixels (`data_prep.photometric`).
     """
 
     size: int = 512
@@ -106,6 +108,7 @@ class BuildSettings:
     identity_from: str = "file"
     licence: str = "not stated"
     fit: FitSettings = FitSettings()
+    photometric: bool = False
 
     @property
     def stored_format(self) -> str:
@@ -165,6 +168,8 @@ def fit_clip(path: Path, head: HeadAsset, landmarker: Landmarker, settings: Buil
         frames[start:stop], settings.fps, cut_track(track, start, stop), head,
         focal=settings.focal, crop_factor=settings.crop_factor, settings=settings.fit, name=str(path),
     )  # fmt: skip
+    if settings.photometric:
+        fitted = refine(fitted, head)
     face = float(fitted.crop[2] - fitted.crop[0]) / settings.crop_factor
     if face < settings.min_face:
         raise RejectedClip(
@@ -410,6 +415,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--fov", type=float, default=default.fit.fov, help="field of view of the longer side, degrees"
     )
+    parser.add_argument("--photometric", action="store_true", help="refine poses by the pixels (slower)")
     parser.add_argument("--min-frames", type=int, default=default.min_frames)
     parser.add_argument("--min-face", type=float, default=default.min_face, help="pixels of the head")
     parser.add_argument(
@@ -452,6 +458,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         identity_from=args.identity_from,
         licence=args.licence,
         fit=FitSettings(fov=args.fov),
+        photometric=args.photometric,
     )
     try:
         paths = find_clips(args.clips)
