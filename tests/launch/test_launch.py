@@ -209,7 +209,7 @@ def test_two_processes_train(tmp_path):
         "--config.sample.every=0",
         "--config.optimizer.decay=constant",
     ]
-    done = call(LAUNCH / "multiprocess.sh", "--cpu", "-n", 2, "--", *train, "--config.steps=2", timeout=600)
+    done = call(LAUNCH / "multiprocess.sh", "--cpu", "-n", 2, "--", *train, "--config.steps=2", timeout=1500)
     assert done.returncode == 0, done.stdout + done.stderr
     assert [row["step"] for row in read_metrics(tmp_path / "run" / "metrics.jsonl") if "loss" in row] == [
         1,
