@@ -39,7 +39,9 @@ def last_state(workdir: Path, steps: int) -> dict:
     folder = workdir / "checkpoints" / str(steps)
     state = {name: restore_as_numpy((folder / name).absolute()) for name in TREES}
     state["data"] = json.loads((folder / "data" / "metadata").read_text())
-    state["losses"] = {row["step"]: row["loss"] for row in read_metrics(workdir / "metrics.jsonl") if "loss" in row}
+    state["losses"] = {
+        row["step"]: row["loss"] for row in read_metrics(workdir / "metrics.jsonl") if "loss" in row
+    }
     return state
 
 
@@ -57,7 +59,9 @@ def unfinished(workdir: Path) -> list[str]:
     return [entry.name for entry in folder.iterdir() if "tmp" in entry.name] if folder.is_dir() else []
 
 
-def kill_in_loop(command: list[str], env: dict, workdir: Path, delay: float, in_write: bool, late: float) -> int | None:
+def kill_in_loop(
+    command: list[str], env: dict, workdir: Path, delay: float, in_write: bool, late: float
+) -> int | None:
     """Start a run and kill it; the step of its last line, or None when it had finished before.
 
     Args:
@@ -118,7 +122,14 @@ def run(folder: Path, runs: int, steps: int, env: dict, say=print) -> dict:
         if again.returncode != 0:
             raise RuntimeError(f"run {len(found)} did not resume:\n{again.stderr[-3000:]}")
         same = identical(expected, last_state(workdir, steps))
-        found.append({"killed_after": killed_at, "in_write": bool(writing), "resumed_from": saved[-1] if saved else 0, "same": same})
+        found.append(
+            {
+                "killed_after": killed_at,
+                "in_write": bool(writing),
+                "resumed_from": saved[-1] if saved else 0,
+                "same": same,
+            }
+        )
         say(f"run {len(found)}: {found[-1]}")
     return {
         "runs": runs,
@@ -131,7 +142,9 @@ def run(folder: Path, runs: int, steps: int, env: dict, say=print) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true", help="two runs")
     parser.add_argument("--runs", type=int, default=20)
     parser.add_argument("--steps", type=int, default=60)

@@ -25,7 +25,9 @@ ROOT = Path(__file__).resolve().parents[1]
 SIZE = 16  # pixels
 
 
-def noise_clips(head: HeadAsset, count: int = 4, frames: int = 6, latents: float | None = None) -> Iterator[Clip]:
+def noise_clips(
+    head: HeadAsset, count: int = 4, frames: int = 6, latents: float | None = None
+) -> Iterator[Clip]:
     """Clips of random pixels and random motion; the first is held out.
 
     Args:

@@ -55,7 +55,9 @@ class Topology(NamedTuple):
 
 
 ONE = Topology(1, 1, "data")
-ALL = [Topology(p, 8 // p, axis) for axis in ("data", "fsdp") for p in (1, 2, 4)] + [Topology(2, 2, "fsdp", 2)]
+ALL = [Topology(p, 8 // p, axis) for axis in ("data", "fsdp") for p in (1, 2, 4)] + [
+    Topology(2, 2, "fsdp", 2)
+]
 QUICK = [Topology(2, 1, "fsdp", 2)]
 
 
@@ -83,14 +85,22 @@ def start(command: list[str], topology: Topology, cache: Path) -> None:
     for index in range(topology.processes):
         cluster = []
         if topology.processes > 1:
-            cluster = [f"--coordinator={address}", f"--processes={topology.processes}", f"--process_id={index}"]
+            cluster = [
+                f"--coordinator={address}",
+                f"--processes={topology.processes}",
+                f"--process_id={index}",
+            ]
         running.append(
-            subprocess.Popen([*command, *cluster], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+            subprocess.Popen(
+                [*command, *cluster], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            )
         )
     outputs = [process.communicate()[0] for process in running]
     codes = [process.returncode for process in running]
     if any(codes):
-        raise RuntimeError(f"{topology.name}: exit codes {codes}\n" + "\n".join(out[-3000:] for out in outputs))
+        raise RuntimeError(
+            f"{topology.name}: exit codes {codes}\n" + "\n".join(out[-3000:] for out in outputs)
+        )
 
 
 def first_gradients(workdir: Path) -> list[np.ndarray]:
@@ -124,13 +134,18 @@ def restore_all(topology: Topology, shards: Path, steps: int, workdirs: list[Pat
     params, frozen = initial_params(config, build_networks(config, head), head)
     abstract = jax.eval_shape(lambda p: create_state(p, frozen, optimizer, keep_ema=True), params)
     shardings, _ = tree_shardings(abstract, mesh, config.sharding_rules, config.sharding_min_size)
-    abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
+    abstract = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings
+    )
     for workdir in workdirs:
         iterator = start_reading(config, inputs.windows, mesh)
         manager = ckpt.open_manager(workdir, config.checkpoint)
         state, run = ckpt.restore_state(manager, abstract, iterator)
         manager.close()
-        assert run["step"] == steps and iterator.get_state()["batches"] == steps, (run["step"], iterator.get_state())
+        assert run["step"] == steps and iterator.get_state()["batches"] == steps, (
+            run["step"],
+            iterator.get_state(),
+        )
         for name, tree in (("params", state.params), ("ema", state.ema), ("optimizer", state.opt_state)):
             stored = ckpt.restore_as_numpy((workdir / "checkpoints" / str(steps) / name).absolute())
             for mine, whole in zip(jax.tree.leaves(tree), jax.tree.leaves(stored), strict=True):
@@ -153,7 +168,9 @@ def measure(folder: Path, topologies: list[Topology], steps: int, cache: Path, s
         workdir = folder / topology.name
         gradients[topology.name] = gradient_error(workdir, reference)
         relative[topology.name] = float(np.max(np.abs(losses(workdir) / expected - 1)))
-        say(f"{topology.name}: gradients {gradients[topology.name]:.1e}, losses {relative[topology.name]:.1e}")
+        say(
+            f"{topology.name}: gradients {gradients[topology.name]:.1e}, losses {relative[topology.name]:.1e}"
+        )
     restored = []
     for topology in (ONE, *topologies):
         others = [other.name for other in (ONE, *topologies) if other != topology]
@@ -175,7 +192,9 @@ def measure(folder: Path, topologies: list[Topology], steps: int, cache: Path, s
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true", help="two processes of one device, fsdp, 3 steps")
     parser.add_argument("--steps", type=int, default=20)
     for hidden in ("--restore", "--topology"):

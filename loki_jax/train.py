@@ -34,7 +34,14 @@ from loki_jax.training.faults import NonFiniteError, Preempted, StopRequest, Wat
 from loki_jax.training.inputs import open_inputs, start_reading
 from loki_jax.training.logging import MetricWriter, Progress, progress_line, say
 from loki_jax.training.provenance import describe_run, record_start
-from loki_jax.training.samples import can_follow, follow, make_pairs, make_sampler, sample_frames, sample_sheet
+from loki_jax.training.samples import (
+    can_follow,
+    follow,
+    make_pairs,
+    make_sampler,
+    sample_frames,
+    sample_sheet,
+)
 from loki_jax.training.sharding import global_batch, make_mesh, place, tree_shardings
 from loki_jax.training.state import create_state, make_optimizer
 from loki_jax.training.step import check_config, initial_params, make_eval_step, make_train_step
@@ -86,7 +93,9 @@ def train(config, workdir: Path) -> float:
 
     # --------------------------------------------------------------------------------- restore
     manager = ckpt.open_manager(workdir, config.checkpoint)
-    abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
+    abstract = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings
+    )
     restored = ckpt.restore_state(manager, abstract._replace(frozen=frozen), iterator)
     first, skipped = 0, 0
     if restored is None:
@@ -110,7 +119,9 @@ def train(config, workdir: Path) -> float:
     whole = NamedSharding(mesh, PartitionSpec())
     placed_head = place(head, jax.tree.map(lambda _: whole, head))
     validation = [global_batch(batch, mesh) for batch in held_out]
-    pairs = make_pairs(held_out[0], config.sample.pairs, head, dataset, config.sample.pose) if held_out else None
+    pairs = (
+        make_pairs(held_out[0], config.sample.pairs, head, dataset, config.sample.pose) if held_out else None
+    )
     sample = make_sampler(config, networks, mesh)
     eval_step = jax.jit(make_eval_step(config, networks, mesh))
     train_step = jax.jit(
@@ -134,12 +145,18 @@ def train(config, workdir: Path) -> float:
             writer.event(incident.step, incident.kind, **incident.figures, windows=names)
             if watch.stuck and incident.kind == "skipped":
                 folder = workdir / "dumps" / str(incident.step)
-                write_dump(folder, incident.step, incident.batch, state, config, head, names, incident.figures)
-                raise NonFiniteError(f"{watch.in_row} updates in a row were not finite, the last of step "
-                                     f"{incident.step}. Look into it with: python -m loki_jax.training.dump {folder}")
+                write_dump(
+                    folder, incident.step, incident.batch, state, config, head, names, incident.figures
+                )
+                raise NonFiniteError(
+                    f"{watch.in_row} updates in a row were not finite, the last of step "
+                    f"{incident.step}. Look into it with: python -m loki_jax.training.dump {folder}"
+                )
 
     # ------------------------------------------------------------------------------------ loop
-    progress = Progress(first, config.steps, config.batch_size, flops, chip.flops * mesh.size if chip else None)
+    progress = Progress(
+        first, config.steps, config.batch_size, flops, chip.flops * mesh.size if chip else None
+    )
     watch, watchdog = StepWatch(config.faults, skipped), Watchdog(config.faults.hang_seconds)
     loss = float("nan")
     with contextlib.ExitStack() as stack:
@@ -208,11 +225,15 @@ def main(argv: list[str]) -> None:
     config, workdir = FLAGS.config, Path(FLAGS.workdir)
     if config.deterministic:
         # Read when jax first looks for devices, which is later than here.
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_deterministic_ops=true".strip()
+        os.environ["XLA_FLAGS"] = (
+            f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_deterministic_ops=true".strip()
+        )
     try:
         cluster = find_cluster(os.environ, FLAGS.coordinator, FLAGS.processes, FLAGS.process_id, on_tpu_vm())
         if FLAGS.distributed and cluster is None:
-            raise ClusterError("--distributed: nothing in the environment names other processes (docs/training.md)")
+            raise ClusterError(
+                "--distributed: nothing in the environment names other processes (docs/training.md)"
+            )
         join(cluster)
         train(config, workdir)
     except Exception as error:

@@ -87,7 +87,9 @@ def find_cluster(
 
 def _checked(cluster: Cluster) -> Cluster:
     if cluster.processes < 1 or not 0 <= cluster.process_id < cluster.processes:
-        raise ClusterError(f"process {cluster.process_id} of {cluster.processes} ({cluster.kind}): no such process")
+        raise ClusterError(
+            f"process {cluster.process_id} of {cluster.processes} ({cluster.kind}): no such process"
+        )
     if not re.fullmatch(r".+:\d+", cluster.coordinator):
         raise ClusterError(f"coordinator {cluster.coordinator!r} ({cluster.kind}): expected host:port")
     return cluster
@@ -115,7 +117,9 @@ def _from_variables(environment: Mapping[str, str]) -> Cluster | None:
     if address is None or count is None:
         return None  # the address alone may serve Slurm or Open MPI
     if index is None:
-        raise ClusterError(f"{count} processes at {address}, but neither JAX_PROCESS_ID nor JOB_COMPLETION_INDEX is set")
+        raise ClusterError(
+            f"{count} processes at {address}, but neither JAX_PROCESS_ID nor JOB_COMPLETION_INDEX is set"
+        )
     return Cluster(kind, address, count, index)
 
 
@@ -165,7 +169,11 @@ def _share_of_gpus(environment: Mapping[str, str], local_id: str, local_count: s
     """Several tasks on a node that all see all its GPUs take one each; else a task takes what it sees."""
     count = re.match(r"\d+", environment.get(local_count, "1"))
     visible = environment.get("CUDA_VISIBLE_DEVICES")
-    if count is None or int(count[0]) == 1 or (visible is not None and len(visible.split(",")) < int(count[0])):
+    if (
+        count is None
+        or int(count[0]) == 1
+        or (visible is not None and len(visible.split(",")) < int(count[0]))
+    ):
         return None
     index = _number(environment, local_id)
     return None if index is None else (index,)

@@ -1,11 +1,11 @@
 """What is needed to reproduce a step that gave no finite numbers, and a program that does so.
 
-    python -m loki_jax.training.dump runs/hdtf/dumps/1234
+python -m loki_jax.training.dump runs/hdtf/dumps/1234
 
-    DUMP/dump.json                 step, seed and key, config, code version, windows, figures; written last
-    DUMP/head.npz                  the head asset
-    DUMP/batch-0.safetensors ...   each process's part of the step's batch
-    DUMP/state/                    parameters and frozen parameters as they were before the step (Orbax)
+DUMP/dump.json                 step, seed and key, config, code version, windows, figures; written last
+DUMP/head.npz                  the head asset
+DUMP/batch-0.safetensors ...   each process's part of the step's batch
+DUMP/state/                    parameters and frozen parameters as they were before the step (Orbax)
 """
 
 from __future__ import annotations
@@ -27,7 +27,13 @@ from safetensors.flax import load_file, save_file
 from loki_jax.head.asset import HeadAsset, load_head, save_head
 from loki_jax.head.types import Camera, Coefficients
 from loki_jax.networks import build_networks
-from loki_jax.training.checkpoint import CheckpointError, code_version, config_from_json, config_to_json, restore_as_numpy
+from loki_jax.training.checkpoint import (
+    CheckpointError,
+    code_version,
+    config_from_json,
+    config_to_json,
+    restore_as_numpy,
+)
 from loki_jax.training.distributed import wait_for_all
 from loki_jax.training.sharding import local_batch, make_mesh, path_name
 from loki_jax.training.state import TrainState, make_optimizer
@@ -64,7 +70,10 @@ def write_dump(
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
     wait_for_all(f"dump {step}")
-    flat = {path_name(path): jnp.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(local_batch(batch))}
+    flat = {
+        path_name(path): jnp.asarray(leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(local_batch(batch))
+    }
     save_file(flat, str(folder / f"batch-{jax.process_index()}.safetensors"))
     with ocp.StandardCheckpointer() as checkpointer:
         frozen = {key: value for key, value in state.frozen.items() if jax.tree.leaves(value)}
@@ -92,7 +101,9 @@ def read_dump(folder: str | os.PathLike) -> Dump:
     """
     folder = Path(folder)
     if not (folder / "dump.json").is_file():
-        raise CheckpointError(f"{folder}: no dump.json: not a dump, or one cut short. Give WORKDIR/dumps/STEP.")
+        raise CheckpointError(
+            f"{folder}: no dump.json: not a dump, or one cut short. Give WORKDIR/dumps/STEP."
+        )
     info = json.loads((folder / "dump.json").read_text())
     files = [folder / f"batch-{i}.safetensors" for i in range(info["processes"])]
     missing = [file.name for file in files if not file.is_file()]
@@ -109,7 +120,14 @@ def read_dump(folder: str | os.PathLike) -> Dump:
             batch[top] = value
     batch = {key: _TUPLES[key](**value) if key in _TUPLES else value for key, value in batch.items()}
     params = restore_as_numpy((folder / "state").absolute())
-    return Dump(info["step"], config_from_json(json.dumps(info["config"])), load_head(folder / "head.npz"), batch, params, info)
+    return Dump(
+        info["step"],
+        config_from_json(json.dumps(info["config"])),
+        load_head(folder / "head.npz"),
+        batch,
+        params,
+        info,
+    )
 
 
 def replay(dump: Dump) -> dict[str, Any]:
@@ -124,12 +142,17 @@ def replay(dump: Dump) -> dict[str, Any]:
     mesh = make_mesh(1, 1, jax.devices()[:1])
     trained = jax.tree.map(jnp.asarray, dump.params["trained"])
     frozen = {"autoencoder": {}} | jax.tree.map(jnp.asarray, dump.params.get("frozen", {}))
-    state = TrainState(jnp.asarray(dump.step - 1, jnp.int32), trained, None, make_optimizer(config).init({}), frozen)
+    state = TrainState(
+        jnp.asarray(dump.step - 1, jnp.int32), trained, None, make_optimizer(config).init({}), frozen
+    )
     loss, grads = jax.jit(make_gradients(config, networks, mesh))(state, dump.batch, dump.head)
     bad_rows = []
     for path, leaf in jax.tree_util.tree_leaves_with_path(dump.batch):
         finite = np.isfinite(np.asarray(leaf, np.float32)).reshape(len(leaf), -1).all(1)
-        bad_rows += [f"{path_name(path)} of window {row}: {dump.info['windows'][row]}" for row in np.flatnonzero(~finite)]
+        bad_rows += [
+            f"{path_name(path)} of window {row}: {dump.info['windows'][row]}"
+            for row in np.flatnonzero(~finite)
+        ]
     named = jax.tree_util.tree_leaves_with_path(jax.device_get(grads))
     return {
         "loss": float(loss),
@@ -140,7 +163,9 @@ def replay(dump: Dump) -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m loki_jax.training.dump", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m loki_jax.training.dump", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("dump", help="WORKDIR/dumps/STEP")
     try:
         found = replay(read_dump(parser.parse_args(argv).dump))
@@ -149,7 +174,10 @@ def main(argv: list[str] | None = None) -> None:
     print(f"loss {found['loss']}, gradient norm {found['grad_norm']}")
     for line in found["batch"]:
         print(f"not finite in the batch: {line}")
-    print(f"{len(found['gradients'])} gradients are not finite" + "".join(f"\n  {n}" for n in found["gradients"][:8]))
+    print(
+        f"{len(found['gradients'])} gradients are not finite"
+        + "".join(f"\n  {n}" for n in found["gradients"][:8])
+    )
 
 
 if __name__ == "__main__":

@@ -55,7 +55,9 @@ def exit_code(error: BaseException) -> ExitCode:
         return ExitCode.PREEMPTED
     if any(isinstance(e, FloatingPointError) for e in chain):
         return ExitCode.NOT_FINITE
-    if any(isinstance(e, OSError) and e.errno in _DISK_ERRORS for e in chain) or any(t in texts for t in _DISK_TEXTS):
+    if any(isinstance(e, OSError) and e.errno in _DISK_ERRORS for e in chain) or any(
+        t in texts for t in _DISK_TEXTS
+    ):
         return ExitCode.STORAGE
     if any(isinstance(e, DatasetError) for e in chain):
         return ExitCode.DATA
@@ -68,7 +70,16 @@ def exit_code(error: BaseException) -> ExitCode:
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG)
 # TensorStore reports what the system said as text.
 _DISK_TEXTS = tuple(os.strerror(number) for number in _DISK_ERRORS)
-_LOST_TEXTS = ("Gloo", "onnection", "heartbeat", "oordination", "DEADLINE_EXCEEDED", "UNAVAILABLE", "NCCL", "peer")
+_LOST_TEXTS = (
+    "Gloo",
+    "onnection",
+    "heartbeat",
+    "oordination",
+    "DEADLINE_EXCEEDED",
+    "UNAVAILABLE",
+    "NCCL",
+    "peer",
+)
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
@@ -101,7 +112,9 @@ def leave(error: Exception, workdir: Path) -> None:
         raise error
     saved = saved_steps(workdir)
     kind = "stopped" if code == ExitCode.PREEMPTED else "error"
-    print(f"{kind}: {explain(error, code, workdir, saved[-1] if saved else None)}", file=sys.stderr, flush=True)
+    print(
+        f"{kind}: {explain(error, code, workdir, saved[-1] if saved else None)}", file=sys.stderr, flush=True
+    )
     # A clean exit waits for the other processes. They agree to stop in two cases; in all others they may be
     # gone, or waiting in a collective for this one.
     if jax.process_count() > 1 and code not in (ExitCode.PREEMPTED, ExitCode.NOT_FINITE):
@@ -131,7 +144,9 @@ class StopRequest:
 
     def _ask(self, number: int, frame: object) -> None:
         self._asked = True
-        print(f"{signal.Signals(number).name}: will save and stop after this step", file=sys.stderr, flush=True)
+        print(
+            f"{signal.Signals(number).name}: will save and stop after this step", file=sys.stderr, flush=True
+        )
         self._restore()
 
     def _restore(self) -> None:

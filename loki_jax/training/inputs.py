@@ -31,7 +31,9 @@ def open_inputs(config: ConfigDict, mesh: Mesh) -> Inputs:
       ValueError: the batch cannot be split over the devices.
     """
     if not config.data.path:
-        raise DatasetError("config.data.path is empty: give --config.data.path=DIR, the folder with dataset_info.json")
+        raise DatasetError(
+            "config.data.path is empty: give --config.data.path=DIR, the folder with dataset_info.json"
+        )
     dataset = open_dataset(config.data.path)
     if dataset.metadata.image_size != config.image_size:
         raise DatasetError(

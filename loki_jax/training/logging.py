@@ -59,7 +59,9 @@ class Progress:
       peak: what all devices together could do in a second. None where no peak is known: no MFU then.
     """
 
-    def __init__(self, first_step: int, last_step: int, batch_size: int, flops: float = 0.0, peak: float | None = None):
+    def __init__(
+        self, first_step: int, last_step: int, batch_size: int, flops: float = 0.0, peak: float | None = None
+    ):
         self._last_step, self._batch_size, self._flops, self._peak = last_step, batch_size, flops, peak
         self._step = first_step
         self._time = time.monotonic()

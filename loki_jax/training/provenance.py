@@ -32,7 +32,10 @@ def git_revision(folder: Path) -> dict[str, Any] | None:
     ).stdout  # fmt: skip
     try:
         revision = git("rev-parse", "HEAD").strip()
-        return {"revision": revision, "changed": git("status", "--porcelain", "--untracked-files=no").splitlines()}
+        return {
+            "revision": revision,
+            "changed": git("status", "--porcelain", "--untracked-files=no").splitlines(),
+        }
     except (OSError, subprocess.SubprocessError):
         return None
 
@@ -86,7 +89,9 @@ def describe_run(config: ConfigDict, mesh: Mesh, data: Path, first_step: int) ->
             "mesh": dict(mesh.shape),
             "runtime": devices[0].client.platform_version,
         },
-        "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith(("XLA_", "JAX_", "NCCL_", "LIBTPU_"))},
+        "environment": {
+            k: v for k, v in sorted(os.environ.items()) if k.startswith(("XLA_", "JAX_", "NCCL_", "LIBTPU_"))
+        },
         "dataset": {"path": str(data), "files": dataset_checksums(data)},
     }
 

@@ -49,7 +49,9 @@ class Pairs(NamedTuple):
     crop: np.ndarray
 
 
-def make_pairs(batch: dict[str, Any], count: int, head: HeadAsset, dataset: Dataset, mode: str) -> Pairs | None:
+def make_pairs(
+    batch: dict[str, Any], count: int, head: HeadAsset, dataset: Dataset, mode: str
+) -> Pairs | None:
     """Pairs from a validation batch; all processes must call. None where it holds no images.
 
     Window i drives its own person, and then that of the next window of somebody else (design section 9).
@@ -75,7 +77,12 @@ def make_pairs(batch: dict[str, Any], count: int, head: HeadAsset, dataset: Data
     def perform(driver, reference, driver_camera, reference_camera):
         scale = size_ratio(head, reference.shape, driver.shape[0])
         return substitute(
-            driver, reference, mode, scale=scale, driver_camera=driver_camera, reference_camera=reference_camera
+            driver,
+            reference,
+            mode,
+            scale=scale,
+            driver_camera=driver_camera,
+            reference_camera=reference_camera,
         )
 
     first_of = lambda tree: jax.tree.map(lambda x: x[:, 0], tree)
@@ -106,7 +113,9 @@ def _next_other(identity: list[str], row: int) -> int:
     return next((i % count for i in range(row + 1, row + count) if identity[i % count] != identity[row]), row)
 
 
-def make_sampler(config: ConfigDict, networks: Networks, mesh: Mesh) -> Callable[[PyTree, HeadAsset, Pairs], np.ndarray]:
+def make_sampler(
+    config: ConfigDict, networks: Networks, mesh: Mesh
+) -> Callable[[PyTree, HeadAsset, Pairs], np.ndarray]:
     """sample(params, head, pairs) -> (2N,T,S,S,3) uint8 on every process, always from the same noise.
 
     All processes must call. The pairs are split over the devices where their number allows.
@@ -117,11 +126,25 @@ def make_sampler(config: ConfigDict, networks: Networks, mesh: Mesh) -> Callable
         driver = driver_input(config, head, inputs["coefficients"], inputs["camera"], inputs["crop"])
         camera, crop = jax.tree.map(lambda x: x[:, 0], (inputs["camera"], inputs["crop"]))
         features = portrait_features(
-            config, networks, params, head, inputs["reference"], inputs["reference_coefficients"], camera, crop
+            config,
+            networks,
+            params,
+            head,
+            inputs["reference"],
+            inputs["reference_coefficients"],
+            camera,
+            crop,
         )
         return sample_from_features(
-            config, networks, params, features, driver, jax.random.key(0), steps=config.sample.steps,
-            guidance=config.sample.guidance, spacing=config.sample.spacing,
+            config,
+            networks,
+            params,
+            features,
+            driver,
+            jax.random.key(0),
+            steps=config.sample.steps,
+            guidance=config.sample.guidance,
+            spacing=config.sample.spacing,
         )
 
     compiled = jax.jit(sample, out_shardings=whole)
@@ -138,15 +161,15 @@ def make_sampler(config: ConfigDict, networks: Networks, mesh: Mesh) -> Callable
     return run
 
 
-def sample_frames(
-    pairs: Pairs, sampled: UInt8[np.ndarray, "n t s s 3"]
-) -> list[UInt8[np.ndarray, "h w 3"]]:
+def sample_frames(pairs: Pairs, sampled: UInt8[np.ndarray, "n t s s 3"]) -> list[UInt8[np.ndarray, "h w 3"]]:
     """Frames of a video: a column for each pair, with its reference, its driver and what was sampled."""
     columns = len(sampled)
     still = np.concatenate(list(pairs.reference), 1)
     frames = []
     for t in range(sampled.shape[1]):
-        rows = [still] + [np.concatenate([x[i, t] for i in range(columns)], 1) for x in (pairs.driver, sampled)]
+        rows = [still] + [
+            np.concatenate([x[i, t] for i in range(columns)], 1) for x in (pairs.driver, sampled)
+        ]
         frames.append(np.concatenate(rows, 0))
     return frames
 
@@ -172,7 +195,9 @@ def follow(
 
     Works on one process alone. Two windows of few frames say less than `python -m loki_jax.evaluate`.
     """
-    appearances = [sample_appearance(dataset.clips[int(c)].extra["identity_seed"], head) for c in pairs.reference_clip]
+    appearances = [
+        sample_appearance(dataset.clips[int(c)].extra["identity_seed"], head) for c in pairs.reference_clip
+    ]
     appearance = jax.tree.map(lambda *x: jnp.stack([jnp.asarray(v) for v in x]), *appearances)
     fitted, _ = fit_photometric_clips(
         sampled, head, pairs.reference_coefficients.shape, appearance, pairs.camera, pairs.crop
@@ -183,7 +208,9 @@ def follow(
     for i in range(len(sampled)):
         mine, target = one(fitted, i), one(pairs.driver_coefficients, i)
         hpf.append(head_pose_follow(mine.rot, target.rot, mine.neck, target.neck).degrees)
-        hef.append(head_expression_follow(head, mine, target, one(pairs.driver_camera, i), size=size).distance)
+        hef.append(
+            head_expression_follow(head, mine, target, one(pairs.driver_camera, i), size=size).distance
+        )
     half = len(sampled) // 2
     mean = lambda values: float(np.mean([v for v in values if v is not None]))
     return {

@@ -30,7 +30,9 @@ class Incident(NamedTuple):
 
     def __str__(self) -> str:
         figures = ", ".join(f"{key} {value:.4g}" for key, value in self.figures.items())
-        text = {"skipped": "update skipped, not finite", "spike": "gradient norm far above its median"}[self.kind]
+        text = {"skipped": "update skipped, not finite", "spike": "gradient norm far above its median"}[
+            self.kind
+        ]
         return f"step {self.step}: {text}: {figures}"
 
 
@@ -93,7 +95,10 @@ class StepWatch:
         self._interval.append(figures)
         norm, median = figures["grad_norm"], float(np.median(self._norms)) if self._norms else math.inf
         # A median of few steps says little.
-        spike = len(self._norms) >= min(20, self._faults.spike_window) and norm > self._faults.spike_factor * median
+        spike = (
+            len(self._norms) >= min(20, self._faults.spike_window)
+            and norm > self._faults.spike_factor * median
+        )
         self._norms.append(norm)
         return [Incident("spike", step, figures | {"median": median}, batch)] if spike else []
 

@@ -10,7 +10,14 @@ import pytest
 
 from configs import demo
 from loki_jax.training.checkpoint import (
-    CheckpointError, check_fit, finishing, leaf_shapes, open_manager, restore_state, save_state, saved_steps,
+    CheckpointError,
+    check_fit,
+    finishing,
+    leaf_shapes,
+    open_manager,
+    restore_state,
+    save_state,
+    saved_steps,
 )  # fmt: skip
 from loki_jax.training.faults import Preempted
 from loki_jax.training.state import create_state
@@ -30,7 +37,10 @@ class Position:
 
 
 def make_state(width=3, fill=1.0):
-    params = {"generation": {"dense": {"kernel": jnp.full((2, width), fill)}}, "reference": {"bias": jnp.zeros(width)}}
+    params = {
+        "generation": {"dense": {"kernel": jnp.full((2, width), fill)}},
+        "reference": {"bias": jnp.zeros(width)},
+    }
     return create_state(params, {}, optax.adamw(1e-3), keep_ema=True)
 
 
@@ -80,7 +90,9 @@ def test_other_shapes_are_named(tmp_path):
     config = run_config()
     save_all(tmp_path, config, {1: None})
     manager = open_manager(tmp_path, config.checkpoint)
-    with pytest.raises(CheckpointError, match=r"generation/dense/kernel: \(2, 3\) there, \(2, 4\) in this config"):
+    with pytest.raises(
+        CheckpointError, match=r"generation/dense/kernel: \(2, 3\) there, \(2, 4\) in this config"
+    ):
         restore_state(manager, abstract(make_state(width=4)), Position())
     manager.close()
     with pytest.raises(CheckpointError, match=r"a: missing there, \(2,\)(.|\n)*b: \(3,\) there, none"):

@@ -12,7 +12,15 @@ from ml_collections import ConfigDict
 
 from configs.common import base_config
 from loki_jax.data.records import ClipInfo, DatasetError
-from loki_jax.training.faults import ExitCode, NonFiniteError, Preempted, StopRequest, Watchdog, exit_code, leave
+from loki_jax.training.faults import (
+    ExitCode,
+    NonFiniteError,
+    Preempted,
+    StopRequest,
+    Watchdog,
+    exit_code,
+    leave,
+)
 from loki_jax.training.logging import Progress, progress_line
 from loki_jax.training.provenance import dataset_checksums, installed_packages
 from loki_jax.training.watch import StepWatch, window_names
@@ -30,7 +38,10 @@ def chained(outer, inner):
         (NonFiniteError("x"), ExitCode.NOT_FINITE),
         (OSError(errno.ENOSPC, "No space left on device"), ExitCode.STORAGE),
         (chained(ValueError("save failed"), OSError(errno.EDQUOT, "Disk quota exceeded")), ExitCode.STORAGE),
-        (ValueError("INTERNAL: write failed: No space left on device [source locations=...]"), ExitCode.STORAGE),
+        (
+            ValueError("INTERNAL: write failed: No space left on device [source locations=...]"),
+            ExitCode.STORAGE,
+        ),
         (DatasetError("shard"), ExitCode.DATA),
         (chained(RuntimeError("reader"), DatasetError("shard")), ExitCode.DATA),
         (ValueError("config"), ExitCode.ERROR),
@@ -48,7 +59,11 @@ def test_message_names_the_last_whole_checkpoint(tmp_path, capsys):
         leave(OSError(errno.ENOSPC, "No space left on device", "x"), tmp_path)
     assert stopped.value.code == 74
     message = capsys.readouterr().err
-    assert "No space left" in message and str(tmp_path / "checkpoints" / "8") in message and "same command" in message
+    assert (
+        "No space left" in message
+        and str(tmp_path / "checkpoints" / "8") in message
+        and "same command" in message
+    )
     with pytest.raises(KeyError):  # an error of the program keeps its traceback
         leave(KeyError("bug"), tmp_path)
 

@@ -121,7 +121,9 @@ def test_a_checkpoint_of_another_architecture_is_refused(shards, workdir):
     config.model.unet.channels = 32
     # As if the same config built another network, in another version of the code.
     (workdir / "config.json").unlink()
-    with pytest.raises(CheckpointError, match=r"another architecture(.|\n)*\(3, 3, \d+, 16\) there, \(3, 3, \d+, 32\)"):
+    with pytest.raises(
+        CheckpointError, match=r"another architecture(.|\n)*\(3, 3, \d+, 16\) there, \(3, 3, \d+, 32\)"
+    ):
         train(config, workdir)
 
 

@@ -26,7 +26,9 @@ def test_pairs_are_of_one_person_and_then_of_two(tmp_path):
         "clip0 < clip0", "clip1 < clip1", "clip2 < clip2", "clip2 < clip0", "clip2 < clip1", "clip0 < clip2",
     )  # fmt: skip
     # One person: as recorded. Two: the reference's shape, from the reference's pose on.
-    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[:3], b[:3]), pairs.coefficients, batch["coefficients"])
+    jax.tree.map(
+        lambda a, b: np.testing.assert_array_equal(a[:3], b[:3]), pairs.coefficients, batch["coefficients"]
+    )
     np.testing.assert_array_equal(pairs.coefficients.shape[3, 0], pairs.reference_coefficients.shape[3])
     np.testing.assert_array_equal(pairs.coefficients.expression[3:], pairs.driver_coefficients.expression[3:])
     np.testing.assert_allclose(pairs.coefficients.tra[3, 0], pairs.reference_coefficients.tra[3], atol=1e-6)

@@ -16,6 +16,7 @@ from loki_jax.training.checkpoint import CheckpointError, load_checkpoint, load_
 from loki_jax.training.logging import read_metrics
 from loki_jax.training.step import initial_params
 
+
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory):
     return write_shards(tmp_path_factory.mktemp("data") / "shards")
