@@ -17,6 +17,7 @@ CORE = [
     "flax>=0.12.8",
     "optax>=0.2.8",
     "orbax-checkpoint>=0.12.8",
+    "etils>=1.9",  # paths as Orbax takes them
     "grain>=0.2.18",
     "array_record>=0.8.3",
     "ml-collections>=1.1.0",
@@ -47,6 +48,7 @@ EXTRAS = {
         "pytest-xdist>=3.6",
         "chex>=0.1.90",
         "hypothesis>=6.100",
+        "pyyaml>=6.0",  # the JobSet of launch/
         "smplx>=0.1.28",  # the oracle for FLAME; it and parity tests need torch
         "torch>=2.6",
     ],
