@@ -15,21 +15,25 @@ from data_prep.face_track import FittedClip
 from data_prep.fit import LANDMARK_SET
 from loki_jax.head.asset import HeadAsset
 from loki_jax.head.camera import camera_from_world, crop_and_resize, ndc_from_camera, project
+from loki_jax.head.ict import MEDIAPIPE_OF_IBUG
 from loki_jax.head.skinning import landmark_positions, make_identity, mesh_faces, world_vertices
 from loki_jax.head.types import Camera, Coefficients
 from loki_jax.raster import interpolate, rasterize
 
+_PUPILS = 468, 473
 _SEEN, _MODEL = (60, 255, 60), (255, 50, 50)  # landmarks found in the image; the same points of the mesh
 
 
 def overlay_frames(
     clip: FittedClip, head: HeadAsset, size: int = 256, opacity: float = 0.55
 ) -> Iterator[UInt8[np.ndarray, "S S2 3"]]:
-    """For each frame a picture (size, 2 size, 3): the crop, and the crop under the shaded mesh with
-    found landmarks in green and the mesh's in red."""
+    """For each frame a picture (size, 2 size, 3): the crop, and the crop under the shaded mesh with the 68
+    found landmarks and pupils in green and the mesh's in red."""
     fit = clip.fit
     crop = jnp.asarray(clip.crop)
-    drawn = np.flatnonzero(np.asarray(head.landmarks[LANDMARK_SET].face) >= 0)
+    # All 478 would hide the lids and lips of the mesh.
+    held = np.flatnonzero(np.asarray(head.landmarks[LANDMARK_SET].face) >= 0)
+    drawn = np.intersect1d(held, (*MEDIAPIPE_OF_IBUG, *_PUPILS))
     origin, scale = clip.crop[:2], size / (clip.crop[2] - clip.crop[0])
     for index, frame in enumerate(clip.frames):
         coefficients = Coefficients(*(jnp.asarray(field[index]) for field in fit.coefficients))
