@@ -45,7 +45,8 @@ def sent_bytes(collective: Collective) -> float:
 
 
 def expected_collectives(
-    state: TrainState, shardings: TrainState, data: int, fsdp: int, dtype_bytes: int, frozen_read: list[bool]
+    state: TrainState, shardings: TrainState, data: int, fsdp: int, dtype_bytes: int, frozen_read: list[bool],
+    parts: int = 1,
 ) -> list[Collective]:
     """What data parallelism and sharded parameters need, if nothing else is exchanged.
 
@@ -56,6 +57,7 @@ def expected_collectives(
     Args:
       dtype_bytes: of one number in the computation's dtype.
       frozen_read: whether a step reads each of the frozen arrays (the VAE's decoder it does not).
+      parts: in which the batch goes through (`config.accumulate`); each gathers and reduces anew.
     """
     sharded = whole = frozen = 0
     sharded_count = whole_count = frozen_count = 0
@@ -77,7 +79,7 @@ def expected_collectives(
         Collective("all-reduce", "data", data, 4 * sharded // fsdp, sharded_count, "gradients of shards"),
         Collective("all-reduce", "all", data * fsdp, 4 * whole, whole_count, "gradients of whole arrays"),
     ]
-    return [c for c in found if c.group > 1 and c.bytes]
+    return [c._replace(bytes=parts * c.bytes, count=parts * c.count) for c in found if c.group > 1 and c.bytes]
 
 
 # ---------------------------------------------------------------------------------------- compiled
@@ -120,9 +122,11 @@ def _group_size(kind: str, rest: str, n_devices: int) -> int:
     """Devices of a group, from any of XLA's ways to write replica groups."""
     if kind == "collective-permute":
         return 2
-    if found := re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", rest):
+    if found := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", rest):
         sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", found[1])}
-        return math.prod(sizes[name] for name in re.findall(r"'([^']+)'", found[2]))
+        # A part of an axis is written 'name':(size before)size.
+        axes = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", found[2])
+        return math.prod(int(part) if part else sizes[name] for name, part in axes)
     if found := re.search(r"replica_groups=\[(\d+),(\d+)\]<=", rest):
         return int(found[2])
     if found := re.search(r"replica_groups=\{\{([\d,]+)\}", rest):

@@ -46,7 +46,9 @@ class Placement(NamedTuple):
     whole: tuple[tuple[str, tuple[int, ...]], ...]
 
 
-def placements(state: TrainState, shardings: TrainState, min_size: int) -> dict[str, Placement]:
+def placements(
+    state: TrainState, shardings: TrainState, min_size: int, accumulate: int = 1
+) -> dict[str, Placement]:
     """Placement of parameters, moving average, optimiser moments, gradients and frozen parameters."""
     groups = {
         "parameters": (state.params, shardings.params),
@@ -54,6 +56,7 @@ def placements(state: TrainState, shardings: TrainState, min_size: int) -> dict[
         "optimiser moments": (state.opt_state, shardings.opt_state),
         # The step gives gradients the layout of their parameters.
         "gradients": (state.params, shardings.params),
+        **({"accumulated gradients": (state.params, shardings.params)} if accumulate > 1 else {}),
         "frozen": (state.frozen, shardings.frozen),
     }
     return {name: _placement(*group, min_size) for name, group in groups.items()}
@@ -103,11 +106,12 @@ class Activations(NamedTuple):
     encode: int
 
 
-def activations(jaxpr: ClosedJaxpr, devices: int) -> Activations:
+def activations(jaxpr: ClosedJaxpr, devices: int, parts: int = 1) -> Activations:
     """Activations of a traced step (`work.trace_step`), per device.
 
     Args:
       devices: that share the global batch; the chunked backend sizes its blocks by the whole batch.
+      parts: in which the batch goes through (`config.accumulate`), one after another.
     """
     live = live_jaxpr(jaxpr)
     products = list(attention_products(live))
@@ -118,7 +122,7 @@ def activations(jaxpr: ClosedJaxpr, devices: int) -> Activations:
     largest = dict.fromkeys(PARTS, 0.0)
     for op in operations(jaxpr):
         part = part_of(op.scope)
-        largest[part] = max(largest[part], op.bytes)
+        largest[part] = max(largest[part], op.bytes / parts)
     return Activations(
         kept=kept, block=max(blocks, default=0),
         attention=attention_bytes(_largest_attention(products), devices),
@@ -228,16 +232,17 @@ def _bytes(aval: Any) -> int:
 # ------------------------------------------------------------------------------------------- peak
 
 
-def peak_bytes(resident: int, gradients: int, step: Activations, backend: str) -> dict[str, int]:
+def peak_bytes(resident: int, gradients: int, step: Activations, backend: str, gathered: int = 0) -> dict[str, int]:
     """Bytes at the two moments that need most: the frozen VAE, and the backward pass.
 
     The backward pass is counted as if all gradients stood beside all kept activations; they meet
     nearly so where the part that is differentiated last keeps most.
+
+    Args:
+      gathered: whole copies of sharded parameters in use, as if all were there at once.
     """
-    return {
-        "VAE encode": resident + step.encode,
-        "backward": resident + gradients + sum(step.kept.values()) + step.block + step.attention[backend] + step.operation,
-    }
+    working = sum(step.kept.values()) + step.block + step.attention[backend] + step.operation
+    return {"VAE encode": resident + gathered + step.encode, "backward": resident + gathered + gradients + working}
 
 
 def abstract_mesh(data: int, fsdp: int) -> AbstractMesh:

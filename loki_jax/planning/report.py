@@ -54,20 +54,25 @@ def make_plan(
     config, state, devices = subject.config, subject.state, data * fsdp
     work, jaxpr = local or local_plan(subject, windows, latents)
     shardings, _ = tree_shardings(state, abstract_mesh(data, fsdp), config.sharding_rules, config.sharding_min_size)
-    places = placements(state, shardings, config.sharding_min_size)
+    parts = config.get("accumulate", 1)
+    places = placements(state, shardings, config.sharding_min_size, parts)
     on_device = {name: place.per_device for name, place in places.items()}
-    step: Activations = activations(jaxpr, devices)
+    step: Activations = activations(jaxpr, devices, parts)
 
     local_config = config.copy_and_resolve_references()
     local_config.batch_size = windows
     batch = batch_bytes(abstract_batch(local_config, subject.head, subject.networks if latents else None))
     head = batch_bytes([np.asarray(leaf) for leaf in jax.tree.leaves(subject.head)])
     resident = sum(on_device.values()) - on_device["gradients"] + batch + head + state.step.dtype.itemsize
-    peaks = {name: peak_bytes(resident, on_device["gradients"], step, name) for name in step.attention}
+    item = jnp.dtype(config.model.dtype).itemsize
+    collectives = expected_collectives(state, shardings, data, fsdp, item, frozen_read(jaxpr, state), parts)
+    # The backward pass gathers what the forward pass did.
+    gathers = [c.bytes // parts for c in collectives if c.kind == "all-gather" and "backward" not in c.what]
+    peaks = {
+        name: peak_bytes(resident, on_device["gradients"], step, name, sum(gathers)) for name in step.attention
+    }
     peak = max(peaks[backend].values())
 
-    item = jnp.dtype(config.model.dtype).itemsize
-    collectives = expected_collectives(state, shardings, data, fsdp, item, frozen_read(jaxpr, state))
     traffic = predict.optimizer_traffic(*(on_device[k] for k in ("parameters", "optimiser moments", "moving average", "gradients")))
     time = predict.step_time(work, traffic, collectives, chip, data, fsdp, efficiency)
     model = sum(part.matrix for name, part in work.items() if name != "recomputation")
@@ -81,7 +86,7 @@ def make_plan(
         "work_per_device": {name: part._asdict() for name, part in work.items()},
         "memory": {
             "groups": {name: place._asdict() for name, place in places.items()},
-            "batch": batch, "head": head, "resident": resident, "activations": step._asdict(),
+            "batch": batch, "head": head, "resident": resident, "gathered": sum(gathers), "activations": step._asdict(),
             "peak_by_attention": peaks, "peak": peak, "usable": predict.USABLE_MEMORY * chip.memory,
             "fits": bool(peak <= predict.USABLE_MEMORY * chip.memory),
         },
@@ -175,6 +180,7 @@ def _memory(plan: dict) -> str:
     for name, group in memory["groups"].items():
         lines.append(row(name, group["per_device"], f"  of {quantity(group['total'])}B"))
     lines += [row("batch", memory["batch"]), row("head asset", memory["head"])]
+    lines.append(row("sharded parameters, gathered all at once", memory["gathered"]))
     step = memory["activations"]
     for name, size in sorted(step["kept"].items(), key=lambda item: -item[1]):
         lines.append(row("kept for the backward pass: " + name, size))
