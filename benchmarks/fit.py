@@ -1,8 +1,10 @@
 """Speed of the fit: the solver beside SciPy's, the way from mp4 to shards, memory by number of clips.
 
-    python benchmarks/fit.py [--quick] [--clip FILE.mp4 --head HEAD.npz] [--frames 64] [--scipy-frames 8]
+    OPENBLAS_NUM_THREADS=1 python benchmarks/fit.py [--quick] [--clip FILE.mp4 --head HEAD.npz]
+        [--frames 64] [--scipy-frames 8]
 
-Three parts, each printed with what was measured; the last line is one JSON object.
+(One thread for SciPy's small decompositions: on a busy machine more of them wait for one another, up to
+hundreds of times longer.) Three parts, each printed with what was measured; the last line is one JSON object.
 
 Solver (`solver_fps`, `scipy_over_ours`). A clip of the built-in head from `benchmarks/fit_accuracy.py` is
 fitted by `data_prep.fit`, all frames together, from landmarks to coefficients and errors.
@@ -14,12 +16,12 @@ what ours is for that frame. Calls are taken in turns; the ratio is one of media
 optimisers.
 `finite_difference_over_ours`: the same with SciPy's own "2-point" Jacobian, on one frame.
 
-Pipeline (`pipeline_fps`). `python -m data_prep.build` on 1 and on 1 + `--copies` copies of a clip: frames of
-the further copies over their further seconds, so that imports and compilation do not count (`first_clip_s`
-holds them). The clip is `--clip`, or a synthetic one. Needs the cached landmark models (`python -m
-data_prep.landmarker`); without them these figures are null.
+Pipeline (`pipeline_fps`). `python -m data_prep.build` on one copy of a clip for each core, and on 1 +
+`--copies` copies for each: the further frames over the further seconds, so that imports and compilation do
+not count (`first_clips_s` holds them). The clip is `--clip`, or a synthetic one. Needs the cached landmark
+models (`python -m data_prep.landmarker`); without them these figures are null.
 
-Memory (`peak_mib_1`, `peak_mib_n`): peak resident memory of the largest process in these two builds.
+Memory (`peak_mib_few`, `peak_mib_many`): peak resident memory of the largest process in these two builds.
 
 About 3 minutes on 2 idle cores; `--quick` about 1.
 """
@@ -203,7 +205,7 @@ def build(clips: list[Path], head: str, out: Path, size: int, overlay: str) -> t
 
 def pipeline(clip: Path | None, head: str, frames: int, copies: int, size: int, overlay: str) -> dict:
     """mp4 to shards, and the peak memory of builds of one and of many clips."""
-    names = ("pipeline_fps", "first_clip_s", "peak_mib_1", "peak_mib_n")
+    names = ("pipeline_fps", "first_clips_s", "peak_mib_few", "peak_mib_many")
     if cached_models() is None:
         print("pipeline: the landmark models are not cached; run `python -m data_prep.landmarker` first")
         return dict.fromkeys(names)
@@ -214,7 +216,8 @@ def pipeline(clip: Path | None, head: str, frames: int, copies: int, size: int, 
             source = folder / "synthetic.mp4"
             synthetic_clip(source, frames)
         runs = []
-        for count in (1, 1 + copies):
+        few = os.cpu_count() or 1
+        for count in (few, few * (1 + copies)):
             inputs = folder / f"in{count}"
             inputs.mkdir()
             for index in range(count):
@@ -224,11 +227,13 @@ def pipeline(clip: Path | None, head: str, frames: int, copies: int, size: int, 
                     file.write(b"\0\0\0\x08free" * index)
             runs.append(build(sorted(inputs.iterdir()), head, folder / f"out{count}", size, overlay))
     (first_s, first_frames, first_mib), (all_s, all_frames, all_mib) = runs
-    rate = (all_frames - first_frames) / (all_s - first_s)
+    more = all_s - first_s
+    rate = (all_frames - first_frames) / more if more > 0 else None
     print(
-        f"pipeline: {clip or 'synthetic clip'}, {first_frames} frames, {size} px, overlay {overlay}: "
-        f"first clip {first_s:.1f} s with start-up, then {rate:.1f} frames/s; "
-        f"peak {first_mib:.0f} MiB for 1 clip, {all_mib:.0f} MiB for {1 + copies}"
+        f"pipeline: {clip or 'synthetic clip'}, {size} px, overlay {overlay}: {first_frames} frames in "
+        f"{first_s:.1f} s with start-up, {all_frames} in {all_s:.1f} s, "
+        + ("a busy machine hides the rate; " if rate is None else f"{rate:.1f} frames/s between; ")
+        + f"peak {first_mib:.0f} MiB for {few} clips, {all_mib:.0f} MiB for {few * (1 + copies)}"
     )
     return dict(zip(names, (rate, first_s, first_mib, all_mib), strict=True))
 
@@ -237,12 +242,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--quick", action="store_true", help="16 frames, 2 of them by SciPy, 1 further clip")
+    parser.add_argument("--quick", action="store_true", help="16 frames, 2 of them by SciPy, 1 further copy")
     parser.add_argument("--frames", type=int, default=64, help="of the solver's and the synthetic clip")
     parser.add_argument("--scipy-frames", type=int, default=8)
     parser.add_argument("--clip", type=Path, help="an mp4 with a face (default: a synthetic one)")
     parser.add_argument("--head", default="builtin", help="head of the pipeline's fit")
-    parser.add_argument("--copies", type=int, default=4, help="further copies in the second build")
+    parser.add_argument("--copies", type=int, default=4, help="further copies for each core")
     parser.add_argument("--size", type=int, default=512, help="side of the stored frames")
     parser.add_argument("--overlay", default="0", help="side of the overlay videos; 0: none")
     parser.add_argument("--no-pipeline", action="store_true", help="the solver only")
