@@ -207,7 +207,7 @@ def make_calls(networks: dict, inputs: dict, scale: float, sampling_steps: int, 
                 epsilon = u + guidance * (c - u)
                 a, previous = alphas[step], alphas[max(step - 1000 // sampling_steps, 0)]
                 x = previous.sqrt() * (x - (1 - a).sqrt() * epsilon) / a.sqrt() + (1 - previous).sqrt() * epsilon
-            frames = [decode(z[None].to(half) / scale) for z in x]
+            frames = decode((x.to(half) / scale).contiguous())
         wait()
         return frames
 
