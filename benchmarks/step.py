@@ -42,7 +42,13 @@ from loki_jax.head.camera import camera_from_world, crop_box, project
 from loki_jax.head.skinning import make_identity, mesh_render_mask, world_vertices
 from loki_jax.head.types import Camera, Coefficients
 from loki_jax.networks import (
-    build_networks, denoise, driver_input, encode_condition, encode_images, random_params, reference_features,
+    build_networks,
+    denoise,
+    driver_input,
+    encode_condition,
+    encode_images,
+    random_params,
+    reference_features,
     sample_from_features,
 )
 from loki_jax.training.accounting import chip_of, work_of
@@ -118,7 +124,10 @@ def our_calls(config, steps: int) -> tuple[dict, dict]:
     driver = draw(*place)
     copy = jax.jit(jnp.copy)
     # A batch of 32 frames, whatever the step's own batch is (issue B, point 5).
-    many = jax.tree.map(lambda x: jnp.concatenate([x] * -(-32 // (x.shape[0] * config.window)))[: -(-32 // config.window)], place)
+    many = jax.tree.map(
+        lambda x: jnp.concatenate([x] * -(-32 // (x.shape[0] * config.window)))[: -(-32 // config.window)],
+        place,
+    )
     many_maps = draw(*many)
     vae = jax.jit(lambda p, f, r: (encode_images(networks, p, f), encode_images(networks, p, r)))
     features_of = jax.jit(lambda p, z: reference_features(networks, p, z))
@@ -128,8 +137,19 @@ def our_calls(config, steps: int) -> tuple[dict, dict]:
         return denoise(networks, p, x, t, encode_condition(networks, p, maps), features)
 
     generation = jax.jit(forward)
-    sample = jax.jit(lambda p, features, maps, key: sample_from_features(
-        config, networks, p, features, maps, key, steps=steps, guidance=config.sample.guidance, spacing="leading"))
+    sample = jax.jit(
+        lambda p, features, maps, key: sample_from_features(
+            config,
+            networks,
+            p,
+            features,
+            maps,
+            key,
+            steps=steps,
+            guidance=config.sample.guidance,
+            spacing="leading",
+        )
+    )
     latents, portrait = vae(whole(state), batch["frames"], batch["reference"])
     features = features_of(whole(state), portrait)
     one = lambda tree: jax.tree.map(lambda x: x[:1], tree)
@@ -209,7 +229,11 @@ def timings(calls: dict[str, dict], repeats: int, slow: int) -> dict[str, dict[s
             began = time.perf_counter()
             call()
             call()
-            print(f"{who}: {name} compiled and warm after {time.perf_counter() - began:.1f} s", file=sys.stderr, flush=True)
+            print(
+                f"{who}: {name} compiled and warm after {time.perf_counter() - began:.1f} s",
+                file=sys.stderr,
+                flush=True,
+            )
         for _ in range(slow if name == "sampling" else repeats):
             for who, call in mine.items():
                 began = time.perf_counter()
@@ -225,7 +249,9 @@ def matrix_rate(quick: bool) -> float:
     for n in sizes:
         a, b = jax.random.normal(jax.random.key(0), (2, n, n), dtype)
         # A chain, so that the time of a call does not count.
-        chain = jax.jit(lambda a, b: jax.lax.fori_loop(0, 8, lambda _, x: (x @ b) * jnp.asarray(n**-0.5, dtype), a))
+        chain = jax.jit(
+            lambda a, b: jax.lax.fori_loop(0, 8, lambda _, x, n=n: (x @ b) * jnp.asarray(n**-0.5, dtype), a)
+        )
         jax.block_until_ready(chain(a, b))
         for _ in range(5):
             began = time.perf_counter()
@@ -240,21 +266,32 @@ def run_one(arguments, config, steps: int) -> dict:
     if arguments.only in (None, "ours"):
         calls["ours"], known["ours"] = our_calls(config, steps)
     if arguments.only in (None, "torch") and not arguments.no_torch:
-        calls["torch"], known["torch"] = their_calls(config, steps, not (arguments.quick or arguments.no_compile))
+        calls["torch"], known["torch"] = their_calls(
+            config, steps, not (arguments.quick or arguments.no_compile)
+        )
     return {"seconds": timings(calls, arguments.repeats, max(2, arguments.repeats // 3)), "known": known}
 
 
 def in_processes(arguments) -> dict:
     """The same, each implementation in its own process, in turns."""
     whole = {"seconds": {}, "known": {}}
-    command = [sys.executable, __file__, "--windows", str(arguments.windows), "--repeats", str(arguments.repeats)]
+    command = [
+        sys.executable,
+        __file__,
+        "--windows",
+        str(arguments.windows),
+        "--repeats",
+        str(arguments.repeats),
+    ]
     command += [f"--{name.replace('_', '-')}" for name in ("quick", "no_compile") if getattr(arguments, name)]
     for number in range(arguments.rounds):
         for who in ("ours",) if arguments.no_torch else ("ours", "torch"):
             print(f"round {number + 1} of {arguments.rounds}: {who}", file=sys.stderr, flush=True)
             done = subprocess.run([*command, "--only", who], stdout=subprocess.PIPE, text=True)
             if done.returncode:
-                sys.exit(f"error: the process that measures {who} ended with {done.returncode}; its message stands above")
+                sys.exit(
+                    f"error: the process that measures {who} ended with {done.returncode}; its message stands above"
+                )
             found = json.loads(done.stdout.strip().splitlines()[-1])
             whole["known"] |= found["known"]
             for name, values in found["seconds"][who].items():
@@ -264,10 +301,17 @@ def in_processes(arguments) -> dict:
 
 def summary(found: dict, config, arguments, rate: float) -> dict:
     """Medians, shares and ratios of what was measured."""
-    times = {who: {name: median(values) for name, values in group.items()} for who, group in found["seconds"].items()}
+    times = {
+        who: {name: median(values) for name, values in group.items()}
+        for who, group in found["seconds"].items()
+    }
     ours, known = times["ours"], found["known"]["ours"]
-    forward = sum(ours[name] for name in ("driver map", "VAE encode", "reference branch", "generation forward"))
-    parts = {name: ours[name] for name in ("driver map", "VAE encode", "reference branch", "generation forward")}
+    forward = sum(
+        ours[name] for name in ("driver map", "VAE encode", "reference branch", "generation forward")
+    )
+    parts = {
+        name: ours[name] for name in ("driver map", "VAE encode", "reference branch", "generation forward")
+    }
     parts["backward, recomputation and update"] = ours["train step"] - forward
     chip = chip_of(jax.devices()[0])
     result = {
@@ -286,16 +330,22 @@ def summary(found: dict, config, arguments, rate: float) -> dict:
     if "torch" in times:
         result["ours_over_torch"] = {name: round(ours[name] / s, 3) for name, s in times["torch"].items()}
         without = ours["train step"] - ours["driver map"]
-        result["ours_over_torch"]["train step without driver maps"] = round(without / times["torch"]["train step"], 3)
+        result["ours_over_torch"]["train step without driver maps"] = round(
+            without / times["torch"]["train step"], 3
+        )
     return result
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true", help="tiny, in float32, to see that it runs")
     parser.add_argument("--windows", type=int, default=2, help="windows of 16 frames a step")
     parser.add_argument("--repeats", type=int, default=7, help="timed calls of each part (sampling: a third)")
-    parser.add_argument("--rounds", type=int, default=2, help="on a GPU: processes of each implementation, in turns")
+    parser.add_argument(
+        "--rounds", type=int, default=2, help="on a GPU: processes of each implementation, in turns"
+    )
     parser.add_argument("--no-torch", action="store_true", help="leave the counterpart out")
     parser.add_argument("--no-compile", action="store_true", help="without torch.compile")
     parser.add_argument("--only", choices=("ours", "torch"), help=argparse.SUPPRESS)

@@ -30,7 +30,9 @@ class Windowed:
     def __init__(self, index: int, mode: str, frames: int):
         self.index, self.mode, self.frames = index, mode, frames
 
-    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, reference=None, **_):
+    def __call__(
+        self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, reference=None, **_
+    ):
         shape = hidden_states.shape
         extra = reference[self.index]
         tokens = hidden_states
@@ -73,7 +75,12 @@ def make_encoder(channels: int, stem: int, widths: tuple, out: int, groups: int)
     for new in widths:
         layers += [Residual(width, new, groups), nn.Conv2d(new, new, 3, stride=2, padding=1)]
         width = new
-    layers += [Residual(width, width, groups), nn.GroupNorm(groups, width), nn.SiLU(), nn.Conv2d(width, out, 3, padding=1)]
+    layers += [
+        Residual(width, width, groups),
+        nn.GroupNorm(groups, width),
+        nn.SiLU(),
+        nn.Conv2d(width, out, 3, padding=1),
+    ]
     return nn.Sequential(*layers)
 
 
@@ -92,7 +99,9 @@ def in_order(unet: UNet2DConditionModel) -> list[str]:
     """Names of the self-attentions in order of execution."""
     rank = {"down_blocks": 0, "mid_block": 1, "up_blocks": 2}
     names = [name for name in unet.attn_processors if ".attn1." in name]
-    return sorted(names, key=lambda name: (rank[name.split(".")[0]], [int(p) for p in name.split(".") if p.isdigit()]))
+    return sorted(
+        names, key=lambda name: (rank[name.split(".")[0]], [int(p) for p in name.split(".") if p.isdigit()])
+    )
 
 
 def make_networks(configs: dict, model, channels: int, frames: int, device: str, dtype: torch.dtype) -> dict:
@@ -113,7 +122,11 @@ def make_networks(configs: dict, model, channels: int, frames: int, device: str,
     processors = {}
     for index, name in enumerate(in_order(generation)):
         part, number = name.split(".")[0], name.split(".")[1]
-        level = {"down_blocks": lambda n: int(n), "up_blocks": lambda n: levels - 1 - int(n), "mid_block": lambda n: levels - 1}
+        level = {
+            "down_blocks": lambda n: int(n),
+            "up_blocks": lambda n: levels - 1 - int(n),
+            "mid_block": lambda n: levels - 1,
+        }
         processors[name] = Windowed(index, modes[level[part](number)], frames)
     generation.set_attn_processor(processors)
     generation.conv_in = Conditioned(generation.conv_in)
@@ -126,14 +139,18 @@ def make_networks(configs: dict, model, channels: int, frames: int, device: str,
         {name: Capture(found) if ".attn1." in name else Plain() for name in reference.attn_processors}
     )
     vae = AutoencoderKL(**{k: v for k, v in configs["vae"].items() if not k.startswith("_")})
-    encoder = make_encoder(channels, model.encoder.stem, tuple(model.encoder.widths), model.unet.channels, model.norm_groups)
+    encoder = make_encoder(
+        channels, model.encoder.stem, tuple(model.encoder.widths), model.unet.channels, model.norm_groups
+    )
     frozen = {"reference": reference, "vae": vae}
     for network in frozen.values():
         network.requires_grad_(False).eval().to(device, dtype)
     return {"generation": generation.to(device), "encoder": encoder.to(device), **frozen, "captured": found}
 
 
-def make_calls(networks: dict, inputs: dict, scale: float, sampling_steps: int, guidance: float, compile_: bool) -> dict:
+def make_calls(
+    networks: dict, inputs: dict, scale: float, sampling_steps: int, guidance: float, compile_: bool
+) -> dict:
     """Calls by name, each doing one part and waiting for it: the same parts as ours.
 
     Args:
@@ -181,7 +198,9 @@ def make_calls(networks: dict, inputs: dict, scale: float, sampling_steps: int, 
             steps = torch.randint(0, 1000, (b * t,), device=device)
             a = alphas[steps][:, None, None, None]
             noise = torch.randn_like(x, dtype=torch.float32)
-            return F.mse_loss(denoise(a.sqrt() * x + (1 - a).sqrt() * noise, steps, condition, tokens).float(), noise)
+            return F.mse_loss(
+                denoise(a.sqrt() * x + (1 - a).sqrt() * noise, steps, condition, tokens).float(), noise
+            )
 
     def train_step():
         x, portrait_latent = latents()
@@ -203,10 +222,19 @@ def make_calls(networks: dict, inputs: dict, scale: float, sampling_steps: int, 
             condition = torch.cat([condition_of(torch.zeros_like(maps)), condition_of(maps)])
             x = torch.randn(b * t, *portrait_latent.shape[1:], device=device)
             for step in range(1000 - 1000 // sampling_steps, -1, -(1000 // sampling_steps)):
-                u, c = denoise(torch.cat([x, x]), torch.full((2 * b * t,), step, device=device), condition, tokens).float().chunk(2)
+                u, c = (
+                    denoise(
+                        torch.cat([x, x]), torch.full((2 * b * t,), step, device=device), condition, tokens
+                    )
+                    .float()
+                    .chunk(2)
+                )
                 epsilon = u + guidance * (c - u)
                 a, previous = alphas[step], alphas[max(step - 1000 // sampling_steps, 0)]
-                x = previous.sqrt() * (x - (1 - a).sqrt() * epsilon) / a.sqrt() + (1 - previous).sqrt() * epsilon
+                x = (
+                    previous.sqrt() * (x - (1 - a).sqrt() * epsilon) / a.sqrt()
+                    + (1 - previous).sqrt() * epsilon
+                )
             frames = decode((x.to(half) / scale).contiguous())
         wait()
         return frames

@@ -42,13 +42,23 @@ def define_flags() -> None:
     flags.DEFINE_string("mesh", "data=8,fsdp=1", "Devices along each axis.")
     flags.DEFINE_list("chip", ["h200"], "h100 | h200 | a100-80 | v4 | v5e | v5p | v6e; several with --sweep.")
     flags.DEFINE_integer("batch", None, "Windows a step over all devices; the config's where left out.")
-    flags.DEFINE_enum("attention", None, ATTENTION_BACKENDS, "Backend; the config's, and for 'auto' the chip's own.")
+    flags.DEFINE_enum(
+        "attention", None, ATTENTION_BACKENDS, "Backend; the config's, and for 'auto' the chip's own."
+    )
     flags.DEFINE_bool("latents", False, "The shards hold latents: the step skips the VAE.")
-    flags.DEFINE_float("efficiency", predict.EFFICIENCY, "Share of the peak that matrix work is assumed to reach.")
-    flags.DEFINE_float("network", None, "GB/s a chip can send out of its domain, where yours is not the table's.")
-    flags.DEFINE_bool("compile", False, "Also compile the step for simulated devices and print what XLA says.")
+    flags.DEFINE_float(
+        "efficiency", predict.EFFICIENCY, "Share of the peak that matrix work is assumed to reach."
+    )
+    flags.DEFINE_float(
+        "network", None, "GB/s a chip can send out of its domain, where yours is not the table's."
+    )
+    flags.DEFINE_bool(
+        "compile", False, "Also compile the step for simulated devices and print what XLA says."
+    )
     flags.DEFINE_string("json", None, "Also write everything to this file.")
-    flags.DEFINE_list("sweep", None, "Numbers of devices: a table of predicted weak scaling instead of one plan.")
+    flags.DEFINE_list(
+        "sweep", None, "Numbers of devices: a table of predicted weak scaling instead of one plan."
+    )
     flags.DEFINE_integer("windows", 2, "Windows a device, with --sweep.")
     flags.DEFINE_string("out", None, "Picture of the sweep (.png).")
 
@@ -59,7 +69,9 @@ def parse_mesh(text: str) -> tuple[int, int]:
     for part in text.split(","):
         name, _, size = part.strip().partition("=")
         if name not in axes or not size.isdigit() or int(size) < 1:
-            raise ValueError(f"--mesh {text}: write data=8,fsdp=1 (whole numbers from 1; the axes are data and fsdp)")
+            raise ValueError(
+                f"--mesh {text}: write data=8,fsdp=1 (whole numbers from 1; the axes are data and fsdp)"
+            )
         axes[name] = int(size)
     return axes["data"], axes["fsdp"]
 
@@ -124,7 +136,9 @@ def plan(config, title: str) -> None:
     backend = attention_backend(FLAGS.attention, config.model, chip)
     say("tracing the step (seconds to a minute) ...")
     subject = make_subject(config, builtin_head())
-    result = make_plan(subject, chip, data, fsdp, windows, backend, latents=FLAGS.latents, efficiency=FLAGS.efficiency)
+    result = make_plan(
+        subject, chip, data, fsdp, windows, backend, latents=FLAGS.latents, efficiency=FLAGS.efficiency
+    )
     print(format_plan(result, title))
     if FLAGS.compile:
         result["compiled"] = compile_step(subject, data, fsdp, FLAGS.latents)

@@ -45,7 +45,12 @@ def sent_bytes(collective: Collective) -> float:
 
 
 def expected_collectives(
-    state: TrainState, shardings: TrainState, data: int, fsdp: int, dtype_bytes: int, frozen_read: list[bool],
+    state: TrainState,
+    shardings: TrainState,
+    data: int,
+    fsdp: int,
+    dtype_bytes: int,
+    frozen_read: list[bool],
     parts: int = 1,
 ) -> list[Collective]:
     """What data parallelism and sharded parameters need, if nothing else is exchanged.
@@ -79,13 +84,17 @@ def expected_collectives(
         Collective("all-reduce", "data", data, 4 * sharded // fsdp, sharded_count, "gradients of shards"),
         Collective("all-reduce", "all", data * fsdp, 4 * whole, whole_count, "gradients of whole arrays"),
     ]
-    return [c._replace(bytes=parts * c.bytes, count=parts * c.count) for c in found if c.group > 1 and c.bytes]
+    return [
+        c._replace(bytes=parts * c.bytes, count=parts * c.count) for c in found if c.group > 1 and c.bytes
+    ]
 
 
 # ---------------------------------------------------------------------------------------- compiled
 
 _LINE = re.compile(
-    r"^\s*(?:ROOT\s+)?%?\S+ = (?P<result>\(.*?\)|\S+) (?P<kind>" + "|".join(KINDS) + r")(?P<start>-start)?\((?P<rest>.*)$",
+    r"^\s*(?:ROOT\s+)?%?\S+ = (?P<result>\(.*?\)|\S+) (?P<kind>"
+    + "|".join(KINDS)
+    + r")(?P<start>-start)?\((?P<rest>.*)$",
     re.MULTILINE,
 )
 _ARRAY = re.compile(r"\b(pred|bf16|[fsuc]\d+|f8\w+)\[([\d,]*)\]")
@@ -110,7 +119,10 @@ def parse_collectives(hlo: str, n_devices: int) -> list[Collective]:
         entry = sums.setdefault((kind, group), [0, 0])
         entry[0] += size
         entry[1] += 1
-    return [Collective(kind, "?", group, size, count, "compiled") for (kind, group), (size, count) in sorted(sums.items())]
+    return [
+        Collective(kind, "?", group, size, count, "compiled")
+        for (kind, group), (size, count) in sorted(sums.items())
+    ]
 
 
 def _array_bytes(dtype: str, shape: str) -> int:

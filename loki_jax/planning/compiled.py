@@ -23,7 +23,9 @@ from loki_jax.training.step import make_train_step
 COMPILER_OPTIONS = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
-def compile_step(subject: Subject, data: int, fsdp: int, latents: bool = False, attention: str = "chunked") -> dict:
+def compile_step(
+    subject: Subject, data: int, fsdp: int, latents: bool = False, attention: str = "chunked"
+) -> dict:
     """Compile the step of `subject.config.batch_size` windows for data x fsdp simulated CPU devices.
 
     Raises:
@@ -57,7 +59,9 @@ def compile_step(subject: Subject, data: int, fsdp: int, latents: bool = False, 
         "temporary_bytes": memory.temp_size_in_bytes,
         "flops": step_flops(compiled),
         "traced_flops": work_of(traced.jaxpr).matrix,
-        "collectives": [c._asdict() | {"sent": sent_bytes(c)} for c in parse_collectives(compiled.as_text(), data * fsdp)],
+        "collectives": [
+            c._asdict() | {"sent": sent_bytes(c)} for c in parse_collectives(compiled.as_text(), data * fsdp)
+        ],
     }
 
 
@@ -86,7 +90,10 @@ def format_compiled(plan: dict) -> str:
     show = lambda size: f"{quantity(size) + 'B':>10s}"
     planned = memory["resident"]
     temporary = max(memory["peak_by_attention"][found["attention"]].values()) - planned
-    total = {key: sum(w[key] for w in plan["work_per_device"].values()) * plan["devices"] for key in ("matrix", "vector")}
+    total = {
+        key: sum(w[key] for w in plan["work_per_device"].values()) * plan["devices"]
+        for key in ("matrix", "vector")
+    }
     lines = [
         f"COMPILED for {plan['devices']} simulated CPU devices in {found['seconds']:.0f} s, attention {found['attention']}",
         f"  arguments on a device     {show(found['argument_bytes'])}  (planned: {quantity(planned)}B); donated {show(found['donated_bytes'])}",
@@ -100,5 +107,7 @@ def format_compiled(plan: dict) -> str:
         lines.append(
             f"  {c.kind:20s} groups of {c.group:4d}: {c.count:5d}, together {show(c.bytes)}, sent by each {show(entry['sent'])}"
         )
-    lines.append("  XLA for CPU has no reduce-scatter (it reduces everywhere and slices) and widens bfloat16 before it sends.")
+    lines.append(
+        "  XLA for CPU has no reduce-scatter (it reduces everywhere and slices) and widens bfloat16 before it sends."
+    )
     return "\n".join(lines)

@@ -169,7 +169,9 @@ def _recomputed_bodies(jaxpr: Jaxpr):
     for equation in jaxpr.eqns:
         for body in jaxprs_in_params(equation.params):
             body = getattr(body, "jaxpr", body)
-            if equation.primitive.name in ("remat2", "checkpoint") and "transpose(" in str(equation.source_info.name_stack):
+            if equation.primitive.name in ("remat2", "checkpoint") and "transpose(" in str(
+                equation.source_info.name_stack
+            ):
                 yield body
             else:
                 yield from _recomputed_bodies(body)
@@ -226,13 +228,19 @@ def _chunk_logits(batch: int, n: int, m: int, width: int) -> int:
 
 def _bytes(aval: Any) -> int:
     itemsize = getattr(aval.dtype, "itemsize", 0)
-    return int(np.prod(aval.shape, dtype=np.int64)) * itemsize if not jnp.issubdtype(aval.dtype, jax.dtypes.extended) else 0
+    return (
+        int(np.prod(aval.shape, dtype=np.int64)) * itemsize
+        if not jnp.issubdtype(aval.dtype, jax.dtypes.extended)
+        else 0
+    )
 
 
 # ------------------------------------------------------------------------------------------- peak
 
 
-def peak_bytes(resident: int, gradients: int, step: Activations, backend: str, gathered: int = 0) -> dict[str, int]:
+def peak_bytes(
+    resident: int, gradients: int, step: Activations, backend: str, gathered: int = 0
+) -> dict[str, int]:
     """Bytes at the two moments that need most: the frozen VAE, and the backward pass.
 
     The backward pass is counted as if all gradients stood beside all kept activations; they meet
@@ -242,7 +250,10 @@ def peak_bytes(resident: int, gradients: int, step: Activations, backend: str, g
       gathered: whole copies of sharded parameters in use, as if all were there at once.
     """
     working = sum(step.kept.values()) + step.block + step.attention[backend] + step.operation
-    return {"VAE encode": resident + gathered + step.encode, "backward": resident + gathered + gradients + working}
+    return {
+        "VAE encode": resident + gathered + step.encode,
+        "backward": resident + gathered + gradients + working,
+    }
 
 
 def abstract_mesh(data: int, fsdp: int) -> AbstractMesh:
@@ -253,4 +264,6 @@ def abstract_mesh(data: int, fsdp: int) -> AbstractMesh:
 def device_bytes(tree: Any, shardings: Any) -> int:
     """Bytes of a tree of arrays or shapes on each device."""
     part = lambda leaf, s: math.prod(s.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-    return sum(jax.tree.leaves(jax.tree.map(part, tree, shardings, is_leaf=lambda x: isinstance(x, NamedSharding))))
+    return sum(
+        jax.tree.leaves(jax.tree.map(part, tree, shardings, is_leaf=lambda x: isinstance(x, NamedSharding)))
+    )

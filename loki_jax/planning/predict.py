@@ -55,7 +55,12 @@ class StepTime(NamedTuple):
 
 
 def step_time(
-    work: dict[str, PartWork], optimizer_bytes: float, collectives: list[Collective], chip: Chip, data: int, fsdp: int,
+    work: dict[str, PartWork],
+    optimizer_bytes: float,
+    collectives: list[Collective],
+    chip: Chip,
+    data: int,
+    fsdp: int,
     efficiency: float = EFFICIENCY,
 ) -> StepTime:
     """Predict a step from the work of one device.

@@ -11,9 +11,21 @@ import numpy as np
 from loki_jax.planning import predict
 from loki_jax.planning.collectives import expected_collectives, sent_bytes
 from loki_jax.planning.memory import (
-    Activations, abstract_mesh, activations, batch_bytes, peak_bytes, placements,
+    Activations,
+    abstract_mesh,
+    activations,
+    batch_bytes,
+    peak_bytes,
+    placements,
 )
-from loki_jax.planning.work import PartWork, Subject, frozen_read, parameters_by_part, trace_step, work_by_part
+from loki_jax.planning.work import (
+    PartWork,
+    Subject,
+    frozen_read,
+    parameters_by_part,
+    trace_step,
+    work_by_part,
+)
 from loki_jax.training.abstract import abstract_batch
 from loki_jax.training.accounting import Chip
 from loki_jax.training.sharding import tree_shardings
@@ -42,8 +54,16 @@ def local_plan(subject: Subject, windows: int, latents: bool) -> tuple[dict[str,
 
 
 def make_plan(
-    subject: Subject, chip: Chip, data: int, fsdp: int, windows: int, backend: str, *, latents: bool = False,
-    efficiency: float = predict.EFFICIENCY, local: tuple | None = None,
+    subject: Subject,
+    chip: Chip,
+    data: int,
+    fsdp: int,
+    windows: int,
+    backend: str,
+    *,
+    latents: bool = False,
+    efficiency: float = predict.EFFICIENCY,
+    local: tuple | None = None,
 ) -> dict:
     """The plan of a step of `windows` windows a device on data x fsdp devices, as plain data (bytes, seconds).
 
@@ -53,7 +73,9 @@ def make_plan(
     """
     config, state, devices = subject.config, subject.state, data * fsdp
     work, jaxpr = local or local_plan(subject, windows, latents)
-    shardings, _ = tree_shardings(state, abstract_mesh(data, fsdp), config.sharding_rules, config.sharding_min_size)
+    shardings, _ = tree_shardings(
+        state, abstract_mesh(data, fsdp), config.sharding_rules, config.sharding_min_size
+    )
     parts = config.get("accumulate", 1)
     places = placements(state, shardings, config.sharding_min_size, parts)
     on_device = {name: place.per_device for name, place in places.items()}
@@ -69,11 +91,14 @@ def make_plan(
     # The backward pass gathers what the forward pass did.
     gathers = [c.bytes // parts for c in collectives if c.kind == "all-gather" and "backward" not in c.what]
     peaks = {
-        name: peak_bytes(resident, on_device["gradients"], step, name, sum(gathers)) for name in step.attention
+        name: peak_bytes(resident, on_device["gradients"], step, name, sum(gathers))
+        for name in step.attention
     }
     peak = max(peaks[backend].values())
 
-    traffic = predict.optimizer_traffic(*(on_device[k] for k in ("parameters", "optimiser moments", "moving average", "gradients")))
+    traffic = predict.optimizer_traffic(
+        *(on_device[k] for k in ("parameters", "optimiser moments", "moving average", "gradients"))
+    )
     time = predict.step_time(work, traffic, collectives, chip, data, fsdp, efficiency)
     model = sum(part.matrix for name, part in work.items() if name != "recomputation")
     parameters = parameters_by_part(state)
@@ -118,7 +143,11 @@ def format_plan(plan: dict, title: str) -> str:
 def parameter_table(parameters: dict[str, int]) -> list[tuple[str, int]]:
     """Rows of the paper's table: what is needed at inference, and its sum (the null prompt is an input)."""
     generation = parameters["generation UNet"] + parameters["conditioning encoder"]
-    rows = [("generation branch", generation), ("reference UNet", parameters["reference UNet"]), ("VAE", parameters["VAE"])]
+    rows = [
+        ("generation branch", generation),
+        ("reference UNet", parameters["reference UNet"]),
+        ("VAE", parameters["VAE"]),
+    ]
     return [*rows, ("at inference", sum(count for _, count in rows))]
 
 
@@ -191,7 +220,9 @@ def _memory(plan: dict) -> str:
     for name, moments in memory["peak_by_attention"].items():
         peak = max(moments.values())
         verdict = "fits" if peak <= memory["usable"] else "does NOT fit"
-        lines.append(row(f"peak with {name}", peak, f"  {verdict} in {quantity(memory['usable'])}B{used(name)}"))
+        lines.append(
+            row(f"peak with {name}", peak, f"  {verdict} in {quantity(memory['usable'])}B{used(name)}")
+        )
     lines.append(
         f"  ({predict.USABLE_MEMORY:.0%} of {chip['name']}'s {chip['memory'] / 1e9:.0f} GB; on GPUs set "
         f"XLA_PYTHON_CLIENT_MEM_FRACTION={predict.USABLE_MEMORY}, the default is 0.75)"
@@ -202,7 +233,9 @@ def _memory(plan: dict) -> str:
 def _placement(plan: dict) -> str:
     lines = ["WHAT IS SHARDED"]
     if plan["mesh"]["fsdp"] == 1:
-        lines.append("  nothing: the fsdp axis has one device, so each holds a whole copy of the state; the batch is split")
+        lines.append(
+            "  nothing: the fsdp axis has one device, so each holds a whole copy of the state; the batch is split"
+        )
         return "\n".join(lines)
     for name, group in plan["memory"]["groups"].items():
         lines.append(
@@ -215,7 +248,9 @@ def _placement(plan: dict) -> str:
 
 
 def _network(plan: dict) -> str:
-    lines = ["COLLECTIVES OF A STEP, expected from the sharding (--compile counts them in the compiled program)"]
+    lines = [
+        "COLLECTIVES OF A STEP, expected from the sharding (--compile counts them in the compiled program)"
+    ]
     for c in plan["collectives"]:
         lines.append(
             f"  {c['kind']:15s} over {c['axis']:4s} ({c['group']:4d}) {quantity(c['bytes']) + 'B':>10s}, sent by each "
@@ -233,7 +268,9 @@ def _time(plan: dict) -> str:
         f"  {'part':24s} {'compute ms':>11s} {'memory ms':>10s}  bound by",
     ]
     for name, part in time["parts"].items():
-        lines.append(f"  {name:24s} {1e3 * part['compute']:11.2f} {1e3 * part['memory']:10.2f}  {part['bound']}")
+        lines.append(
+            f"  {name:24s} {1e3 * part['compute']:11.2f} {1e3 * part['memory']:10.2f}  {part['bound']}"
+        )
     lines += [
         f"  device {1e3 * time['device']:.1f} ms, network {1e3 * time['network']:.1f} ms; "
         f"step {1e3 * time['overlapped']:.1f} ms with overlap, {1e3 * time['serial']:.1f} ms without",
@@ -245,5 +282,7 @@ def _time(plan: dict) -> str:
         f"{chip['network'] / 1e9:.1f} GB/s a chip beyond; rasterising is left out (benchmarks/step.py measures it).",
     ]
     if plan["dtype"] != "bfloat16":
-        lines.append(f"  The config computes in {plan['dtype']}: the peak above is bfloat16's, so the step will be slower.")
+        lines.append(
+            f"  The config computes in {plan['dtype']}: the peak above is bfloat16's, so the step will be slower."
+        )
     return "\n".join(lines)

@@ -13,7 +13,12 @@ LAYOUTS = {"data": lambda n: (n, 1), "fsdp=8": lambda n: (n // 8, 8), "fsdp=all"
 
 
 def sweep(
-    subject: Subject, chips: list[Chip], counts: list[int], windows: int, backends: dict[str, str], latents: bool,
+    subject: Subject,
+    chips: list[Chip],
+    counts: list[int],
+    windows: int,
+    backends: dict[str, str],
+    latents: bool,
     efficiency: float,
 ) -> list[dict]:
     """One row for each chip, layout and number of devices; the step is traced once.
@@ -29,7 +34,14 @@ def sweep(
                 if data < 1 or data * fsdp != n or (layout == "fsdp=all" and n == 8):
                     continue
                 plan = make_plan(
-                    subject, chip, data, fsdp, windows, backends[chip.name], latents=latents, efficiency=efficiency,
+                    subject,
+                    chip,
+                    data,
+                    fsdp,
+                    windows,
+                    backends[chip.name],
+                    latents=latents,
+                    efficiency=efficiency,
                     local=local,
                 )
                 time, memory = plan["time"], plan["memory"]
@@ -44,7 +56,9 @@ def sweep(
 
 
 def format_sweep(rows: list[dict]) -> str:
-    lines = ["chip     layout     devices   batch   device ms  network ms   step ms  serial ms  efficiency  windows/s  peak GB"]
+    lines = [
+        "chip     layout     devices   batch   device ms  network ms   step ms  serial ms  efficiency  windows/s  peak GB"
+    ]
     for r in rows:
         lines.append(
             f"{r['chip']:8s} {r['layout']:10s} {r['devices']:7d} {r['batch']:7d} {1e3 * r['device_s']:11.1f} "
@@ -63,7 +77,9 @@ def draw_sweep(rows: list[dict], path: Path) -> None:
     from matplotlib import pyplot
 
     chips = list(dict.fromkeys(r["chip"] for r in rows))
-    figure, panels = pyplot.subplots(1, len(chips), figsize=(3.9 * len(chips), 3.7), squeeze=False, sharey=True)
+    figure, panels = pyplot.subplots(
+        1, len(chips), figsize=(3.9 * len(chips), 3.7), squeeze=False, sharey=True
+    )
     for panel, chip in zip(panels[0], chips, strict=True):
         mine = [r for r in rows if r["chip"] == chip]
         for layout in dict.fromkeys(r["layout"] for r in mine):
@@ -73,7 +89,9 @@ def draw_sweep(rows: list[dict], path: Path) -> None:
             panel.plot(devices, [100 * r["efficiency"] for r in line], ls=":", color=serial.get_color())
             for r in line:
                 fill = serial.get_color() if r["fits"] else "white"
-                panel.plot(r["devices"], 100 * r["serial_efficiency"], "o", ms=4, mec=serial.get_color(), mfc=fill)
+                panel.plot(
+                    r["devices"], 100 * r["serial_efficiency"], "o", ms=4, mec=serial.get_color(), mfc=fill
+                )
         batch = mine[0]["batch"] // mine[0]["devices"]
         panel.set(title=f"{chip}, {batch} window{'s' * (batch > 1)} a device", xscale="log", xlabel="devices")
         ticks = sorted({r["devices"] for r in mine})
@@ -82,7 +100,12 @@ def draw_sweep(rows: list[dict], path: Path) -> None:
         panel.grid(alpha=0.3)
     lowest = min(100 * r["serial_efficiency"] for r in rows)
     panels[0][0].set(ylabel="step without network / step, %", ylim=(max(0, lowest - 8), 101))
-    panels[0][-1].legend(title="solid: nothing overlaps\ndotted: planned overlap", fontsize=7, title_fontsize=7, loc="lower left")
+    panels[0][-1].legend(
+        title="solid: nothing overlaps\ndotted: planned overlap",
+        fontsize=7,
+        title_fontsize=7,
+        loc="lower left",
+    )
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)

@@ -16,7 +16,9 @@ from loki_jax.training.state import TrainState, create_state
 from loki_jax.training.step import split_params
 
 
-def abstract_state(config: ConfigDict, networks: Networks, optimizer: optax.GradientTransformation) -> TrainState:
+def abstract_state(
+    config: ConfigDict, networks: Networks, optimizer: optax.GradientTransformation
+) -> TrainState:
     """The train state as ShapeDtypeStructs."""
 
     def build():

@@ -271,7 +271,9 @@ def _convolution_flops(equation: Any, ins: list, outs: list) -> float:
     for axis in range(len(numbers.lhs_spec) - 2):
         size, kernel = lhs.shape[numbers.lhs_spec[2 + axis]], rhs.shape[numbers.rhs_spec[2 + axis]]
         steps = np.arange(out.shape[numbers.out_spec[2 + axis]]) * params["window_strides"][axis]
-        position = steps[:, None] + np.arange(kernel) * params["rhs_dilation"][axis] - params["padding"][axis][0]
+        position = (
+            steps[:, None] + np.arange(kernel) * params["rhs_dilation"][axis] - params["padding"][axis][0]
+        )
         spread = params["lhs_dilation"][axis]
         taps *= np.sum((position >= 0) & (position < (size - 1) * spread + 1) & (position % spread == 0))
     batch = out.shape[numbers.out_spec[0]]
@@ -303,7 +305,9 @@ def step_flops(compiled: jax.stages.Compiled, opaque: float = 0.0) -> float:
     if isinstance(analysis, (list, tuple)):
         analysis = analysis[0] if analysis else {}
     if not analysis or "flops" not in analysis:
-        raise ValueError("this backend gives no cost analysis of a compiled program; count with work_of instead")
+        raise ValueError(
+            "this backend gives no cost analysis of a compiled program; count with work_of instead"
+        )
     return float(analysis["flops"]) * device_count(compiled) + opaque
 
 

@@ -17,7 +17,14 @@ from loki_jax.plan import attention_backend, parse_mesh, write_json
 from loki_jax.planning.collectives import Collective, parse_collectives, seconds, sent_bytes
 from loki_jax.planning.memory import abstract_mesh, activations, peak_bytes
 from loki_jax.planning.predict import PartTime, step_time
-from loki_jax.planning.report import PAPER_PARAMETERS, check_batch, format_plan, local_plan, make_plan, parameter_table
+from loki_jax.planning.report import (
+    PAPER_PARAMETERS,
+    check_batch,
+    format_plan,
+    local_plan,
+    make_plan,
+    parameter_table,
+)
 from loki_jax.planning.sweep import draw_sweep, sweep
 from loki_jax.planning.work import PARTS, PartWork, make_subject, parameters_by_part
 from loki_jax.training.accounting import chip_named, live_jaxpr
@@ -66,7 +73,14 @@ def test_full_size_on_1_8_and_256_devices(full, data, fsdp):
     assert share < whole / 7 if fsdp == 8 else share == whole
     assert {c["group"] for c in plan["collectives"]} == {n for n in (data, fsdp, data * fsdp) if n > 1}
     text = format_plan(plan, "hdtf")
-    for section in ("PARAMETERS", "OPERATIONS", "BYTES ON A DEVICE", "WHAT IS SHARDED", "COLLECTIVES", "PREDICTED"):
+    for section in (
+        "PARAMETERS",
+        "OPERATIONS",
+        "BYTES ON A DEVICE",
+        "WHAT IS SHARDED",
+        "COLLECTIVES",
+        "PREDICTED",
+    ):
         assert section in text
     assert ("nothing: the fsdp axis has one device" in text) == (fsdp == 1)
 
@@ -76,7 +90,9 @@ def test_work_of_the_full_size_step(full):
     assert list(work) == list(PARTS)
     tokens = {320: (32, 4096, 8192), 640: (2, 16384, 17408), 1280: (2, 4096, 4352)}
     layers = {width: 5 for width in tokens}
-    expected = sum(layers[w] * 4 * b * n * m * w for w, (b, n, m) in tokens.items()) + 4 * 2 * 1024 * 1088 * 1280
+    expected = (
+        sum(layers[w] * 4 * b * n * m * w for w, (b, n, m) in tokens.items()) + 4 * 2 * 1024 * 1088 * 1280
+    )
     assert work["generation forward"].attention == expected
     # The backward pass of attention is four products for two; recomputation does both again.
     assert work["backward"].attention == 2 * expected and work["recomputation"].attention == expected
@@ -102,8 +118,22 @@ def test_plan_agrees_with_the_compiled_step(tmp_path):
     out = tmp_path / "plan.json"
     config = Path(__file__).with_name("shrunk_config.py")
     done = subprocess.run(
-        [sys.executable, "-m", "loki_jax.plan", "--config", str(config), "--mesh", "data=2,fsdp=2", "--compile",
-         "--json", str(out)], capture_output=True, text=True, cwd=ROOT)
+        [
+            sys.executable,
+            "-m",
+            "loki_jax.plan",
+            "--config",
+            str(config),
+            "--mesh",
+            "data=2,fsdp=2",
+            "--compile",
+            "--json",
+            str(out),
+        ],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "compiling took" in done.stderr and "COMPILED for 4 simulated" in done.stdout
     plan = json.loads(out.read_text())
@@ -120,7 +150,9 @@ def test_plan_agrees_with_the_compiled_step(tmp_path):
     temporary = max(memory["peak_by_attention"]["chunked"].values()) - memory["resident"]
     assert 0.5 < found["temporary_bytes"] / temporary < 2
     # Weights are gathered within fsdp groups of two, and nowhere else.
-    size = lambda kind, group: sum(c["bytes"] for c in found["collectives"] if (c["kind"], c["group"]) == (kind, group))
+    size = lambda kind, group: sum(
+        c["bytes"] for c in found["collectives"] if (c["kind"], c["group"]) == (kind, group)
+    )
     gathers = sum(c["bytes"] for c in plan["collectives"] if c["kind"] == "all-gather")
     assert 0.8 < size("all-gather", 2) / gathers < 1.6
     assert size("all-gather", 4) < 0.1 * gathers
@@ -165,7 +197,10 @@ def test_kept_activations_are_what_the_backward_pass_reads():
 def test_peak_adds_what_stands_at_the_same_time(tiny):
     step = activations(tiny[1][1], 1)
     peak = peak_bytes(1000, 10, step, "xla", gathered=100)
-    assert peak["backward"] == 1110 + sum(step.kept.values()) + step.block + step.attention["xla"] + step.operation
+    assert (
+        peak["backward"]
+        == 1110 + sum(step.kept.values()) + step.block + step.attention["xla"] + step.operation
+    )
     assert peak["VAE encode"] == 1100 + step.encode
 
 
@@ -204,7 +239,9 @@ def test_bytes_sent_by_rings():
 def test_time_of_collectives_within_and_beyond_a_domain():
     chip = chip_named("h100")._replace(link=100.0, network=10.0, domain=8)
     latency = lambda group: 10e-6 * math.log2(group)
-    time = lambda kind, axis, group, data, fsdp: seconds(Collective(kind, axis, group, 800, 1, ""), chip, data, fsdp)
+    time = lambda kind, axis, group, data, fsdp: seconds(
+        Collective(kind, axis, group, 800, 1, ""), chip, data, fsdp
+    )
     assert time("all-gather", "fsdp", 8, 1, 8) == pytest.approx(7.0 + latency(8))
     assert time("all-reduce", "all", 8, 8, 1) == pytest.approx(14.0 + 2 * latency(8))
     # Four nodes: within one as before; each of its members carries an eighth over the network to three others.
@@ -215,7 +252,10 @@ def test_time_of_collectives_within_and_beyond_a_domain():
 
 def test_step_time_takes_the_slower_of_arithmetic_and_memory():
     chip = chip_named("h200")._replace(flops=100.0, bandwidth=10.0, link=8.0, domain=8)
-    work = dict.fromkeys(PARTS, PartWork()) | {"backward": PartWork(matrix=300.0, bytes=5.0), "VAE encode": PartWork(matrix=10, bytes=20)}
+    work = dict.fromkeys(PARTS, PartWork()) | {
+        "backward": PartWork(matrix=300.0, bytes=5.0),
+        "VAE encode": PartWork(matrix=10, bytes=20),
+    }
     gradients = Collective("all-reduce", "all", 8, 32, 1, "")
     time = step_time(work, 30.0, [gradients], chip, 8, 1, efficiency=0.5)
     assert time.parts["backward"] == PartTime(6.0, 1.0) and time.parts["backward"].bound == "compute"
@@ -231,11 +271,23 @@ def test_step_time_takes_the_slower_of_arithmetic_and_memory():
 
 def test_other_configs_and_the_sweep(tiny, tmp_path):
     subject, local = tiny
-    assert "another model than the paper's 1,772,443,375" in format_plan(plan_of(tiny, 2, 1, windows=1, backend="chunked"), "demo")
-    counts = {arm: parameters_by_part(make_subject(ablations.get_config(arm), builtin_head()).state) for arm in ("no_posenc",)}
+    assert "another model than the paper's 1,772,443,375" in format_plan(
+        plan_of(tiny, 2, 1, windows=1, backend="chunked"), "demo"
+    )
+    counts = {
+        arm: parameters_by_part(make_subject(ablations.get_config(arm), builtin_head()).state)
+        for arm in ("no_posenc",)
+    }
     assert counts["no_posenc"]["conditioning encoder"] == 7_345_344 - 9 * 42 * 64
-    rows = sweep(subject, [chip_named("h100"), chip_named("v5p")], [8, 64, 1024], 1,
-                 {"h100": "cudnn", "v5p": "splash"}, False, 0.5)
+    rows = sweep(
+        subject,
+        [chip_named("h100"), chip_named("v5p")],
+        [8, 64, 1024],
+        1,
+        {"h100": "cudnn", "v5p": "splash"},
+        False,
+        0.5,
+    )
     assert [r["devices"] for r in rows if r["chip"] == "h100" and r["layout"] == "data"] == [8, 64, 1024]
     assert {r["layout"] for r in rows} == {"data", "fsdp=8", "fsdp=all"}
     for row in rows:
@@ -259,9 +311,13 @@ def test_errors_are_one_clear_line():
         with pytest.raises(ValueError, match="write data=8,fsdp=1"):
             parse_mesh(text)
     assert check_batch(16, 8, 1) == 2
-    with pytest.raises(ValueError, match=r"16 windows does not divide over 256 devices: give --batch 256 \(1 a device\)"):
+    with pytest.raises(
+        ValueError, match=r"16 windows does not divide over 256 devices: give --batch 256 \(1 a device\)"
+    ):
         check_batch(16, 256, 1)
-    with pytest.raises(ValueError, match=r"in 2 parts: give --batch 48 \(6 a device\) or another multiple of 16"):
+    with pytest.raises(
+        ValueError, match=r"in 2 parts: give --batch 48 \(6 a device\) or another multiple of 16"
+    ):
         check_batch(60, 8, 2)
 
 
@@ -270,11 +326,17 @@ def test_the_program_plans_and_refuses():
     run = lambda *more: subprocess.run([*command, *more], capture_output=True, text=True, cwd=ROOT)
     done = run("--mesh", "data=2", "--chip", "v5e")
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.startswith("configs/demo.py:tiny: mesh data=2 x fsdp=1 of v5e, batch 2 (1 windows a device)")
+    assert done.stdout.startswith(
+        "configs/demo.py:tiny: mesh data=2 x fsdp=1 of v5e, batch 2 (1 windows a device)"
+    )
     assert "PREDICTED STEP on v5e" in done.stdout
     refused = run("--mesh", "data=3")
     assert refused.returncode == 1 and not refused.stdout
-    assert refused.stderr.strip().splitlines()[-1].startswith("error: a batch of 2 windows does not divide over 3 devices")
+    assert (
+        refused.stderr.strip()
+        .splitlines()[-1]
+        .startswith("error: a batch of 2 windows does not divide over 3 devices")
+    )
 
 
 def test_attention_backend_of_a_chip():
