@@ -44,7 +44,7 @@ class FittedClip(NamedTuple):
     fps: Fraction
     track: Track
     fit: FitResult
-    crop: Float[np.ndarray, "4"]
+    crop: Float[np.ndarray, 4]
     name: str
 
 
@@ -152,7 +152,7 @@ def cut_track(track: Track, start: int, stop: int) -> Track:
 
 def clip_crop_box(
     head: HeadAsset, coefficients: Coefficients, camera: Camera, factor: float = CROP_FACTOR
-) -> Float[np.ndarray, "4"]:
+) -> Float[np.ndarray, 4]:
     """One square box around the projected head over all frames, `factor` times its longer side.
 
     The head are the vertices of the render mask; shoulders and neck base do not widen the box.

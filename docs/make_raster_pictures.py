@@ -1,6 +1,6 @@
 """Draws the pictures of docs/rasteriser.md with the built-in head.
 
-    python docs/make_raster_pictures.py [--out docs/images]
+python docs/make_raster_pictures.py [--out docs/images]
 """
 
 import argparse
@@ -131,9 +131,7 @@ def draw_culling(head, given, out):
     template = np.asarray(head.template)
     open_faces = faces[~(template[faces][:, :, 2] > 0.03).any(-1)]
     mask = template[:, 1] > -0.02
-    draw = lambda mesh, **options: render(
-        vertices, mesh, colours, SIZE, smooth_silhouettes=True, **options
-    )
+    draw = lambda mesh, **options: render(vertices, mesh, colours, SIZE, smooth_silhouettes=True, **options)
     results = [
         draw(faces),
         draw(open_faces, cull=False),

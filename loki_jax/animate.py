@@ -93,7 +93,9 @@ def find_clip(folder: Path, clip_id: str, head: HeadAsset) -> tuple[Dataset, Cli
     """
     dataset = open_dataset(folder)
     stored = dataset.head()
-    if stored.template.shape != head.template.shape or not np.allclose(stored.template, head.template, atol=1e-6):
+    if stored.template.shape != head.template.shape or not np.allclose(
+        stored.template, head.template, atol=1e-6
+    ):
         raise DatasetError(
             f"{folder}: its coefficients belong to the head {stored.name!r}, the checkpoint to {head.name!r}. "
             "Build the dataset with the checkpoint's head."
@@ -102,7 +104,9 @@ def find_clip(folder: Path, clip_id: str, head: HeadAsset) -> tuple[Dataset, Cli
         if clip.clip_id == clip_id:
             return dataset, clip
     names = ", ".join(clip.clip_id for clip in dataset.clips[:8])
-    raise DatasetError(f"{folder}: has no clip {clip_id!r}. Its clips: {names}{', ...' * (len(dataset.clips) > 8)}")
+    raise DatasetError(
+        f"{folder}: has no clip {clip_id!r}. Its clips: {names}{', ...' * (len(dataset.clips) > 8)}"
+    )
 
 
 def fit_portrait(path: str, head: HeadAsset):
@@ -185,7 +189,9 @@ def transfer(
     head: HeadAsset, driver: Performance, reference: Portrait, mode: str = "relative"
 ) -> Coefficients:
     """The coefficients (N, ...) with which `reference` performs `driver` (design section 9)."""
-    scale = size_ratio(head, jnp.asarray(reference.coefficients.shape), jnp.asarray(driver.coefficients.shape[0]))
+    scale = size_ratio(
+        head, jnp.asarray(reference.coefficients.shape), jnp.asarray(driver.coefficients.shape[0])
+    )
     as_arrays = functools.partial(jax.tree.map, jnp.asarray)
     return substitute(
         as_arrays(driver.coefficients),
@@ -214,7 +220,9 @@ def make_animator(
     """Compile-once functions that `animate_clip` calls for each clip and window."""
 
     @jax.jit
-    def prepare(params: PyTree, head: HeadAsset, image: UInt8[np.ndarray, "b s s 3"], coefficients, camera, crop):
+    def prepare(
+        params: PyTree, head: HeadAsset, image: UInt8[np.ndarray, "b s s 3"], coefficients, camera, crop
+    ):
         return portrait_features(config, networks, params, head, image, coefficients, camera, crop)
 
     @jax.jit
@@ -296,7 +304,9 @@ def animate_clips(
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m loki_jax.animate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m loki_jax.animate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--reference", required=True, help="image file, or DATASET_FOLDER:CLIP_ID")
     parser.add_argument("--driver", required=True, help="video file, or DATASET_FOLDER:CLIP_ID")
@@ -306,7 +316,9 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--guidance", type=float, help="classifier-free guidance (default: the config's)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the noise")
     parser.add_argument(
-        "--mode", choices=("relative", "absolute"), default=None,
+        "--mode",
+        choices=("relative", "absolute"),
+        default=None,
         help="relative: turn from the reference's pose by the driver's increments; absolute: the driver's own pose "
         "(default: the config's)",
     )
@@ -335,7 +347,9 @@ def animate(argv: list[str] | None = None) -> None:
     driver = load_performance(args.driver, head, config.image_size)
     coefficients = jax.tree.map(lambda x: x[None], transfer(head, driver, reference, mode))
     length = len(driver.frames)
-    print(f"{driver.name}: {length} frames at {driver.fps} fps; model of step {step}, {steps} steps, guidance {guidance}")
+    print(
+        f"{driver.name}: {length} frames at {driver.fps} fps; model of step {step}, {steps} steps, guidance {guidance}"
+    )
 
     # ----------------------------------------------------------------------- windows and writing
     audio = None if args.no_audio else driver.source
@@ -356,7 +370,11 @@ def animate(argv: list[str] | None = None) -> None:
                 panel.write(frame)
             done += frames.shape[1]
             rate = done / (time.monotonic() - started)
-            print(f"\r{done}/{length} frames, {rate:.1f} frames/s, {(length - done) / rate:.0f} s left  ", end="", flush=True)
+            print(
+                f"\r{done}/{length} frames, {rate:.1f} frames/s, {(length - done) / rate:.0f} s left  ",
+                end="",
+                flush=True,
+            )
     print(f"\nwrote {args.out} and {panel_path}")
 
 

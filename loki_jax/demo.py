@@ -57,10 +57,14 @@ HEF_SIZE = 128  # frames have 64 pixels; renders of 512 change HEF by less than 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m loki_jax.demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m loki_jax.demo",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--out", type=Path, default=Path("demo_out"), help="folder for the results")
-    parser.add_argument("--from-scratch", action="store_true", help="train from nothing, not from the shipped model")
+    parser.add_argument(
+        "--from-scratch", action="store_true", help="train from nothing, not from the shipped model"
+    )
     parser.add_argument("--steps", type=int, default=30, help="training steps")
     parser.add_argument("--checkpoint", default="demo", help="model that animates (default: the shipped one)")
     parser.add_argument("--sampling-steps", type=int, help="DDIM steps (default: the config's)")
@@ -87,11 +91,14 @@ def held_out_pairs(folder: Path, head: HeadAsset, size: int) -> list[tuple[Portr
         yaw, turned = driver_yaw(whole), off_frontal(whole)
         starts = [s for s in range(len(yaw) - FRAMES + 1) if yaw[s : s + FRAMES].std() >= SMALLEST_YAW]
         if not starts:
-            raise ValueError(f"driver {driver.clip_id}: yaw deviates by less than {SMALLEST_YAW} degrees in every window")
+            raise ValueError(
+                f"driver {driver.clip_id}: yaw deviates by less than {SMALLEST_YAW} degrees in every window"
+            )
         start = min(starts, key=lambda s: turned[s])
         window = slice(start, start + FRAMES)
         performance = whole._replace(
-            frames=whole.frames[window], valid=whole.valid[window],
+            frames=whole.frames[window],
+            valid=whole.valid[window],
             coefficients=jax.tree.map(lambda x: x[window], whole.coefficients),
         )
         source = f"{folder}:{reference.clip_id}"
@@ -106,7 +113,9 @@ def off_frontal(performance: Performance) -> np.ndarray:
     return head_rotation(performance.coefficients.rot, performance.coefficients.neck).magnitude()
 
 
-def run_training(config: str, workdir: Path, shards: Path, steps: int, init_from: str) -> dict[str, tuple[list, list]]:
+def run_training(
+    config: str, workdir: Path, shards: Path, steps: int, init_from: str
+) -> dict[str, tuple[list, list]]:
     """Train as a user would, in a process of its own; returns the loss curves of its `metrics.jsonl`.
 
     Raises:
@@ -167,8 +176,12 @@ def demo(argv: list[str] | None = None) -> dict:
     if (workdir / "config.json").is_file():
         # A finished run would only be resumed, without a step.
         shutil.rmtree(workdir)
-    losses = run_training(args.config, workdir, shards, args.steps, "" if args.from_scratch else args.checkpoint)
-    finished(f"training, {args.steps} steps {'from scratch' if args.from_scratch else 'from the shipped model'}")
+    losses = run_training(
+        args.config, workdir, shards, args.steps, "" if args.from_scratch else args.checkpoint
+    )
+    finished(
+        f"training, {args.steps} steps {'from scratch' if args.from_scratch else 'from the shipped model'}"
+    )
 
     # --------------------------------------------------------------------------------------- animation
     pairs = held_out_pairs(held_out, head, config.image_size)

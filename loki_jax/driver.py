@@ -84,9 +84,7 @@ def _encode(positions: Float[Array, "*b 3"], channels: int) -> Float[Array, "*b 
 def _by_axis(values: Float[Array, "*b 3"], channels: int) -> Float[Array, "*b C"]:
     """The component of the vector that each channel shows."""
     axis = _AXIS[:channels]
-    return jnp.where(
-        axis == 0, values[..., 0:1], jnp.where(axis == 1, values[..., 1:2], values[..., 2:3])
-    )
+    return jnp.where(axis == 0, values[..., 0:1], jnp.where(axis == 1, values[..., 1:2], values[..., 2:3]))
 
 
 def _sine(angle: Float[Array, "*b"], quarter: Float[Array, "*b"]) -> Float[Array, "*b"]:

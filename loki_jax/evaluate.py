@@ -197,11 +197,15 @@ def evaluate_pairs(
         for i, (pair, frames) in enumerate(zip(pairs, swapped, strict=True)):
             table[i]["generated_swapped_reference"] = image_scores(frames, pair.truth)
     rows = [row for row in (*videos, "generated_swapped_reference") if row in table[0]]
-    means = {row: {key: float(np.mean([e[row][key] for e in table])) for key in table[0][row]} for row in rows}
+    means = {
+        row: {key: float(np.mean([e[row][key] for e in table])) for key in table[0][row]} for row in rows
+    }
     return means | {"pairs": table, "per_frame": per_frame, "hef_size": size}
 
 
-def image_scores(frames: UInt8[np.ndarray, "n s s 3"], truth: UInt8[np.ndarray, "n s s 3"]) -> dict[str, float]:
+def image_scores(
+    frames: UInt8[np.ndarray, "n s s 3"], truth: UInt8[np.ndarray, "n s s 3"]
+) -> dict[str, float]:
     """Mean PSNR (of finite ones) and SSIM over frames."""
     ratios = np.asarray(psnr(frames, truth))
     finite = ratios[np.isfinite(ratios)]
@@ -225,16 +229,23 @@ _LARGEST_FIT = 128  # pixels: photometric fits of larger frames take longer and 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m loki_jax.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m loki_jax.evaluate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--video", required=True, help="the video to judge")
     parser.add_argument("--driver", required=True, help="its driver: video file, or DATASET_FOLDER:CLIP_ID")
-    parser.add_argument("--reference", help="DATASET_FOLDER:CLIP_ID of the synthetic head that the video shows")
     parser.add_argument(
-        "--head", help='head asset for landmark fits, or "builtin" (default: that of the dataset, or the built-in head)'
+        "--reference", help="DATASET_FOLDER:CLIP_ID of the synthetic head that the video shows"
+    )
+    parser.add_argument(
+        "--head",
+        help='head asset for landmark fits, or "builtin" (default: that of the dataset, or the built-in head)',
     )
     parser.add_argument("--truth", help="video of the same frames as they should be, or render")
-    parser.add_argument("--mode", choices=("relative", "absolute"), default="relative", help="pose of --truth render")
+    parser.add_argument(
+        "--mode", choices=("relative", "absolute"), default="relative", help="pose of --truth render"
+    )
     parser.add_argument("--hef-size", type=int, default=512, help="edge of HEF's renders in pixels")
     parser.add_argument("--out", required=True, type=Path, help="folder for metrics.json and per_frame.png")
     return parser.parse_args(argv)
@@ -261,16 +272,24 @@ def _known_appearance(source: str, head: HeadAsset) -> tuple[Portrait, Appearanc
         )
     dataset, clip = find_clip(*found, head)
     if "identity_seed" not in clip.extra:
-        raise DatasetError(f"{found[0]}: clip {clip.clip_id!r} is not of `python -m data_prep.synth`: its appearance is unknown.")
+        raise DatasetError(
+            f"{found[0]}: clip {clip.clip_id!r} is not of `python -m data_prep.synth`: its appearance is unknown."
+        )
     appearance = sample_appearance(clip.extra["identity_seed"], head)
     return load_portrait(source, head, dataset.metadata.image_size), appearance
 
 
 def _read_back_photometric(
-    frames: UInt8[np.ndarray, "n h w 3"], video: str, head: HeadAsset, portrait: Portrait, appearance: Appearance
+    frames: UInt8[np.ndarray, "n h w 3"],
+    video: str,
+    head: HeadAsset,
+    portrait: Portrait,
+    appearance: Appearance,
 ) -> Coefficients:
     if frames.shape[1] != frames.shape[2]:
-        raise MediaError(f"{video}: {frames.shape[2]}x{frames.shape[1]} pixels, but an animation of a crop is square.")
+        raise MediaError(
+            f"{video}: {frames.shape[2]}x{frames.shape[1]} pixels, but an animation of a crop is square."
+        )
     if frames.shape[1] > _LARGEST_FIT:
         whole = np.array([0, 0, frames.shape[2], frames.shape[1]], np.float64)
         frames = np.stack([crop_and_resize(frame, whole, _LARGEST_FIT) for frame in frames])
@@ -289,7 +308,9 @@ def evaluate(argv: list[str] | None = None) -> dict[str, Any]:
     video = read_video(args.video)
     known = _known_appearance(args.reference, head) if args.reference else None
     if args.truth == "render" and known is None:
-        raise ValueError("--truth render needs --reference DATASET_FOLDER:CLIP_ID, a head of known appearance")
+        raise ValueError(
+            "--truth render needs --reference DATASET_FOLDER:CLIP_ID, a head of known appearance"
+        )
     driver = load_performance(args.driver, head, _LARGEST_FIT)
     length = min(len(video.frames), len(driver.frames))
 
@@ -316,7 +337,9 @@ def evaluate(argv: list[str] | None = None) -> dict[str, Any]:
             truth = read_video(args.truth).frames
         count = min(len(truth), len(video.frames))
         if truth.shape[1:] != video.frames.shape[1:]:
-            raise MediaError(f"{args.truth}: frames of {truth.shape[1:3]}, {args.video} has {video.frames.shape[1:3]}.")
+            raise MediaError(
+                f"{args.truth}: frames of {truth.shape[1:3]}, {args.video} has {video.frames.shape[1:3]}."
+            )
         scores = image_scores(video.frames[:count], truth[:count])
         curves = {
             "PSNR (dB)": {"video": np.asarray(psnr(video.frames[:count], truth[:count]))},

@@ -18,6 +18,7 @@ from loki_jax.head.types import Camera, Coefficients
 from loki_jax.models.autoencoder import make_autoencoder, sample_posterior
 from loki_jax.models.loki import Loki, init_params, make_loki
 
+
 class Networks(NamedTuple):
     """The networks of a config; their parameters travel separately.
 
@@ -91,7 +92,13 @@ def driver_input(
         return flame_vector(head, coefficients)
     identity = make_identity(head, coefficients.shape[:, :1])
     return driver_map(
-        head, identity, coefficients, camera, crop, config.image_size, arm=config.driver.arm,
+        head,
+        identity,
+        coefficients,
+        camera,
+        crop,
+        config.image_size,
+        arm=config.driver.arm,
         dtype=jnp.dtype(config.model.dtype),
     )
 
@@ -111,9 +118,13 @@ def encode_images(
     return latents.reshape(*images.shape[:-3], *latents.shape[1:])
 
 
-def decode_latents(networks: Networks, params: PyTree, latents: Float[Array, "*b h w c"]) -> UInt8[Array, "*b s s 3"]:
+def decode_latents(
+    networks: Networks, params: PyTree, latents: Float[Array, "*b h w c"]
+) -> UInt8[Array, "*b s s 3"]:
     """Latents -> uint8 RGB, one frame at a time (the decoder's activations are the largest there are)."""
-    decode = lambda z: networks.autoencoder.apply({"params": params["autoencoder"]}, z[None], method="decode")[0]
+    decode = lambda z: networks.autoencoder.apply(
+        {"params": params["autoencoder"]}, z[None], method="decode"
+    )[0]
     images = jax.lax.map(decode, latents.reshape(-1, *latents.shape[-3:]))
     images = jnp.round(jnp.clip(images * 127.5 + 127.5, 0, 255)).astype(jnp.uint8)
     return images.reshape(*latents.shape[:-3], *images.shape[1:])
@@ -164,7 +175,9 @@ def denoise(networks: Networks, params: PyTree, x, timesteps, condition, feature
     context = None
     if networks.loki.generation.unet.context_dim is not None:
         context = jnp.broadcast_to(params["null_prompt"], (x.shape[0], *params["null_prompt"].shape[1:]))
-    return networks.loki.apply(_loki_params(params), x, timesteps, condition, features, context, method="denoise")
+    return networks.loki.apply(
+        _loki_params(params), x, timesteps, condition, features, context, method="denoise"
+    )
 
 
 def _loki_params(params: PyTree) -> dict:
@@ -191,13 +204,21 @@ def sample_from_features(
     unconditional = None
     if guidance != 1:
         unconditional = (
-            encode_condition(networks, params, jnp.zeros_like(driver)), jax.tree.map(jnp.zeros_like, features),
+            encode_condition(networks, params, jnp.zeros_like(driver)),
+            jax.tree.map(jnp.zeros_like, features),
         )
     size, channels = networks.model_config.latent_size, networks.model_config.latent_channels
     noise = jax.random.normal(key, (*driver.shape[:2], size, size, channels))
     latents = ddim_sample(
-        lambda x, t, inputs: denoise(networks, params, x, t, *inputs), noise, networks.schedule,
-        conditional=(condition, features), unconditional=unconditional, steps=steps, guidance=guidance,
-        spacing=spacing, prediction=config.diffusion.prediction, clip=config.diffusion.clip or None,
+        lambda x, t, inputs: denoise(networks, params, x, t, *inputs),
+        noise,
+        networks.schedule,
+        conditional=(condition, features),
+        unconditional=unconditional,
+        steps=steps,
+        guidance=guidance,
+        spacing=spacing,
+        prediction=config.diffusion.prediction,
+        clip=config.diffusion.clip or None,
     )
     return decode_latents(networks, params, latents)

@@ -90,7 +90,9 @@ class PairPictures(NamedTuple):
     truth: UInt8[np.ndarray, "n s s 3"]
 
 
-def pair_sheet(pair: PairPictures, columns: int = 7, size: int = 96, gap: int = 2) -> UInt8[np.ndarray, "h w 3"]:
+def pair_sheet(
+    pair: PairPictures, columns: int = 7, size: int = 96, gap: int = 2
+) -> UInt8[np.ndarray, "h w 3"]:
     """One pair as rows driver, driver map, generated, truth over time, the reference at the left."""
     index = np.linspace(0, len(pair.driver) - 1, columns).round().astype(int)
     rows = [
@@ -194,7 +196,9 @@ def write_report(
 
     axis = figure.add_subplot(grid[-1, 4:])
     axis.set_axis_off()
-    axis.text(0, 0.95, format_table(metrics), family="monospace", fontsize=10, va="top", transform=axis.transAxes)
+    axis.text(
+        0, 0.95, format_table(metrics), family="monospace", fontsize=10, va="top", transform=axis.transAxes
+    )
     figure.suptitle(title)
     _save(figure, path, 100)
 

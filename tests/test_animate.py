@@ -42,7 +42,19 @@ def model(folder):
 
 
 def run(model, reference, driver, out, *options):
-    main(["--checkpoint", str(model), "--reference", reference, "--driver", driver, "--out", str(out), *options])
+    main(
+        [
+            "--checkpoint",
+            str(model),
+            "--reference",
+            reference,
+            "--driver",
+            driver,
+            "--out",
+            str(out),
+            *options,
+        ]
+    )
 
 
 def test_writes_video_and_panel(folder, clips, model):

@@ -42,7 +42,9 @@ def pair(folder, clips):
 def rows(pair):
     """One pair whose generated frames are two levels too bright; the swapped ones are black."""
     brighter = np.minimum(pair.truth.astype(int) + 2, 255).astype(np.uint8)
-    return evaluate_pairs(builtin_head(), [pair._replace(generated=brighter)], [np.zeros_like(pair.truth)], size=64)
+    return evaluate_pairs(
+        builtin_head(), [pair._replace(generated=brighter)], [np.zeros_like(pair.truth)], size=64
+    )
 
 
 def test_a_perfect_animation_follows(rows):
@@ -67,7 +69,9 @@ def test_rows_are_the_means_of_the_pairs(rows, pair):
 def test_table_and_report(rows, pair, tmp_path):
     table = format_table(rows)
     assert "re-fitted ground truth" in table and f"{rows['static']['hpf']:.2f}" in table
-    pictures = PairPictures("pair", pair.reference.image, pair.driver.frames, pair.truth, pair.generated, pair.truth)
+    pictures = PairPictures(
+        "pair", pair.reference.image, pair.driver.frames, pair.truth, pair.generated, pair.truth
+    )
     write_report(tmp_path / "report.png", [pictures], rows, rows["per_frame"], {"loss": ([1, 2], [0.5, 0.4])})
     with Image.open(tmp_path / "report.png") as report:
         assert min(report.size) > 500

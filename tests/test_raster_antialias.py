@@ -53,9 +53,7 @@ def test_coverage_of_upright_edges_is_exact():
     """A square moved by fractions of a pixel: rows and columns sum to its sides, and it never jumps."""
     shift = np.linspace(0, 2 / SIZE, 24)
     half = 0.55
-    smooth, plain = (
-        np.asarray(c) for c in coverage(quads(np.stack([shift, 0.3 * shift], -1), half), QUAD)
-    )
+    smooth, plain = (np.asarray(c) for c in coverage(quads(np.stack([shift, 0.3 * shift], -1), half), QUAD))
     middle = SIZE // 2
     np.testing.assert_allclose(smooth[:, middle].sum(-1), half * SIZE, atol=1e-4)
     np.testing.assert_allclose(smooth[:, :, middle].sum(-1), half * SIZE, atol=1e-4)

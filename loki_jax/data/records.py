@@ -86,7 +86,7 @@ class Clip:
     licence: str
     coefficients: Coefficients
     camera: Camera
-    crop: Float[np.ndarray, "..."]
+    crop: Float[np.ndarray, ...]
     images: Iterable[UInt8[np.ndarray, "S S 3"] | bytes] | None
     latent_mean: Float[np.ndarray, "N h w c"] | None = None
     latent_logvar: Float[np.ndarray, "N h w c"] | None = None

@@ -58,8 +58,10 @@ def ddim_sample(
         raise ValueError(f"guidance {guidance} needs unconditional inputs")
     timesteps, alpha, alpha_prev = ddim_alphas(schedule, steps, spacing)
     if prediction == "epsilon" and alpha[0] < _MIN_SIGNAL_POWER:
-        raise ValueError(f"epsilon prediction cannot start at step {timesteps[0]}, where the signal power is "
-                         f"{alpha[0]:.1e}; use spacing 'leading', fewer steps, or prediction 'v'")
+        raise ValueError(
+            f"epsilon prediction cannot start at step {timesteps[0]}, where the signal power is "
+            f"{alpha[0]:.1e}; use spacing 'leading', fewer steps, or prediction 'v'"
+        )
     if guided:
         inputs = jax.tree.map(lambda u, c: jnp.concatenate([u, c]), unconditional, conditional)
     else:

@@ -150,7 +150,10 @@ def validate_head(head: HeadAsset, source: str) -> None:
     )
     need(len(head.joint_names) == n_joints, f"{len(head.joint_names)} joint names for {n_joints} joints")
     faces = np.asarray(head.faces)
-    need(faces.size == 0 or (faces.min() >= 0 and faces.max() < n_vertices), "faces index vertices that do not exist")
+    need(
+        faces.size == 0 or (faces.min() >= 0 and faces.max() < n_vertices),
+        "faces index vertices that do not exist",
+    )
     parents = np.asarray(head.parents)
     need(
         n_joints > 0 and parents[0] == -1 and all(0 <= p < i for i, p in enumerate(parents[1:], start=1)),
@@ -167,7 +170,8 @@ def validate_head(head: HeadAsset, source: str) -> None:
             need(bool(np.isfinite(value).all()), f"{field} holds values that are not finite")
     for key, marks in head.landmarks.items():
         need(
-            marks.bary.shape == (len(marks.face), 3) and (len(marks.face) == 0 or np.asarray(marks.face).max() < len(faces)),
+            marks.bary.shape == (len(marks.face), 3)
+            and (len(marks.face) == 0 or np.asarray(marks.face).max() < len(faces)),
             f"landmark set {key!r} does not fit the faces",
         )
 
@@ -230,7 +234,11 @@ def load_head(path: str | os.PathLike) -> HeadAsset:
             f"{path}: head asset format {meta.get('format_version')}, this version reads {FORMAT_VERSION}. "
             "Rebuild it with `python -m data_prep.head_asset`."
         )
-    sets = sorted(key[len("landmarks_") : -len("_face")] for key in stored if key.startswith("landmarks_") and key.endswith("_face"))
+    sets = sorted(
+        key[len("landmarks_") : -len("_face")]
+        for key in stored
+        if key.startswith("landmarks_") and key.endswith("_face")
+    )
     head = HeadAsset(
         **{field: np.asarray(stored[field], dtype) for field, dtype in _ARRAYS.items()},
         landmarks={

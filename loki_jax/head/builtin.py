@@ -597,7 +597,10 @@ def _crown_patch(faces, crown, middle):
 
     They come after all others, so that no landmark's face index moves.
     """
-    directed = {tuple(edge) for edge in np.concatenate([faces[:, [0, 1]], faces[:, [1, 2]], faces[:, [2, 0]]]).tolist()}
+    directed = {
+        tuple(edge)
+        for edge in np.concatenate([faces[:, [0, 1]], faces[:, [1, 2]], faces[:, [2, 0]]]).tolist()
+    }
     # A new face runs along the hole's border the other way.
     following = {b: a for a, b in directed if (b, a) not in directed and crown[a] and crown[b]}
     start = min(vertex for vertex in following if middle[vertex])

@@ -59,7 +59,12 @@ def head_pose_follow(
     Raises:
       ValueError: an array is not (n, 3), or its lengths disagree.
     """
-    arrays = {"pred_rot": pred_rot, "target_rot": target_rot, "pred_neck": pred_neck, "target_neck": target_neck}
+    arrays = {
+        "pred_rot": pred_rot,
+        "target_rot": target_rot,
+        "pred_neck": pred_neck,
+        "target_neck": target_neck,
+    }
     for name, value in arrays.items():
         if value is not None and (np.ndim(value) != 2 or np.shape(value)[1] != 3):
             raise ValueError(f"head_pose_follow: {name} has shape {np.shape(value)}, expected (frames, 3)")

@@ -38,7 +38,9 @@ def ssim(
     """
     _check(prediction, target)
     if min(prediction.shape[-3:-1]) < _WINDOW:
-        raise ValueError(f"ssim: images of {prediction.shape[-3:-1]} pixels are smaller than the {_WINDOW} px window")
+        raise ValueError(
+            f"ssim: images of {prediction.shape[-3:-1]} pixels are smaller than the {_WINDOW} px window"
+        )
     # Centred values: the variances below are small differences of large numbers.
     x = jnp.asarray(prediction, jnp.float32) / max_value - 0.5
     y = jnp.asarray(target, jnp.float32) / max_value - 0.5

@@ -206,7 +206,9 @@ def _step(problem, observed, previous, change, motion, unknowns, sigma, active):
     # Median absolute deviation as the scale of the noise; Huber weights beyond 1.5 of it.
     spread = jnp.nanmedian(jnp.where(inside[..., None], jnp.abs(difference), jnp.nan)) * 1.48
     noise = jnp.maximum(jnp.nan_to_num(spread), _NOISE_FLOOR)
-    weight = (inside * trust)[..., None] * jnp.minimum(1, 1.5 * noise / jnp.maximum(jnp.abs(difference), 1e-6))
+    weight = (inside * trust)[..., None] * jnp.minimum(
+        1, 1.5 * noise / jnp.maximum(jnp.abs(difference), 1e-6)
+    )
 
     gradient = (_gradient(rendered) + _gradient(observed)) / 2
     # Neighbouring pixels of a blurred image repeat each other, and errors that are not noise (a face
@@ -217,7 +219,9 @@ def _step(problem, observed, previous, change, motion, unknowns, sigma, active):
     pull = jnp.einsum("rcn,rcnx,rcn->rcx", weight, gradient, difference) * scale
     # A point that moves by d shows at p what was at p - d: the image changes by -gradient . d.
     flow = -flow * active
-    normal = jnp.einsum("rcxk,rcxl->kl", flow, jnp.einsum("rcxy,rcyl->rcxl", tensor, flow), precision=_PRECISION)
+    normal = jnp.einsum(
+        "rcxk,rcxl->kl", flow, jnp.einsum("rcxy,rcyl->rcxl", tensor, flow), precision=_PRECISION
+    )
     right = jnp.einsum("rcxk,rcx->k", flow, pull, precision=_PRECISION)
 
     inertia = 1 / change**2
@@ -363,7 +367,9 @@ def fit_photometric_clips(
     """Fit many clips at once; see `fit_photometric`. Every argument gains a leading clip axis."""
     frames = jnp.asarray(frames)
     if frames.ndim != 5 or frames.shape[2] != frames.shape[3] or frames.shape[4] != 3:
-        raise ValueError(f"fit_photometric_clips: frames have shape {frames.shape}, expected (clips, n, s, s, 3)")
+        raise ValueError(
+            f"fit_photometric_clips: frames have shape {frames.shape}, expected (clips, n, s, s, 3)"
+        )
     if jnp.issubdtype(frames.dtype, jnp.integer):
         frames = frames.astype(jnp.float32) / 255
     clips, n = frames.shape[:2]

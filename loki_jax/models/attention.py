@@ -168,14 +168,24 @@ def _splash_local(q: Array, k: Array, v: Array, interpret: bool) -> Array:
         # Every query sees every key; this mask is a shape, not an array.
         masks.MultiHeadMask([masks.FullMask((padded_n, padded_m))] * heads),
         block_sizes=kernel.BlockSizes(
-            block_q=block_q, block_kv=block_kv, block_q_dkv=block_q, block_kv_dkv=block_kv,
-            block_q_dq=block_q, block_kv_dq=block_kv,
+            block_q=block_q,
+            block_kv=block_kv,
+            block_q_dkv=block_q,
+            block_kv_dkv=block_kv,
+            block_q_dq=block_q,
+            block_kv_dq=block_kv,
         ),
-        head_shards=1, q_seq_shards=1, interpret=interpret,
+        head_shards=1,
+        q_seq_shards=1,
+        interpret=interpret,
     )
     # Padded queries stand in the real segment, so that none has an empty softmax; they are cut off below.
-    segments = None if padded_m == m else kernel.SegmentIds(
-        q=jnp.zeros(padded_n, jnp.int32), kv=(jnp.arange(padded_m) >= m).astype(jnp.int32)
+    segments = (
+        None
+        if padded_m == m
+        else kernel.SegmentIds(
+            q=jnp.zeros(padded_n, jnp.int32), kv=(jnp.arange(padded_m) >= m).astype(jnp.int32)
+        )
     )
     q, k, v = _pad_tokens(_scaled(q), padded_n), _pad_tokens(k, padded_m), _pad_tokens(v, padded_m)
     heads_first = (x.swapaxes(1, 2) for x in (q, k, v))

@@ -96,8 +96,9 @@ class _Encoder(nn.Module):
                 h = _Residual(width, self.groups, self.dtype, name=f"down_{level}_residual_{i}")(h)
             if level + 1 < len(self.widths):
                 # Padded right and bottom only, as these weights were trained.
-                h = Conv3x3(width, stride=2, padding=((0, 1), (0, 1)), dtype=self.dtype,
-                            name=f"down_{level}_sample")(h)
+                h = Conv3x3(
+                    width, stride=2, padding=((0, 1), (0, 1)), dtype=self.dtype, name=f"down_{level}_sample"
+                )(h)
         h = _Middle(self.widths[-1], self.groups, self.backend, self.dtype, name="middle")(h)
         h = nn.silu(GroupNorm(self.groups, _EPS, name="norm_out")(h))
         return Conv3x3(self.out_channels, dtype=self.dtype, name="conv_out")(h)
@@ -147,10 +148,17 @@ class AutoencoderKL(nn.Module):
         return 2 ** (len(self.widths) - 1)
 
     def setup(self) -> None:
-        self.encoder = _Encoder(self.widths, self.num_res_blocks, 2 * self.latent_channels,
-                                self.norm_groups, self.attention_backend, self.dtype)
-        self.decoder = _Decoder(self.widths, self.num_res_blocks, self.norm_groups,
-                                self.attention_backend, self.dtype)
+        self.encoder = _Encoder(
+            self.widths,
+            self.num_res_blocks,
+            2 * self.latent_channels,
+            self.norm_groups,
+            self.attention_backend,
+            self.dtype,
+        )
+        self.decoder = _Decoder(
+            self.widths, self.num_res_blocks, self.norm_groups, self.attention_backend, self.dtype
+        )
         self.quant = dense(2 * self.latent_channels, None, self.dtype)
         self.post_quant = dense(self.latent_channels, None, self.dtype)
 
@@ -159,8 +167,9 @@ class AutoencoderKL(nn.Module):
     ) -> tuple[Float[Array, "n h w c"], Float[Array, "n h w c"]]:
         """Mean and log-variance of the scaled latents, float32. Raises ValueError on a bad size."""
         if images.shape[1] % self.stride or images.shape[2] % self.stride:
-            raise ValueError(f"images of {images.shape[1]} x {images.shape[2]} are not divisible by "
-                             f"{self.stride}")
+            raise ValueError(
+                f"images of {images.shape[1]} x {images.shape[2]} are not divisible by {self.stride}"
+            )
         moments = self.quant(self.encoder(images.astype(self.dtype))).astype(jnp.float32)
         mean, logvar = jnp.split(moments, 2, axis=-1)
         logvar = jnp.clip(logvar, DETERMINISTIC_LOGVAR, 20.0)
@@ -238,8 +247,10 @@ def make_autoencoder(config) -> AutoencoderKL | PixelAutoencoder:
     else:
         raise ValueError(f"unknown model.autoencoder.kind {options.kind!r}; one of 'kl', 'pixel'")
     if model.latent_channels != config.latent_channels:
-        raise ValueError(f"model.latent_channels is {config.latent_channels}, but the autoencoder "
-                         f"makes {model.latent_channels}")
+        raise ValueError(
+            f"model.latent_channels is {config.latent_channels}, but the autoencoder "
+            f"makes {model.latent_channels}"
+        )
     return model
 
 

@@ -55,8 +55,10 @@ class ConditioningEncoder(nn.Module):
         """Raises ValueError when the map's size is not divisible by the total stride."""
         stride = 2 ** len(self.widths)
         if x.shape[1] % stride or x.shape[2] % stride:
-            raise ValueError(f"driver maps of {x.shape[1]} x {x.shape[2]} are not divisible by the "
-                             f"encoder's stride {stride}")
+            raise ValueError(
+                f"driver maps of {x.shape[1]} x {x.shape[2]} are not divisible by the "
+                f"encoder's stride {stride}"
+            )
         block = nn.remat(EncoderResidual) if self.remat else EncoderResidual
         residual = lambda width, name: block(width, self.norm_groups, self.dtype, name=name)
         h = Conv3x3(self.stem, dtype=self.dtype, name="stem")(x.astype(self.dtype))

@@ -48,8 +48,10 @@ class GroupNorm(nn.Module):
     def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n h w c"]:
         channels = x.shape[-1]
         if channels % self.groups:
-            raise ValueError(f"{channels} channels cannot be split into {self.groups} norm groups; "
-                             "set model.norm_groups to a divisor of every width")
+            raise ValueError(
+                f"{channels} channels cannot be split into {self.groups} norm groups; "
+                "set model.norm_groups to a divisor of every width"
+            )
         scale = self.param("scale", nn.initializers.ones, (channels,), jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, (channels,), jnp.float32)
         return group_norm(x, scale, bias, self.groups, self.eps)

@@ -110,7 +110,7 @@ def drop_identity(features: Features, keep: Bool[Array, " b"]) -> Features:
     return tuple(jnp.where(keep[:, None, None], f, jnp.zeros_like(f)) for f in features)
 
 
-def drop_motion(driver: Float[Array, "b *rest"], keep: Bool[Array, " b"]) -> Float[Array, "b *rest"]:
+def drop_motion(driver: Float[Array, b * rest], keep: Bool[Array, " b"]) -> Float[Array, b * rest]:
     """A zero driver map (or vector, or latent) for the samples that are not kept."""
     return jnp.where(keep.reshape(-1, *(1,) * (driver.ndim - 1)), driver, jnp.zeros_like(driver))
 
@@ -130,8 +130,12 @@ def make_loki(config) -> Loki:
         attention_backend=config.get("attention_backend", "auto"),
     )
     sizes = {key: unet[key] for key in ("channels", "multipliers", "num_res_blocks")}
-    generation_unet = UNet(**common, **_tuples(sizes), context_dim=unet.get("context_dim", None),
-                           remat=config.get("remat", False))
+    generation_unet = UNet(
+        **common,
+        **_tuples(sizes),
+        context_dim=unet.get("context_dim", None),
+        remat=config.get("remat", False),
+    )
     # Time exists in the generation branch only: the reference is one frame, and a pretrained backbone
     # brings no such layers.
     spatial = tuple("spatial" if mode == "temporal" else mode for mode in common["attention_modes"])
@@ -169,8 +173,15 @@ def init_params(model: Loki, config, key: PRNGKeyArray) -> PyTree:
         driver = jnp.zeros((1, 1, side, side, channels))
     x = jnp.zeros((1, 1, size, size, config.latent_channels))
     null = lambda unet: None if unet.context_dim is None else jnp.zeros((1, 1, unet.context_dim))
-    variables = model.init(key, x, jnp.zeros((1, 1), jnp.int32), driver, x[:, 0],
-                           null(model.reference), null(model.generation.unet))
+    variables = model.init(
+        key,
+        x,
+        jnp.zeros((1, 1), jnp.int32),
+        driver,
+        x[:, 0],
+        null(model.reference),
+        null(model.generation.unet),
+    )
     return variables["params"]
 
 

@@ -9,7 +9,6 @@ hands to the other is an argument and a return value.
 from __future__ import annotations
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -77,8 +76,9 @@ class Attention(nn.Module):
             out = attend(q.reshape(b, t * n, heads, -1), k, v, self.backend)
         elif mode == "temporal":
             per_pixel = lambda x: x.swapaxes(1, 2).reshape(b * n, t, heads, -1)
-            out = attend(per_pixel(q), per_pixel(split(to_k(tokens))), per_pixel(split(to_v(tokens))),
-                         self.backend)
+            out = attend(
+                per_pixel(q), per_pixel(split(to_k(tokens))), per_pixel(split(to_v(tokens))), self.backend
+            )
             out = out.reshape(b, n, t, channels).swapaxes(1, 2)
         else:
             k, v = split(to_k(tokens)), split(to_v(tokens))
@@ -243,8 +243,14 @@ class UNet(nn.Module):
 
         def attention(h: Array, level: int, name: str) -> Array:
             h, feature = transformer(
-                frames, self.norm_groups, self.head_channels, self.attention_modes[level],
-                self.context_dim, self.attention_backend, self.dtype, name=name,
+                frames,
+                self.norm_groups,
+                self.head_channels,
+                self.attention_modes[level],
+                self.context_dim,
+                self.attention_backend,
+                self.dtype,
+                name=name,
             )(h, None if pending is None else next(pending), context)
             features.append(feature)
             return h
@@ -290,8 +296,10 @@ class UNet(nn.Module):
 
     def _check(self, x, timesteps, condition, reference, context) -> None:
         if len(self.attention_modes) != len(self.multipliers):
-            raise ValueError(f"attention_modes {self.attention_modes} must name one mode for each of the "
-                             f"{len(self.multipliers)} levels")
+            raise ValueError(
+                f"attention_modes {self.attention_modes} must name one mode for each of the "
+                f"{len(self.multipliers)} levels"
+            )
         if unknown := set(self.attention_modes) - set(ATTENTION_MODES):
             raise ValueError(f"unknown attention modes {sorted(unknown)}; known are {ATTENTION_MODES}")
         attended = {self.channels * self.multipliers[level] for level in (*self.attention_levels, -1)}
@@ -301,12 +309,16 @@ class UNet(nn.Module):
             raise ValueError(f"x must be (B, T, h, w, c) and timesteps (B, T): {x.shape}, {timesteps.shape}")
         stride = 2 ** (len(self.multipliers) - 1)
         if x.shape[2] % stride or x.shape[3] % stride:
-            raise ValueError(f"latents of {x.shape[2]} x {x.shape[3]} are not divisible by {stride}, "
-                             f"which {len(self.multipliers)} levels need")
+            raise ValueError(
+                f"latents of {x.shape[2]} x {x.shape[3]} are not divisible by {stride}, "
+                f"which {len(self.multipliers)} levels need"
+            )
         if condition is not None and condition.shape != (*x.shape[:4], self.channels):
             raise ValueError(f"condition {condition.shape} must be {(*x.shape[:4], self.channels)}")
         if reference is not None and len(reference) != self.num_features():
             raise ValueError(f"{len(reference)} reference features for {self.num_features()} self-attentions")
         if (context is None) != (self.context_dim is None):
-            raise ValueError(f"context_dim is {self.context_dim} but context is "
-                             f"{'missing' if context is None else 'given'}")
+            raise ValueError(
+                f"context_dim is {self.context_dim} but context is "
+                f"{'missing' if context is None else 'given'}"
+            )

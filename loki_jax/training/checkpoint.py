@@ -105,7 +105,11 @@ def _nest(flat: dict[str, Any], separator: str) -> dict[str, Any]:
 
 def _flat_config(config: ConfigDict) -> dict[str, Any]:
     flat = _flatten(json.loads(config_to_json(config)), ".")
-    return {key: value for key, value in flat.items() if not any(key == k or key.startswith(k + ".") for k in RUN_KEYS)}
+    return {
+        key: value
+        for key, value in flat.items()
+        if not any(key == k or key.startswith(k + ".") for k in RUN_KEYS)
+    }
 
 
 def config_differences(mine: ConfigDict, theirs: ConfigDict, only: str = "") -> list[str]:
@@ -178,7 +182,9 @@ def open_manager(workdir: Path, retention: ConfigDict) -> ocp.CheckpointManager:
         policies.append(preservation.EveryNSteps(retention.keep_every))
     if retention.keep_best:
         policies.append(
-            preservation.BestN(get_metric_fn=by_loss, n=retention.keep_best, keep_checkpoints_without_metrics=False)
+            preservation.BestN(
+                get_metric_fn=by_loss, n=retention.keep_best, keep_checkpoints_without_metrics=False
+            )
         )
     return ocp.CheckpointManager(
         (workdir / "checkpoints").absolute(),
@@ -239,7 +245,9 @@ def save_state(
         raise CheckpointError(f"{manager.directory}: step {step} was not saved")
 
 
-def restore_state(manager: ocp.CheckpointManager, abstract: TrainState, iterator) -> tuple[TrainState, dict] | None:
+def restore_state(
+    manager: ocp.CheckpointManager, abstract: TrainState, iterator
+) -> tuple[TrainState, dict] | None:
     """The newest whole checkpoint, placed as `abstract` says (any mesh, any number of processes).
 
     Sets the state of `iterator`.
@@ -317,7 +325,8 @@ def check_fit(found: dict[str, tuple[int, ...]], wanted, source: str) -> None:
     ]
     if wrong:
         raise CheckpointError(
-            f"{source}: weights of another architecture ({len(wrong)} arrays differ):\n  " + "\n  ".join(wrong[:8])
+            f"{source}: weights of another architecture ({len(wrong)} arrays differ):\n  "
+            + "\n  ".join(wrong[:8])
             + "\nUse the config they were made with."
         )
 
@@ -367,10 +376,14 @@ def load_checkpoint(source: str | os.PathLike, use_ema: bool = True) -> Checkpoi
     folder = path / "checkpoints"
     saved = saved_steps(path)
     if not saved:
-        raise CheckpointError(f"{folder}: holds no finished checkpoint. Train for at least one checkpoint interval.")
+        raise CheckpointError(
+            f"{folder}: holds no finished checkpoint. Train for at least one checkpoint interval."
+        )
     step = saved[-1] if step is None else step
     if step not in saved:
-        raise CheckpointError(f"{folder}: no checkpoint of step {step}; there are {', '.join(map(str, saved))}.")
+        raise CheckpointError(
+            f"{folder}: no checkpoint of step {step}; there are {', '.join(map(str, saved))}."
+        )
     item = "ema" if use_ema and (folder / str(step) / "ema").exists() else "params"
     # The pixel autoencoder has no parameters, and files keep no empty dict.
     params = {"autoencoder": {}} | restore_as_numpy((folder / str(step) / item).absolute())
@@ -396,7 +409,9 @@ def save_model_file(path: Path, checkpoint: Checkpoint) -> None:
       CheckpointError: the model was trained on another head than the built-in one.
     """
     if checkpoint.head.name != builtin_head().name:
-        raise CheckpointError(f"head {checkpoint.head.name!r} cannot travel inside a model file; share the workdir instead.")
+        raise CheckpointError(
+            f"head {checkpoint.head.name!r} cannot travel inside a model file; share the workdir instead."
+        )
     tensors = {
         key: jnp.asarray(value, jnp.bfloat16) for key, value in _flatten(checkpoint.params, "/").items()
     }
@@ -419,7 +434,13 @@ def save_model_file(path: Path, checkpoint: Checkpoint) -> None:
 def _geometry_digest(head: HeadAsset) -> str:
     """SHA-256 of what the driver map depends on, to a hundredth of a millimetre; landmarks may change."""
     digest = hashlib.sha256(np.asarray(head.faces, np.int32).tobytes())
-    for array in (head.template, head.shape_basis, head.expression_basis, head.skinning_weights, head.render_mask):
+    for array in (
+        head.template,
+        head.shape_basis,
+        head.expression_basis,
+        head.skinning_weights,
+        head.render_mask,
+    ):
         digest.update(np.round(np.asarray(array, np.float64) * 1e5).astype(np.int64).tobytes())
     return digest.hexdigest()
 
@@ -439,11 +460,13 @@ def load_model_file(path: Path) -> Checkpoint:
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: not a readable safetensors file ({error}). Copy it again.") from error
     if metadata.get("format") != "loki_jax-1":
-        raise CheckpointError(f"{path}: not a loki_jax model file. For other weights use `python -m loki_jax.convert`.")
+        raise CheckpointError(
+            f"{path}: not a loki_jax model file. For other weights use `python -m loki_jax.convert`."
+        )
     head = builtin_head()
     if metadata["head"] != head.name or metadata["head_geometry"] != _geometry_digest(head):
-        raise CheckpointError(f"{path}: made with another built-in head ({metadata['head']}); use the version that made it.")
+        raise CheckpointError(
+            f"{path}: made with another built-in head ({metadata['head']}); use the version that made it."
+        )
     params = {"autoencoder": {}} | _nest(tensors, "/")
     return Checkpoint(config_from_json(metadata["config"]), params, head, int(metadata["step"]))
-
-

@@ -108,7 +108,9 @@ def batch_part(mesh: Mesh) -> int:
 def global_batch(local_batch, mesh: Mesh):
     """This process's part of a batch (numpy) -> global arrays split over the mesh."""
     sharding = batch_sharding(mesh)
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), local_batch)
+    return jax.tree.map(
+        lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), local_batch
+    )
 
 
 def local_batch(batch):

@@ -19,7 +19,13 @@ from loki_jax.head.asset import HeadAsset
 from loki_jax.models.autoencoder import sample_posterior
 from loki_jax.models.loki import drop_identity, drop_motion
 from loki_jax.networks import (
-    Networks, denoise, driver_input, encode_condition, random_params, reference_features, unit_range,
+    Networks,
+    denoise,
+    driver_input,
+    encode_condition,
+    random_params,
+    reference_features,
+    unit_range,
 )
 from loki_jax.training.checkpoint import CheckpointError, check_fit, leaf_shapes, load_checkpoint
 from loki_jax.training.sharding import BATCH_AXES
@@ -30,28 +36,40 @@ def check_config(config: ConfigDict) -> None:
     """Raise ValueError for options that contradict each other."""
     check_prediction(config.diffusion.prediction)
     if config.accumulate < 1 or config.batch_size % config.accumulate:
-        raise ValueError(f"config.batch_size={config.batch_size} cannot be cut into config.accumulate={config.accumulate} parts")
+        raise ValueError(
+            f"config.batch_size={config.batch_size} cannot be cut into config.accumulate={config.accumulate} parts"
+        )
     if config.faults.max_skips < 1:
         raise ValueError(f"config.faults.max_skips={config.faults.max_skips}: at least 1")
     if not 0 <= config.diffusion.shared_timesteps <= 1:
-        raise ValueError(f"config.diffusion.shared_timesteps={config.diffusion.shared_timesteps} is not a share")
+        raise ValueError(
+            f"config.diffusion.shared_timesteps={config.diffusion.shared_timesteps} is not a share"
+        )
     if config.diffusion.min_snr_gamma < 0:
         raise ValueError(f"config.diffusion.min_snr_gamma={config.diffusion.min_snr_gamma}: 0 (off) or above")
     if config.diffusion.max_beta >= 1 and config.diffusion.prediction == "epsilon":
-        raise ValueError("config.diffusion.max_beta=1 leaves no signal at the last step: set config.diffusion.prediction=v")
+        raise ValueError(
+            "config.diffusion.max_beta=1 leaves no signal at the last step: set config.diffusion.prediction=v"
+        )
     if config.model.unet.context_dim not in (None, config.model.reference.context_dim):
         raise ValueError(
             f"config.model.unet.context_dim={config.model.unet.context_dim}: the null prompt has width "
             f"{config.model.reference.context_dim} (config.model.reference.context_dim)"
         )
     if config.dropout.null_reference not in ("features", "latent"):
-        raise ValueError(f"config.dropout.null_reference={config.dropout.null_reference!r}: use features or latent")
+        raise ValueError(
+            f"config.dropout.null_reference={config.dropout.null_reference!r}: use features or latent"
+        )
     if config.dropout.identity + config.dropout.motion + config.dropout.both > 1:
         raise ValueError("config.dropout: the three shares add up to more than 1")
     if config.model.reference.trainable and config.model.reference.context_dim is not None:
-        raise ValueError("config.model.reference: a branch that is trained has no null prompt; set context_dim=None")
+        raise ValueError(
+            "config.model.reference: a branch that is trained has no null prompt; set context_dim=None"
+        )
     if config.model.reference.driver and not config.model.reference.trainable:
-        raise ValueError("config.model.reference.driver: a frozen branch has never seen a driver map; set it to False")
+        raise ValueError(
+            "config.model.reference.driver: a frozen branch has never seen a driver map; set it to False"
+        )
     if not config.model.reference.trainable and not config.pretrained and not config.init_from:
         raise CheckpointError(
             "config.pretrained is empty, but the reference branch is frozen and a random one carries no identity. "
@@ -66,7 +84,11 @@ def split_params(config: ConfigDict, params: PyTree) -> tuple[PyTree, PyTree]:
     """(trained, frozen) parts of all parameters; frozen ones in the computation's dtype."""
     trained = {"generation"} | ({"reference"} if config.model.reference.trainable else set())
     dtype = jnp.dtype(config.model.dtype)
-    frozen = {key: jax.tree.map(lambda x: x.astype(dtype), value) for key, value in params.items() if key not in trained}
+    frozen = {
+        key: jax.tree.map(lambda x: x.astype(dtype), value)
+        for key, value in params.items()
+        if key not in trained
+    }
     return {key: params[key] for key in sorted(trained)}, frozen
 
 
@@ -90,7 +112,11 @@ def initial_params(config: ConfigDict, networks: Networks, head: HeadAsset) -> t
     if path:
         with ocp.StandardCheckpointer() as checkpointer:
             backbone = checkpointer.restore(path.absolute())
-        check_fit(leaf_shapes(backbone), {k: abstract[k] for k in ("reference", "autoencoder", "null_prompt") if k in abstract}, str(path))
+        check_fit(
+            leaf_shapes(backbone),
+            {k: abstract[k] for k in ("reference", "autoencoder", "null_prompt") if k in abstract},
+            str(path),
+        )
         params |= backbone
         params["generation"] = dict(params["generation"]) | {
             "unet": _take_shared(params["generation"]["unet"], backbone["reference"])
@@ -117,7 +143,9 @@ def _take_shared(target: PyTree, source: PyTree) -> PyTree:
     """`target` with every array that `source` also has copied from it (a step donates its buffers)."""
     if not isinstance(target, dict):
         return jnp.array(source)
-    return {key: _take_shared(value, source[key]) if key in source else value for key, value in target.items()}
+    return {
+        key: _take_shared(value, source[key]) if key in source else value for key, value in target.items()
+    }
 
 
 # --------------------------------------------------------------------------------------------- loss
@@ -128,7 +156,10 @@ def sharded_driver_input(config: ConfigDict, mesh: Mesh) -> Callable:
     batch = PartitionSpec(BATCH_AXES)
     return jax.shard_map(
         lambda head, *inputs: driver_input(config, head, *inputs),
-        mesh=mesh, in_specs=(PartitionSpec(), batch, batch, batch), out_specs=batch, check_vma=False,
+        mesh=mesh,
+        in_specs=(PartitionSpec(), batch, batch, batch),
+        out_specs=batch,
+        check_vma=False,
     )
 
 
@@ -150,13 +181,24 @@ def make_loss(config: ConfigDict, networks: Networks, mesh: Mesh) -> Callable:
     """loss(trained, frozen, batch, head, keys, dropout) -> scalar; `keys` (B,) of `window_keys`."""
     draw = sharded_driver_input(config, mesh)
 
-    def loss(trained: PyTree, frozen: PyTree, batch: dict[str, Any], head: HeadAsset, keys: PRNGKeyArray, dropout: bool):
+    def loss(
+        trained: PyTree,
+        frozen: PyTree,
+        batch: dict[str, Any],
+        head: HeadAsset,
+        keys: PRNGKeyArray,
+        dropout: bool,
+    ):
         params = trained | frozen
         split = jax.vmap(lambda key: jax.random.split(key, 4), out_axes=1)(keys)
         keys = dict(zip(("latent", "reference", "dropout", "diffusion"), split))
         x0 = _latents(networks, params, batch, "", keys["latent"])
         reference = _latents(
-            networks, params, batch, "reference_", keys["reference"] if config.model.autoencoder.sample_reference else None
+            networks,
+            params,
+            batch,
+            "reference_",
+            keys["reference"] if config.model.autoencoder.sample_reference else None,
         )
         driver, reference_condition = _drivers(config, networks, params, batch, head, draw)
         keep_identity, keep_motion = jnp.ones((2, x0.shape[0]), bool)
@@ -244,7 +286,9 @@ def make_gradients(config: ConfigDict, networks: Networks, mesh: Mesh) -> Callab
     def gradients(state: TrainState, batch: dict, head: HeadAsset):
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
         rows = jnp.arange(config.batch_size)
-        of = lambda batch, rows: value_and_grad(state.params, state.frozen, batch, head, window_keys(key, rows), True)
+        of = lambda batch, rows: value_and_grad(
+            state.params, state.frozen, batch, head, window_keys(key, rows), True
+        )
         if config.accumulate == 1:
             return of(batch, rows)
         zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params))

@@ -33,4 +33,3 @@ def test_real_clips(ict_head_path, real_clips):
         assert np.abs(fit.coefficients.shape).max() < 3.5, path.name
         if "grid" in path.name:
             assert jitter_degrees(np.degrees(fit.coefficients.rot)) < 0.3, path.name
-

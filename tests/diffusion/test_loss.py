@@ -69,7 +69,8 @@ def test_loss_of_a_known_prediction(prediction):
     np.testing.assert_allclose(loss, aux["mse"].mean(), rtol=1e-6)
     np.testing.assert_array_equal(aux["timesteps"], seen["t"])
     np.testing.assert_allclose(
-        prediction_target(SCHEDULE, x0, seen["t"], noise, prediction), target, atol=1e-5)
+        prediction_target(SCHEDULE, x0, seen["t"], noise, prediction), target, atol=1e-5
+    )
 
 
 def test_a_perfect_prediction_has_no_loss():

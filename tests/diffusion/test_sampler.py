@@ -25,12 +25,19 @@ def test_public_sampler(golden, case):
         phase = jnp.sin(t.astype(jnp.float32) / 1000)[..., None, None, None]
         return 0.1 * x + phase * condition + 0.05 * reference[:, None, None, None, :]
 
-    x0, trajectory = jax.jit(lambda x: ddim_sample(
-        denoise, x, make_schedule(latent_size=int(size), shift_frames=int(frames) - 1),
-        conditional=(condition, reference),
-        unconditional=(jnp.zeros_like(condition), jnp.zeros_like(reference)),
-        steps=steps, guidance=float(guidance), spacing="official", keep_trajectory=True,
-    ))(jnp.asarray(last(data[f"{case}/x_T"])))
+    x0, trajectory = jax.jit(
+        lambda x: ddim_sample(
+            denoise,
+            x,
+            make_schedule(latent_size=int(size), shift_frames=int(frames) - 1),
+            conditional=(condition, reference),
+            unconditional=(jnp.zeros_like(condition), jnp.zeros_like(reference)),
+            steps=steps,
+            guidance=float(guidance),
+            spacing="official",
+            keep_trajectory=True,
+        )
+    )(jnp.asarray(last(data[f"{case}/x_T"])))
     jax.effects_barrier()
     expected_trajectory = np.moveaxis(data[f"{case}/x_before_each_step"], 3, -1)
     for step in range(steps):
@@ -58,14 +65,24 @@ def gaussian_denoiser(schedule, mean, std, prediction):
     return denoise
 
 
-@pytest.mark.parametrize("prediction, spacing", [
-    ("epsilon", "leading"), ("v", "leading"), ("v", "trailing"), ("v", "linspace"), ("x0", "trailing")])
+@pytest.mark.parametrize(
+    "prediction, spacing",
+    [("epsilon", "leading"), ("v", "leading"), ("v", "trailing"), ("v", "linspace"), ("x0", "trailing")],
+)
 def test_samples_a_gaussian(prediction, spacing):
     """With a perfect network noise becomes samples of the data, to the error of 500 steps."""
     schedule = make_schedule()
     noise = jax.random.normal(jax.random.key(0), (4, 8, 8, 8, 4))
-    out = ddim_sample(gaussian_denoiser(schedule, 0.7, 0.3, prediction), noise, schedule, conditional=None,
-                      guidance=1, steps=500, spacing=spacing, prediction=prediction)
+    out = ddim_sample(
+        gaussian_denoiser(schedule, 0.7, 0.3, prediction),
+        noise,
+        schedule,
+        conditional=None,
+        guidance=1,
+        steps=500,
+        spacing=spacing,
+        prediction=prediction,
+    )
     assert abs(out.mean() - 0.7) < 0.02
     assert abs(out.std() - 0.3) < 0.02
     # The flow of a Gaussian is affine: each sample keeps its rank.
@@ -79,8 +96,15 @@ def test_zero_terminal_snr_reaches_any_brightness(prediction, steps):
     schedule = make_schedule(max_beta=1.0)
     noise = jax.random.normal(jax.random.key(0), (4, 8, 8, 8, 4))
     run = lambda spacing: ddim_sample(
-        gaussian_denoiser(schedule, 3.0, 0.05, prediction), noise, schedule, conditional=None, guidance=1,
-        steps=steps, spacing=spacing, prediction=prediction)
+        gaussian_denoiser(schedule, 3.0, 0.05, prediction),
+        noise,
+        schedule,
+        conditional=None,
+        guidance=1,
+        steps=steps,
+        spacing=spacing,
+        prediction=prediction,
+    )
     out = run("trailing")
     assert jnp.isfinite(out).all() and abs(out.mean() - 3.0) < 0.01
     if steps == 1:  # one leading step is the least noisy one: it takes the noise for a picture
@@ -98,8 +122,14 @@ def test_guidance_extrapolates_and_one_skips_the_unconditional_branch():
 
     c, u = jnp.array([0.3, 0.4]), jnp.array([0.1, -0.2])
     run = lambda guidance, conditional, unconditional: ddim_sample(
-        denoise, noise, schedule, conditional=conditional, unconditional=unconditional, steps=4,
-        guidance=guidance)
+        denoise,
+        noise,
+        schedule,
+        conditional=conditional,
+        unconditional=unconditional,
+        steps=4,
+        guidance=guidance,
+    )
     plain = run(1, c, None)
     assert set(batches) == {2}
     batches.clear()
@@ -124,8 +154,17 @@ def test_clip_bounds_the_result():
     schedule = make_schedule()
     noise = jax.random.normal(jax.random.key(0), (2, 3, 4, 4, 1))
     denoise = gaussian_denoiser(schedule, 3.0, 0.1, "v")
-    run = lambda clip: ddim_sample(denoise, noise, schedule, conditional=None, guidance=1, steps=10,
-                                   spacing="trailing", prediction="v", clip=clip)
+    run = lambda clip: ddim_sample(
+        denoise,
+        noise,
+        schedule,
+        conditional=None,
+        guidance=1,
+        steps=10,
+        spacing="trailing",
+        prediction="v",
+        clip=clip,
+    )
     assert run(None).min() > 2
     np.testing.assert_allclose(run(1.0), 1.0, atol=1e-5)
 
@@ -140,5 +179,11 @@ def test_errors():
     with pytest.raises(ValueError, match="cannot start at step 999"):
         run(guidance=1, spacing="trailing")
     with pytest.raises(ValueError, match="cannot start at step 999"):
-        ddim_sample(lambda x, t, c: x, x, make_schedule(max_beta=1.0), conditional=None, guidance=1,
-                    spacing="trailing")
+        ddim_sample(
+            lambda x, t, c: x,
+            x,
+            make_schedule(max_beta=1.0),
+            conditional=None,
+            guidance=1,
+            spacing="trailing",
+        )

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from loki_jax.diffusion.schedule import alphas_cumprod, ddim_timesteps, make_schedule
 from loki_jax.diffusion.sampler import ddim_alphas
+from loki_jax.diffusion.schedule import alphas_cumprod, ddim_timesteps, make_schedule
 
 
 @pytest.fixture(scope="module")
@@ -78,8 +78,9 @@ def test_official_timesteps(reference, size, frames, steps):
     np.testing.assert_allclose(np.sqrt(1 - alpha[::-1]), reference[name + "sqrt_one_minus_alphas"], rtol=2e-6)
 
 
-@pytest.mark.parametrize("spacing, first, last", [
-    ("leading", 0, None), ("trailing", None, 999), ("linspace", 0, 999)])
+@pytest.mark.parametrize(
+    "spacing, first, last", [("leading", 0, None), ("trailing", None, 999), ("linspace", 0, 999)]
+)
 @pytest.mark.parametrize("steps", [2, 3, 7, 15, 50, 333, 600, 999, 1000])
 def test_spacings_cover_the_schedule_for_every_number_of_steps(spacing, first, last, steps):
     timesteps = ddim_timesteps(steps, spacing)

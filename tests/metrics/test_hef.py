@@ -23,7 +23,10 @@ def test_masked_l1_golden(golden, case):
 
 def public_meshes(golden, data, case):
     """World vertices, offsets and faces of the target's and the swapped mesh, in the public FLAME variant."""
-    model, sphere = np.load(golden / "flame_model.npz"), np.load(golden / "flame_io.npz")["mouth_sphere_vertices"]
+    model, sphere = (
+        np.load(golden / "flame_model.npz"),
+        np.load(golden / "flame_io.npz")["mouth_sphere_vertices"],
+    )
 
     def get(side, name):
         key = f"expr/{case}/{side}/{name}"
@@ -46,7 +49,9 @@ def public_meshes(golden, data, case):
         return world.astype(np.float32), offsets.astype(np.float32)
 
     intrinsics = np.concatenate([get("target", name)[0] for name in ("fx", "fy", "cx", "cy")])
-    camera = Camera(np.broadcast_to(intrinsics, (length, 4)), np.broadcast_to(get("target", "extr")[0], (length, 4, 4)))
+    camera = Camera(
+        np.broadcast_to(intrinsics, (length, 4)), np.broadcast_to(get("target", "extr")[0], (length, 4, 4))
+    )
     return mesh("target"), mesh("pred"), camera
 
 
@@ -63,7 +68,9 @@ def test_golden(golden, case):
     ndc = ndc_from_camera(points, camera, box)
     swapped_ndc = ndc_from_camera(camera_from_world(swapped, camera), camera, box)
 
-    image, covered = jax.jit(offset_map, static_argnames="size")(ndc[0], target_offsets[0], faces, mask, size=96)
+    image, covered = jax.jit(offset_map, static_argnames="size")(
+        ndc[0], target_offsets[0], faces, mask, size=96
+    )
     expected = data[f"expr/{case}/frame0/deform_target"]
     np.testing.assert_allclose(image, expected, atol=1e-3)
     np.testing.assert_array_equal(covered, data[f"expr/{case}/frame0/mask_target"])

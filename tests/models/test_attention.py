@@ -182,8 +182,12 @@ def test_shared_tokens_are_appended_to_every_frame():
     shared_k, shared_v = (jax.random.normal(key, (batch, m, 2, 4)) for key in keys[3:])
     out = attend_shared(q, k, v, shared_k, shared_v)
     for frame in range(frames):
-        expected = attend(q[:, frame], jnp.concatenate([k[:, frame], shared_k], 1),
-                          jnp.concatenate([v[:, frame], shared_v], 1), "xla")
+        expected = attend(
+            q[:, frame],
+            jnp.concatenate([k[:, frame], shared_k], 1),
+            jnp.concatenate([v[:, frame], shared_v], 1),
+            "xla",
+        )
         np.testing.assert_allclose(out[:, frame], expected, atol=1e-6)
 
 

@@ -41,8 +41,9 @@ def test_errors():
     pixel = make_autoencoder(config(kind="pixel", patch=4, scale=1.0))
     with pytest.raises(ValueError, match="patch size 4"):
         pixel.apply({}, jnp.zeros((1, 18, 16, 3)), method="encode")
-    kl = make_autoencoder(config(kind="kl", latent_channels=4, widths=(8, 8, 8), num_res_blocks=1, scale=1.0,
-                                 norm_groups=4))
+    kl = make_autoencoder(
+        config(kind="kl", latent_channels=4, widths=(8, 8, 8), num_res_blocks=1, scale=1.0, norm_groups=4)
+    )
     assert kl.stride == 4
     with pytest.raises(ValueError, match="not divisible by 4"):
         jax.eval_shape(lambda key: kl.init(key, jnp.zeros((1, 18, 16, 3))), jax.random.key(0))

@@ -25,14 +25,25 @@ from loki_jax.models.loki import count_parameters, init_params, make_loki
 
 @pytest.fixture(scope="module")
 def config():
-    return ConfigDict(dict(
-        latent_channels=4, latent_size=64, dtype="bfloat16", remat=True,
-        unet=dict(channels=320, multipliers=(1, 2, 4, 4), num_res_blocks=2, attention_levels=(0, 1, 2),
-                  attention_modes=("spatial", "3d", "3d", "3d"), head_channels=64),
-        encoder=dict(in_channels=45, stem=64, widths=(128, 256, 320)),
-        reference=dict(trainable=False, context_dim=1024),
-        autoencoder=dict(kind="kl", widths=(128, 256, 512, 512), num_res_blocks=2, scale=0.18215),
-    ))
+    return ConfigDict(
+        dict(
+            latent_channels=4,
+            latent_size=64,
+            dtype="bfloat16",
+            remat=True,
+            unet=dict(
+                channels=320,
+                multipliers=(1, 2, 4, 4),
+                num_res_blocks=2,
+                attention_levels=(0, 1, 2),
+                attention_modes=("spatial", "3d", "3d", "3d"),
+                head_channels=64,
+            ),
+            encoder=dict(in_channels=45, stem=64, widths=(128, 256, 320)),
+            reference=dict(trainable=False, context_dim=1024),
+            autoencoder=dict(kind="kl", widths=(128, 256, 512, 512), num_res_blocks=2, scale=0.18215),
+        )
+    )
 
 
 @pytest.fixture(scope="module")
@@ -98,8 +109,9 @@ def test_order_of_attention_blocks(golden, config):
     model = make_loki(config)
     unet = model.generation.unet
     x = jax.ShapeDtypeStruct((1, 2, 64, 64, 4), jnp.float32)
-    params = jax.eval_shape(lambda key: unet.init(key, jnp.zeros((1, 1, 8, 8, 4)), jnp.zeros((1, 1), int)),
-                            jax.random.key(0))
+    params = jax.eval_shape(
+        lambda key: unet.init(key, jnp.zeros((1, 1, 8, 8, 4)), jnp.zeros((1, 1), int)), jax.random.key(0)
+    )
     _, features = jax.eval_shape(unet.apply, params, x, jax.ShapeDtypeStruct((1, 2), jnp.int32))
     assert [f.shape[-1] for f in features] == [b["channels"] for b in blocks]
     assert [f.shape[-1] // unet.head_channels for f in features] == [b["heads"] for b in blocks]
@@ -112,9 +124,16 @@ def test_order_of_attention_blocks(golden, config):
     assert [unet.attention_modes[level[b["channels"]]] for b in blocks] == [b["mode"] for b in blocks]
 
 
-@pytest.mark.parametrize("layout, shape", [
-    ("vector", (3,)), ("linear", (2, 3)), ("conv1x1", (2, 3)), ("conv", (3, 3, 2, 5)),
-    ("pointwise", (2, 3))])
+@pytest.mark.parametrize(
+    "layout, shape",
+    [
+        ("vector", (3,)),
+        ("linear", (2, 3)),
+        ("conv1x1", (2, 3)),
+        ("conv", (3, 3, 2, 5)),
+        ("pointwise", (2, 3)),
+    ],
+)
 def test_layouts_invert(layout, shape):
     array = np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
     np.testing.assert_array_equal(from_ldm(to_ldm(array, layout), layout), array)

@@ -13,21 +13,36 @@ B, T, SIZE = 2, 3, 8
 
 
 def small_config(**changes):
-    config = ConfigDict(dict(
-        latent_channels=12, latent_size=SIZE, norm_groups=4,
-        unet=dict(channels=16, multipliers=(1, 2), num_res_blocks=1, attention_levels=(0, 1),
-                  attention_modes=("spatial", "3d"), head_channels=8),
-        encoder=dict(in_channels=5, stem=8, widths=(8, 16)),
-        reference=dict(trainable=True),
-    ))
+    config = ConfigDict(
+        dict(
+            latent_channels=12,
+            latent_size=SIZE,
+            norm_groups=4,
+            unet=dict(
+                channels=16,
+                multipliers=(1, 2),
+                num_res_blocks=1,
+                attention_levels=(0, 1),
+                attention_modes=("spatial", "3d"),
+                head_channels=8,
+            ),
+            encoder=dict(in_channels=5, stem=8, widths=(8, 16)),
+            reference=dict(trainable=True),
+        )
+    )
     config.update_from_flattened_dict({key.replace("__", "."): value for key, value in changes.items()})
     return config
 
 
 def one_level_config(mode="3d", **changes):
     """One level, attention in the middle only: for tests that compile several models."""
-    return small_config(unet__multipliers=(1,), unet__attention_levels=(), unet__attention_modes=(mode,),
-                        encoder__widths=(8, 8), **changes)
+    return small_config(
+        unet__multipliers=(1,),
+        unet__attention_levels=(),
+        unet__attention_modes=(mode,),
+        encoder__widths=(8, 8),
+        **changes,
+    )
 
 
 def random_params(loki, config, seed=7):
@@ -63,7 +78,14 @@ def test_shapes(model):
     assert condition.shape == (B, T, SIZE, SIZE, 16)
     # Down: levels 0 and 1; the middle; up: two at level 1, two at level 0.
     assert [f.shape for f in features] == [
-        (B, 64, 16), (B, 16, 32), (B, 16, 32), (B, 16, 32), (B, 16, 32), (B, 64, 16), (B, 64, 16)]
+        (B, 64, 16),
+        (B, 16, 32),
+        (B, 16, 32),
+        (B, 16, 32),
+        (B, 16, 32),
+        (B, 64, 16),
+        (B, 64, 16),
+    ]
     out = denoise(x, timesteps, condition, features)
     assert out.shape == x.shape and out.dtype == jnp.float32
 
@@ -115,8 +137,10 @@ def test_frames_see_each_other_through_3d_attention_only():
         params = random_params(loki, config)
         run = quick_jit(loki.apply)
         variables = {"params": params}
-        change = jnp.abs(run(variables, x.at[:, 0].add(1.0), timesteps, driver, z)
-                         - run(variables, x, timesteps, driver, z))
+        change = jnp.abs(
+            run(variables, x.at[:, 0].add(1.0), timesteps, driver, z)
+            - run(variables, x, timesteps, driver, z)
+        )
         assert change[:, 0].max() > 1e-2
         assert (change[:, 1:].max() > 1e-5) == reaches, mode
 
@@ -243,12 +267,15 @@ def test_cross_attention_context():
         jax.eval_shape(run, None, contexts[1])
 
 
-@pytest.mark.parametrize("changes, message", [
-    (dict(unet__attention_modes=("spatial",)), "one mode for each of the 2 levels"),
-    (dict(unet__attention_modes=("spatial", "2d")), "unknown attention modes"),
-    (dict(unet__head_channels=12), "must divide the widths"),
-    (dict(norm_groups=32), "norm groups"),
-])
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(unet__attention_modes=("spatial",)), "one mode for each of the 2 levels"),
+        (dict(unet__attention_modes=("spatial", "2d")), "unknown attention modes"),
+        (dict(unet__head_channels=12), "must divide the widths"),
+        (dict(norm_groups=32), "norm groups"),
+    ],
+)
 def test_bad_options(changes, message):
     config = small_config(**changes)
     loki = make_loki(config)

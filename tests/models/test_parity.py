@@ -75,7 +75,8 @@ def test_conditioning_encoder(encoder_case):
 def test_transformer(golden, public_mode, mode, backend):
     data = {
         name.removeprefix(f"{public_mode}/"): value
-        for name, value in np.load(golden / "attention.npz").items() if name.startswith(f"{public_mode}/")
+        for name, value in np.load(golden / "attention.npz").items()
+        if name.startswith(f"{public_mode}/")
     }
     transformer = SpatioTemporalTransformer(
         frames=4, groups=32, head_channels=16, mode=mode, context_dim=None, backend=backend, dtype=jnp.float32
@@ -125,10 +126,14 @@ def unet_case(golden):
     params = {
         "unet": recipe_params(unet_table(generation), shapes_of(generation, x, timesteps), seed, "gen/"),
         "encoder": recipe_params(
-            encoder_table(encoder, "cond_encoder."), shapes_of(encoder, driver[0]), seed, "gen/"),
+            encoder_table(encoder, "cond_encoder."), shapes_of(encoder, driver[0]), seed, "gen/"
+        ),
         "reference": recipe_params(
-            unet_table(reference), shapes_of(reference, z[:, None], jnp.zeros((1, 1), int), context=context),
-            seed, "ref/"),
+            unet_table(reference),
+            shapes_of(reference, z[:, None], jnp.zeros((1, 1), int), context=context),
+            seed,
+            "ref/",
+        ),
     }
 
     @quick_jit

@@ -40,8 +40,12 @@ def test_resumed_run_is_bit_identical(shards, finished, tmp_path):
         straight, resumed = (load_checkpoint(path, use_ema) for path in (finished, tmp_path))
         assert straight.step == resumed.step == 4
         jax.tree.map(np.testing.assert_array_equal, straight.params, resumed.params)
-    start = initial_params(run_config(shards, 4), build_networks(straight.config, straight.head), straight.head)[0]
-    moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), start["generation"], dict(resumed.params)["generation"])
+    start = initial_params(
+        run_config(shards, 4), build_networks(straight.config, straight.head), straight.head
+    )[0]
+    moved = jax.tree.map(
+        lambda a, b: float(np.abs(a - b).max()), start["generation"], dict(resumed.params)["generation"]
+    )
     assert max(jax.tree.leaves(moved)) > 0
 
 
@@ -56,7 +60,9 @@ def test_metrics_are_logged(finished):
 def test_workdir_of_another_config_is_refused(shards, finished):
     config = run_config(shards, 6)
     config.model.unet.channels = 32
-    with pytest.raises(CheckpointError, match=r"another config(.|\n)*model.unet.channels: 16 -> 32(.|\n)*--workdir"):
+    with pytest.raises(
+        CheckpointError, match=r"another config(.|\n)*model.unet.channels: 16 -> 32(.|\n)*--workdir"
+    ):
         train(config, finished)
 
 
@@ -97,7 +103,11 @@ def test_model_file_round_trip_and_damage(finished, tmp_path):
     save_model_file(path, checkpoint)
     back = load_model_file(path)
     assert back.config.to_dict() == checkpoint.config.to_dict() and back.step == 4
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2**-8, atol=1e-30), dict(back.params), dict(checkpoint.params))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=2**-8, atol=1e-30),
+        dict(back.params),
+        dict(checkpoint.params),
+    )
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(CheckpointError, match="model.safetensors"):
         load_model_file(path)
@@ -121,9 +131,14 @@ def test_frozen_reference_comes_from_pretrained_weights_and_stays(shards, tmp_pa
         checkpointer.save(tmp_path / "sd", backbone)
     train(config, tmp_path / "run")
     trained = load_checkpoint(tmp_path / "run", use_ema=False).params
-    jax.tree.map(np.testing.assert_array_equal, trained["reference"], jax.tree.map(np.asarray, backbone["reference"]))
+    jax.tree.map(
+        np.testing.assert_array_equal, trained["reference"], jax.tree.map(np.asarray, backbone["reference"])
+    )
     # The generation branch started from the same backbone and moved.
-    start, now = backbone["reference"]["conv_in"]["kernel"], trained["generation"]["unet"]["conv_in"]["kernel"]
+    start, now = (
+        backbone["reference"]["conv_in"]["kernel"],
+        trained["generation"]["unet"]["conv_in"]["kernel"],
+    )
     assert 0 < float(np.abs(now - start).max()) < 0.1
 
 
