@@ -18,8 +18,9 @@ optimisers.
 
 Pipeline (`pipeline_fps`). `python -m data_prep.build` on one copy of a clip for each core, and on 1 +
 `--copies` copies for each, both after a build that compiled: the further frames over the further seconds, so
-that imports and compilation do not count (the compiling build took `first_clips_s`). The clip is `--clip`, or a synthetic one. Needs the cached landmark
-models (`python -m data_prep.landmarker`); without them these figures are null.
+that imports and compilation do not count (the compiling build took `first_clips_s`). The clip is `--clip`, or
+a synthetic one. Needs the cached landmark models (`python -m data_prep.landmarker`); without them these
+figures are null.
 
 Memory (`peak_mib_few`, `peak_mib_many`): peak resident memory of the largest process in these two builds.
 
