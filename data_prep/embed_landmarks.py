@@ -472,9 +472,7 @@ def check_embedding(head: HeadAsset, marks: Landmarks) -> list[Opening]:
     return openings
 
 
-def with_landmarks(
-    head: HeadAsset, landmarker: Landmarker | None = None
-) -> tuple[HeadAsset, list[Opening]]:
+def with_landmarks(head: HeadAsset, landmarker: Landmarker | None = None) -> tuple[HeadAsset, list[Opening]]:
     """The head with the set "mediapipe478", and the openings that were checked."""
     marks = embed(head, landmarker)
     openings = check_embedding(head, marks)

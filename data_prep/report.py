@@ -229,9 +229,7 @@ def draw_plots(clips: list[ClipReport], names: tuple[str, ...]) -> list[tuple[st
         axis.hist(values, bins=60, range=(-60, 60), color=colour)
         axis.set_xlabel(f"{label}, degrees (frames)")
     counts, *_ = np.histogram2d(angles[:, 1], angles[:, 0], bins=48, range=[[-48, 48], [-72, 72]])
-    axes[3].imshow(
-        np.log1p(counts), extent=(-72, 72, -48, 48), origin="lower", aspect="auto", cmap="viridis"
-    )
+    axes[3].imshow(np.log1p(counts), extent=(-72, 72, -48, 48), origin="lower", aspect="auto", cmap="viridis")
     axes[3].set(xlabel="yaw, degrees", ylabel="pitch (log of frames)")
     plots.append(("Head pose", finished(figure)))
 

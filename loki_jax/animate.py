@@ -97,8 +97,8 @@ def find_clip(folder: Path, clip_id: str, head: HeadAsset) -> tuple[Dataset, Cli
         stored.template, head.template, atol=1e-6
     ):
         raise DatasetError(
-            f"{folder}: its coefficients belong to the head {stored.name!r}, the checkpoint to {head.name!r}. "
-            "Build the dataset with the checkpoint's head."
+            f"{folder}: its coefficients belong to the head {stored.name!r}, "
+            f"the checkpoint to {head.name!r}. Build the dataset with the checkpoint's head."
         )
     for clip in dataset.clips:
         if clip.clip_id == clip_id:
@@ -275,7 +275,7 @@ def animate_windows(
     key = jax.random.key(seed)
     for start in range(0, length, window):
         index = np.minimum(np.arange(start, start + window), length - 1)
-        part = jax.tree.map(lambda x: jnp.asarray(x)[:, index], coefficients)
+        part = jax.tree.map(lambda x, index=index: jnp.asarray(x)[:, index], coefficients)
         frames, maps = animator.animate(
             params, head, features, part, camera, crop, jax.random.fold_in(key, start // window)
         )
@@ -319,8 +319,8 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
         "--mode",
         choices=("relative", "absolute"),
         default=None,
-        help="relative: turn from the reference's pose by the driver's increments; absolute: the driver's own pose "
-        "(default: the config's)",
+        help="relative: turn from the reference's pose by the driver's increments; "
+        "absolute: the driver's own pose (default: the config's)",
     )
     parser.add_argument("--no-audio", action="store_true", help="leave the driver's audio out")
     return parser.parse_args(argv)
@@ -348,7 +348,8 @@ def animate(argv: list[str] | None = None) -> None:
     coefficients = jax.tree.map(lambda x: x[None], transfer(head, driver, reference, mode))
     length = len(driver.frames)
     print(
-        f"{driver.name}: {length} frames at {driver.fps} fps; model of step {step}, {steps} steps, guidance {guidance}"
+        f"{driver.name}: {length} frames at {driver.fps} fps; "
+        f"model of step {step}, {steps} steps, guidance {guidance}"
     )
 
     # ----------------------------------------------------------------------- windows and writing

@@ -99,7 +99,7 @@ def held_out_pairs(folder: Path, head: HeadAsset, size: int) -> list[tuple[Portr
         performance = whole._replace(
             frames=whole.frames[window],
             valid=whole.valid[window],
-            coefficients=jax.tree.map(lambda x: x[window], whole.coefficients),
+            coefficients=jax.tree.map(lambda x, window=window: x[window], whole.coefficients),
         )
         source = f"{folder}:{reference.clip_id}"
         frontal = int(np.argmin(off_frontal(load_performance(source, head, size))))
@@ -135,7 +135,7 @@ def run_training(
     for key in ("loss", "val_loss"):
         points = [(row["step"], row[key]) for row in rows if key in row]
         if points:
-            curves[key] = tuple(map(list, zip(*points)))
+            curves[key] = tuple(map(list, zip(*points, strict=True)))
     return curves
 
 
@@ -164,7 +164,8 @@ def demo(argv: list[str] | None = None) -> dict:
 
     size = ["--size", str(config.image_size), "--overwrite"]
     for folder, options in (
-        (shards, ["--seed", str(TRAIN_SEED), "--identities", "12", "--clips-per-identity", "1", "--frames", "24"]),
+        (shards, ["--seed", str(TRAIN_SEED), "--identities", "12", "--clips-per-identity", "1",
+                  "--frames", "24"]),
         (held_out, ["--seed", str(HELD_OUT_SEED), "--identities", str(2 * PAIRS), "--clips-per-identity", "1",
                     "--frames", str(CLIP_FRAMES), "--validation", "0"]),
     ):  # fmt: skip
@@ -208,7 +209,7 @@ def demo(argv: list[str] | None = None) -> dict:
     to_judge = []
     for i, (reference, driver, seed) in enumerate(pairs):
         appearance = sample_appearance(seed, head)
-        own = jax.tree.map(lambda x: x[i], coefficients)
+        own = jax.tree.map(lambda x, i=i: x[i], coefficients)
         truth = rendered_truth(head, own, reference, appearance, config.image_size)
         to_judge.append(EvaluationPair(reference, appearance, driver, generated[i], truth))
     metrics = evaluate_pairs(head, to_judge, list(swapped), HEF_SIZE)
@@ -235,8 +236,9 @@ def demo(argv: list[str] | None = None) -> dict:
     ratio = {key: metrics["generated"][key] / metrics["static"][key] for key in ("hpf", "hef")}
     other = metrics["generated_swapped_reference"]["psnr"]
     print(
-        f"\ngenerated / static: HPF {ratio['hpf']:.2f}, HEF {ratio['hef']:.2f}; PSNR {metrics['generated']['psnr']:.2f} dB, "
-        f"with another pair's reference {other:.2f} dB\nwrote {args.out}/report.png, animation.mp4, metrics.json"
+        f"\ngenerated / static: HPF {ratio['hpf']:.2f}, HEF {ratio['hef']:.2f}; "
+        f"PSNR {metrics['generated']['psnr']:.2f} dB, with another pair's reference {other:.2f} dB\n"
+        f"wrote {args.out}/report.png, animation.mp4, metrics.json"
     )
     return metrics
 

@@ -93,12 +93,12 @@ def measure_following(
 def rendered_truth(
     head: HeadAsset, coefficients: Coefficients, reference: Portrait, appearance: Appearance, size: int
 ) -> UInt8[np.ndarray, "n s s 3"]:
-    """What a perfect animation shows: the reference's identity and appearance under `coefficients` (n, ...)."""
+    """A perfect animation: the reference's identity and appearance under `coefficients` (n, ...)."""
     length = len(coefficients.expression)
     pieces = []
     for start in range(0, length, _RENDER_CHUNK):
         index = np.minimum(np.arange(start, start + _RENDER_CHUNK), length - 1)
-        part = jax.tree.map(lambda x: jnp.asarray(x)[index], coefficients)
+        part = jax.tree.map(lambda x, index=index: jnp.asarray(x)[index], coefficients)
         piece = _render_chunk(head, part, reference.camera, reference.crop, appearance, size)
         pieces.append(np.asarray(piece)[: length - start])
     return np.concatenate(pieces)
@@ -178,7 +178,7 @@ def evaluate_pairs(
         fitted = jax.tree.map(np.asarray, fitted)
         per_frame[row] = []
         for i, pair in enumerate(pairs):
-            one = jax.tree.map(lambda x: x[i], fitted)
+            one = jax.tree.map(lambda x, i=i: x[i], fitted)
             following = measure_following(head, one, pair.driver.coefficients, pair.driver.camera, size)
             entry = {
                 "hpf": following.pose.degrees,
@@ -240,7 +240,8 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--head",
-        help='head asset for landmark fits, or "builtin" (default: that of the dataset, or the built-in head)',
+        help='head asset for landmark fits, or "builtin" '
+        "(default: that of the dataset, or the built-in head)",
     )
     parser.add_argument("--truth", help="video of the same frames as they should be, or render")
     parser.add_argument(
@@ -267,13 +268,14 @@ def _known_appearance(source: str, head: HeadAsset) -> tuple[Portrait, Appearanc
     found = split_clip_source(source)
     if found is None:
         raise DatasetError(
-            f"--reference {source}: not DATASET_FOLDER:CLIP_ID. Only synthetic heads have a known appearance; "
-            "leave --reference out to judge a real video by landmarks."
+            f"--reference {source}: not DATASET_FOLDER:CLIP_ID. Only synthetic heads have a known "
+            "appearance; leave --reference out to judge a real video by landmarks."
         )
     dataset, clip = find_clip(*found, head)
     if "identity_seed" not in clip.extra:
         raise DatasetError(
-            f"{found[0]}: clip {clip.clip_id!r} is not of `python -m data_prep.synth`: its appearance is unknown."
+            f"{found[0]}: clip {clip.clip_id!r} is not of `python -m data_prep.synth`: "
+            "its appearance is unknown."
         )
     appearance = sample_appearance(clip.extra["identity_seed"], head)
     return load_portrait(source, head, dataset.metadata.image_size), appearance

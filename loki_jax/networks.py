@@ -50,7 +50,8 @@ def build_networks(config: ConfigDict, head: HeadAsset) -> Networks:
     stages = len(model_config.encoder.widths)
     if not vector and 2**stages != autoencoder.stride:
         raise ValueError(
-            f"config.model.encoder.widths has {stages} stride-2 stages, the latents have stride {autoencoder.stride}"
+            f"config.model.encoder.widths has {stages} stride-2 stages, "
+            f"the latents have stride {autoencoder.stride}"
         )
     schedule = make_schedule(
         rescale_zero_snr=config.diffusion.rescale_zero_snr,
@@ -157,7 +158,7 @@ def portrait_features(
     camera: Camera,
     crop: Float[Array, "b 4"],
 ):
-    """`reference_features` of pictures whose coefficients (B, ...), cameras and crops are known; traceable."""
+    """`reference_features` of pictures of known coefficients (B, ...), cameras and crops; traceable."""
     condition = None
     if config.model.reference.driver:
         frame = jax.tree.map(lambda x: x[:, None], (coefficients, camera, crop))

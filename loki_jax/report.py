@@ -120,7 +120,7 @@ def plot_per_frame(
     """Write a PNG with one panel a metric: `curves[metric][row]` over the frames."""
     figure = Figure(figsize=(9, 2.6 * len(curves)), layout="constrained")
     axes = figure.subplots(len(curves), 1, squeeze=False, sharex=True)[:, 0]
-    for axis, (metric, rows) in zip(axes, curves.items()):
+    for axis, (metric, rows) in zip(axes, curves.items(), strict=True):
         for name, values in rows.items():
             axis.plot(values, label=name, linewidth=1.4)
         axis.set_ylabel(metric)
@@ -153,7 +153,7 @@ def write_report(
     height = 4.4 * picture_rows + 4.6
     figure = Figure(figsize=(16, height), layout="constrained")
     grid = figure.add_gridspec(picture_rows + 1, 6, height_ratios=[4.4] * picture_rows + [4.2])
-    for i, (pair, sheet) in enumerate(zip(pairs, sheets)):
+    for i, (pair, sheet) in enumerate(zip(pairs, sheets, strict=True)):
         axis = figure.add_subplot(grid[i // 2, 3 * (i % 2) : 3 * (i % 2) + 3])
         axis.imshow(sheet, interpolation="nearest")
         axis.set_axis_off()

@@ -6,9 +6,10 @@ the driver enters: the first frame starts from the neutral, frontal head in the 
 
 Method: robust Gauss-Newton on differences of blurred, contrast-normalised images (Lucas and Kanade; the
 gradient is the mean of the rendered and the observed image's, as in Benhimane and Malis 2004, "efficient
-second-order minimisation"). The Jacobian of a pixel is its image gradient times the screen motion of the surface point
-it shows, interpolated from the vertices; pixels just outside the outline take the motion of the nearest
-surface point, which makes the outline pull. From coarse to fine blur; frame t starts from frame t - 1.
+second-order minimisation"). The Jacobian of a pixel is its image gradient times the screen motion of
+the surface point it shows, interpolated from the vertices; pixels just outside the outline take the
+motion of the nearest surface point, which makes the outline pull. From coarse to fine blur; frame t
+starts from frame t - 1.
 """
 
 from __future__ import annotations
@@ -362,7 +363,7 @@ def fit_photometric_clips(
     appearance: Appearance,
     camera: Camera,
     crop: Float[Array, "clips ... 4"],
-    prior: PhotometricPrior = PhotometricPrior(),
+    prior: PhotometricPrior = PhotometricPrior(),  # noqa: B008 (a NamedTuple: nobody can change it)
 ) -> tuple[Coefficients, Float[np.ndarray, "clips n"]]:
     """Fit many clips at once; see `fit_photometric`. Every argument gains a leading clip axis."""
     frames = jnp.asarray(frames)
@@ -394,7 +395,7 @@ def fit_photometric(
     appearance: Appearance,
     camera: Camera,
     crop: Float[Array, "... 4"],
-    prior: PhotometricPrior = PhotometricPrior(),
+    prior: PhotometricPrior = PhotometricPrior(),  # noqa: B008 (a NamedTuple: nobody can change it)
 ) -> tuple[Coefficients, Float[np.ndarray, " n"]]:
     """Read the coefficients of consecutive frames of a known head back from its pixels.
 

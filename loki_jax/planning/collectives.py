@@ -113,7 +113,8 @@ def parse_collectives(hlo: str, n_devices: int) -> list[Collective]:
         group = _group_size(kind, rest, n_devices)
         arrays = [_array_bytes(*found) for found in _ARRAY.findall(result)]
         if match["start"] and result.startswith("(") and kind != "all-reduce":
-            # Asynchronous forms return (operands, results): the results are the second half, or the second entry.
+            # Asynchronous forms return (operands, results): the results are the second half, or the
+            # second entry.
             arrays = arrays[len(arrays) // 2 :] if kind != "collective-permute" else arrays[1:2]
         size = sum(arrays) * (group if kind == "reduce-scatter" else 1)
         entry = sums.setdefault((kind, group), [0, 0])

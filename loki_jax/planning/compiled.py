@@ -95,19 +95,24 @@ def format_compiled(plan: dict) -> str:
         for key in ("matrix", "vector")
     }
     lines = [
-        f"COMPILED for {plan['devices']} simulated CPU devices in {found['seconds']:.0f} s, attention {found['attention']}",
-        f"  arguments on a device     {show(found['argument_bytes'])}  (planned: {quantity(planned)}B); donated {show(found['donated_bytes'])}",
-        f"  temporaries on a device   {show(found['temporary_bytes'])}  (planned: {quantity(temporary)}B; XLA for CPU widens "
-        "bfloat16 work to float32: compare a plan with --config.model.dtype=float32)",
-        f"  operations, all devices   {quantity(found['flops']):>10s} by XLA, loops counted once (planned: {quantity(total['matrix'])}"
-        f"and {quantity(total['vector'])}elementwise; this program traced: {quantity(found['traced_flops'])})",
+        f"COMPILED for {plan['devices']} simulated CPU devices in {found['seconds']:.0f} s, "
+        f"attention {found['attention']}",
+        f"  arguments on a device     {show(found['argument_bytes'])}  (planned: {quantity(planned)}B); "
+        f"donated {show(found['donated_bytes'])}",
+        f"  temporaries on a device   {show(found['temporary_bytes'])}  (planned: {quantity(temporary)}B; "
+        "XLA for CPU widens bfloat16 work to float32: compare a plan with --config.model.dtype=float32)",
+        f"  operations, all devices   {quantity(found['flops']):>10s} by XLA, loops counted once "
+        f"(planned: {quantity(total['matrix'])}and {quantity(total['vector'])}elementwise; "
+        f"this program traced: {quantity(found['traced_flops'])})",
     ]
     for entry in found["collectives"]:
         c = Collective(**{key: entry[key] for key in Collective._fields})
         lines.append(
-            f"  {c.kind:20s} groups of {c.group:4d}: {c.count:5d}, together {show(c.bytes)}, sent by each {show(entry['sent'])}"
+            f"  {c.kind:20s} groups of {c.group:4d}: {c.count:5d}, together {show(c.bytes)}, "
+            f"sent by each {show(entry['sent'])}"
         )
     lines.append(
-        "  XLA for CPU has no reduce-scatter (it reduces everywhere and slices) and widens bfloat16 before it sends."
+        "  XLA for CPU has no reduce-scatter (it reduces everywhere and slices) "
+        "and widens bfloat16 before it sends."
     )
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""Predicted step time: the slowest of arithmetic, HBM and network, from peak figures and stated assumptions."""
+"""Predicted step time: the slowest of arithmetic, HBM and network, by peak figures and stated assumptions."""
 
 from __future__ import annotations
 

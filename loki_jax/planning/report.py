@@ -42,7 +42,8 @@ def check_batch(batch: int, devices: int, accumulate: int) -> int:
         parts = f" in {accumulate} parts" if accumulate > 1 else ""
         raise ValueError(
             f"a batch of {batch} windows does not divide over {devices} devices{parts}: "
-            f"give --batch {per_device * devices} ({per_device} a device) or another multiple of {devices * accumulate}"
+            f"give --batch {per_device * devices} ({per_device} a device) "
+            f"or another multiple of {devices * accumulate}"
         )
     return batch // devices
 
@@ -65,7 +66,7 @@ def make_plan(
     efficiency: float = predict.EFFICIENCY,
     local: tuple | None = None,
 ) -> dict:
-    """The plan of a step of `windows` windows a device on data x fsdp devices, as plain data (bytes, seconds).
+    """The plan of a step of `windows` windows a device on data x fsdp devices: plain data (bytes, seconds).
 
     Args:
       backend: of attention, one of `memory.ATTENTION_BACKENDS`.
@@ -111,15 +112,23 @@ def make_plan(
         "work_per_device": {name: part._asdict() for name, part in work.items()},
         "memory": {
             "groups": {name: place._asdict() for name, place in places.items()},
-            "batch": batch, "head": head, "resident": resident, "gathered": sum(gathers), "activations": step._asdict(),
+            "batch": batch, "head": head, "resident": resident, "gathered": sum(gathers),
+            "activations": step._asdict(),
             "peak_by_attention": peaks, "peak": peak, "usable": predict.USABLE_MEMORY * chip.memory,
             "fits": bool(peak <= predict.USABLE_MEMORY * chip.memory),
         },
-        "collectives": [c._asdict() | {"sent": sent_bytes(c), "seconds": s} for c, s in zip(collectives, time.collectives, strict=True)],
+        "collectives": [
+            c._asdict() | {"sent": sent_bytes(c), "seconds": s}
+            for c, s in zip(collectives, time.collectives, strict=True)
+        ],
         "time": {
-            "parts": {name: {"compute": p.compute, "memory": p.memory, "bound": p.bound} for name, p in time.parts.items()},
-            "device": time.device, "network": time.network, "overlapped": time.overlapped, "serial": time.serial,
-            "floor": time.floor, "efficiency": efficiency, "mfu": model / (time.overlapped * chip.flops),
+            "parts": {
+                name: {"compute": p.compute, "memory": p.memory, "bound": p.bound}
+                for name, p in time.parts.items()
+            },
+            "device": time.device, "network": time.network, "overlapped": time.overlapped,
+            "serial": time.serial, "floor": time.floor, "efficiency": efficiency,
+            "mfu": model / (time.overlapped * chip.flops),
             "windows_per_second": windows * devices / time.overlapped,
         },
     }  # fmt: skip
@@ -133,9 +142,9 @@ def format_plan(plan: dict, title: str) -> str:
     sections = (_parameters, _work, _memory, _placement, _network, _time)
     chip = plan["chip"]
     head = (
-        f"{title}: mesh data={plan['mesh']['data']} x fsdp={plan['mesh']['fsdp']} of {chip['name']}, batch {plan['batch']} "
-        f"({plan['windows_per_device']} windows a device), attention {plan['attention']}"
-        + (", latents from the shards" if plan["latents"] else "")
+        f"{title}: mesh data={plan['mesh']['data']} x fsdp={plan['mesh']['fsdp']} of {chip['name']}, "
+        f"batch {plan['batch']} ({plan['windows_per_device']} windows a device), "
+        f"attention {plan['attention']}" + (", latents from the shards" if plan["latents"] else "")
     )
     return "\n\n".join([head, *(section(plan) for section in sections)])
 
@@ -162,12 +171,14 @@ def _parameters(plan: dict) -> str:
     total, paper = table[-1][1], sum(PAPER_PARAMETERS.values())
     if dict(table[:-1]) == PAPER_PARAMETERS:
         lines.append(
-            f"  {total / 1e9:.3f} B, the paper's count; {1 - total / X_PORTRAIT:.1%} below X-Portrait's 3.07 B, "
+            f"  {total / 1e9:.3f} B, the paper's count; "
+            f"{1 - total / X_PORTRAIT:.1%} below X-Portrait's 3.07 B, "
             f"{1 - total / HUNYUAN_PORTRAIT:.0%} below HunyuanPortrait's 1.99 B"
         )
     else:
         lines.append(
-            f"  another model than the paper's {paper:,} = {' + '.join(f'{n:,}' for n in PAPER_PARAMETERS.values())} "
+            f"  another model than the paper's {paper:,} = "
+            f"{' + '.join(f'{n:,}' for n in PAPER_PARAMETERS.values())} "
             f"({paper / 1e9:.3f} B, {1 - paper / X_PORTRAIT:.1%} below X-Portrait's 3.07 B)"
         )
     return "\n".join(lines)
@@ -185,7 +196,8 @@ def _work(plan: dict) -> str:
     devices = plan["devices"]
     lines = [
         "OPERATIONS OF A STEP (a multiply-add is two; matrix work unless said otherwise)",
-        f"  {'part':24s} {'a device':>10s} {'of it attention':>16s} {'all devices':>12s} {'elementwise, a device':>22s}",
+        f"  {'part':24s} {'a device':>10s} {'of it attention':>16s} {'all devices':>12s} "
+        f"{'elementwise, a device':>22s}",
     ]
     row = lambda name, w: (
         f"  {name:24s} {quantity(w['matrix']):>10s} {quantity(w['attention']):>16s} "
@@ -195,8 +207,8 @@ def _work(plan: dict) -> str:
     total = {key: sum(work[key] for work in works.values()) for key in ("matrix", "attention", "vector")}
     lines += [row(name, work) for name, work in works.items()] + [row("total", total)]
     lines.append(
-        f"  {works['recomputation']['matrix'] / max(total['matrix'], 1):.0%} is recomputation, which MFU does not count. "
-        "Loops of the rasteriser count once: their length depends on the mesh."
+        f"  {works['recomputation']['matrix'] / max(total['matrix'], 1):.0%} is recomputation, "
+        "which MFU does not count. Loops of the rasteriser count once: their length depends on the mesh."
     )
     return "\n".join(lines)
 
@@ -234,7 +246,8 @@ def _placement(plan: dict) -> str:
     lines = ["WHAT IS SHARDED"]
     if plan["mesh"]["fsdp"] == 1:
         lines.append(
-            "  nothing: the fsdp axis has one device, so each holds a whole copy of the state; the batch is split"
+            "  nothing: the fsdp axis has one device, so each holds a whole copy of the state; "
+            "the batch is split"
         )
         return "\n".join(lines)
     for name, group in plan["memory"]["groups"].items():
@@ -253,8 +266,9 @@ def _network(plan: dict) -> str:
     ]
     for c in plan["collectives"]:
         lines.append(
-            f"  {c['kind']:15s} over {c['axis']:4s} ({c['group']:4d}) {quantity(c['bytes']) + 'B':>10s}, sent by each "
-            f"{quantity(c['sent']) + 'B':>10s}, {1e3 * c['seconds']:7.2f} ms  {c['what']} ({c['count']} arrays)"
+            f"  {c['kind']:15s} over {c['axis']:4s} ({c['group']:4d}) {quantity(c['bytes']) + 'B':>10s}, "
+            f"sent by each {quantity(c['sent']) + 'B':>10s}, {1e3 * c['seconds']:7.2f} ms  "
+            f"{c['what']} ({c['count']} arrays)"
         )
     if not plan["collectives"]:
         lines.append("  none: one device")
@@ -276,13 +290,16 @@ def _time(plan: dict) -> str:
         f"step {1e3 * time['overlapped']:.1f} ms with overlap, {1e3 * time['serial']:.1f} ms without",
         f"  {time['windows_per_second']:.1f} windows/s, MFU {time['mfu']:.0%}; "
         f"at the peak rate with nothing else: {1e3 * time['floor']:.1f} ms",
-        f"  Assumed: matrix work at {time['efficiency']:.0%} of {chip['flops'] / 1e12:.0f} TFLOP/s; activations cross HBM "
-        f"({chip['bandwidth'] / 1e12:.2f} TB/s) {predict.HBM_PASSES} times for each read and write by matrix work; ",
-        f"  a part takes the slower of the two; links {chip['link'] / 1e9:.0f} GB/s each way within {chip['domain']} chips, "
-        f"{chip['network'] / 1e9:.1f} GB/s a chip beyond; rasterising is left out (benchmarks/step.py measures it).",
+        f"  Assumed: matrix work at {time['efficiency']:.0%} of {chip['flops'] / 1e12:.0f} TFLOP/s; "
+        f"activations cross HBM ({chip['bandwidth'] / 1e12:.2f} TB/s) {predict.HBM_PASSES} times "
+        "for each read and write by matrix work; ",
+        f"  a part takes the slower of the two; links {chip['link'] / 1e9:.0f} GB/s each way "
+        f"within {chip['domain']} chips, {chip['network'] / 1e9:.1f} GB/s a chip beyond; "
+        "rasterising is left out (benchmarks/step.py measures it).",
     ]
     if plan["dtype"] != "bfloat16":
         lines.append(
-            f"  The config computes in {plan['dtype']}: the peak above is bfloat16's, so the step will be slower."
+            f"  The config computes in {plan['dtype']}: the peak above is bfloat16's, "
+            "so the step will be slower."
         )
     return "\n".join(lines)

@@ -50,27 +50,29 @@ def sweep(
                     "device_s": time["device"], "network_s": time["network"], "step_s": time["overlapped"],
                     "serial_s": time["serial"], "efficiency": time["device"] / time["overlapped"],
                     "serial_efficiency": time["device"] / time["serial"],
-                    "windows_per_s": time["windows_per_second"], "peak_bytes": memory["peak"], "fits": memory["fits"],
+                    "windows_per_s": time["windows_per_second"], "peak_bytes": memory["peak"],
+                    "fits": memory["fits"],
                 })  # fmt: skip
     return rows
 
 
 def format_sweep(rows: list[dict]) -> str:
     lines = [
-        "chip     layout     devices   batch   device ms  network ms   step ms  serial ms  efficiency  windows/s  peak GB"
+        "chip     layout     devices   batch   device ms  network ms   step ms  serial ms  efficiency"
+        "  windows/s  peak GB"
     ]
     for r in rows:
         lines.append(
             f"{r['chip']:8s} {r['layout']:10s} {r['devices']:7d} {r['batch']:7d} {1e3 * r['device_s']:11.1f} "
             f"{1e3 * r['network_s']:11.1f} {1e3 * r['step_s']:9.1f} {1e3 * r['serial_s']:10.1f} "
-            f"{r['serial_efficiency']:4.0%}..{r['efficiency']:4.0%} {r['windows_per_s']:10.0f} {r['peak_bytes'] / 1e9:8.1f}"
-            + ("" if r["fits"] else "  does NOT fit")
+            f"{r['serial_efficiency']:4.0%}..{r['efficiency']:4.0%} {r['windows_per_s']:10.0f} "
+            f"{r['peak_bytes'] / 1e9:8.1f}" + ("" if r["fits"] else "  does NOT fit")
         )
     return "\n".join(lines)
 
 
 def draw_sweep(rows: list[dict], path: Path) -> None:
-    """Predicted efficiency over the number of devices, one panel a chip, to a PNG; hollow where memory is short."""
+    """Predicted efficiency over the number of devices as a PNG, one panel a chip; hollow: memory is short."""
     import matplotlib
 
     matplotlib.use("Agg")

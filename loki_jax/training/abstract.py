@@ -1,4 +1,4 @@
-"""Shapes of the train state and of a batch, for planning and ahead-of-time compilation; nothing is allocated."""
+"""Shapes of train state and batch, for planning and ahead-of-time compilation; nothing is allocated."""
 
 from __future__ import annotations
 

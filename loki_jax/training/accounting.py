@@ -48,13 +48,17 @@ class Chip(NamedTuple):
     source: str
 
 
-_TPU = "Google Cloud TPU documentation, system architecture page; links: all-reduce bandwidth a pod over its chips"
+_TPU = (
+    "Google Cloud TPU documentation, system architecture page; "
+    "links: all-reduce bandwidth a pod over its chips"
+)
 CHIPS = (
     Chip("h100", ("NVIDIA H100 80GB HBM3",), 989.4e12, 80e9, 3.35e12, 450e9, 8, 50e9,
          "NVIDIA H100 SXM data sheet (half of the sparse figure); NVLink 4, 400 Gb/s a GPU as in DGX H100"),
     Chip("h200", ("NVIDIA H200",), 989.4e12, 141e9, 4.8e12, 450e9, 8, 50e9,
          "NVIDIA H200 SXM data sheet (half of the sparse figure); NVLink 4, 400 Gb/s a GPU as in DGX H200"),
-    Chip("a100-80", ("NVIDIA A100-SXM4-80GB", "NVIDIA A100 80GB PCIe"), 312e12, 80e9, 2.039e12, 300e9, 8, 25e9,
+    Chip("a100-80", ("NVIDIA A100-SXM4-80GB", "NVIDIA A100 80GB PCIe"), 312e12, 80e9, 2.039e12, 300e9, 8,
+         25e9,
          "NVIDIA A100 80GB SXM data sheet; NVLink 3, 200 Gb/s a GPU as in DGX A100"),
     Chip("v4", ("TPU v4",), 275e12, 32e9, 1.2e12, 270e9, 4096, 6.25e9, _TPU),
     Chip("v5e", ("TPU v5 lite", "TPU v5e"), 197e12, 16e9, 819e9, 200e9, 256, 3.125e9, _TPU),
@@ -258,9 +262,9 @@ def _single(equation: Any) -> tuple[str, float, float] | None:
 
 # Arithmetic; moves, casts and comparisons are not counted.
 _ELEMENTWISE = frozenset(
-    "add add_any sub mul div rem max min neg abs sign floor ceil round exp exp2 expm1 log log1p logistic tanh sin "
-    "cos tan atan2 sqrt rsqrt cbrt pow integer_pow square erf erf_inv erfc and or xor not shift_left "
-    "shift_right_logical shift_right_arithmetic population_count clamp nextafter".split()
+    "add add_any sub mul div rem max min neg abs sign floor ceil round exp exp2 expm1 log log1p logistic "
+    "tanh sin cos tan atan2 sqrt rsqrt cbrt pow integer_pow square erf erf_inv erfc and or xor not "
+    "shift_left shift_right_logical shift_right_arithmetic population_count clamp nextafter".split()
 )
 
 

@@ -143,8 +143,8 @@ def prepare_workdir(workdir: Path, config: ConfigDict, head: HeadAsset) -> None:
         stored = load_head(head_file)
         if stored.template.shape != head.template.shape or not np.allclose(stored.template, head.template):
             raise CheckpointError(
-                f"{head_file}: this workdir was trained on head {stored.name!r}, the data uses {head.name!r}. "
-                "Choose another --workdir."
+                f"{head_file}: this workdir was trained on head {stored.name!r}, "
+                f"the data uses {head.name!r}. Choose another --workdir."
             )
     # Nobody writes before all have read.
     wait_for_all("workdir read")
@@ -189,7 +189,8 @@ def open_manager(workdir: Path, retention: ConfigDict) -> ocp.CheckpointManager:
     return ocp.CheckpointManager(
         (workdir / "checkpoints").absolute(),
         options=ocp.CheckpointManagerOptions(
-            preservation_policy=preservation.AnyPreservationPolicy(policies), best_fn=by_loss, best_mode="max",
+            preservation_policy=preservation.AnyPreservationPolicy(policies),
+            best_fn=by_loss, best_mode="max",
             enable_async_checkpointing=True, step_prefix=None, cleanup_tmp_directories=True,
         ),
     )  # fmt: skip

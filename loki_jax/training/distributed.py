@@ -138,7 +138,8 @@ def _from_slurm(environment: Mapping[str, str]) -> Cluster | None:
     port = 49152 + _number(environment, "SLURM_JOB_ID") % 16000
     return Cluster(
         "slurm", environment.get("JAX_COORDINATOR_ADDRESS", f"{host}:{port}"), count,
-        _number(environment, "SLURM_PROCID"), _share_of_gpus(environment, "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE"),
+        _number(environment, "SLURM_PROCID"),
+        _share_of_gpus(environment, "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE"),
     )  # fmt: skip
 
 

@@ -99,14 +99,17 @@ def explain(error: BaseException, code: ExitCode, workdir: Path, saved: int | No
     if code == ExitCode.STORAGE:
         return f"{workdir}: cannot be written ({first}). {safe} Make room, then run the same command again."
     if code == ExitCode.LOST_PROCESS:
-        return f"another process of this run is gone or does not answer ({first}). {safe} Run the same command again."
+        return (
+            f"another process of this run is gone or does not answer ({first}). {safe} "
+            "Run the same command again."
+        )
     if code == ExitCode.DATA:
         return f"{error} {safe}"
     return str(error)
 
 
 def leave(error: Exception, workdir: Path) -> None:
-    """End the process with the exit code and the message of `error`; an error of the program is raised again."""
+    """End the process with the exit code and message of `error`; an error of the program is raised again."""
     code = exit_code(error)
     if code == ExitCode.ERROR and not isinstance(error, (ValueError, OSError)):
         raise error
@@ -162,7 +165,7 @@ class StopRequest:
 
 
 class Watchdog:
-    """Ends the process when no step finishes for `seconds`: a collective whose partner is gone may wait for ever.
+    """Ends the process when no step finishes for `seconds`: a lost partner may hold a collective for ever.
 
     It starts with the first beat, so that compilation does not count. 0 seconds: never.
     """
@@ -184,8 +187,8 @@ class Watchdog:
         while not self._stopped.wait(min(self._seconds / 4, 10)):
             if self._last is not None and time.monotonic() - self._last > self._seconds:
                 print(
-                    f"error: no step finished for {self._seconds:g} s: another process is gone, or data or devices hang. "
-                    "Where each thread stands:", file=sys.stderr, flush=True,
+                    f"error: no step finished for {self._seconds:g} s: another process is gone, "
+                    "or data or devices hang. Where each thread stands:", file=sys.stderr, flush=True,
                 )  # fmt: skip
                 faulthandler.dump_traceback(file=sys.__stderr__, all_threads=True)
                 self._end(ExitCode.LOST_PROCESS)

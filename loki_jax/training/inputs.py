@@ -16,7 +16,7 @@ from loki_jax.training.sharding import batch_part, global_batch
 
 
 class Inputs(NamedTuple):
-    """`windows`: this process's part of every batch; `held_out`: its part of the validation batches (numpy)."""
+    """`windows`: this process's part of every batch; `held_out`: its part of validation batches (numpy)."""
 
     dataset: Dataset
     windows: Batches
@@ -47,8 +47,8 @@ def open_inputs(config: ConfigDict, mesh: Mesh) -> Inputs:
         )
     source = dict(
         path=config.data.path, window=config.window, batch=config.batch_size, seed=config.seed,
-        process_index=batch_part(mesh), process_count=jax.process_count(), cache_bytes=config.data.cache_mb * 2**20,
-        max_corrupt_share=config.data.max_corrupt_share,
+        process_index=batch_part(mesh), process_count=jax.process_count(),
+        cache_bytes=config.data.cache_mb * 2**20, max_corrupt_share=config.data.max_corrupt_share,
     )  # fmt: skip
     # Cached latents are all a step needs; validation reads images too, for its pictures.
     with_images = dataset.metadata.latent_shape is None

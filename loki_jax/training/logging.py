@@ -52,7 +52,7 @@ class MetricWriter:
 
 
 class Progress:
-    """Rates since the last report: steps and windows a second, MFU, share of time waiting for data, time left.
+    """Rates since the last report: steps and windows a second, MFU, share of time waiting on data, time left.
 
     Args:
       flops: matrix operations of a step over all devices (`accounting.work_of(...).model`), and
@@ -75,7 +75,10 @@ class Progress:
         self._waited += time.monotonic() - began
 
     def report(self, step: int) -> dict[str, float]:
-        """steps_per_s, clips_per_s, mfu, data_wait (share of the interval), eta_s at `step`; starts a new interval."""
+        """steps_per_s, clips_per_s, mfu, data_wait (share of the interval), eta_s at `step`.
+
+        Starts a new interval.
+        """
         now = time.monotonic()
         elapsed = max(now - self._time, 1e-9)
         rate = (step - self._step) / elapsed

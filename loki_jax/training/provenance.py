@@ -26,7 +26,7 @@ _END = 2**20
 
 
 def git_revision(folder: Path) -> dict[str, Any] | None:
-    """{"revision", "changed": files that differ from it} of the checkout that holds `folder`, None outside one."""
+    """{"revision", "changed": files that differ from it} of `folder`'s checkout, None outside one."""
     git = lambda *args: subprocess.run(
         ["git", "-C", str(folder), *args], capture_output=True, text=True, check=True, timeout=20
     ).stdout  # fmt: skip
@@ -51,7 +51,7 @@ def installed_packages() -> list[str]:
 
 
 def dataset_checksums(folder: Path) -> dict[str, dict[str, Any]]:
-    """Size and SHA-256 of every file of a dataset; of files above 64 MiB of their first and last MiB ("ends")."""
+    """Size and SHA-256 of every file of a dataset; above 64 MiB of its first and last MiB ("ends")."""
     sums = {}
     for file in sorted(path for path in Path(folder).iterdir() if path.is_file()):
         size = file.stat().st_size

@@ -175,7 +175,7 @@ def sample_frames(pairs: Pairs, sampled: UInt8[np.ndarray, "n t s s 3"]) -> list
 
 
 def sample_sheet(pairs: Pairs, sampled: UInt8[np.ndarray, "n t s s 3"]) -> UInt8[np.ndarray, "h w 3"]:
-    """For each pair a row of the driver's frames over a row of sampled ones, the reference in front of both."""
+    """For each pair a row of driver frames over a row of sampled ones, the reference in front of both."""
     rows = []
     for portrait, driver, new in zip(pairs.reference, pairs.driver, sampled, strict=True):
         rows += [np.concatenate([portrait, *driver], 1), np.concatenate([portrait, *new], 1)]

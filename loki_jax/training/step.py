@@ -37,7 +37,8 @@ def check_config(config: ConfigDict) -> None:
     check_prediction(config.diffusion.prediction)
     if config.accumulate < 1 or config.batch_size % config.accumulate:
         raise ValueError(
-            f"config.batch_size={config.batch_size} cannot be cut into config.accumulate={config.accumulate} parts"
+            f"config.batch_size={config.batch_size} cannot be cut "
+            f"into config.accumulate={config.accumulate} parts"
         )
     if config.faults.max_skips < 1:
         raise ValueError(f"config.faults.max_skips={config.faults.max_skips}: at least 1")
@@ -72,8 +73,9 @@ def check_config(config: ConfigDict) -> None:
         )
     if not config.model.reference.trainable and not config.pretrained and not config.init_from:
         raise CheckpointError(
-            "config.pretrained is empty, but the reference branch is frozen and a random one carries no identity. "
-            "Convert Stable Diffusion 2.1 with `python -m loki_jax.convert` and give --config.pretrained=DIR."
+            "config.pretrained is empty, but the reference branch is frozen and a random one carries "
+            "no identity. Convert Stable Diffusion 2.1 with `python -m loki_jax.convert` "
+            "and give --config.pretrained=DIR."
         )
 
 
@@ -129,7 +131,8 @@ def _converted_folder(pretrained: str) -> Path:
     path = Path(pretrained)
     if not path.is_dir():
         raise CheckpointError(
-            f"{path}: no converted weights there. Make them with `python -m loki_jax.convert` from SD 2.1-base."
+            f"{path}: no converted weights there. "
+            "Make them with `python -m loki_jax.convert` from SD 2.1-base."
         )
     if not (path / "_METADATA").is_file():
         raise CheckpointError(
@@ -169,7 +172,10 @@ def window_keys(key: PRNGKeyArray, rows: Int[Array, " b"]) -> PRNGKeyArray:
 
 
 def dropout_masks(keys: PRNGKeyArray, dropout: ConfigDict) -> tuple[Array, Array]:
-    """(keep identity, keep motion), (B,) bool each, for keys (B,): exclusive shares lose one, the other or both."""
+    """(keep identity, keep motion), (B,) bool each, for keys (B,).
+
+    Exclusive shares lose one, the other or both.
+    """
     u = jax.vmap(jax.random.uniform)(keys)
     both, identity = dropout.both, dropout.both + dropout.identity
     lost_both, lost_identity = u < both, (u >= both) & (u < identity)
@@ -191,7 +197,7 @@ def make_loss(config: ConfigDict, networks: Networks, mesh: Mesh) -> Callable:
     ):
         params = trained | frozen
         split = jax.vmap(lambda key: jax.random.split(key, 4), out_axes=1)(keys)
-        keys = dict(zip(("latent", "reference", "dropout", "diffusion"), split))
+        keys = dict(zip(("latent", "reference", "dropout", "diffusion"), split, strict=True))
         x0 = _latents(networks, params, batch, "", keys["latent"])
         reference = _latents(
             networks,
@@ -276,8 +282,9 @@ def deal_windows(tree: PyTree, parts: int, mesh: Mesh) -> PyTree:
 
 
 def make_gradients(config: ConfigDict, networks: Networks, mesh: Mesh) -> Callable:
-    """gradients(state, batch, head) -> (loss, gradients): means over the global batch of step `state.step + 1`.
+    """gradients(state, batch, head) -> (loss, gradients).
 
+    Both are means over the global batch of step `state.step + 1`.
     With `config.accumulate` > 1 the batch goes through in so many parts, one after another, whose
     gradients are summed: the memory of a part, the result of the whole up to rounding.
     """
