@@ -65,9 +65,7 @@ def true_clip(head: HeadAsset, seed: int, frames: int) -> tuple[Coefficients, Ca
 
 
 @jax.jit
-def landmark_pixels(
-    head: HeadAsset, coefficients: Coefficients, camera: Camera
-) -> Float[Array, "N 478 2"]:
+def landmark_pixels(head: HeadAsset, coefficients: Coefficients, camera: Camera) -> Float[Array, "N 478 2"]:
     """Landmarks of the whole head in pixels, by the package's own functions and not the fit's."""
     world = world_vertices(head, make_identity(head, coefficients.shape[:1]), coefficients)
     marks = landmark_positions(head, world, LANDMARK_SET)

@@ -80,9 +80,10 @@ def make_batch(config, head, seed: int = 0) -> dict:
     b, t, s = config.batch_size, config.window, config.image_size
     normal = lambda scale, *shape: (scale * rng.standard_normal((b, t, *shape))).astype(np.float32)
     coefficients = Coefficients(
-        shape=np.repeat(normal(1.0, head.n_shape)[:, :1], t, 1), expression=np.abs(normal(0.2, head.n_expression)),
-        rot=normal(0.2, 3), tra=normal(0.005, 3) - np.float32([0, 0, 0.8]), neck=normal(0.05, 3), jaw=normal(0.03, 3),
-        eyes=normal(0.05, 3),
+        shape=np.repeat(normal(1.0, head.n_shape)[:, :1], t, 1),
+        expression=np.abs(normal(0.2, head.n_expression)),
+        rot=normal(0.2, 3), tra=normal(0.005, 3) - np.float32([0, 0, 0.8]), neck=normal(0.05, 3),
+        jaw=normal(0.03, 3), eyes=normal(0.05, 3),
     )  # fmt: skip
     intrinsics = np.broadcast_to(np.float32([2.0 * s, 2.0 * s, s / 2, s / 2]), (b, t, 4))
     camera = Camera(intrinsics, np.broadcast_to(np.eye(4, dtype=np.float32), (b, t, 4, 4)))
@@ -178,7 +179,8 @@ def our_calls(config, steps: int) -> tuple[dict, dict]:
     }
     known = {
         "parameters": {name: sum(x.size for x in jax.tree.leaves(tree)) for name, tree in {
-            **holder["state"].params["generation"], "reference": frozen["reference"], "vae": frozen["autoencoder"]}.items()},
+            **holder["state"].params["generation"], "reference": frozen["reference"],
+            "vae": frozen["autoencoder"]}.items()},
         "flops": work.matrix, "model_flops": work.model,
         "compiled_bytes": memory.argument_size_in_bytes + memory.temp_size_in_bytes if memory else None,
         "covered": float((driver != 0).any(-1).mean()),
@@ -250,7 +252,7 @@ def matrix_rate(quick: bool) -> float:
         a, b = jax.random.normal(jax.random.key(0), (2, n, n), dtype)
         # A chain, so that the time of a call does not count.
         chain = jax.jit(
-            lambda a, b: jax.lax.fori_loop(0, 8, lambda _, x, n=n: (x @ b) * jnp.asarray(n**-0.5, dtype), a)
+            lambda a, b, n=n: jax.lax.fori_loop(0, 8, lambda _, x: (x @ b) * jnp.asarray(n**-0.5, dtype), a)
         )
         jax.block_until_ready(chain(a, b))
         for _ in range(5):
@@ -290,7 +292,8 @@ def in_processes(arguments) -> dict:
             done = subprocess.run([*command, "--only", who], stdout=subprocess.PIPE, text=True)
             if done.returncode:
                 sys.exit(
-                    f"error: the process that measures {who} ended with {done.returncode}; its message stands above"
+                    f"error: the process that measures {who} ended with {done.returncode}; "
+                    "its message stands above"
                 )
             found = json.loads(done.stdout.strip().splitlines()[-1])
             whole["known"] |= found["known"]
@@ -316,13 +319,17 @@ def summary(found: dict, config, arguments, rate: float) -> dict:
     chip = chip_of(jax.devices()[0])
     result = {
         "benchmark": "step", "full_size": not arguments.quick, "device": jax.devices()[0].device_kind,
-        "windows": config.batch_size, "frames": config.window, "pixels": config.image_size, "dtype": config.model.dtype,
+        "windows": config.batch_size, "frames": config.window, "pixels": config.image_size,
+        "dtype": config.model.dtype,
         "torch_compile": not (arguments.quick or arguments.no_compile),
-        "milliseconds": {who: {name: round(1e3 * s, 3) for name, s in group.items()} for who, group in times.items()},
+        "milliseconds": {
+            who: {name: round(1e3 * s, 3) for name, s in group.items()} for who, group in times.items()
+        },
         "share": {name: round(s / ours["train step"], 4) for name, s in parts.items()},
         "matrix_rate": round(rate), "flops": known["flops"], "model_flops": known["model_flops"],
         "mfu_of_measured_rate": round(known["model_flops"] / ours["train step"] / rate, 4),
-        "mfu_of_data_sheet": round(known["model_flops"] / ours["train step"] / chip.flops, 4) if chip else None,
+        "mfu_of_data_sheet":
+            round(known["model_flops"] / ours["train step"] / chip.flops, 4) if chip else None,
         "compiled_bytes": known["compiled_bytes"], "driver_covered": round(known["covered"], 3),
         "driver_maps_over_copy": round(ours["driver maps of 32 frames"] / ours["copy of these maps"], 3),
         "driver_map_over_train_step": round(ours["driver map"] / ours["train step"], 4),

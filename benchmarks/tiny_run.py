@@ -41,11 +41,12 @@ def noise_clips(
             shape = (frames, SIZE // 4, SIZE // 4, 48)
             latent = {"latent_mean": np.full(shape, latents), "latent_logvar": np.full(shape, -30.0)}
         yield Clip(
-            clip_id=f"clip{i}", identity=f"person{i}", fps=Fraction(25), split="validation" if i == 0 else "train",
-            source="noise", licence="none",
+            clip_id=f"clip{i}", identity=f"person{i}", fps=Fraction(25),
+            split="validation" if i == 0 else "train", source="noise", licence="none",
             coefficients=Coefficients(
-                shape=rng.standard_normal(head.n_shape).astype(np.float32), expression=moving(head.n_expression, 0.1),
-                rot=moving(3, 0.2), tra=moving(3, 0.0), neck=moving(3, 0.05), jaw=moving(3, 0.1), eyes=moving(3, 0.1),
+                shape=rng.standard_normal(head.n_shape).astype(np.float32),
+                expression=moving(head.n_expression, 0.1), rot=moving(3, 0.2), tra=moving(3, 0.0),
+                neck=moving(3, 0.05), jaw=moving(3, 0.1), eyes=moving(3, 0.1),
             ),
             camera=Camera(
                 np.array([400, 400, 64, 64], np.float32),
@@ -65,7 +66,7 @@ def write_shards(path: Path, **options) -> Path:
 
 
 def tiny_config(shards: Path, **changes) -> ConfigDict:
-    """configs/demo.py:tiny at 16 pixels, everything logged; `changes` are keys with dots as double underscores."""
+    """configs/demo.py:tiny at 16 pixels, all logged; `changes` are keys with dots as double underscores."""
     config = demo.get_config("tiny")
     config.image_size = SIZE
     config.data.path = str(shards)

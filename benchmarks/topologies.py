@@ -9,7 +9,8 @@ over gloo. Against one process with one device: gradients of the first step, rel
 (read from the first checkpoint: Adam's first moment is (1 - b1) times the gradient, clipping is off), and
 the loss of every step, relative. Then the last checkpoint of each is restored under each other, the
 shards of all arrays compared with the files bit for bit. --quick: two processes of one device, fsdp,
-accumulation, 3 steps. The last line of the output is one JSON object; the exit code is 1 unless all bounds hold.
+accumulation, 3 steps. The last line of the output is one JSON object; the exit code is 1 unless all
+bounds hold.
 """
 
 from __future__ import annotations
@@ -65,9 +66,10 @@ def config_of(topology: Topology, shards: Path, steps: int):
     """The tiny config on a topology; batch 8, no clipping, every array of 64 numbers or more sharded."""
     count = topology.processes * topology.devices
     return tiny_config(
-        shards, steps=steps, batch_size=8, accumulate=topology.accumulate, optimizer__clip_norm=0.0, sharding_min_size=64,
-        checkpoint__every=1, checkpoint__keep_every=1, checkpoint__keep_best=0,
-        mesh__data=count if topology.axis == "data" else 1, mesh__fsdp=count if topology.axis == "fsdp" else 1,
+        shards, steps=steps, batch_size=8, accumulate=topology.accumulate, optimizer__clip_norm=0.0,
+        sharding_min_size=64, checkpoint__every=1, checkpoint__keep_every=1, checkpoint__keep_best=0,
+        mesh__data=count if topology.axis == "data" else 1,
+        mesh__fsdp=count if topology.axis == "fsdp" else 1,
     )  # fmt: skip
 
 
@@ -175,8 +177,8 @@ def measure(folder: Path, topologies: list[Topology], steps: int, cache: Path, s
     for topology in (ONE, *topologies):
         others = [other.name for other in (ONE, *topologies) if other != topology]
         start(
-            [sys.executable, __file__, "--restore", str(folder), "--topology", topology.name, "--steps", str(steps),
-             "--workdirs", *others, "--"], topology, cache,
+            [sys.executable, __file__, "--restore", str(folder), "--topology", topology.name,
+             "--steps", str(steps), "--workdirs", *others, "--"], topology, cache,
         )  # fmt: skip
         restored += itertools.product(others, [topology.name])
         say(f"{topology.name}: restored those of {len(others)} others")

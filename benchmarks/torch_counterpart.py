@@ -1,4 +1,4 @@
-"""A PyTorch step of the same shape as ours, built from diffusers' blocks: what `benchmarks/step.py` compares with.
+"""A PyTorch step of the same shape as ours, of diffusers' blocks: what `benchmarks/step.py` compares with.
 
 The generation UNet is diffusers' own, without cross-attention, its self-attention replaced by one that
 sees all frames of a window and the reference's tokens; `scaled_dot_product_attention` picks the fused
@@ -252,7 +252,8 @@ def make_calls(
 
     return {
         "VAE encode": timed(latents), "reference branch": timed(lambda: features(portrait_latent)),
-        "generation forward": timed(lambda: forward(fixed, tokens)), "train step": train_step, "sampling": sample,
+        "generation forward": timed(lambda: forward(fixed, tokens)),
+        "train step": train_step, "sampling": sample,
     }  # fmt: skip
 
 

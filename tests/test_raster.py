@@ -45,8 +45,8 @@ def assert_matches_oracle(vertices, faces, size, **options):
 def share_judged(vertices, faces, size, by_depth_ratio=False, **options):
     """What was found, and the share of pixels whose face rounding cannot change.
 
-    Asserts that face ids are equal there, and barycentrics to 1e-5, or as slivers allow (with `by_depth_ratio`
-    times the ratio of a face's depths, by which perspective-correct weights are divided).
+    Asserts that face ids are equal there, and barycentrics to 1e-5, or as slivers allow (with
+    `by_depth_ratio` times the ratio of a face's depths, by which perspective-correct weights are divided).
     """
     conventions = {key: options[key] for key in ("cull", "perspective_correct") if key in options}
     expected = rasterize_oracle(vertices, faces, size, **conventions)

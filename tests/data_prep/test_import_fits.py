@@ -268,7 +268,8 @@ def test_vhap_fit_gives_the_same_mesh_in_the_picture(head_file, tmp_path, per_fr
     ours = np.asarray(project(ours, frames[0].camera))
     # What VHAP does: all five joints in one chain, then the translation, then an OpenGL camera.
     rotations = np.stack(
-        [*(arrays[key] for key in ("rotation", "neck_pose", "jaw_pose")), *np.split(arrays["eyes_pose"], 2, 1)],
+        [*(arrays[key] for key in ("rotation", "neck_pose", "jaw_pose")),
+         *np.split(arrays["eyes_pose"], 2, 1)],
         axis=1,
     )  # fmt: skip
     expression = np.concatenate([arrays["expr"], np.zeros((N, 1))], axis=1)

@@ -81,9 +81,7 @@ def rendered_clip(noise: float, frames: int, seed: int = 8):
     points, confidence = observe(head, true, camera, noise, seed)
     whole = np.array([0, 0, FRAME_SIZE, FRAME_SIZE], np.float32)
     images = render_frames(head, true, camera, whole, sample_appearance(seed, head), FRAME_SIZE)
-    fit = fit_landmarks(
-        head, points, confidence, (FRAME_SIZE, FRAME_SIZE), focal=float(camera.intrinsics[0])
-    )
+    fit = fit_landmarks(head, points, confidence, (FRAME_SIZE, FRAME_SIZE), focal=float(camera.intrinsics[0]))
     points = np.pad(points, ((0, 0), (0, 0), (0, 1)))
     track = Track(points, confidence, np.ones(frames, np.float32), 1)
     crop = clip_crop_box(head, fit.coefficients, fit.camera)

@@ -42,7 +42,7 @@ def test_ssim_matches_scikit_image():
 
 def test_batch_axes_and_equal_images():
     pairs = [images(seed) for seed in range(2)]
-    predictions, targets = (np.stack(side) for side in zip(*pairs))
+    predictions, targets = (np.stack(side) for side in zip(*pairs, strict=True))
     for metric in (psnr, ssim):
         batched = np.asarray(metric(predictions, targets))
         assert batched.shape == (2,)

@@ -51,7 +51,7 @@ def fitted(head):
         np.stack([clip.crop for clip in clips]),
     )
     truth = [Coefficients(*(field[::EVERY] for field in clip.coefficients)) for clip in clips]
-    found = [jax.tree.map(lambda x: np.asarray(x[i]), coefficients) for i in range(2)]
+    found = [jax.tree.map(lambda x, i=i: np.asarray(x[i]), coefficients) for i in range(2)]
     return found, truth, residual
 
 
@@ -68,8 +68,8 @@ def test_pose_is_read_back(fitted, clip, allowed):
 
 
 # Share of the neutral face's error that may be left. A blur of one pixel and noise of 6 grey levels at 64
-# pixels hide lids and lips: there an expression is read back in part only. The aim is 0.6 there too; strict, so
-# that the mark has to go when the ruler gets there.
+# pixels hide lids and lips: there an expression is read back in part only. The aim is 0.6 there too;
+# strict, so that the mark has to go when the ruler gets there.
 MISSED = pytest.param(
     1, 0.6, marks=pytest.mark.xfail(strict=True, reason="the ruler misses 0.6 on spoiled frames")
 )

@@ -216,7 +216,7 @@ HLO = """
   %ar2 = f32[6]{0} all-reduce(%c), replica_groups=mesh['x'=16] {'x':(2)4}, to_apply=%add
   %cp = f32[10]{0} collective-permute(%e), source_target_pairs={{0,1},{1,0}}
   %fusion = f32[10]{0} fusion(%all-reduce.5), kind=kLoop
-"""
+"""  # noqa: E501 (a program as XLA prints it)
 
 
 def test_collectives_are_read_from_a_compiled_program():
@@ -244,7 +244,8 @@ def test_time_of_collectives_within_and_beyond_a_domain():
     )
     assert time("all-gather", "fsdp", 8, 1, 8) == pytest.approx(7.0 + latency(8))
     assert time("all-reduce", "all", 8, 8, 1) == pytest.approx(14.0 + 2 * latency(8))
-    # Four nodes: within one as before; each of its members carries an eighth over the network to three others.
+    # Four nodes: within one as before; each of its members carries an eighth over the network to three
+    # others.
     assert time("all-gather", "all", 32, 32, 1) == pytest.approx(7.0 + 100 * 3 / 4 / 10 + latency(32))
     # Groups along data under fsdp=8 have one member in each node.
     assert time("all-gather", "data", 4, 4, 8) == pytest.approx(800 * 3 / 4 / 10 + latency(4))

@@ -16,8 +16,8 @@ from loki_jax.training.step import check_config, deal_windows, make_gradients
 def test_parts_give_the_gradients_of_the_whole(tmp_path):
     config = tiny_config(
         write_shards(tmp_path / "shards"), batch_size=4, window=2, driver__arm="flame_vector",
-        model__unet__multipliers=(1,), model__unet__attention_modes=("3d",), model__unet__attention_levels=(0,),
-        dropout__identity=0.3, dropout__motion=0.3,
+        model__unet__multipliers=(1,), model__unet__attention_modes=("3d",),
+        model__unet__attention_levels=(0,), dropout__identity=0.3, dropout__motion=0.3,
     )  # fmt: skip
     mesh = make_mesh(1, 1, jax.devices()[:1])
     inputs = open_inputs(config, mesh)

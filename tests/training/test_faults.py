@@ -133,11 +133,12 @@ def test_spikes_stand_out_of_the_median():
 
 def test_windows_are_named_by_clip():
     clips = tuple(
-        ClipInfo(clip_index=i, clip_id=f"clip{i}", identity="p", fps=None, length=9, split="train", first_record=0,
-                 fit_quality=None, source="", licence="", extra={}) for i in range(3)
+        ClipInfo(clip_index=i, clip_id=f"clip{i}", identity="p", fps=None, length=9, split="train",
+                 first_record=0, fit_quality=None, source="", licence="", extra={}) for i in range(3)
     )  # fmt: skip
     batch = {
-        "clip_index": jnp.array([2, 0]), "frame_index": jnp.array([[4, 5], [1, 2]]), "reference_index": jnp.array([7, 3]),
+        "clip_index": jnp.array([2, 0]), "frame_index": jnp.array([[4, 5], [1, 2]]),
+        "reference_index": jnp.array([7, 3]),
     }  # fmt: skip
     assert window_names(batch, clips) == [
         {"clip": "clip2", "frame": 4, "reference": 7}, {"clip": "clip0", "frame": 1, "reference": 3},

@@ -37,7 +37,8 @@ print(json.dumps({
     "ema": count(state.ema), "moments": count(state.opt_state), "sharded": sum(sharded),
     "unsharded": [name for name, _ in unsharded if name.startswith("params")],
     "frozen_dtypes": sorted({str(x.dtype) for x in jax.tree.leaves(state.frozen)}),
-    "same_state": jax.tree.map(lambda a, b: (a.shape, str(a.dtype)) == (b.shape, str(b.dtype)), state, new_state)
+    "same_state": jax.tree.map(lambda a, b: (a.shape, str(a.dtype)) == (b.shape, str(b.dtype)),
+                               state, new_state)
                   == jax.tree.map(lambda a: True, state),
     "loss_shape": list(metrics["loss"].shape),
 }))

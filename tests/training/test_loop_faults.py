@@ -168,7 +168,9 @@ def start_two(shards, workdir, tmp_path):
     port = topologies.free_port()
     return [
         subprocess.Popen(
-            train_command(config, workdir, f"--coordinator=localhost:{port}", "--processes=2", f"--process_id={i}"),
+            train_command(
+                config, workdir, f"--coordinator=localhost:{port}", "--processes=2", f"--process_id={i}"
+            ),
             env=environment(tmp_path / "cache"), stderr=subprocess.PIPE, text=True,
         )
         for i in range(2)
