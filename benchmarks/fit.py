@@ -42,15 +42,16 @@ import jax.numpy as jnp
 import numpy as np
 from scipy.optimize import least_squares
 
-from benchmarks.fit_accuracy import FRAME_SIZE, observe, true_clip
-from data_prep import fit
-from data_prep.fit import DEFAULT_SETTINGS, fit_landmarks
-from data_prep.landmarker import cached_models
-from data_prep.synth import FPS, render_frames
-from loki_jax.appearance import sample_appearance
-from loki_jax.head.builtin import builtin_head
-from loki_jax.head.types import Coefficients
-from loki_jax.video import write_video
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks.fit_accuracy import FRAME_SIZE, observe, true_clip  # noqa: E402
+from data_prep import fit  # noqa: E402
+from data_prep.fit import DEFAULT_SETTINGS, fit_landmarks  # noqa: E402
+from data_prep.landmarker import cached_models  # noqa: E402
+from data_prep.synth import FPS, render_frames  # noqa: E402
+from loki_jax.appearance import sample_appearance  # noqa: E402
+from loki_jax.head.builtin import builtin_head  # noqa: E402
+from loki_jax.head.types import Coefficients  # noqa: E402
+from loki_jax.video import write_video  # noqa: E402
 
 COST_TOLERANCE = 1e-3  # SciPy may stop this much above our cost
 
