@@ -95,6 +95,7 @@ def base_config() -> ConfigDict:
     c.dropout.both = 0.1
     # What a lost identity is: zero features, or a zero latent through the reference branch.
     c.dropout.null_reference = "features"
+    c.dropout.null_gradient = False  # True: windows without their driver map train its encoder, too
 
     c.optimizer = ConfigDict()
     # The learning rate rises linearly for `warmup_steps`, stays for `hold_steps`, then follows `decay`:
@@ -159,6 +160,7 @@ def apply_official(c: ConfigDict) -> ConfigDict:
     c.dropout.motion = 0.0
     c.dropout.both = 0.1
     c.dropout.null_reference = "latent"
+    c.dropout.null_gradient = True
     c.optimizer.clip_norm = 0.0
     c.ema_decay = 0.0
     c.sample.spacing = "official"

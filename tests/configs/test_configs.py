@@ -26,6 +26,7 @@ OFFICIAL = {
     "dropout.null_reference": ("features", "latent", "row 1: a lost identity is a zero latent in training"),
     "dropout.identity": (0.05, 0.0, "row 2: identity and motion are dropped together only"),
     "dropout.motion": (0.05, 0.0, "row 2"),
+    "dropout.null_gradient": (False, True, "section 1: the encoder sees the zero map like any other"),
     "driver.neck": (True, False, "row 3: the neck never reaches the driver map"),
     "sample.pose": ("relative", "absolute", "row 5"),
     "data.fixed_reference": (False, True, "row 6"),

@@ -39,6 +39,30 @@ def test_parts_give_the_gradients_of_the_whole(tmp_path):
     assert max(jax.tree.leaves(errors)) < 1e-5
 
 
+@pytest.mark.parametrize("null_gradient", [False, True])
+def test_a_lost_driver_map_trains_its_encoder_only_if_asked(tmp_path, null_gradient):
+    config = tiny_config(
+        write_shards(tmp_path / "shards"), batch_size=2, window=2, dropout__identity=0.0,
+        dropout__motion=1.0, dropout__both=0.0, dropout__null_gradient=null_gradient,
+        model__unet__multipliers=(1,), model__unet__attention_modes=("3d",),
+        model__unet__attention_levels=(0,), model__reference__driver=False,
+    )  # fmt: skip
+    mesh = make_mesh(1, 1, jax.devices()[:1])
+    inputs = open_inputs(config, mesh)
+    head = inputs.dataset.head()
+    networks = build_networks(config, head)
+    params = random_params(networks, jax.random.key(0))
+    params = jax.tree.map(lambda x: x + 0.1, params)
+    trained = {key: params.pop(key) for key in ("generation", "reference")}
+    state = TrainState(jnp.asarray(7, jnp.int32), trained, None, None, params)
+    gradients = jax.jit(make_gradients(config, networks, mesh))(
+        state, global_batch(inputs.windows[0], mesh), head
+    )[1]
+    moves = lambda tree: max(float(jnp.abs(g).max()) for g in jax.tree.leaves(tree)) > 0
+    assert moves(gradients["generation"]["encoder"]) == null_gradient
+    assert moves(gradients["generation"]["unet"]) and moves(gradients["reference"])
+
+
 def test_a_device_deals_out_its_own_windows():
     mesh = make_mesh(1, 1, jax.devices()[:1])
     dealt = jax.jit(lambda x: deal_windows(x, 3, mesh))(jnp.arange(12).reshape(6, 2))
