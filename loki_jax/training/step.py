@@ -221,7 +221,7 @@ def make_loss(config: ConfigDict, networks: Networks, mesh: Mesh) -> Callable:
         condition = encode_condition(networks, params, drop_motion(driver, keep_motion))
         if not config.dropout.null_gradient:
             # On a zero map the encoder's planes are constant: each of its group norms multiplies gradients by
-            # up to 1 / sqrt(eps), at full size by 1e16 in the second step and a hundredfold later on.
+            # up to 1 / sqrt(eps), at full width to a norm of 1e16 in the second step.
             kept = keep_motion[:, None, None, None, None]
             condition = jnp.where(kept, condition, jax.lax.stop_gradient(condition))
         predict = lambda x, t: denoise(networks, params, x, t, condition, features)
