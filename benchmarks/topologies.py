@@ -5,9 +5,10 @@
 One of the topologies, 2 x 2, also cuts each batch into two parts (gradient accumulation).
 
 The real program trains a tiny config (global batch 8) on simulated CPU devices whose processes talk
-over gloo. Against one process with one device: gradients of the first step, relative in norm per tensor
-(read from the first checkpoint: Adam's first moment is (1 - b1) times the gradient, clipping is off), and
-the loss of every step, relative. Then the last checkpoint of each is restored under each other, the
+over gloo. All parameters start from random numbers: layers that start at zero would hide what is behind
+them. Against one process with one device: gradients of the first step, relative in norm per tensor (read from
+the first checkpoint: Adam's first moment is (1 - b1) times the gradient, clipping is off), and the loss of
+every step, relative. Then the last checkpoint of each is restored under each other, the
 shards of all arrays compared with the files bit for bit. --quick: two processes of one device, fsdp,
 accumulation, 3 steps. The last line of the output is one JSON object; the exit code is 1 unless all
 bounds hold.
@@ -32,14 +33,16 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.tiny_run import environment, tiny_config, train_command, write_shards  # noqa: E402
-from loki_jax.networks import build_networks  # noqa: E402
+from loki_jax.data.records import open_dataset  # noqa: E402
+from loki_jax.networks import build_networks, random_params  # noqa: E402
 from loki_jax.training import checkpoint as ckpt  # noqa: E402
+from loki_jax.training.abstract import abstract_state  # noqa: E402
+from loki_jax.training.checkpoint import save_model_file  # noqa: E402
 from loki_jax.training.distributed import find_cluster, join  # noqa: E402
 from loki_jax.training.inputs import open_inputs, start_reading  # noqa: E402
 from loki_jax.training.logging import read_metrics  # noqa: E402
 from loki_jax.training.sharding import make_mesh, path_name, tree_shardings  # noqa: E402
-from loki_jax.training.state import create_state, make_optimizer  # noqa: E402
-from loki_jax.training.step import initial_params  # noqa: E402
+from loki_jax.training.state import make_optimizer  # noqa: E402
 
 GRADIENT_BOUND, LOSS_BOUND = 1e-5, 1e-4
 
@@ -68,9 +71,22 @@ def config_of(topology: Topology, shards: Path, steps: int):
     return tiny_config(
         shards, steps=steps, batch_size=8, accumulate=topology.accumulate, optimizer__clip_norm=0.0,
         sharding_min_size=64, checkpoint__every=1, checkpoint__keep_every=1, checkpoint__keep_best=0,
+        init_from=str(shards.parent / "start.safetensors"), model__norm_groups=4,
         mesh__data=count if topology.axis == "data" else 1,
         mesh__fsdp=count if topology.axis == "fsdp" else 1,
     )  # fmt: skip
+
+
+def write_start(path: Path, shards: Path) -> None:
+    """A model file of the tiny config whose parameters are all random, zero-initialised ones too."""
+    config, head = tiny_config(shards, model__norm_groups=4), open_dataset(shards).head()
+    params = jax.jit(lambda: random_params(build_networks(config, head), jax.random.key(1)))()
+    leaves, treedef = jax.tree.flatten(params)
+    rng = np.random.default_rng(2)
+    # Of half the size of a common initialisation, so that activations and gradients stay moderate.
+    scale = lambda x: 0.5 / np.sqrt(np.prod(x.shape[:-1])) if x.ndim > 1 else 0.1
+    noisy = [x + scale(x) * rng.standard_normal(x.shape).astype(np.float32) for x in leaves]
+    save_model_file(path, ckpt.Checkpoint(config, jax.tree.unflatten(treedef, noisy), head, 0))
 
 
 def free_port() -> int:
@@ -105,19 +121,30 @@ def start(command: list[str], topology: Topology, cache: Path) -> None:
         )
 
 
-def first_gradients(workdir: Path) -> list[np.ndarray]:
-    """Gradients of step 1, up to a factor."""
+def first_gradients(workdir: Path) -> dict[str, np.ndarray]:
+    """Gradients of step 1 by path, up to a factor."""
     tree = ckpt.restore_as_numpy((workdir / "checkpoints" / "1" / "optimizer").absolute())
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return [np.asarray(leaf, np.float64) for path, leaf in leaves if "mu" in path_name(path).split("/")]
+    named = ((path_name(path), np.asarray(leaf, np.float64)) for path, leaf in leaves)
+    return {name: leaf for name, leaf in named if "mu" in name.split("/")}
 
 
 def gradient_error(workdir: Path, reference: Path) -> float:
-    """Largest relative error in norm over the tensors; those without a gradient must have none in both."""
+    """Largest error in norm over the tensors, relative to each.
+
+    Only the reference branch may have tensors without a gradient (nobody reads what comes after its last
+    features); they must have none in both.
+
+    Raises:
+      RuntimeError: no gradient reaches a tensor of the generation branch: comparing it would say nothing.
+    """
     worst = 0.0
-    for mine, theirs in zip(first_gradients(workdir), first_gradients(reference), strict=True):
-        size = np.linalg.norm(theirs)
-        error = np.linalg.norm(mine - theirs)
+    mine, theirs = first_gradients(workdir), first_gradients(reference)
+    for name, gradient in theirs.items():
+        size = float(np.linalg.norm(gradient))
+        error = float(np.linalg.norm(mine[name] - gradient))
+        if size == 0 and "generation" in name.split("/"):
+            raise RuntimeError(f"{reference}: no gradient reaches {name}")
         worst = max(worst, error / size if size > 0 else float(error > 0))
     return worst
 
@@ -132,9 +159,7 @@ def restore_all(topology: Topology, shards: Path, steps: int, workdirs: list[Pat
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
     inputs = open_inputs(config, mesh)
     head = inputs.dataset.head()
-    optimizer = make_optimizer(config)
-    params, frozen = initial_params(config, build_networks(config, head), head)
-    abstract = jax.eval_shape(lambda p: create_state(p, frozen, optimizer, keep_ema=True), params)
+    abstract = abstract_state(config, build_networks(config, head), make_optimizer(config))
     shardings, _ = tree_shardings(abstract, mesh, config.sharding_rules, config.sharding_min_size)
     abstract = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings
@@ -159,6 +184,7 @@ def measure(folder: Path, topologies: list[Topology], steps: int, cache: Path, s
     """The whole measurement in `folder`; the JSON object."""
     began = time.monotonic()
     shards = write_shards(folder / "shards")
+    write_start(folder / "start.safetensors", shards)
     for topology in (ONE, *topologies):
         config = config_of(topology, shards, steps)
         start(train_command(config, folder / topology.name), topology, cache)
@@ -185,6 +211,8 @@ def measure(folder: Path, topologies: list[Topology], steps: int, cache: Path, s
     return {
         "topologies": [topology.name for topology in topologies],
         "steps": steps,
+        "tensors": len(first_gradients(reference)),
+        "with_gradient": sum(bool(np.any(x)) for x in first_gradients(reference).values()),
         "gradient_error": max(gradients.values()),
         "loss_error": max(relative.values()),
         "within_bounds": max(gradients.values()) < GRADIENT_BOUND and max(relative.values()) < LOSS_BOUND,

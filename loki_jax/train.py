@@ -27,6 +27,7 @@ from ml_collections import config_flags
 
 from loki_jax.networks import build_networks
 from loki_jax.training import checkpoint as ckpt
+from loki_jax.training.abstract import abstract_state
 from loki_jax.training.accounting import chip_of, work_of
 from loki_jax.training.distributed import ClusterError, find_cluster, join, on_tpu_vm, wait_for_all
 from loki_jax.training.dump import write_dump
@@ -77,35 +78,37 @@ def train(config, workdir: Path) -> float:
     head = dataset.head()
     networks = build_networks(config, head)
     optimizer = make_optimizer(config)
-    params, frozen = initial_params(config, networks, head)
-    build = lambda params, frozen: create_state(params, frozen, optimizer, keep_ema=config.ema_decay > 0)
-    abstract = jax.eval_shape(build, params, frozen)
+    # A resumed run needs nothing but its workdir, neither the weights it started from nor their memory.
+    initial = None if ckpt.saved_steps(workdir) else initial_params(config, networks, head)
+    abstract = abstract_state(config, networks, optimizer)
     shardings, unsharded = tree_shardings(abstract, mesh, config.sharding_rules, config.sharding_min_size)
-    params, frozen = place(params, shardings.params), place(frozen, shardings.frozen)
+    abstract = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings
+    )
 
     ckpt.prepare_workdir(workdir, config, head)
-    ckpt.save_frozen(workdir, frozen)
     writer = MetricWriter(workdir, lead)
-    count = {name: sum(x.size for x in jax.tree.leaves(tree)) for name, tree in params.items()}
+    count = {name: sum(x.size for x in jax.tree.leaves(tree)) for name, tree in abstract.params.items()}
     say(f"mesh {dict(mesh.shape)}, {jax.process_count()} processes, trained parameters {count}", lead)
     for name, shape in unsharded:
         say(f"not sharded: {name} {shape}", lead)
 
-    # --------------------------------------------------------------------------------- restore
     manager = ckpt.open_manager(workdir, config.checkpoint)
-    abstract = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings
-    )
-    restored = ckpt.restore_state(manager, abstract._replace(frozen=frozen), iterator)
     first, skipped = 0, 0
-    if restored is None:
-        state = jax.jit(build, out_shardings=shardings)(params, frozen)
-    else:
-        state, run = restored
-        state = state._replace(step=place(state.step, shardings.step))
+    if initial is None:
+        state, run = ckpt.restore_state(manager, abstract, iterator)
+        state = state._replace(
+            step=place(state.step, shardings.step), frozen=ckpt.restore_frozen(workdir, abstract.frozen)
+        )
         first, skipped = run["step"], run["skipped"]
         say(f"resumed from step {first}", lead)
-    del params, frozen, restored
+    else:
+        build = lambda params, frozen: create_state(params, frozen, optimizer, config.ema_decay > 0)
+        placed = [place(x, s) for x, s in zip(initial, (shardings.params, shardings.frozen), strict=True)]
+        ckpt.save_frozen(workdir, placed[1])
+        state = jax.jit(build, out_shardings=shardings)(*placed)
+        del placed
+    del initial
     code = ckpt.code_version()
     if lead:
         record_start(workdir, describe_run(config, mesh, Path(config.data.path), first))

@@ -246,9 +246,7 @@ def save_state(
         raise CheckpointError(f"{manager.directory}: step {step} was not saved")
 
 
-def restore_state(
-    manager: ocp.CheckpointManager, abstract: TrainState, iterator
-) -> tuple[TrainState, dict] | None:
+def restore_state(manager: ocp.CheckpointManager, abstract: TrainState, iterator) -> tuple[TrainState, dict]:
     """The newest whole checkpoint, placed as `abstract` says (any mesh, any number of processes).
 
     Sets the state of `iterator`.
@@ -257,14 +255,14 @@ def restore_state(
       abstract: TrainState of ShapeDtypeStructs with shardings; its `frozen` part is passed through.
 
     Returns:
-      (state, what `save_state` wrote as "run"), or None when there is no checkpoint.
+      (state, what `save_state` wrote as "run").
 
     Raises:
-      CheckpointError: the checkpoint is of another architecture or is damaged.
+      CheckpointError: there is none, it is of another architecture or is damaged.
     """
     step = manager.latest_step()
     if step is None:
-        return None
+        raise CheckpointError(f"{manager.directory}: holds no finished checkpoint.")
     folder = Path(manager.directory) / str(step)
     trees = {"params": abstract.params, "optimizer": abstract.opt_state}
     if abstract.ema is not None:
@@ -346,6 +344,30 @@ def save_frozen(workdir: Path, frozen) -> None:
     if not path.exists() and jax.tree.leaves(frozen):
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(path, frozen)
+
+
+def restore_frozen(workdir: Path, abstract):
+    """What `save_frozen` wrote, placed as `abstract` (ShapeDtypeStructs with shardings) says.
+
+    Raises:
+      CheckpointError: missing, damaged, or of another architecture.
+    """
+    if not jax.tree.leaves(abstract):
+        return abstract
+    path = (workdir / "frozen").absolute()
+    if not path.is_dir():
+        raise CheckpointError(
+            f"{path}: missing, but this run has parameters that are not trained. Copy the whole workdir, "
+            "or start a new run from its weights with --config.init_from."
+        )
+    try:
+        check_fit(leaf_shapes(_stored_tree(path)), abstract, str(path))
+        with ocp.StandardCheckpointer() as checkpointer:
+            return checkpointer.restore(path, abstract)
+    except CheckpointError:
+        raise
+    except (ValueError, OSError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error}). Copy it again.") from error
 
 
 # --------------------------------------------------------------------------------------- inference

@@ -108,17 +108,19 @@ def initial_params(config: ConfigDict, networks: Networks, head: HeadAsset) -> t
         loaded = load_checkpoint(config.init_from)
         params = {key: loaded.params.get(key, {}) for key in abstract}
         check_fit(leaf_shapes(params), abstract, f"config.init_from={config.init_from}")
-        return split_params(config, jax.tree.map(jnp.asarray, params))
+        # What was frozen there, in the dtype of its activations, may be trained here.
+        return split_params(config, jax.tree.map(lambda x, a: jnp.asarray(x, a.dtype), params, abstract))
     path = _converted_folder(config.pretrained) if config.pretrained else None
-    params = jax.jit(lambda: random_params(networks, jax.random.key(config.seed)))()
+    given = {"reference", "autoencoder", "null_prompt"} & abstract.keys() if path else set()
+    # Returning only what is not given, so that XLA never draws a backbone that would be thrown away.
+    draw = lambda: {
+        k: v for k, v in random_params(networks, jax.random.key(config.seed)).items() if k not in given
+    }
+    params = jax.jit(draw)()
     if path:
         with ocp.StandardCheckpointer() as checkpointer:
             backbone = checkpointer.restore(path.absolute())
-        check_fit(
-            leaf_shapes(backbone),
-            {k: abstract[k] for k in ("reference", "autoencoder", "null_prompt") if k in abstract},
-            str(path),
-        )
+        check_fit(leaf_shapes(backbone), {k: abstract[k] for k in given}, str(path))
         params |= backbone
         params["generation"] = dict(params["generation"]) | {
             "unet": _take_shared(params["generation"]["unet"], backbone["reference"])

@@ -1,5 +1,7 @@
 """The real training program on a tiny config and a tiny synthetic dataset."""
 
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -140,6 +142,17 @@ def test_frozen_reference_comes_from_pretrained_weights_and_stays(shards, tmp_pa
         trained["generation"]["unet"]["conv_in"]["kernel"],
     )
     assert 0 < float(np.abs(now - start).max()) < 0.1
+    # Going on needs the workdir alone.
+    shutil.rmtree(tmp_path / "sd")
+    config.steps = 3
+    train(config, tmp_path / "run")
+    resumed = load_checkpoint(tmp_path / "run", use_ema=False)
+    assert resumed.step == 3
+    jax.tree.map(np.testing.assert_array_equal, trained["reference"], resumed.params["reference"])
+    shutil.rmtree(tmp_path / "run" / "frozen")
+    config.steps = 4
+    with pytest.raises(CheckpointError, match=r"frozen: missing.*init_from"):
+        train(config, tmp_path / "run")
 
 
 @pytest.mark.parametrize("with_driver", [True, False])
