@@ -57,6 +57,7 @@ def get_config(arg=None):
     c.sample.steps = 20
     c.sample.spacing = "trailing"
     c.sample.guidance = 1.5
+    c.sample.follow = True
     if take_variant(arg, ("tiny",)) == "tiny":
         c.batch_size = 2
         c.window = 2
@@ -69,5 +70,6 @@ def get_config(arg=None):
         c.model.encoder.widths = (8, 16)
         c.sample.pairs = 1
         c.sample.steps = 2
+        c.sample.follow = False
         c.validation.batches = 1
     return c
