@@ -97,7 +97,7 @@ def run(folder: Path, runs: int, steps: int, env: dict, say=print) -> dict:
     """The whole measurement in `folder`; the JSON object."""
     began = time.monotonic()
     shards = write_shards(folder / "shards")
-    config = tiny_config(shards, steps=steps, checkpoint__every=12, checkpoint__keep=2)
+    config = tiny_config(shards, steps=steps, checkpoint__every=steps // 5, checkpoint__keep=2)
     straight = folder / "straight"
     subprocess.run(train_command(config, straight), env=env, check=True, capture_output=True)
     expected = last_state(straight, steps)
