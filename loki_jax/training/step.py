@@ -9,7 +9,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-import orbax.checkpoint as ocp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 from ml_collections import ConfigDict
@@ -27,7 +26,13 @@ from loki_jax.networks import (
     reference_features,
     unit_range,
 )
-from loki_jax.training.checkpoint import CheckpointError, check_fit, leaf_shapes, load_checkpoint
+from loki_jax.training.checkpoint import (
+    CheckpointError,
+    check_fit,
+    leaf_shapes,
+    load_checkpoint,
+    restore_as_numpy,
+)
 from loki_jax.training.sharding import BATCH_AXES
 from loki_jax.training.state import TrainState, update_ema
 
@@ -118,8 +123,8 @@ def initial_params(config: ConfigDict, networks: Networks, head: HeadAsset) -> t
     }
     params = jax.jit(draw)()
     if path:
-        with ocp.StandardCheckpointer() as checkpointer:
-            backbone = checkpointer.restore(path.absolute())
+        # Without the devices of the process that converted it.
+        backbone = restore_as_numpy(path.absolute())
         check_fit(leaf_shapes(backbone), {k: abstract[k] for k in given}, str(path))
         params |= backbone
         params["generation"] = dict(params["generation"]) | {

@@ -9,12 +9,14 @@ import time
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from benchmarks import resume, topologies
 from benchmarks.tiny_run import environment, tiny_config, train_command, write_shards
 from loki_jax.data.records import DatasetError
-from loki_jax.networks import build_networks
+from loki_jax.head.builtin import builtin_head
+from loki_jax.networks import build_networks, random_params
 from loki_jax.train import train
 from loki_jax.training.checkpoint import CheckpointError, load_checkpoint, restore_as_numpy, saved_steps
 from loki_jax.training.dump import read_dump, replay
@@ -196,3 +198,32 @@ def test_a_process_whose_partner_is_gone_ends(shards, tmp_path):
     output = processes[0].communicate(timeout=200)[1]
     assert processes[0].returncode == ExitCode.LOST_PROCESS, output
     assert "same command" in output
+
+
+@pytest.mark.slow
+def test_two_processes_share_frozen_parameters_and_resume_from_the_workdir(shards, tmp_path):
+    options = dict(
+        steps=2, pretrained=str(tmp_path / "sd"), model__reference__trainable=False,
+        model__reference__driver=False, model__reference__context_dim=8, sharding_min_size=64,
+    )  # fmt: skip
+    config = tiny_config(shards, **options)
+    params = random_params(build_networks(config, builtin_head()), jax.random.key(7))
+    backbone = {key: params[key] for key in ("reference", "autoencoder", "null_prompt")}
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "sd", backbone)
+    train(config, tmp_path / "one")
+    two = tiny_config(shards, **options, mesh__data=1, mesh__fsdp=2)
+    topology = topologies.Topology(2, 1, "fsdp")
+    topologies.start(train_command(two, tmp_path / "two"), topology, tmp_path / "cache")
+    shutil.rmtree(tmp_path / "sd")
+    config.steps = two.steps = 3
+    train(config, tmp_path / "one")
+    topologies.start(train_command(two, tmp_path / "two"), topology, tmp_path / "cache")
+    one, two = (load_checkpoint(tmp_path / name, use_ema=False) for name in ("one", "two"))
+    assert one.step == two.step == 3
+    for key in ("reference", "null_prompt"):
+        jax.tree.map(np.testing.assert_array_equal, one.params[key], two.params[key])
+        jax.tree.map(np.testing.assert_array_equal, one.params[key], jax.device_get(backbone[key]))
+    losses = [topologies.losses(tmp_path / name) for name in ("one", "two")]
+    assert len(losses[0]) == 3
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
