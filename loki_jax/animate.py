@@ -40,6 +40,7 @@ from loki_jax.networks import (
     Networks,
     build_networks,
     driver_input,
+    initial_noise,
     portrait_features,
     sample_from_features,
 )
@@ -229,8 +230,9 @@ def make_animator(
     def animate(params: PyTree, head: HeadAsset, features, coefficients, camera, crop, key):
         """One window of B clips: frames and pictures of the driver maps, both (B,T,S,S,3) uint8."""
         driver = driver_input(config, head, coefficients, camera, crop)
+        noise = initial_noise(networks, key, *driver.shape[:2])
         frames = sample_from_features(
-            config, networks, params, features, driver, key, steps=steps, guidance=guidance, spacing=spacing
+            config, networks, params, features, driver, noise, steps=steps, guidance=guidance, spacing=spacing
         )
         if config.driver.arm == "flame_vector":
             identity = make_identity(head, coefficients.shape[:, :1])

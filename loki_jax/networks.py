@@ -185,13 +185,21 @@ def _loki_params(params: PyTree) -> dict:
     return {"params": {"generation": params["generation"], "reference": params["reference"]}}
 
 
+def initial_noise(
+    networks: Networks, key: PRNGKeyArray, windows: int, frames: int
+) -> Float[Array, "windows frames h w c"]:
+    """Standard normal latents."""
+    size, channels = networks.model_config.latent_size, networks.model_config.latent_channels
+    return jax.random.normal(key, (windows, frames, size, size, channels))
+
+
 def sample_from_features(
     config: ConfigDict,
     networks: Networks,
     params: PyTree,
     features: PyTree,
     driver: Float[Array, "b t *s c"],
-    key: PRNGKeyArray,
+    noise: Float[Array, "b t h w c"],
     *,
     steps: int,
     guidance: float,
@@ -199,6 +207,7 @@ def sample_from_features(
 ) -> UInt8[Array, "b t s s 3"]:
     """Animate references, given by their features (`portrait_features`), for one window; traceable.
 
+    `noise`, of `initial_noise`, is what sampling starts from.
     The unconditional branch has zero features and a zero driver map (docs/decisions.md, row 1).
     """
     condition = encode_condition(networks, params, driver)
@@ -208,8 +217,6 @@ def sample_from_features(
             encode_condition(networks, params, jnp.zeros_like(driver)),
             jax.tree.map(jnp.zeros_like, features),
         )
-    size, channels = networks.model_config.latent_size, networks.model_config.latent_channels
-    noise = jax.random.normal(key, (*driver.shape[:2], size, size, channels))
     latents = ddim_sample(
         lambda x, t, inputs: denoise(networks, params, x, t, *inputs),
         noise,

@@ -22,8 +22,14 @@ from loki_jax.head.types import Camera, Coefficients
 from loki_jax.metrics.hef import head_expression_follow
 from loki_jax.metrics.hpf import head_pose_follow
 from loki_jax.metrics.photometric import fit_photometric_clips
-from loki_jax.networks import Networks, driver_input, portrait_features, sample_from_features
-from loki_jax.training.sharding import BATCH_AXES
+from loki_jax.networks import (
+    Networks,
+    driver_input,
+    initial_noise,
+    portrait_features,
+    sample_from_features,
+)
+from loki_jax.training.sharding import BATCH_AXES, place
 
 
 class Pairs(NamedTuple):
@@ -118,44 +124,39 @@ def make_sampler(
 ) -> Callable[[PyTree, HeadAsset, Pairs], np.ndarray]:
     """sample(params, head, pairs) -> (2N,T,S,S,3) uint8 on every process, always from the same noise.
 
-    All processes must call. The pairs are split over the devices where their number allows.
+    All processes must call. Each device animates its share of the pairs, all of them where their number does
+    not divide, with whole parameters: nothing is exchanged between the first gathering and the result.
     """
-    whole = NamedSharding(mesh, PartitionSpec())
+    whole = PartitionSpec()
 
-    def sample(params: PyTree, head: HeadAsset, inputs: dict[str, Any]):
+    def animate(params: PyTree, head: HeadAsset, inputs: dict[str, Any]):
         driver = driver_input(config, head, inputs["coefficients"], inputs["camera"], inputs["crop"])
         camera, crop = jax.tree.map(lambda x: x[:, 0], (inputs["camera"], inputs["crop"]))
-        features = portrait_features(
-            config,
-            networks,
-            params,
-            head,
-            inputs["reference"],
-            inputs["reference_coefficients"],
-            camera,
-            crop,
-        )
+        portrait = (inputs["reference"], inputs["reference_coefficients"], camera, crop)
+        features = portrait_features(config, networks, params, head, *portrait)
         return sample_from_features(
-            config,
-            networks,
-            params,
-            features,
-            driver,
-            jax.random.key(0),
-            steps=config.sample.steps,
-            guidance=config.sample.guidance,
-            spacing=config.sample.spacing,
-        )
+            config, networks, params, features, driver, inputs["noise"],
+            steps=config.sample.steps, guidance=config.sample.guidance, spacing=config.sample.spacing,
+        )  # fmt: skip
 
-    compiled = jax.jit(sample, out_shardings=whole)
+    def share(inputs: dict[str, Any]) -> PartitionSpec:
+        return PartitionSpec(BATCH_AXES) if len(inputs["reference"]) % mesh.size == 0 else whole
+
+    def sample(params: PyTree, head: HeadAsset, inputs: dict[str, Any]):
+        spec = share(inputs)
+        split = jax.shard_map(
+            animate, mesh=mesh, in_specs=(whole, whole, spec), out_specs=spec, check_vma=False
+        )
+        return split(params, head, inputs)
+
+    compiled = jax.jit(sample, out_shardings=NamedSharding(mesh, whole))
     names = ("coefficients", "camera", "crop", "reference", "reference_coefficients")
 
     def run(params: PyTree, head: HeadAsset, pairs: Pairs) -> np.ndarray:
-        spec = PartitionSpec(BATCH_AXES) if len(pairs.reference) % mesh.size == 0 else PartitionSpec()
-        placed = NamedSharding(mesh, spec)
+        inputs = {name: getattr(pairs, name) for name in names}
+        inputs["noise"] = initial_noise(networks, jax.random.key(0), *pairs.driver.shape[:2])
         # Every process holds all pairs and gives its devices what they ask for.
-        put = lambda x: jax.make_array_from_callback(x.shape, placed, lambda index: x[index])
-        inputs = {name: jax.tree.map(lambda x: put(np.asarray(x)), getattr(pairs, name)) for name in names}
+        inputs = place(inputs, jax.tree.map(lambda _: NamedSharding(mesh, share(inputs)), inputs))
         return np.asarray(compiled(params, head, inputs))
 
     return run
