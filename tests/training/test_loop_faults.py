@@ -21,7 +21,9 @@ from loki_jax.train import train
 from loki_jax.training.checkpoint import CheckpointError, load_checkpoint, restore_as_numpy, saved_steps
 from loki_jax.training.dump import read_dump, replay
 from loki_jax.training.faults import ExitCode, NonFiniteError, exit_code
+from loki_jax.training.logging import read_metrics
 from loki_jax.training.step import initial_params
+from loki_jax.video import read_video
 
 
 @pytest.fixture(scope="module")
@@ -227,3 +229,26 @@ def test_two_processes_share_frozen_parameters_and_resume_from_the_workdir(shard
     losses = [topologies.losses(tmp_path / name) for name in ("one", "two")]
     assert len(losses[0]) == 3
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_two_processes_validate_and_sample_as_one_does(tmp_path):
+    shards = write_shards(tmp_path / "shards", count=6)
+    options = dict(
+        steps=2, batch_size=4, sharding_min_size=64, validation__every=2, sample__every=2, sample__pairs=2
+    )
+    topologies.start(
+        train_command(tiny_config(shards, **options), tmp_path / "one"), topologies.ONE, tmp_path / "cache"
+    )
+    topologies.start(
+        train_command(tiny_config(shards, **options, mesh__data=1, mesh__fsdp=2), tmp_path / "two"),
+        topologies.Topology(2, 1, "fsdp"), tmp_path / "cache",
+    )  # fmt: skip
+    rows = [read_metrics(tmp_path / name / "metrics.jsonl") for name in ("one", "two")]
+    values = [[row.get("loss", row.get("val_loss")) for row in side] for side in rows]
+    assert len(values[0]) == 3
+    np.testing.assert_allclose(values[0], values[1], rtol=1e-5)
+    one, two = (
+        read_video(tmp_path / name / "samples" / "00000002.mp4").frames.astype(int) for name in ("one", "two")
+    )
+    assert one.std() > 1 and np.abs(one - two).mean() < 1
