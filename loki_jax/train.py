@@ -78,7 +78,7 @@ def train(config, workdir: Path) -> float:
     head = dataset.head()
     networks = build_networks(config, head)
     optimizer = make_optimizer(config)
-    # A resumed run needs nothing but its workdir, neither the weights it started from nor their memory.
+    # A resumed run needs neither the weights it started from nor their memory.
     initial = None if ckpt.saved_steps(workdir) else initial_params(config, networks, head)
     abstract = abstract_state(config, networks, optimizer)
     shardings, unsharded = tree_shardings(abstract, mesh, config.sharding_rules, config.sharding_min_size)

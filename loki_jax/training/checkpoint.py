@@ -339,11 +339,13 @@ def saved_steps(workdir: Path) -> list[int]:
 
 
 def save_frozen(workdir: Path, frozen) -> None:
-    """Write the parameters that are not trained, once; all processes must call."""
-    path = (workdir / "frozen").absolute()
-    if not path.exists() and jax.tree.leaves(frozen):
+    """Write the parameters that are not trained, before the first checkpoint; all processes must call.
+
+    Those of a start that ended before its first checkpoint are replaced: it may have had other weights.
+    """
+    if jax.tree.leaves(frozen):
         with ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save(path, frozen)
+            checkpointer.save((workdir / "frozen").absolute(), frozen, force=True)
 
 
 def restore_frozen(workdir: Path, abstract):
