@@ -10,17 +10,19 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from loki_jax.head.asset import HeadAsset
-from loki_jax.head.camera import camera_from_world, crop_box, ndc_from_camera, project
-from loki_jax.head.skinning import (
+from loki_jax.face.asset import HeadAsset
+from loki_jax.face.camera import camera_from_world, ndc_from_camera, project
+from loki_jax.face.crop import crop_box
+from loki_jax.face.skinning import (
     expression_offsets,
     make_identity,
     mesh_faces,
     mesh_render_mask,
     world_vertices,
 )
-from loki_jax.head.types import Camera, Coefficients
-from loki_jax.raster import interpolate, rasterize
+from loki_jax.face.types import Camera, Coefficients
+from loki_jax.raster.api import rasterize
+from loki_jax.raster.fragments import interpolate
 
 # Standard deviation of the expression offsets of the training data, metres (design section 5).
 OFFSET_SCALE = 0.0104
@@ -154,10 +156,10 @@ def head_expression_follow(
     length = length if n_frames is None else min(length, n_frames)
     if length == 0:
         return HeadExpressionFollow(None, None, 0, np.zeros(0))
-    shape = jnp.asarray(target.shape)
+    shape = jnp.asarray(target.betas)
     shape = shape if shape.ndim == 1 else shape[0]
     identity = make_identity(head, shape)
-    target = target._replace(shape=jnp.broadcast_to(shape, (len(target.expression), *shape.shape)))
+    target = target._replace(betas=jnp.broadcast_to(shape, (len(target.expression), *shape.shape)))
     target = jax.tree.map(lambda x: jnp.asarray(x)[:length], target)
     swapped = target._replace(
         **{field: jnp.asarray(getattr(prediction, field))[:length] for field in ("expression", "jaw", "eyes")}
