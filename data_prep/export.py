@@ -1,4 +1,4 @@
-"""A dataset's clips as `fit.npz` files of the public Loki / CAP4D layout (design section 11).
+"""A dataset's clips as `fit.npz` files of the public Loki / CAP4D layout (method, section 11).
 
     python -m data_prep.export DIR --out FOLDER [--clips ID...] [--frames]
 

@@ -6,7 +6,7 @@ A fit is a `fit.npz` with its pictures beside it (`images/cam0/`, `images/` or a
 them otherwise), or VHAP's export: a `transforms.json` with `flame_param/*.npz` or `flame_param.npz`. The
 head must be made from the FLAME model that was fitted, with as many axes (`python -m data_prep.head_asset
 flame MODEL.pkl`, with `--blink` for fits of the public Loki code, whose 65th expression axis is a blink).
-Conventions are those of design sections 3 and 11. The result is a dataset as `data_prep.build` makes it,
+Conventions are those of method, sections 3 and 11. The result is a dataset as `data_prep.build` makes it,
 and stopping, continuing and extending work the same way. `data_prep.export` goes back.
 """
 

@@ -3,7 +3,7 @@
     python -m loki_jax.evaluate --video out.mp4 --driver clip.mp4 --head head.npz --out results
     python -m loki_jax.evaluate --video out.mp4 --driver SHARDS:CLIP --reference SHARDS:CLIP --out results
 
-HPF and HEF (design section 10) against the driver; PSNR and SSIM where the frames are aligned with
+HPF and HEF (method, section 10) against the driver; PSNR and SSIM where the frames are aligned with
 `--truth VIDEO`. Real videos are read by the landmark fit. With `--reference DATASET_FOLDER:CLIP_ID`, a
 clip of synthetic heads whose appearance is known, the video is the reference's crop and is read back
 by photometric fitting through the rasteriser; a driver clip of such a dataset is known exactly, and

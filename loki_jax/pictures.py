@@ -14,7 +14,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
-_FREQUENCIES = 7  # of the positional encoding, per axis (design section 5)
+_FREQUENCIES = 7  # of the positional encoding, per axis (method, section 5)
 
 
 def driver_map_picture(driver: Float[Array, "*b s s c"]) -> UInt8[Array, "*b s s 3"]:

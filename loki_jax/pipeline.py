@@ -23,7 +23,7 @@ from loki_jax.sources import DrivingClip, Portrait
 def retarget_clip(
     head: HeadAsset, driver: DrivingClip, reference: Portrait, mode: str = "relative"
 ) -> Coefficients:
-    """The coefficients (N, ...) with which `reference` performs `driver` (design section 9)."""
+    """The coefficients (N, ...) with which `reference` performs `driver` (method, section 9)."""
     scale = size_ratio(
         head, jnp.asarray(reference.coefficients.betas), jnp.asarray(driver.coefficients.betas[0])
     )

@@ -240,7 +240,7 @@ def test_imports_are_declared():
 def test_package_data_reaches_a_wheel():
     arguments = setup_arguments()
     packages = set(arguments["packages"])
-    assert {"loki_jax", "loki_jax.data", "loki_jax.head", "loki_jax.models", "data_prep"} <= packages
+    assert {"loki_jax", "loki_jax.data", "loki_jax.face", "loki_jax.models", "data_prep"} <= packages
     assert not any(within(p, "tests") or within(p, "configs") for p in packages)
     patterns = arguments["package_data"]
     data = [

@@ -47,7 +47,7 @@ def _expression(
 def read_loki_fit(
     path: Path, head: HeadAsset, *, camera: int = 0, neck: str = "keep", frames: Path | None = None
 ) -> ImportedFit:
-    """A `fit.npz` of the public Loki or CAP4D code (design section 11).
+    """A `fit.npz` of the public Loki or CAP4D code (method, section 11).
 
     Its rotation is about the origin and comes after skinning, as ours. Its neck rotation is taken over
     (`neck="keep"`) although the public driver map ignores it; "drop" sets it to zero as that does.

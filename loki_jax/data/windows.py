@@ -1,6 +1,6 @@
 """The input pipeline: windows of consecutive frames with a reference frame, as Grain datasets.
 
-Order of operations (design section 8):
+Order of operations (method, section 8):
 
     windows of the split -> draw start and reference (seed, epoch) -> shuffle (seed, epoch) -> repeat
     -> read and decode -> batch -> every process_count-th batch
@@ -93,7 +93,7 @@ class _DrawWindow(grain.transforms.RandomMap):
     def random_map(self, slot: _Slot, rng: np.random.Generator) -> _Window:
         start = int(rng.integers(slot.first_start, slot.last_start + 1))
         if self.fixed_reference:
-            # A function of the window alone (design section 11, row 6: the `official` variant).
+            # A function of the window alone (method, section 11, row 6: the `official` variant).
             rng = np.random.default_rng((self.seed, slot.clip.clip_index, start))
         return _Window(slot.clip, start, int(rng.integers(slot.clip.length)))
 

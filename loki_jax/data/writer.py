@@ -1,4 +1,4 @@
-"""The record schema: clips in, a TFDS dataset of ArrayRecord shards out, and back (design section 8).
+"""The record schema: clips in, a TFDS dataset of ArrayRecord shards out, and back (method, section 8).
 
 A dataset is one folder, `data.path` of the configs:
 

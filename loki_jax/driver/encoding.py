@@ -13,7 +13,7 @@ from loki_jax.face.asset import HeadAsset
 from loki_jax.face.types import Coefficients
 from loki_jax.raster.fragments import Fragments, interpolate
 
-EXPRESSION_SCALE = 0.0104  # metres: standard deviation of the offsets, design section 5
+EXPRESSION_SCALE = 0.0104  # metres: standard deviation of the offsets, method, section 5
 
 # Of each channel of the encoding: its axis, the factor 2^k, and the quarter turns that make a sine a cosine.
 _AXIS = np.repeat(np.arange(3), 14)

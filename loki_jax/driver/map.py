@@ -1,4 +1,4 @@
-"""The driver map: head coefficients as an image the generation network can read (design section 5).
+"""The driver map: head coefficients as an image the generation network can read (method, section 5).
 
 Channels of the full map, zero wherever the head is not seen:
   0..41   sines and cosines of the *canonical template position* of the surface point. For axis

@@ -1,7 +1,7 @@
 """The head asset: one `.npz` that holds everything the package knows about a parametric head.
 
 Sources (FLAME pickles, ICT-FaceKit arrays, the built-in procedural head) are converted to this one
-format; nothing downstream knows where a head came from. Design section 3.
+format; nothing downstream knows where a head came from. Method, section 3.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class HeadAsset:
       shape_sigma, expression_sigma: prior standard deviations of the coefficients.
       expression_bounds: lower and upper limit of each expression coefficient (may be infinite).
       landmarks: landmark sets by name: "mediapipe478", "ibug68".
-      lip_vertex: where FLAME's inner-mouth half-sphere is attached (design section 3); -1: the
+      lip_vertex: where FLAME's inner-mouth half-sphere is attached (method, section 3); -1: the
         mesh needs none.
     """
 

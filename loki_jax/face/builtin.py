@@ -794,7 +794,7 @@ def builtin_head() -> HeadAsset:
     """The procedural head: joints root, neck, jaw, left_eye and right_eye, named bases, landmarks.
 
     A pure function of nothing: each call builds the same arrays (about half a second), so callers
-    keep the result. Units metres; frame as in `loki_jax.face.types`. Design section 3.
+    keep the result. Units metres; frame as in `loki_jax.face.types`. Method, section 3.
     """
     # The axes are written on this module's mesh, so this import cannot stand at the top.
     from loki_jax.face.builtin_axes import expression_axes, identity_axes, skinning_weights

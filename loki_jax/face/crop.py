@@ -14,7 +14,7 @@ def crop_box(
 ) -> Float[Array, "*b 4"]:
     """Square box (x0, y0, x1, y1) around projected points, `scale` times their longer extent.
 
-    `integer=True` truncates as the public code does (design section 4), which makes boxes jump by a
+    `integer=True` truncates as the public code does (method, section 4), which makes boxes jump by a
     pixel from frame to frame; the default does not. For one box a clip, merge the time axis into
     `n` first.
     """

@@ -1,4 +1,4 @@
-"""FLAME model files as head assets (design section 3).
+"""FLAME model files as head assets (method, section 3).
 
 FLAME is distributed as Python pickles, a format that can run any program. They are read here by an
 unpickler that knows NumPy arrays, SciPy sparse matrices (rebuilt from their parts, whatever SciPy

@@ -1,4 +1,4 @@
-"""The ICT-FaceKit arrays (MIT licence) as a head asset (design section 3).
+"""The ICT-FaceKit arrays (MIT licence) as a head asset (method, section 3).
 
 ICT-FaceKit is a set of linear shapes without joints. Jaw and lids stay linear shapes; a root and a
 neck joint with smooth weights are added so that the head can turn on its shoulders, and one joint in
@@ -19,7 +19,7 @@ from loki_jax.io import file_sha256
 
 _METRES_PER_UNIT = 0.01
 
-# MediaPipe's numbers of the 68 iBUG landmarks, in iBUG's order (design section 3). The contour, the
+# MediaPipe's numbers of the 68 iBUG landmarks, in iBUG's order (method, section 3). The contour, the
 # first 17, corresponds only roughly.
 MEDIAPIPE_OF_IBUG = np.array(
     """162 234 93 58 172 136 149 148 152 377 378 365 397 288 323 454 389 71 63 105 66 107 336 296 334 293

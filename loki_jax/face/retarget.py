@@ -1,4 +1,4 @@
-"""Cross-identity substitution of coefficients (design section 9): a pure function, nothing learned."""
+"""Cross-identity substitution of coefficients (method, section 9): a pure function, nothing learned."""
 
 from __future__ import annotations
 

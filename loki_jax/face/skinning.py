@@ -1,4 +1,4 @@
-"""Blendshapes and linear blend skinning of a head asset (design section 3).
+"""Blendshapes and linear blend skinning of a head asset (method, section 3).
 
 Everything that depends on the identity alone is computed once, in `make_identity`. The leading axes
 of an identity broadcast against those of the coefficients as in NumPy: one identity with no leading
@@ -26,7 +26,7 @@ _HIGHEST = jax.lax.Precision.HIGHEST
 
 _MOUTH_RINGS, _MOUTH_SECTORS = 10, 20
 
-_MOUTH_SETBACK = 0.005  # metres behind the lip vertex, design section 3
+_MOUTH_SETBACK = 0.005  # metres behind the lip vertex, method, section 3
 
 _ROTATION_OF_JOINT = {"neck": "neck", "jaw": "jaw", "left_eye": "eyes", "right_eye": "eyes"}
 
@@ -255,7 +255,7 @@ def expression_offsets(
 ) -> Float[Array, "*b V_all 3"]:
     """Displacement by expression, jaw and eyes, with root and neck unrotated, in metres.
 
-    Zero on inner-mouth vertices (design section 3).
+    Zero on inner-mouth vertices (method, section 3).
     """
     rotations = _joint_rotations(head, coefficients, with_neck=False)
     offsets = skin(head, identity, coefficients.expression, rotations) - identity.vertices

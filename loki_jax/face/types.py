@@ -1,6 +1,6 @@
 """The value types that travel between fitting, data, rasterisation, training and metrics.
 
-Frames and units everywhere in the package (design section 3): metres and radians; the head's own
+Frames and units everywhere in the package (method, section 3): metres and radians; the head's own
 frame has +x to the subject's left, +y up and +z out of the face; `x_world = R(rot) x + tra`; the
 camera frame is OpenCV's (+x right, +y down, +z away from the camera), reached from the world by
 diag(1, -1, -1) and then the extrinsics. Pixels have their origin at the top-left corner of the

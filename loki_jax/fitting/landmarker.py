@@ -4,7 +4,7 @@ Three Apache-2.0 networks of the mediapipe 0.10.21 wheel (short-range face detec
 mesh, iris) run under ai-edge-litert; the mediapipe package itself is never installed. This module
 fetches them once, checks their SHA-256, and does what surrounds the networks: anchors and
 suppression of the detector, crops turned upright by the eyes, refinement of eyelids and irises, and
-tracking through a clip. Design section 12.
+tracking through a clip. Method, section 12.
 
 Point order: 0..467 is the MediaPipe face mesh; 468..472 the iris of the subject's right eye and
 473..477 that of the left one (centre, then the rim towards the nose, above, away from it, below).

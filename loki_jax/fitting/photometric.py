@@ -1,6 +1,6 @@
 """Reads head coefficients back from frames of a head whose appearance is known.
 
-The ruler of the built-in heads (design section 10): identity, colours, camera and crop are given, the
+The ruler of the built-in heads (method, section 10): identity, colours, camera and crop are given, the
 coefficients of every frame are sought such that the rendered head looks like the frame. Nothing of
 the driver enters: the first frame starts from the neutral, frontal head in the middle of the crop.
 

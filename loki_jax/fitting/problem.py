@@ -11,7 +11,7 @@ deviation:
 Levenberg-Marquardt with bounds. Its normal equations are an arrow (shape against frames) plus a band
 in time: conjugate gradients, preconditioned by the exact Cholesky solution of the arrow, cost linear
 in the number of frames. Everything is float32 in one jitted function; clips are padded to a few
-lengths so that it is compiled rarely. Design sections 3 and 8.
+lengths so that it is compiled rarely. Method, sections 3 and 8.
 """
 
 from __future__ import annotations

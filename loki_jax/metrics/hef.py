@@ -1,4 +1,4 @@
-"""HEF, head-expression follow: how well one clip's expression follows another's (design section 10)."""
+"""HEF, head-expression follow: how well one clip's expression follows another's (method, section 10)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from loki_jax.face.types import Camera, Coefficients
 from loki_jax.raster.api import rasterize
 from loki_jax.raster.fragments import interpolate
 
-# Standard deviation of the expression offsets of the training data, metres (design section 5).
+# Standard deviation of the expression offsets of the training data, metres (method, section 5).
 OFFSET_SCALE = 0.0104
 
 
@@ -34,7 +34,7 @@ class HeadExpressionFollow(NamedTuple):
     Attributes:
       distance: mean over frames; None without a common frame.
       uncovered: mean share of the target's masked pixels that the swapped mesh leaves bare, where
-        the target's expression is compared with 0 (design section 11, row 15).
+        the target's expression is compared with 0 (method, section 11, row 15).
       n_frames: number of frames compared.
       per_frame: distance of every compared frame.
     """
@@ -128,7 +128,7 @@ def head_expression_follow(
     n_frames: int | None = None,
     integer_box: bool = False,
 ) -> HeadExpressionFollow:
-    """Head-expression follow of a prediction behind a target; lower is better (design section 10).
+    """Head-expression follow of a prediction behind a target; lower is better (method, section 10).
 
     Two renders of the expression-offset map are compared: the target's mesh, and the target's mesh
     with the prediction's expression, jaw and eyes. Pose, neck, shape and camera are the target's in

@@ -30,7 +30,7 @@ from loki_jax.training.flops import Chip
 from loki_jax.training.init import abstract_batch
 from loki_jax.training.sharding import tree_shardings
 
-# Design section 2: the paper's count, and those of others that it compares itself with.
+# Method, section 2: the paper's count, and those of others that it compares itself with.
 PAPER_PARAMETERS = {"generation branch": 822_878_788, "reference UNet": 865_910_724, "VAE": 83_653_863}
 X_PORTRAIT, HUNYUAN_PORTRAIT = 3.07e9, 1.99e9
 

@@ -1,6 +1,6 @@
 """An exact, tile-binned triangle rasteriser in pure JAX.
 
-Conventions (design section 4). Vertices are (x, y, depth) with +x left and +y up, visible in
+Conventions (method, section 4). Vertices are (x, y, depth) with +x left and +y up, visible in
 [-1, 1]; depth is positive away from the camera. The centre of the pixel in row i, column j of an
 S x S image lies at y = 1 - (2i + 1)/S, x = 1 - (2j + 1)/S.
 

@@ -60,7 +60,7 @@ def make_pairs(
 ) -> Pairs | None:
     """Pairs from a validation batch; all processes must call. None where it holds no images.
 
-    Window i drives its own person, and then that of the next window of somebody else (design section 9).
+    Window i drives its own person, and then that of the next window of somebody else (method, section 9).
 
     Args:
       batch: this process's part of the batch (numpy).

@@ -1,4 +1,4 @@
-"""The train step: from a batch of frames and coefficients to new parameters. Design sections 1, 7, 11."""
+"""The train step: from a batch of frames and coefficients to new parameters. Method, sections 1, 7, 11."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The public code's variant of FLAME (design section 11, row 10), in float64 NumPy.
+"""The public code's variant of FLAME (method, section 11, row 10), in float64 NumPy.
 
 It differs from FLAME: pose correctives take the rotations of joints 0, 2, 3, 4 minus *twice* the
 identity, the neck turns joint 0, and no joint follows its parent. The package does not reproduce

@@ -25,7 +25,7 @@ def random_coefficients(seed, *batch):
 
 
 def head_pose_follow(prediction, target):
-    """HPF of design section 10, independent of the package: degrees, quaternion form."""
+    """HPF of method, section 10, independent of the package: degrees, quaternion form."""
 
     def increments(c):
         rotation = Rotation.from_rotvec(np.asarray(c.rot, float)) * Rotation.from_rotvec(

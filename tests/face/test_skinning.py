@@ -207,7 +207,7 @@ def test_wrong_sizes_are_named(head):
         head_vertices(head, make_identity(head, given.shape), given)
 
 
-# The public variant, reproduced by the oracle under tests/ alone (design section 11, row 10).
+# The public variant, reproduced by the oracle under tests/ alone (method, section 11, row 10).
 
 PUBLIC = {
     "neutral": (),
