@@ -8,7 +8,8 @@ from flax.traverse_util import flatten_dict
 
 from loki_jax.models.autoencoder import AutoencoderKL
 from loki_jax.models.encoder import ConditioningEncoder
-from loki_jax.models.ldm_names import (
+from loki_jax.models.unet import SpatioTemporalTransformer, UNet
+from loki_jax.weights.ldm_names import (
     autoencoder_table,
     encoder_table,
     params_from_ldm,
@@ -16,7 +17,6 @@ from loki_jax.models.ldm_names import (
     transformer_table,
     unet_table,
 )
-from loki_jax.models.unet import SpatioTemporalTransformer, UNet
 from tests.models.weights import channels_last, error, quick_jit, recipe_params, recipe_weight
 
 # The reference branch was only recorded in torch's float32, so its own rounding comes on top.

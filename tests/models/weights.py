@@ -6,7 +6,7 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from loki_jax.models.ldm_names import params_from_ldm, to_ldm
+from loki_jax.weights.ldm_names import params_from_ldm, to_ldm
 
 
 def quick_jit(function):
