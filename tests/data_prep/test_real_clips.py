@@ -7,17 +7,14 @@ import pytest
 
 from data_prep.embed_landmarks import with_landmarks
 from data_prep.fit import fit_landmarks
-from data_prep.landmarker import Landmarker, cached_models, clip_landmarks
+from data_prep.landmarker import clip_landmarks
 from data_prep.report import jitter_degrees
 from loki_jax.head.ict import head_from_ict
 from loki_jax.video import read_video, resample_to_fps
 
 
 @pytest.mark.slow
-def test_real_clips(ict_head_path, real_clips):
-    if (models := cached_models()) is None:
-        pytest.skip("needs the cached landmark models (python -m data_prep.landmarker)")
-    landmarker = Landmarker(models)
+def test_real_clips(ict_head_path, real_clips, landmarker):
     head, _ = with_landmarks(head_from_ict(ict_head_path), landmarker)
     clips = sorted(real_clips.glob("*.mp4"))
     assert len(clips) >= 10
