@@ -6,7 +6,6 @@ array is kept as it is, thinned out, or left out because no test reads it or bec
 
 import hashlib
 import json
-import shutil
 import sys
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -102,12 +101,18 @@ def digest(state: dict[str, np.ndarray]) -> str:
     return found.hexdigest()
 
 
+def write_json(path: Path, content: dict | list) -> None:
+    """One name and its shape on a line."""
+    text = json.dumps(content, separators=(",", ":"))
+    path.write_text(text.replace('],"', '],\n"').replace("},{", "},\n{") + "\n")
+
+
 def main(folder: Path) -> None:
     for file in LEFT_OUT:
         np.savez_compressed(HERE / f"{file}.npz", **kept_arrays(folder, file))
     (HERE / "keys").mkdir(exist_ok=True)
     for name in KEYS:
-        shutil.copyfile(folder / "keys" / f"{name}.json", HERE / "keys" / f"{name}.json")
+        write_json(HERE / f"keys/{name}.json", json.loads((folder / f"keys/{name}.json").read_text()))
     recipes = {}
     for network, (_, _, prefix, seed) in NETWORKS.items():
         state = state_of(folder, network)
