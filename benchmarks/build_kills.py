@@ -7,7 +7,7 @@ Without --clips, small clips of synthetic heads are made, one of them cut off in
 processes, at a moment drawn evenly over the time of an undisturbed run; every fourth time while the
 shards are being written. It is started again until it completes; then a new dataset is begun, until all
 kills are done. Every completed dataset must equal the undisturbed one in the bytes of all files, and no
-clip with a work file may be fitted again. Needs the landmark models (`python -m data_prep.landmarker`).
+clip with a work file may be fitted again. Needs the landmark models (`python -m data_prep.fetch_models`).
 The last line of the output is one JSON object with `identical`, `lost` and `twice`.
 """
 
@@ -27,9 +27,9 @@ from pathlib import Path
 
 def make_clips(folder: Path, identities: int, frames: int, size: int = 224) -> list[Path]:
     """Videos of synthetic heads, and a truncated one."""
-    from data_prep.synth import synth_clip
-    from loki_jax.head.builtin import builtin_head
-    from loki_jax.video import write_video
+    from loki_jax.face.builtin import builtin_head
+    from loki_jax.synthetic.clips import synth_clip
+    from loki_jax.video.writer import write_video
 
     head, paths = builtin_head(), []
     for i in range(identities):

@@ -7,7 +7,7 @@
 hundreds of times longer.) Three parts, each printed with what was measured; the last line is one JSON object.
 
 Solver (`solver_fps`, `scipy_over_ours`). A clip of the built-in head from `benchmarks/fit_accuracy.py` is
-fitted by `data_prep.fit`, all frames together, from landmarks to coefficients and errors.
+fitted by `loki_jax.fitting.problem`, all frames together, from landmarks to coefficients and errors.
 `scipy.optimize.least_squares` (trf with bounds, x_scale "jac", exact) gets single frames of the same
 problem: the same residuals, robust weights, priors and bounds, the same start (moved off the bounds, where
 trf is slow) and our Jacobian, jitted, so that it does not pay for finite differences. It has a shape of its
@@ -19,7 +19,7 @@ optimisers.
 Pipeline (`pipeline_fps`). `python -m data_prep.build` on one copy of a clip for each core, and on 1 +
 `--copies` copies for each, both after a build that compiled: the further frames over the further seconds, so
 that imports and compilation do not count (the compiling build took `first_clips_s`). The clip is `--clip`, or
-a synthetic one. Needs the cached landmark models (`python -m data_prep.landmarker`); without them these
+a synthetic one. Needs the cached landmark models (`python -m data_prep.fetch_models`); without them these
 figures are null.
 
 Memory (`peak_mib_few`, `peak_mib_many`): peak resident memory of the largest process in these two builds.
@@ -44,14 +44,17 @@ from scipy.optimize import least_squares
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.fit_accuracy import FRAME_SIZE, observe, true_clip  # noqa: E402
-from data_prep import fit  # noqa: E402
-from data_prep.fit import DEFAULT_SETTINGS, fit_landmarks  # noqa: E402
-from data_prep.landmarker import cached_models  # noqa: E402
-from data_prep.synth import FPS, render_frames  # noqa: E402
-from loki_jax.appearance import sample_appearance  # noqa: E402
-from loki_jax.head.builtin import builtin_head  # noqa: E402
-from loki_jax.head.types import Coefficients  # noqa: E402
-from loki_jax.video import write_video  # noqa: E402
+from loki_jax.face.builtin import builtin_head
+from loki_jax.face.types import Coefficients
+from loki_jax.fitting import fit
+from loki_jax.fitting import problem as model
+from loki_jax.fitting import solver as lm_solver
+from loki_jax.fitting.fit import DEFAULT_SETTINGS, fit_landmarks
+from loki_jax.fitting.model_files import cached_models
+from loki_jax.synthetic.appearance import sample_appearance
+from loki_jax.synthetic.clips import render_frames
+from loki_jax.synthetic.motion import FPS
+from loki_jax.video.writer import write_video
 
 COST_TOLERANCE = 1e-3  # SciPy may stop this much above our cost
 
@@ -83,13 +86,13 @@ def scipy_functions(layout):
     @jax.jit
     def residuals(problem, y):
         n_shape = len(problem.shape_prior)
-        error = fit._residual(problem, layout, y[:n_shape], y[None, n_shape:])[0]
+        error = lm_solver._residual(problem, layout, y[:n_shape], y[None, n_shape:])[0]
         return jnp.concatenate([jax.vmap(robust)(error, *parts(problem)).ravel(), priors(problem) * y])
 
     @jax.jit
     def jacobian(problem, y):
         n_shape = len(problem.shape_prior)
-        error, by_frame, by_shape = fit._linearise(problem, layout, y[:n_shape], y[None, n_shape:])
+        error, by_frame, by_shape = model._linearise(problem, layout, y[:n_shape], y[None, n_shape:])
         by_error = jax.vmap(jax.jacfwd(robust))(error[0], *parts(problem))
         by_unknown = jnp.concatenate([by_shape[0], by_frame[0]], axis=-1)
         data = jnp.einsum("nij,njp->nip", by_error, by_unknown, precision="highest").reshape(-1, len(y))
@@ -109,7 +112,7 @@ def solver(frames: int, scipy_frames: int, rounds: int) -> dict:
     limits = DEFAULT_SETTINGS.iterations, np.float32(DEFAULT_SETTINGS.tolerance)
 
     def ours():
-        return jax.block_until_ready(fit._optimise(problem, layout, no_shape, start, *limits))
+        return jax.block_until_ready(lm_solver.optimise(problem, layout, no_shape, start, *limits))
 
     shape, x, cost, steps = ours()
     residuals, jacobian = scipy_functions(layout)
@@ -211,7 +214,7 @@ def pipeline(clip: Path | None, head: str, frames: int, copies: int, size: int, 
     """mp4 to shards, and the peak memory of builds of one and of many clips."""
     names = ("pipeline_fps", "first_clips_s", "peak_mib_few", "peak_mib_many")
     if cached_models() is None:
-        print("pipeline: the landmark models are not cached; run `python -m data_prep.landmarker` first")
+        print("pipeline: the landmark models are not cached; run `python -m data_prep.fetch_models` first")
         return dict.fromkeys(names)
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)

@@ -25,16 +25,17 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 from scipy.spatial.transform import Rotation
 
-from data_prep.fit import DEFAULT_SETTINGS, LANDMARK_SET, FitSettings, fit_landmarks, make_camera
-from data_prep.synth import synth_motion
-from loki_jax.appearance import sample_shape
-from loki_jax.head.asset import HeadAsset
-from loki_jax.head.builtin import builtin_head
-from loki_jax.head.camera import camera_from_world, project
-from loki_jax.head.skinning import landmark_positions, make_identity, world_vertices
-from loki_jax.head.types import Camera, Coefficients
+from loki_jax.face.asset import HeadAsset
+from loki_jax.face.builtin import builtin_head
+from loki_jax.face.camera import camera_from_world, project
+from loki_jax.face.skinning import landmark_positions, make_identity, world_vertices
+from loki_jax.face.types import Camera, Coefficients
+from loki_jax.fitting.fit import DEFAULT_SETTINGS, fit_landmarks, make_camera
+from loki_jax.fitting.problem import LANDMARK_SET, FitSettings
 from loki_jax.metrics.hef import head_expression_follow
 from loki_jax.metrics.hpf import head_pose_follow, head_rotation
+from loki_jax.synthetic.appearance import sample_shape
+from loki_jax.synthetic.motion import synth_motion
 
 FRAME_SIZE = 512
 FACE_HEIGHT = 256.0  # pixels between forehead (10) and chin (152)
@@ -60,14 +61,14 @@ def true_clip(head: HeadAsset, seed: int, frames: int) -> tuple[Coefficients, Ca
     identity = make_identity(head, jnp.asarray(shape))
     forehead, chin = np.asarray(landmark_positions(head, identity.vertices, LANDMARK_SET))[[10, 152]]
     focal = FACE_HEIGHT / np.linalg.norm(forehead - chin)
-    coefficients = motion._replace(shape=np.tile(shape, (frames, 1)), rot=rot, neck=neck, tra=tra)
+    coefficients = motion._replace(betas=np.tile(shape, (frames, 1)), rot=rot, neck=neck, tra=tra)
     return coefficients, make_camera((FRAME_SIZE, FRAME_SIZE), focal)
 
 
 @jax.jit
 def landmark_pixels(head: HeadAsset, coefficients: Coefficients, camera: Camera) -> Float[Array, "N 478 2"]:
     """Landmarks of the whole head in pixels, by the package's own functions and not the fit's."""
-    world = world_vertices(head, make_identity(head, coefficients.shape[:1]), coefficients)
+    world = world_vertices(head, make_identity(head, coefficients.betas[:1]), coefficients)
     marks = landmark_positions(head, world, LANDMARK_SET)
     return jax.vmap(lambda points: project(camera_from_world(points, camera), camera))(marks)
 
@@ -161,7 +162,7 @@ def measure(
     size: int = 256,
     hef_frames: int = 10,
     settings: FitSettings = DEFAULT_SETTINGS,
-    say=lambda line: None,
+    log=lambda line: None,
 ) -> dict:
     """Fit `identities` clips of `frames` frames and compare; see this module's docstring."""
     clips, seconds = [], []
@@ -177,7 +178,7 @@ def measure(
         open_eyes = confidence[:, list(EYES)].min(1) > 0.5
         clips.append(compare(head, fitted.coefficients, true, camera, open_eyes, size, hef_frames))
         last = clips[-1]
-        say(
+        log(
             f"person {seed}: pose {np.median(last['pose']):.2f}, HPF {last['hpf']:.2f}, "
             f"HEF {last['hef']:.4f} of {last['hef_neutral']:.4f}, gaze {np.median(last['gaze']):.2f}, "
             f"{fitted.iterations} steps, {seconds[-1]:.1f} s"
@@ -200,7 +201,7 @@ def main() -> None:
     identities, frames = (4, 16) if args.quick else (args.identities, args.frames)
     result = measure(
         builtin_head(), identities, frames, args.noise, args.guess_camera,
-        say=lambda line: print(line, flush=True),
+        log=lambda line: print(line, flush=True),
     )  # fmt: skip
     print("true yaw        frames  pose error  mean signed yaw error")
     for low, high, count, pose, bias in result.pop("by_yaw"):

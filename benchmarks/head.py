@@ -21,9 +21,9 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.sparse
 
-from loki_jax.head.flame import head_from_flame
-from loki_jax.head.skinning import expression_offsets, head_vertices, make_identity
-from loki_jax.head.types import Coefficients
+from loki_jax.face.flame import head_from_flame
+from loki_jax.face.skinning import expression_offsets, head_vertices, make_identity
+from loki_jax.face.types import Coefficients
 
 N_VERTICES, RINGS, SECTORS = 5023, 58, 86  # 2 x 58 x 86 = 9,976 faces
 N_SHAPE, N_EXPRESSION = 150, 65
@@ -141,7 +141,7 @@ def main() -> None:
     def smplx_vertices():
         with torch.no_grad():
             return theirs(
-                betas=tensor["shape"],
+                betas=tensor["betas"],
                 expression=tensor["expression"],
                 global_orient=tensor["rot"],
                 transl=tensor["tra"],

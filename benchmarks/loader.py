@@ -53,9 +53,10 @@ def photograph_like(rng: np.random.Generator) -> np.ndarray:
 def make_shards(folder: Path, kind: str, clips: int) -> dict:
     """Write a dataset of `kind` "jpeg" or "latents" as folder/loki/1.0.0, where tfds.data_source finds it."""
     sys.path.insert(0, str(ROOT))
-    from loki_jax.data.records import Clip, encode_image, write_dataset
-    from loki_jax.head.builtin import builtin_head
-    from loki_jax.head.types import Camera, Coefficients
+    from loki_jax.data.schema import Clip
+    from loki_jax.data.writer import encode_image, write_dataset
+    from loki_jax.face.builtin import builtin_head
+    from loki_jax.face.types import Camera, Coefficients
 
     rng, head = np.random.default_rng(0), builtin_head()
     pictures = [encode_image(photograph_like(rng), "jpeg") for _ in range(16)] if kind == "jpeg" else []
@@ -117,8 +118,9 @@ def measure(folder: Path, source: str, seconds: float) -> float:
         result = rate(lambda: take(rng.integers(len(data), size=at_once).tolist()) and at_once, seconds)
     else:
         sys.path.insert(0, str(ROOT))
-        from loki_jax.data.pipeline import iterate, make_dataset
-        from loki_jax.data.records import open_dataset
+        from loki_jax.data.iterator import iterate
+        from loki_jax.data.reader import open_dataset
+        from loki_jax.data.windows import make_dataset
 
         path = folder / "loki" / "1.0.0"
         if source == "frames":
@@ -144,7 +146,8 @@ def measure(folder: Path, source: str, seconds: float) -> float:
 def jpeg_rate(seconds: float) -> float:
     """Bare decodes of the benchmark's pictures a second on one core."""
     sys.path.insert(0, str(ROOT))
-    from loki_jax.data.records import decode_image, encode_image
+    from loki_jax.data.reader import decode_image
+    from loki_jax.data.writer import encode_image
 
     encoded = encode_image(photograph_like(np.random.default_rng(0)), "jpeg")
     return rate(lambda: decode_image(encoded).shape[2] // 3, seconds)

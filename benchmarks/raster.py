@@ -27,6 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from loki_jax import driver, raster
+from loki_jax.driver.encoding import EXPRESSION_SCALE
 
 SIZE = 512
 FLAME_VERTICES = 5223
@@ -161,7 +162,7 @@ def ready(size: int, mesh: tuple[int, int], batch: int | None = None):
     rng = np.random.default_rng(1)
     canonical = jnp.asarray(driver.canonical_positions(jnp.asarray(vertices)))
     given = vertices if batch is None else frames_of(vertices, batch)
-    offsets = rng.normal(size=given.shape).astype(np.float32) * driver.EXPRESSION_SCALE
+    offsets = rng.normal(size=given.shape).astype(np.float32) * EXPRESSION_SCALE
     arguments = (jnp.asarray(given), jnp.asarray(faces), canonical, jnp.asarray(offsets))
     draw = partial(our_map, size=size)
     fresh, copy = jax.jit(draw), jax.jit(jnp.copy)

@@ -28,7 +28,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.tiny_run import environment, tiny_config, train_command, write_shards  # noqa: E402
-from loki_jax.training.checkpoint import restore_as_numpy, saved_steps  # noqa: E402
+from loki_jax.training.checkpoint import restore_as_numpy, saved_steps
 from loki_jax.training.logging import read_metrics  # noqa: E402
 
 TREES = ("params", "ema", "optimizer")
@@ -93,7 +93,7 @@ def kill_in_loop(
     return steps[-1] if steps else 0
 
 
-def run(folder: Path, runs: int, steps: int, env: dict, say=print) -> dict:
+def run(folder: Path, runs: int, steps: int, env: dict, log=print) -> dict:
     """The whole measurement in `folder`; the JSON object."""
     began = time.monotonic()
     shards = write_shards(folder / "shards")
@@ -104,7 +104,7 @@ def run(folder: Path, runs: int, steps: int, env: dict, say=print) -> dict:
     # Rates include the checkpoints: what a delay is drawn from.
     rows = read_metrics(straight / "metrics.jsonl")
     duration = sum(1 / row["steps_per_s"] for row in rows if "steps_per_s" in row)
-    say(f"undisturbed: {steps} steps in {duration:.1f} s")
+    log(f"undisturbed: {steps} steps in {duration:.1f} s")
 
     draw, found = random.Random(0), []
     while len(found) < runs:
@@ -130,7 +130,7 @@ def run(folder: Path, runs: int, steps: int, env: dict, say=print) -> dict:
                 "same": same,
             }
         )
-        say(f"run {len(found)}: {found[-1]}")
+        log(f"run {len(found)}: {found[-1]}")
     return {
         "runs": runs,
         "identical": sum(row["same"] for row in found),

@@ -36,11 +36,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from configs import hdtf
-from loki_jax.driver import driver_channels
-from loki_jax.head.builtin import builtin_head
-from loki_jax.head.camera import camera_from_world, crop_box, project
-from loki_jax.head.skinning import make_identity, mesh_render_mask, world_vertices
-from loki_jax.head.types import Camera, Coefficients
+from loki_jax.driver.registry import driver_channels
+from loki_jax.face.builtin import builtin_head
+from loki_jax.face.camera import camera_from_world, project
+from loki_jax.face.crop import crop_box
+from loki_jax.face.skinning import make_identity, mesh_render_mask, world_vertices
+from loki_jax.face.types import Camera, Coefficients
 from loki_jax.networks import (
     build_networks,
     denoise,
@@ -52,10 +53,11 @@ from loki_jax.networks import (
     reference_features,
     sample_from_features,
 )
-from loki_jax.training.accounting import chip_of, work_of
+from loki_jax.training.flops import chip_of, work_of
+from loki_jax.training.init import split_params
 from loki_jax.training.sharding import make_mesh
 from loki_jax.training.state import create_state, make_optimizer
-from loki_jax.training.step import make_train_step, split_params
+from loki_jax.training.step import make_train_step
 
 
 def make_config(quick: bool, windows: int):
@@ -81,14 +83,14 @@ def make_batch(config, head, seed: int = 0) -> dict:
     b, t, s = config.batch_size, config.window, config.image_size
     normal = lambda scale, *shape: (scale * rng.standard_normal((b, t, *shape))).astype(np.float32)
     coefficients = Coefficients(
-        shape=np.repeat(normal(1.0, head.n_shape)[:, :1], t, 1),
+        betas=np.repeat(normal(1.0, head.n_shape)[:, :1], t, 1),
         expression=np.abs(normal(0.2, head.n_expression)),
         rot=normal(0.2, 3), tra=normal(0.005, 3) - np.float32([0, 0, 0.8]), neck=normal(0.05, 3),
         jaw=normal(0.03, 3), eyes=normal(0.05, 3),
     )  # fmt: skip
     intrinsics = np.broadcast_to(np.float32([2.0 * s, 2.0 * s, s / 2, s / 2]), (b, t, 4))
     camera = Camera(intrinsics, np.broadcast_to(np.eye(4, dtype=np.float32), (b, t, 4, 4)))
-    identity = make_identity(head, jnp.asarray(coefficients.shape[:, :1]))
+    identity = make_identity(head, jnp.asarray(coefficients.betas[:, :1]))
     pixels = project(camera_from_world(world_vertices(head, identity, coefficients), camera), camera)
     seen = np.asarray(mesh_render_mask(head))
     box = crop_box(pixels[:, :, seen].reshape(b, -1, 2))
@@ -122,13 +124,13 @@ def our_calls(config, steps: int) -> tuple[dict, dict]:
 
     whole = lambda s: s.params | s.frozen
     draw = jax.jit(lambda c, camera, crop: driver_input(config, head, c, camera, crop))
-    place = (batch["coefficients"], batch["camera"], batch["crop"])
-    driver = draw(*place)
+    put_global = (batch["coefficients"], batch["camera"], batch["crop"])
+    driver = draw(*put_global)
     copy = jax.jit(jnp.copy)
     # A batch of 32 frames, whatever the step's own batch is (issue B, point 5).
     many = jax.tree.map(
         lambda x: jnp.concatenate([x] * -(-32 // (x.shape[0] * config.window)))[: -(-32 // config.window)],
-        place,
+        put_global,
     )
     many_maps = draw(*many)
     vae = jax.jit(lambda p, f, r: (encode_images(networks, p, f), encode_images(networks, p, r)))
@@ -164,12 +166,12 @@ def our_calls(config, steps: int) -> tuple[dict, dict]:
 
     def sample_one():
         z = vae(whole(holder["state"]), batch["frames"][:1], batch["reference"][:1])[1]
-        maps = draw(*one(place))
+        maps = draw(*one(put_global))
         return sample(whole(holder["state"]), features_of(whole(holder["state"]), z), maps, jax.random.key(1))
 
     ready = lambda call: lambda: jax.block_until_ready(call())
     calls = {
-        "driver map": ready(lambda: draw(*place)),
+        "driver map": ready(lambda: draw(*put_global)),
         "driver maps of 32 frames": ready(lambda: draw(*many)),
         "copy of these maps": ready(lambda: copy(many_maps)),
         "VAE encode": ready(lambda: vae(whole(holder["state"]), batch["frames"], batch["reference"])),

@@ -16,10 +16,11 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from configs import demo
-from loki_jax.data.records import Clip, write_dataset
-from loki_jax.head.asset import HeadAsset
-from loki_jax.head.builtin import builtin_head
-from loki_jax.head.types import Camera, Coefficients
+from loki_jax.data.schema import Clip
+from loki_jax.data.writer import write_dataset
+from loki_jax.face.asset import HeadAsset
+from loki_jax.face.builtin import builtin_head
+from loki_jax.face.types import Camera, Coefficients
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZE = 16  # pixels
@@ -44,7 +45,7 @@ def noise_clips(
             clip_id=f"clip{i}", identity=f"person{i}", fps=Fraction(25),
             split="validation" if i == 0 else "train", source="noise", licence="none",
             coefficients=Coefficients(
-                shape=rng.standard_normal(head.n_shape).astype(np.float32),
+                betas=rng.standard_normal(head.n_shape).astype(np.float32),
                 expression=moving(head.n_expression, 0.1), rot=moving(3, 0.2), tra=moving(3, 0.0),
                 neck=moving(3, 0.05), jaw=moving(3, 0.1), eyes=moving(3, 0.1),
             ),

@@ -33,11 +33,11 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.tiny_run import environment, tiny_config, train_command, write_shards  # noqa: E402
-from loki_jax.data.records import open_dataset  # noqa: E402
+from loki_jax.data.reader import open_dataset
 from loki_jax.networks import build_networks, random_params  # noqa: E402
-from loki_jax.training import checkpoint as ckpt  # noqa: E402
-from loki_jax.training.abstract import abstract_state  # noqa: E402
+from loki_jax.training import checkpoint as ckpt
 from loki_jax.training.distributed import find_cluster, join  # noqa: E402
+from loki_jax.training.init import abstract_state
 from loki_jax.training.inputs import open_inputs, start_reading  # noqa: E402
 from loki_jax.training.logging import read_metrics  # noqa: E402
 from loki_jax.training.sharding import make_mesh, path_name, tree_shardings  # noqa: E402
@@ -187,7 +187,7 @@ def restore_all(topology: Topology, shards: Path, steps: int, workdirs: list[Pat
                     np.testing.assert_array_equal(np.asarray(shard.data), np.asarray(whole)[shard.index])
 
 
-def measure(folder: Path, topologies: list[Topology], steps: int, cache: Path, say=print) -> dict:
+def measure(folder: Path, topologies: list[Topology], steps: int, cache: Path, log=print) -> dict:
     """The whole measurement in `folder`; the JSON object."""
     began = time.monotonic()
     shards = write_shards(folder / "shards")
@@ -195,7 +195,7 @@ def measure(folder: Path, topologies: list[Topology], steps: int, cache: Path, s
     for topology in (ONE, *topologies):
         config = config_of(topology, shards, steps)
         start(train_command(config, folder / topology.name), topology, cache)
-        say(f"{topology.name}: trained")
+        log(f"{topology.name}: trained")
     reference = folder / ONE.name
     expected = losses(reference)
     compared = first_gradients(reference)
@@ -204,7 +204,7 @@ def measure(folder: Path, topologies: list[Topology], steps: int, cache: Path, s
         workdir = folder / topology.name
         gradients[topology.name] = gradient_error(workdir, reference)
         relative[topology.name] = float(np.max(np.abs(losses(workdir) / expected - 1)))
-        say(
+        log(
             f"{topology.name}: gradients {gradients[topology.name]:.1e}, losses {relative[topology.name]:.1e}"
         )
     restored = []
@@ -215,7 +215,7 @@ def measure(folder: Path, topologies: list[Topology], steps: int, cache: Path, s
              "--steps", str(steps), "--workdirs", *others, "--"], topology, cache,
         )  # fmt: skip
         restored += itertools.product(others, [topology.name])
-        say(f"{topology.name}: restored those of {len(others)} others")
+        log(f"{topology.name}: restored those of {len(others)} others")
     return {
         "topologies": [topology.name for topology in topologies],
         "steps": steps,

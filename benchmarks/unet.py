@@ -29,10 +29,10 @@ from diffusers import FlaxUNet2DConditionModel, UNet2DConditionModel
 from flax.traverse_util import unflatten_dict
 from ml_collections import ConfigDict
 
-from loki_jax.models.diffusers_names import diffusers_unet_table, flax_table
-from loki_jax.models.ldm_names import from_ldm
 from loki_jax.models.loki import make_loki
+from loki_jax.weights.diffusers_names import diffusers_unet_table, flax_table
 from loki_jax.weights.layouts import diffusers_configs, make_network, sd21_config
+from loki_jax.weights.ldm_names import from_ldm
 
 LATENT, TOKENS = 32, 77
 # diffusers' Flax UNet has these fixed.

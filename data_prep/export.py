@@ -1,4 +1,4 @@
-"""A dataset's clips as `fit.npz` files of the public Loki / CAP4D layout (design section 11).
+"""A dataset's clips as `fit.npz` files of the public Loki / CAP4D layout (method, section 11).
 
     python -m data_prep.export DIR --out FOLDER [--clips ID...] [--frames]
 
@@ -21,11 +21,13 @@ import numpy as np
 from jaxtyping import Float
 from PIL import Image
 
-from data_prep.clip_file import write_durably
-from loki_jax.data.records import ClipInfo, Dataset, DatasetError, Frame, open_dataset
-from loki_jax.head.asset import HeadAsset
+from data_prep.dataset.clip_file import write_durably
+from loki_jax.data.reader import Dataset, open_dataset
+from loki_jax.data.schema import ClipInfo, DatasetError, Frame
+from loki_jax.face.asset import HeadAsset
 
 _N_PUBLIC_EXPRESSION = 65
+
 FIT_FILE = "fit.npz"
 
 
@@ -75,7 +77,7 @@ def clip_to_fit(frames: Sequence[Frame], head: HeadAsset, name: str, *, cropped:
             [intrinsics[:, :2] * scale, (intrinsics[:, 2:] - boxes[:, :2]) * scale], axis=1
         )
     fixed = {
-        "shape": np.stack([frame.coefficients.shape for frame in frames]),
+        "shape": np.stack([frame.coefficients.betas for frame in frames]),
         "camera": intrinsics,
         "camera's pose": np.stack([frame.camera.extrinsics for frame in frames]),
     }

@@ -1,191 +1,22 @@
-"""Write a head asset, and a sheet of pictures that shows what it can do.
-
-    python -m data_prep.head_asset builtin --out head.npz
-    python -m data_prep.head_asset ict ict_head5k.npz --out head.npz
-    python -m data_prep.head_asset flame generic_model.pkl --out head.npz [--blink FILE]
-        [--landmarks FILE] [--mask FILE] [--n-shape 150] [--n-expression 65]
-
-A head without the 478 MediaPipe landmarks that the fit uses gets them from `data_prep.embed_landmarks`, if it
-has the 68 iBUG ones to start from (`--no-embedding`: not). The licence of the source is kept in the asset.
-The sheet (`--sheet`, by default beside the asset with the suffix .png) holds a turntable, the joints,
-the landmarks, the first identity axes and every expression axis.
-"""
-
 from __future__ import annotations
 
 import argparse
-import functools
 import os
 import sys
 from pathlib import Path
-from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, UInt8
-from PIL import Image, ImageDraw
+from jaxtyping import UInt8
+from PIL import Image
 
-from data_prep.fit import LANDMARK_SET
-from data_prep.landmarker import Landmarker, LandmarkError, cached_models, fetch_models
-from loki_jax.head.asset import HeadAsset, HeadAssetError, save_head
-from loki_jax.head.builtin import builtin_head
-from loki_jax.head.camera import camera_from_world, crop_box, ndc_from_camera, project
-from loki_jax.head.flame import head_from_flame
-from loki_jax.head.ict import head_from_ict
-from loki_jax.head.skinning import (
-    landmark_positions,
-    make_identity,
-    mesh_faces,
-    mesh_render_mask,
-    template_vertices,
-    world_vertices,
-)
-from loki_jax.head.types import Camera, Coefficients
-from loki_jax.raster import interpolate, rasterize
-
-_DISTANCE = 1.2  # metres
-_IDENTITY_AXES = 10
-_COLUMNS = 10
-_SKIN = np.array([0.86, 0.72, 0.62], np.float32)
-_HIDDEN = np.array([0.55, 0.57, 0.62], np.float32)  # what the driver map does not show
-_INNER = np.array([0.62, 0.25, 0.25], np.float32)
-_CAPTION = 14  # pixels
-
-
-class Picture(NamedTuple):
-    """One cell of the sheet: a caption and the coefficients (without leading axes) it shows."""
-
-    caption: str
-    coefficients: Coefficients
-
-
-def still_coefficients(head: HeadAsset) -> Coefficients:
-    """The mean head at rest, a portrait's distance in front of the camera."""
-    zero = np.zeros(3, np.float32)
-    return Coefficients(
-        shape=np.zeros(head.n_shape, np.float32),
-        expression=np.zeros(head.n_expression, np.float32),
-        rot=zero,
-        tra=np.array([0, 0, -_DISTANCE], np.float32),
-        neck=zero,
-        jaw=zero,
-        eyes=zero,
-    )
-
-
-def sheet_pictures(head: HeadAsset) -> list[Picture]:
-    """What the sheet shows of `head`, in reading order."""
-    still = still_coefficients(head)
-    turn = lambda axis, degrees: np.deg2rad(degrees).astype(np.float32) * np.eye(3, dtype=np.float32)[axis]
-    pictures = [
-        Picture(f"turned {yaw:+d}", still._replace(rot=turn(1, yaw))) for yaw in (-80, -40, 0, 40, 80)
-    ]
-    pictures += [Picture(f"pitch {p:+d}", still._replace(rot=turn(0, p))) for p in (-25, 25)]
-    joints = [
-        ("neck", "neck", 1, 25),
-        ("neck", "neck", 0, 20),
-        ("jaw", "jaw", 0, 18),
-        ("left_eye", "eyes", 1, 25),
-    ]
-    for joint, field, axis, degrees in joints:
-        if head.joint(joint) is not None:
-            pictures.append(
-                Picture(f"{field} {'xyz'[axis]} {degrees}", still._replace(**{field: turn(axis, degrees)}))
-            )
-    for axis in range(min(_IDENTITY_AXES, head.n_shape)):
-        for sign in (-2, 2):
-            shape = np.zeros(head.n_shape, np.float32)
-            shape[axis] = sign * head.shape_sigma[axis]
-            pictures.append(Picture(f"{head.shape_names[axis]} {sign:+d}s", still._replace(shape=shape)))
-    for axis in range(head.n_expression):
-        expression = np.zeros(head.n_expression, np.float32)
-        bound = float(head.expression_bounds[axis, 1])
-        expression[axis] = bound if np.isfinite(bound) and bound > 0 else 2 * head.expression_sigma[axis]
-        pictures.append(Picture(head.expression_names[axis], still._replace(expression=expression)))
-    return pictures
-
-
-def _vertex_normals(vertices: Float[Array, "V 3"], faces) -> Float[Array, "V 3"]:
-    corners = vertices[faces]
-    normals = jnp.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
-    summed = jnp.zeros_like(vertices).at[faces.reshape(-1)].add(jnp.repeat(normals, 3, axis=0))
-    return summed / jnp.maximum(jnp.linalg.norm(summed, axis=-1, keepdims=True), 1e-12)
-
-
-@functools.partial(jax.jit, static_argnames="size")
-def shaded_heads(
-    head: HeadAsset,
-    coefficients: Coefficients,
-    camera: Camera,
-    crop: Float[Array, " 4"],
-    size: int,
-) -> Float[Array, "n size size 3"]:
-    """Lambertian pictures in [0, 1] of the heads with the given coefficients (n, ...)."""
-    faces = jnp.asarray(mesh_faces(head))
-    fine = 2 * size  # averaged down afterwards against jagged outlines
-    vertices = world_vertices(head, make_identity(head, coefficients.shape), coefficients)
-    ndc = ndc_from_camera(camera_from_world(vertices, camera), camera, crop)
-    fragments = rasterize(ndc, faces, fine)
-    normals = jax.vmap(_vertex_normals, in_axes=(0, None))(vertices, faces)
-    light = np.array([0.35, 0.4, 0.85], np.float32) / np.linalg.norm([0.35, 0.4, 0.85])
-    shade = 0.25 + 0.75 * jnp.maximum(normals @ light, 0)
-    n_own = head.template.shape[0]
-    colour = jnp.where(mesh_render_mask(head)[:, None], _SKIN, _HIDDEN)
-    inner = jnp.concatenate([head.inner_mouth, jnp.ones(colour.shape[0] - n_own, bool)])
-    colour = jnp.where(inner[:, None], _INNER, colour)
-    image = interpolate(fragments, faces, shade[..., None] * colour)
-    image = jnp.where((fragments.face >= 0)[..., None], image, 1.0)
-    return image.reshape(-1, size, 2, size, 2, 3).mean(axis=(2, 4))
-
-
-def head_sheet(head: HeadAsset, cell: int = 160, batch: int = 10) -> UInt8[np.ndarray, "height width 3"]:
-    """The sheet of pictures of a head; `cell` is the side of a picture in pixels."""
-    pictures = sheet_pictures(head)
-    camera = Camera(jnp.array([1000.0, 1000.0, 500.0, 500.0]), jnp.eye(4))
-    rest = template_vertices(head) + jnp.array([0, 0, -_DISTANCE])
-    shown = rest[np.asarray(mesh_render_mask(head))]
-    box = crop_box(project(camera_from_world(shown, camera), camera), scale=1.25)
-
-    images = []
-    for start in range(0, len(pictures), batch):
-        part = [p.coefficients for p in pictures[start : start + batch]]
-        part += [part[-1]] * (batch - len(part))  # one compiled size for all
-        stacked = jax.tree.map(lambda *fields: jnp.stack(fields), *part)
-        images.append(np.asarray(shaded_heads(head, stacked, camera, box, cell)))
-    images = np.concatenate(images)[: len(pictures)]
-    cells = [(p.caption, image) for p, image in zip(pictures, images, strict=True)]
-
-    frontal = next(image for caption, image in cells if caption == "turned +0")
-    for name, marks in sorted(head.landmarks.items()):
-        points = landmark_positions(head, rest, name)[np.asarray(marks.face) >= 0]
-        pixels = np.asarray(
-            (project(camera_from_world(points, camera), camera) - box[:2]) / (box[2:] - box[:2])
-        )
-        cells.append((f"{name} ({len(points)})", _dotted(frontal, pixels * cell)))
-
-    columns = min(_COLUMNS, len(cells))
-    rows = -(-len(cells) // columns)
-    sheet = Image.new("RGB", (columns * cell, rows * (cell + _CAPTION)), "white")
-    draw = ImageDraw.Draw(sheet)
-    for index, (caption, image) in enumerate(cells):
-        corner = (index % columns * cell, index // columns * (cell + _CAPTION))
-        sheet.paste(
-            Image.fromarray((np.clip(image, 0, 1) * 255 + 0.5).astype(np.uint8)),
-            (corner[0], corner[1] + _CAPTION),
-        )
-        draw.text((corner[0] + 2, corner[1] + 1), caption[: cell // 6], fill="black")
-    return np.asarray(sheet)
-
-
-def _dotted(
-    image: Float[np.ndarray, "size size 3"], pixels: Float[np.ndarray, "n 2"]
-) -> Float[np.ndarray, "size size 3"]:
-    marked = image.copy()
-    for x, y in np.floor(pixels).astype(int):
-        if 0 <= x < image.shape[1] and 0 <= y < image.shape[0]:
-            marked[y, x] = (0.0, 0.2, 0.9)
-    return marked
+from data_prep.landmarks.head_sheet import head_sheet
+from loki_jax.face.asset import HeadAsset, HeadAssetError, save_head
+from loki_jax.face.builtin import builtin_head
+from loki_jax.face.flame import head_from_flame
+from loki_jax.face.ict import head_from_ict
+from loki_jax.fitting.landmarker import Landmarker
+from loki_jax.fitting.model_files import LandmarkError, cached_models, fetch_models
+from loki_jax.fitting.problem import LANDMARK_SET
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -228,7 +59,7 @@ def _write_image(path: Path, image: UInt8[np.ndarray, "height width 3"]) -> None
 
 def _embedded(head: HeadAsset, wheel: str | None) -> HeadAsset:
     """The head with all MediaPipe landmarks; as it is where it has them or nothing to start from."""
-    from data_prep.embed_landmarks import can_embed, with_landmarks
+    from data_prep.landmarks.embed import can_embed, with_landmarks
 
     held = head.landmarks.get(LANDMARK_SET)
     if held is not None and (np.asarray(held.face)[:468] >= 0).all():
@@ -242,7 +73,7 @@ def _embedded(head: HeadAsset, wheel: str | None) -> HeadAsset:
     models = fetch_models(wheel) if wheel else cached_models()
     if models is None:
         print(
-            "note: the landmark networks are not cached (`python -m data_prep.landmarker` or --wheel); "
+            "note: the landmark networks are not cached (`python -m data_prep.fetch_models` or --wheel); "
             "landmarks are placed by closest points, which is less exact."
         )
     try:

@@ -14,11 +14,12 @@ import numpy as np
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402
 
-from loki_jax import driver, raster  # noqa: E402
-from loki_jax.head.builtin import builtin_head  # noqa: E402
-from loki_jax.head.camera import camera_from_world, crop_box, project  # noqa: E402
-from loki_jax.head.skinning import make_identity, mesh_faces, mesh_render_mask, world_vertices  # noqa: E402
-from loki_jax.head.types import Camera, Coefficients  # noqa: E402
+from loki_jax import driver, raster
+from loki_jax.face.builtin import builtin_head
+from loki_jax.face.camera import camera_from_world, project
+from loki_jax.face.crop import crop_box
+from loki_jax.face.skinning import make_identity, mesh_faces, mesh_render_mask, world_vertices
+from loki_jax.face.types import Camera, Coefficients
 
 SIZE = 256
 _STATIC = ("size", "cull", "smooth_silhouettes", "supersample")
@@ -43,7 +44,7 @@ def scene(head, turn: float = 0.45):
         eyes=zeros,
     )
     camera = Camera(jnp.array([600.0, 600.0, 256.0, 256.0]), jnp.eye(4))
-    identity = jax.jit(make_identity)(head, coefficients.shape)
+    identity = jax.jit(make_identity)(head, coefficients.betas)
 
     shown = np.flatnonzero(np.asarray(mesh_render_mask(head)))
 

@@ -38,25 +38,22 @@ import numpy as np
 from jaxtyping import Float
 from ml_collections import ConfigDict
 
-from loki_jax.driver import driver_channels
-from loki_jax.head.asset import HeadAssetError, file_sha256, load_head
-from loki_jax.models.diffusers_names import current_name
-from loki_jax.training.checkpoint import (
-    CheckpointError,
-    config_from_json,
-    config_to_json,
-    load_checkpoint,
-    save_model_file,
-)
+from loki_jax.driver.registry import driver_channels
+from loki_jax.face.asset import HeadAssetError, load_head
+from loki_jax.io import file_sha256
+from loki_jax.training.checkpoint import load_checkpoint
+from loki_jax.training.config import CheckpointError, config_from_json, config_to_json
+from loki_jax.training.model_file import save_model_file
 from loki_jax.weights import layouts, sources
+from loki_jax.weights.diffusers_names import current_name
 from loki_jax.weights.flax_msgpack import write_msgpack
-from loki_jax.weights.ledger import Ledger, settle
+from loki_jax.weights.match import KeyMatch, match_keys
 from loki_jax.weights.tensors import Tensors, WeightsError
 from loki_jax.weights.write import (
+    atomic_path,
     cast,
     to_ours,
     to_theirs,
-    whole_or_nothing,
     write_orbax,
     write_safetensors,
 )
@@ -150,31 +147,31 @@ def convert(args: argparse.Namespace) -> None:
     network = opened.network
     if args.source.is_dir() and opened.layout.name in ("diffusers", "flax"):
         check_settings(args.source, network)
-    ledger = settle(
+    key_match = match_keys(
         opened.tensors.infos, opened.layout.table, network.shapes, opened.layout.drops, str(args.source)
     )
-    params = to_ours(opened.tensors, opened.layout.table, ledger.used, network.shapes)
+    params = to_ours(opened.tensors, opened.layout.table, key_match.used, network.shapes)
     destination = layouts.make_layout(target, network)
     prompt = None
     if "null_prompt" in destination.table:
         params, prompt = with_null_prompt(params, args, network.shapes["null_prompt"])
-    ledger = _settle_target(ledger, params, destination, network, new_prompt=prompt is not None)
+    key_match = _settle_target(key_match, params, destination, network, new_prompt=prompt is not None)
     files = hash_files(opened.tensors.files, args.sha256)
 
     # ------------------------------------------------------------------------------------ write
-    dtypes = Counter(opened.tensors.infos[name].dtype for name in ledger.used.values())
+    dtypes = Counter(opened.tensors.infos[name].dtype for name in key_match.used.values())
     record = {
         "format": "loki_jax-conversion-1",
         "source": {"layout": opened.layout.name, "files": files, "dtypes": dict(dtypes)},
         "null_prompt": prompt,
-        "used": len(ledger.used),
-        "dropped": _by_reason(ledger.dropped),
-        "new": _by_reason(ledger.new),
+        "used": len(key_match.used),
+        "dropped": _by_reason(key_match.dropped),
+        "new": _by_reason(key_match.new),
     }
     dtype = "float32" if target in ("orbax", "workdir") else args.dtype
     if dtype is not None:
         params = cast(params, dtype)
-    with whole_or_nothing(args.out) as partial:
+    with atomic_path(args.out) as partial:
         if target == "orbax":
             write_orbax(partial, params)
         elif target == "workdir":
@@ -394,8 +391,8 @@ def _read_npy(path: Path) -> np.ndarray:
 
 
 def _settle_target(
-    ledger: Ledger, params: Tensors, target: layouts.Layout, network: layouts.Network, new_prompt: bool
-) -> Ledger:
+    key_match: KeyMatch, params: Tensors, target: layouts.Layout, network: layouts.Network, new_prompt: bool
+) -> KeyMatch:
     """The account of the whole way: what the target cannot hold is dropped, what it lacks is an error.
 
     Raises:
@@ -408,24 +405,24 @@ def _settle_target(
             f"--to {target.name}: needs {len(lacking)} parameters that the source does not have:\n  {named}\n"
             "A backbone gives orbax, diffusers, flax or ldm; a Loki checkpoint or a run also loki, workdir."
         )
-    left = {path: name for path, name in ledger.used.items() if path not in target.table}
+    left = {path: name for path, name in key_match.used.items() if path not in target.table}
     reasons = {
         "generation": f"the generation branch has no place in layout {target.name}",
         "null_prompt": f"the null prompt has no place in layout {target.name}",
     }
-    dropped = dict(ledger.dropped)
+    dropped = dict(key_match.dropped)
     for path, name in left.items():
         part = path.partition("/")[0]
         if part not in reasons:
             raise WeightsError(f"--to {target.name}: no place for {name} {network.shapes[path]}.")
         dropped[name] = reasons[part]
-    used = {path: name for path, name in ledger.used.items() if path in target.table}
+    used = {path: name for path, name in key_match.used.items() if path in target.table}
     new = layouts.new_parameters(network) if target.name == "orbax" else {}
     if new_prompt:
         new["null_prompt"] = "the text encoder's output for the empty prompt"
         if name := used.pop("null_prompt", None):
             dropped[name] = "replaced by the null prompt that was given"
-    return Ledger(used, dropped, new)
+    return KeyMatch(used, dropped, new)
 
 
 def hash_files(files: tuple[Path, ...], expected: list[str]) -> list[dict]:

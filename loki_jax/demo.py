@@ -26,25 +26,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from loki_jax.animate import (
-    Performance,
-    Portrait,
-    animate_clips,
-    load_performance,
-    load_portrait,
-    make_animator,
-    stack_portraits,
-    transfer,
-)
-from loki_jax.appearance import sample_appearance
-from loki_jax.data.records import open_dataset
-from loki_jax.evaluate import EvaluationPair, driver_yaw, evaluate_pairs, rendered_truth, write_json
-from loki_jax.head.asset import HeadAsset
+from loki_jax.data.reader import open_dataset
+from loki_jax.evaluation import EvaluationPair, driver_yaw, evaluate_pairs, rendered_truth
+from loki_jax.face.asset import HeadAsset
+from loki_jax.io import write_json
 from loki_jax.metrics.hpf import head_rotation
 from loki_jax.networks import build_networks
-from loki_jax.report import PairPictures, format_table, panel_frames, write_report
+from loki_jax.pictures import PairPictures, format_table, panel_frames, write_report
+from loki_jax.pipeline import animate_clips, make_animator, retarget_clip
+from loki_jax.sources import DrivingClip, Portrait, load_driving_clip, load_portrait, stack_portraits
+from loki_jax.synthetic.appearance import sample_appearance
 from loki_jax.training.checkpoint import load_checkpoint
-from loki_jax.video import write_video
+from loki_jax.video.writer import write_video
 
 # Identity seeds are 1,000,000 x dataset seed + number: these two share none with each other, nor with
 # the shipped model's data (docs/demo_model.md).
@@ -73,7 +66,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def held_out_pairs(folder: Path, head: HeadAsset, size: int) -> list[tuple[Portrait, Performance, int]]:
+def held_out_pairs(folder: Path, head: HeadAsset, size: int) -> list[tuple[Portrait, DrivingClip, int]]:
     """References and drivers of different held-out identities, and each reference's identity seed.
 
     A portrait looks into the camera, so the reference is its clip's most frontal frame; the driver's
@@ -87,7 +80,7 @@ def held_out_pairs(folder: Path, head: HeadAsset, size: int) -> list[tuple[Portr
     pairs = []
     for i in range(PAIRS):
         reference, driver = clips[i], clips[i + PAIRS]
-        whole = load_performance(f"{folder}:{driver.clip_id}", head, size)
+        whole = load_driving_clip(f"{folder}:{driver.clip_id}", head, size)
         yaw, turned = driver_yaw(whole), off_frontal(whole)
         starts = [s for s in range(len(yaw) - FRAMES + 1) if yaw[s : s + FRAMES].std() >= SMALLEST_YAW]
         if not starts:
@@ -96,21 +89,21 @@ def held_out_pairs(folder: Path, head: HeadAsset, size: int) -> list[tuple[Portr
             )
         start = min(starts, key=lambda s: turned[s])
         window = slice(start, start + FRAMES)
-        performance = whole._replace(
+        driving_clip = whole._replace(
             frames=whole.frames[window],
             valid=whole.valid[window],
             coefficients=jax.tree.map(lambda x, window=window: x[window], whole.coefficients),
         )
         source = f"{folder}:{reference.clip_id}"
-        frontal = int(np.argmin(off_frontal(load_performance(source, head, size))))
+        frontal = int(np.argmin(off_frontal(load_driving_clip(source, head, size))))
         portrait = load_portrait(source, head, size, frontal)
-        pairs.append((portrait, performance, reference.extra["identity_seed"]))
+        pairs.append((portrait, driving_clip, reference.extra["identity_seed"]))
     return pairs
 
 
-def off_frontal(performance: Performance) -> np.ndarray:
+def off_frontal(driving_clip: DrivingClip) -> np.ndarray:
     """Angle (radians) of each frame's head rotation away from the camera's axes."""
-    return head_rotation(performance.coefficients.rot, performance.coefficients.neck).magnitude()
+    return head_rotation(driving_clip.coefficients.rot, driving_clip.coefficients.neck).magnitude()
 
 
 def run_training(
@@ -159,9 +152,6 @@ def demo(argv: list[str] | None = None) -> dict:
     shards, held_out, workdir = (args.out / name for name in ("shards", "held_out", "train"))
 
     # -------------------------------------------------------------------------------- synthetic shards
-    # Programs of their own; imported here because only the demo needs them beside the package.
-    from data_prep import synth
-
     size = ["--size", str(config.image_size), "--overwrite"]
     for folder, options in (
         (shards, ["--seed", str(TRAIN_SEED), "--identities", "12", "--clips-per-identity", "1",
@@ -169,8 +159,8 @@ def demo(argv: list[str] | None = None) -> dict:
         (held_out, ["--seed", str(HELD_OUT_SEED), "--identities", str(2 * PAIRS), "--clips-per-identity", "1",
                     "--frames", str(CLIP_FRAMES), "--validation", "0"]),
     ):  # fmt: skip
-        if synth.main(["--out", str(folder), *options, *size]) != 0:
-            raise ValueError(f"{folder}: the synthetic shards could not be written; see above")
+        command = [sys.executable, "-m", "data_prep.synth", "--out", str(folder), *options, *size]
+        subprocess.run(command, check=True)
     finished("synthetic shards")
 
     # ---------------------------------------------------------------------------------------- training
@@ -195,7 +185,7 @@ def demo(argv: list[str] | None = None) -> dict:
     )  # fmt: skip
     params = jax.tree.map(jnp.asarray, params)
     together = lambda items: jax.tree.map(lambda *x: np.stack([np.asarray(v) for v in x]), *items)
-    coefficients = together([transfer(head, driver, reference) for reference, driver, _ in pairs])
+    coefficients = together([retarget_clip(head, driver, reference) for reference, driver, _ in pairs])
     portraits = stack_portraits([reference for reference, _, _ in pairs])
     target = (coefficients, portraits.camera, portraits.crop)
     generated, maps = animate_clips(animator, params, head, portraits, *target)
@@ -247,7 +237,9 @@ def main(argv: list[str] | None = None) -> None:
     try:
         demo(argv)
     except subprocess.CalledProcessError as error:
-        sys.exit(f"error: training stopped with exit code {error.returncode}; its message is above")
+        sys.exit(
+            f"error: python {' '.join(error.cmd[1:3])} ended with exit code {error.returncode}; see above"
+        )
     except ValueError as error:
         sys.exit(f"error: {error}")
 

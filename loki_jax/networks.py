@@ -11,10 +11,12 @@ from ml_collections import ConfigDict
 
 from loki_jax.diffusion.sampler import ddim_sample
 from loki_jax.diffusion.schedule import Schedule, make_schedule
-from loki_jax.driver import driver_channels, driver_map, flame_vector
-from loki_jax.head.asset import HeadAsset
-from loki_jax.head.skinning import make_identity
-from loki_jax.head.types import Camera, Coefficients
+from loki_jax.driver.encoding import flame_vector
+from loki_jax.driver.map import driver_map
+from loki_jax.driver.registry import driver_channels
+from loki_jax.face.asset import HeadAsset
+from loki_jax.face.skinning import make_identity
+from loki_jax.face.types import Camera, Coefficients
 from loki_jax.models.autoencoder import make_autoencoder, sample_posterior
 from loki_jax.models.loki import Loki, init_params, make_loki
 
@@ -91,7 +93,7 @@ def driver_input(
         coefficients = coefficients._replace(neck=jnp.zeros_like(coefficients.neck))
     if config.driver.arm == "flame_vector":
         return flame_vector(head, coefficients)
-    identity = make_identity(head, coefficients.shape[:, :1])
+    identity = make_identity(head, coefficients.betas[:, :1])
     return driver_map(
         head,
         identity,

@@ -23,15 +23,15 @@ import jax
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from loki_jax.head.builtin import builtin_head
+from loki_jax.face.builtin import builtin_head
 from loki_jax.planning import predict
 from loki_jax.planning.compiled import compile_step, format_compiled
 from loki_jax.planning.memory import ATTENTION_BACKENDS
 from loki_jax.planning.report import check_batch, format_plan, make_plan
 from loki_jax.planning.sweep import draw_sweep, format_sweep, sweep
 from loki_jax.planning.work import make_subject
-from loki_jax.training.accounting import Chip, chip_named
-from loki_jax.training.logging import say
+from loki_jax.training.flops import Chip, chip_named
+from loki_jax.training.logging import log
 
 FLAGS = flags.FLAGS
 
@@ -115,7 +115,7 @@ def plan(config, title: str) -> None:
         if not all(n.isdigit() and int(n) > 0 for n in FLAGS.sweep):
             raise ValueError(f"--sweep {','.join(FLAGS.sweep)}: whole numbers of devices, e.g. 8,64,1024")
         counts = sorted({int(n) for n in FLAGS.sweep})
-        say("tracing the step (seconds to a minute) ...")
+        log("tracing the step (seconds to a minute) ...")
         subject = make_subject(config, builtin_head())
         backends = {chip.name: attention_backend(FLAGS.attention, config.model, chip) for chip in chips}
         rows = sweep(subject, chips, counts, FLAGS.windows, backends, FLAGS.latents, FLAGS.efficiency)
@@ -124,7 +124,7 @@ def plan(config, title: str) -> None:
             write_json(Path(FLAGS.json), rows)
         if FLAGS.out:
             draw_sweep(rows, Path(FLAGS.out))
-            say(f"wrote {FLAGS.out}")
+            log(f"wrote {FLAGS.out}")
         return
 
     # ---------------------------------------------------------------------------------- one plan
@@ -134,7 +134,7 @@ def plan(config, title: str) -> None:
     data, fsdp = parse_mesh(FLAGS.mesh)
     windows = check_batch(config.batch_size, data * fsdp, config.get("accumulate", 1))
     backend = attention_backend(FLAGS.attention, config.model, chip)
-    say("tracing the step (seconds to a minute) ...")
+    log("tracing the step (seconds to a minute) ...")
     subject = make_subject(config, builtin_head())
     result = make_plan(
         subject, chip, data, fsdp, windows, backend, latents=FLAGS.latents, efficiency=FLAGS.efficiency

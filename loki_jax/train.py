@@ -27,14 +27,14 @@ from ml_collections import config_flags
 
 from loki_jax.networks import build_networks
 from loki_jax.training import checkpoint as ckpt
-from loki_jax.training.abstract import abstract_state
-from loki_jax.training.accounting import chip_of, work_of
+from loki_jax.training.config import check_config
 from loki_jax.training.distributed import ClusterError, find_cluster, join, on_tpu_vm, wait_for_all
-from loki_jax.training.dump import write_dump
 from loki_jax.training.faults import NonFiniteError, Preempted, StopRequest, Watchdog, leave
+from loki_jax.training.flops import chip_of, work_of
+from loki_jax.training.init import abstract_state, initial_params
 from loki_jax.training.inputs import open_inputs, start_reading
-from loki_jax.training.logging import MetricWriter, Progress, progress_line, say
-from loki_jax.training.provenance import describe_run, record_start
+from loki_jax.training.logging import MetricWriter, Progress, log, progress_line
+from loki_jax.training.monitor import StepMonitor, window_names
 from loki_jax.training.samples import (
     can_follow,
     follow,
@@ -43,11 +43,12 @@ from loki_jax.training.samples import (
     sample_frames,
     sample_sheet,
 )
-from loki_jax.training.sharding import global_batch, make_mesh, place, tree_shardings
+from loki_jax.training.sharding import global_batch, make_mesh, put_global, tree_shardings
+from loki_jax.training.snapshot import write_snapshot
 from loki_jax.training.state import create_state, make_optimizer
-from loki_jax.training.step import check_config, initial_params, make_eval_step, make_train_step
-from loki_jax.training.watch import StepWatch, window_names
-from loki_jax.video import write_video
+from loki_jax.training.step import make_eval_step, make_train_step
+from loki_jax.training.workdir import describe_run, record_start
+from loki_jax.video.writer import write_video
 
 FLAGS = flags.FLAGS
 config_flags.DEFINE_config_file("config", None, "Configuration file, e.g. configs/demo.py.")
@@ -89,22 +90,24 @@ def train(config, workdir: Path) -> float:
     ckpt.prepare_workdir(workdir, config, head)
     writer = MetricWriter(workdir, lead)
     count = {name: sum(x.size for x in jax.tree.leaves(tree)) for name, tree in abstract.params.items()}
-    say(f"mesh {dict(mesh.shape)}, {jax.process_count()} processes, trained parameters {count}", lead)
+    log(f"mesh {dict(mesh.shape)}, {jax.process_count()} processes, trained parameters {count}", lead)
     for name, shape in unsharded:
-        say(f"not sharded: {name} {shape}", lead)
+        log(f"not sharded: {name} {shape}", lead)
 
     manager = ckpt.open_manager(workdir, config.checkpoint)
     first, skipped = 0, 0
     if initial is None:
         state, run = ckpt.restore_state(manager, abstract, iterator)
         state = state._replace(
-            step=place(state.step, shardings.step), frozen=ckpt.restore_frozen(workdir, abstract.frozen)
+            step=put_global(state.step, shardings.step), frozen=ckpt.restore_frozen(workdir, abstract.frozen)
         )
         first, skipped = run["step"], run["skipped"]
-        say(f"resumed from step {first}", lead)
+        log(f"resumed from step {first}", lead)
     else:
         build = lambda params, frozen: create_state(params, frozen, optimizer, config.ema_decay > 0)
-        placed = [place(x, s) for x, s in zip(initial, (shardings.params, shardings.frozen), strict=True)]
+        placed = [
+            put_global(x, s) for x, s in zip(initial, (shardings.params, shardings.frozen), strict=True)
+        ]
         ckpt.save_frozen(workdir, placed[1])
         state = jax.jit(build, out_shardings=shardings)(*placed)
         del placed
@@ -115,12 +118,12 @@ def train(config, workdir: Path) -> float:
     writer.event(first, "start", code=code, devices=jax.device_count(), processes=jax.process_count())
 
     if first >= config.steps:
-        say(f"nothing to do: config.steps={config.steps}", lead)
+        log(f"nothing to do: config.steps={config.steps}", lead)
         return float("nan")
 
     # --------------------------------------------------------------------------------- compile
     whole = NamedSharding(mesh, PartitionSpec())
-    placed_head = place(head, jax.tree.map(lambda _: whole, head))
+    placed_head = put_global(head, jax.tree.map(lambda _: whole, head))
     validation = [global_batch(batch, mesh) for batch in held_out]
     pairs = (
         make_pairs(held_out[0], config.sample.pairs, head, dataset, config.sample.pose) if held_out else None
@@ -136,31 +139,31 @@ def train(config, workdir: Path) -> float:
     wait_for_all("compiled")
     flops, chip = work_of(traced.jaxpr).model, chip_of(jax.devices()[0])
     peak = f"{chip.name}, {chip.flops:.3g} FLOP/s" if chip else "no peak known, so no MFU"
-    say(f"compiled in {time.monotonic() - began:.0f} s; {flops:.3g} FLOP a step; chip: {peak}", lead)
+    log(f"compiled in {time.monotonic() - began:.0f} s; {flops:.3g} FLOP a step; chip: {peak}", lead)
 
     def averaged(state):
         return (state.params if state.ema is None else state.ema) | state.frozen
 
-    def report(incidents):
-        for incident in incidents:
-            names = window_names(incident.batch, dataset.clips)
-            say(f"{incident}; windows (clip, frame, reference): {[tuple(n.values()) for n in names]}", lead)
-            writer.event(incident.step, incident.kind, **incident.figures, windows=names)
-            if watch.stuck and incident.kind == "skipped":
-                folder = workdir / "dumps" / str(incident.step)
-                write_dump(
-                    folder, incident.step, incident.batch, state, config, head, names, incident.figures
+    def report(anomalies):
+        for anomaly in anomalies:
+            names = window_names(anomaly.batch, dataset.clips)
+            log(f"{incident}; windows (clip, frame, reference): {[tuple(n.values()) for n in names]}", lead)
+            writer.event(anomaly.step, anomaly.kind, **anomaly.figures, windows=names)
+            if watch.stuck and anomaly.kind == "skipped":
+                folder = workdir / "dumps" / str(anomaly.step)
+                write_snapshot(
+                    folder, anomaly.step, anomaly.batch, state, config, head, names, anomaly.figures
                 )
                 raise NonFiniteError(
                     f"{watch.in_row} updates in a row were not finite, the last of step "
-                    f"{incident.step}. Look into it with: python -m loki_jax.training.dump {folder}"
+                    f"{incident.step}. Look into it with: python -m loki_jax.training.snapshot {folder}"
                 )
 
     # ------------------------------------------------------------------------------------ loop
     progress = Progress(
         first, config.steps, config.batch_size, flops, chip.flops * mesh.size if chip else None
     )
-    watch, watchdog = StepWatch(config.faults, skipped), Watchdog(config.faults.hang_seconds)
+    watch, watchdog = StepMonitor(config.faults, skipped), Watchdog(config.faults.hang_seconds)
     loss = float("nan")
     with contextlib.ExitStack() as stack:
         stack.callback(writer.close)
@@ -180,13 +183,13 @@ def train(config, workdir: Path) -> float:
                 values = watch.means() | progress.report(step)
                 loss = values.get("loss", loss)
                 writer.scalars(step, values)
-                say(progress_line(step, config.steps, values), lead)
+                log(progress_line(step, config.steps, values), lead)
             val_loss = None
             if validation and _due(step, config.validation.every, config.steps):
                 losses = [eval_step(averaged(state), {}, b, placed_head, i) for i, b in enumerate(validation)]
                 val_loss = float(np.mean([float(x) for x in losses]))
                 writer.scalars(step, {"val_loss": val_loss})
-                say(f"step {step} validation loss {val_loss:.4f}", lead)
+                log(f"step {step} validation loss {val_loss:.4f}", lead)
             if pairs is not None and _due(step, config.sample.every, config.steps):
                 frames = sample(averaged(state), placed_head, pairs)
                 if lead:
@@ -212,7 +215,7 @@ def _show(writer, workdir, step, pairs, frames, head, dataset, config) -> None:
     if config.sample.follow and can_follow(head, dataset, pairs):
         figures = follow(head, dataset, pairs, frames)
         writer.scalars(step, figures)
-        say(f"step {step} " + "  ".join(f"{key} {value:.3f}" for key, value in figures.items()))
+        log(f"step {step} " + "  ".join(f"{key} {value:.3f}" for key, value in figures.items()))
 
 
 def _due(step: int, every: int, last: int) -> bool:

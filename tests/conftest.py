@@ -50,7 +50,7 @@ def ict_path(request, tmp_path_factory) -> Path:
     """The built-in head in the layout of the ICT-FaceKit arrays; where the real arrays are, these too."""
     if request.param == "real":
         return SHARED / ICT_HEAD
-    from tests.head.ict_layout import builtin_in_ict_layout
+    from tests.face.ict_layout import builtin_in_ict_layout
 
     path = tmp_path_factory.mktemp("ict") / "ict.npz"
     np.savez(path, **builtin_in_ict_layout())
@@ -61,7 +61,8 @@ def ict_path(request, tmp_path_factory) -> Path:
 def landmarker():
     """The landmark networks, from the user's cache or fetched into it by pip."""
     pytest.importorskip("ai_edge_litert", reason="needs the prep extra (ai-edge-litert)")
-    from data_prep.landmarker import Landmarker, LandmarkError, fetch_models
+    from loki_jax.fitting.landmarker import Landmarker
+    from loki_jax.fitting.model_files import LandmarkError, fetch_models
 
     try:
         return Landmarker(fetch_models())

@@ -7,13 +7,16 @@ import numpy as np
 import pytest
 
 from configs.demo import get_config
-from loki_jax.animate import load_performance, load_portrait, main, split_clip_source, transfer
-from loki_jax.head.builtin import builtin_head
+from loki_jax.animate import main
+from loki_jax.face.builtin import builtin_head
 from loki_jax.metrics.hpf import head_pose_follow
 from loki_jax.networks import build_networks, random_params
-from loki_jax.training.checkpoint import Checkpoint, save_model_file
-from loki_jax.video import is_tagged_synthetic, read_video
-from tests.synthetic_clips import write_clips
+from loki_jax.pipeline import retarget_clip
+from loki_jax.sources import load_driving_clip, load_portrait, split_clip_source
+from loki_jax.training.model_file import Checkpoint, save_model_file
+from loki_jax.video.reader import read_video
+from loki_jax.video.writer import is_tagged_synthetic
+from tests.synthetic.synthetic_clips import write_clips
 
 FRAMES = 5  # the tiny window has 2: three windows, the last one cut
 
@@ -69,7 +72,7 @@ def test_writes_video_and_panel(folder, clips, model):
     reference = load_portrait(clips[0], head, 256).image
     shown = panel.frames[:, :, :256].astype(float)
     assert np.abs(shown - reference).mean() < 6
-    driver = load_performance(clips[1], head, 64).frames
+    driver = load_driving_clip(clips[1], head, 64).frames
     middle = panel.frames[:, 2:256:4, 262:516:4].astype(float)
     assert np.abs(middle - driver).mean() < 15
 
@@ -86,11 +89,11 @@ def test_same_seed_same_video(folder, clips, model):
 
 def test_transfer_follows_the_driver_in_the_references_place(clips):
     head = builtin_head()
-    reference, driver = load_portrait(clips[0], head, 64), load_performance(clips[1], head, 64)
-    moved = jax.tree.map(np.asarray, transfer(head, driver, reference))
+    reference, driver = load_portrait(clips[0], head, 64), load_driving_clip(clips[1], head, 64)
+    moved = jax.tree.map(np.asarray, retarget_clip(head, driver, reference))
     target = driver.coefficients
     assert head_pose_follow(moved.rot, target.rot, moved.neck, target.neck).degrees < 0.01
-    np.testing.assert_allclose(moved.shape[2], reference.coefficients.shape)
+    np.testing.assert_allclose(moved.shape[2], reference.coefficients.betas)
     np.testing.assert_allclose(moved.expression, target.expression)
     np.testing.assert_allclose(moved.tra[0], reference.coefficients.tra, atol=1e-6)
 

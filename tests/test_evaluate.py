@@ -6,14 +6,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from loki_jax.animate import load_performance, load_portrait, transfer
-from loki_jax.appearance import sample_appearance
-from loki_jax.data.records import open_dataset
-from loki_jax.evaluate import EvaluationPair, evaluate, evaluate_pairs, main, rendered_truth
-from loki_jax.head.builtin import builtin_head
-from loki_jax.report import PairPictures, format_table, write_report
-from loki_jax.video import write_video
-from tests.synthetic_clips import write_clips
+from loki_jax.data.reader import open_dataset
+from loki_jax.evaluate import evaluate, main
+from loki_jax.evaluation import EvaluationPair, evaluate_pairs, rendered_truth
+from loki_jax.face.builtin import builtin_head
+from loki_jax.pictures import PairPictures, format_table, write_report
+from loki_jax.pipeline import retarget_clip
+from loki_jax.sources import load_driving_clip, load_portrait
+from loki_jax.synthetic.appearance import sample_appearance
+from loki_jax.video.writer import write_video
+from tests.synthetic.synthetic_clips import write_clips
 
 FRAMES = 12
 
@@ -32,9 +34,9 @@ def clips(folder):
 def pair(folder, clips):
     """A perfect animation: what is generated is the truth."""
     head = builtin_head()
-    reference, driver = load_portrait(clips[0], head, 64), load_performance(clips[1], head, 64)
+    reference, driver = load_portrait(clips[0], head, 64), load_driving_clip(clips[1], head, 64)
     appearance = sample_appearance(open_dataset(folder / "shards").clips[0].extra["identity_seed"], head)
-    truth = rendered_truth(head, transfer(head, driver, reference), reference, appearance, 64)
+    truth = rendered_truth(head, retarget_clip(head, driver, reference), reference, appearance, 64)
     return EvaluationPair(reference, appearance, driver, truth, truth)
 
 

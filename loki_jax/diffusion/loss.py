@@ -1,4 +1,4 @@
-"""The training objective: mean squared error of the predicted noise, v or clean latents. Design section 7."""
+"""Training objective: mean squared error of the predicted noise, v or clean latents (method, section 7)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""DDIM sampling (eta 0) with classifier-free guidance. Design section 7.
+"""DDIM sampling (eta 0) with classifier-free guidance. Method, section 7.
 
 The sampler's arithmetic is float32 whatever the network computes in: at the noisiest steps an error
 of the prediction is multiplied by 1 / sqrt(alpha_bar), which is about 240 at the first official step.

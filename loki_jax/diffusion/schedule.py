@@ -1,4 +1,4 @@
-"""Noise schedule of the diffusion process and the timesteps a sampler visits. Design section 7.
+"""Noise schedule of the diffusion process and the timesteps a sampler visits. Method, section 7.
 
 alpha_bar_t is the signal power at step t: x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) noise.
 Everything is computed in float64 with numpy and cast once.

@@ -1,4 +1,4 @@
-"""HEF, head-expression follow: how well one clip's expression follows another's (design section 10)."""
+"""HEF, head-expression follow: how well one clip's expression follows another's (method, section 10)."""
 
 from __future__ import annotations
 
@@ -10,19 +10,21 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from loki_jax.head.asset import HeadAsset
-from loki_jax.head.camera import camera_from_world, crop_box, ndc_from_camera, project
-from loki_jax.head.skinning import (
+from loki_jax.face.asset import HeadAsset
+from loki_jax.face.camera import camera_from_world, ndc_from_camera, project
+from loki_jax.face.crop import crop_box
+from loki_jax.face.skinning import (
     expression_offsets,
     make_identity,
     mesh_faces,
     mesh_render_mask,
     world_vertices,
 )
-from loki_jax.head.types import Camera, Coefficients
-from loki_jax.raster import interpolate, rasterize
+from loki_jax.face.types import Camera, Coefficients
+from loki_jax.raster.api import rasterize
+from loki_jax.raster.fragments import interpolate
 
-# Standard deviation of the expression offsets of the training data, metres (design section 5).
+# Standard deviation of the expression offsets of the training data, metres (method, section 5).
 OFFSET_SCALE = 0.0104
 
 
@@ -32,7 +34,7 @@ class HeadExpressionFollow(NamedTuple):
     Attributes:
       distance: mean over frames; None without a common frame.
       uncovered: mean share of the target's masked pixels that the swapped mesh leaves bare, where
-        the target's expression is compared with 0 (design section 11, row 15).
+        the target's expression is compared with 0 (method, section 11, row 15).
       n_frames: number of frames compared.
       per_frame: distance of every compared frame.
     """
@@ -126,7 +128,7 @@ def head_expression_follow(
     n_frames: int | None = None,
     integer_box: bool = False,
 ) -> HeadExpressionFollow:
-    """Head-expression follow of a prediction behind a target; lower is better (design section 10).
+    """Head-expression follow of a prediction behind a target; lower is better (method, section 10).
 
     Two renders of the expression-offset map are compared: the target's mesh, and the target's mesh
     with the prediction's expression, jaw and eyes. Pose, neck, shape and camera are the target's in
@@ -154,10 +156,10 @@ def head_expression_follow(
     length = length if n_frames is None else min(length, n_frames)
     if length == 0:
         return HeadExpressionFollow(None, None, 0, np.zeros(0))
-    shape = jnp.asarray(target.shape)
+    shape = jnp.asarray(target.betas)
     shape = shape if shape.ndim == 1 else shape[0]
     identity = make_identity(head, shape)
-    target = target._replace(shape=jnp.broadcast_to(shape, (len(target.expression), *shape.shape)))
+    target = target._replace(betas=jnp.broadcast_to(shape, (len(target.expression), *shape.shape)))
     target = jax.tree.map(lambda x: jnp.asarray(x)[:length], target)
     swapped = target._replace(
         **{field: jnp.asarray(getattr(prediction, field))[:length] for field in ("expression", "jaw", "eyes")}

@@ -1,4 +1,4 @@
-"""HPF, head-pose follow: how well one clip's head rotation follows another's (design section 10)."""
+"""HPF, head-pose follow: how well one clip's head rotation follows another's (method, section 10)."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def head_pose_follow(
     """Head-pose follow of a prediction behind a target, in degrees; lower is better.
 
     With R_t = R(rot_t) R(neck_t) and D_t = R_t R_0^T, the mean over t of the geodesic angle between
-    D_pred and D_target (design section 10).
+    D_pred and D_target (method, section 10).
 
     Args:
       pred_rot, target_rot: rotation vectors, radians.

@@ -1,4 +1,4 @@
-"""Image metrics of aligned frames: PSNR and SSIM (design section 10)."""
+"""Image metrics of aligned frames: PSNR and SSIM (method, section 10)."""
 
 from __future__ import annotations
 

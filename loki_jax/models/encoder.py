@@ -1,7 +1,7 @@
 """Encoders of the driver: from a driver map, or a coefficient vector, to the UNet's first feature map.
 
 Both end in a zero-initialised convolution, so training starts from the unconditioned backbone.
-Design sections 5 and 6.
+Method, sections 5 and 6.
 """
 
 from __future__ import annotations

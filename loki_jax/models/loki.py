@@ -1,4 +1,4 @@
-"""The whole network: driver encoder, generation UNet and reference UNet. Design sections 1, 6, 11.
+"""The whole network: driver encoder, generation UNet and reference UNet. Method, sections 1, 6, 11.
 
 Keys of `config.model` (an `ml_collections.ConfigDict`; a value in brackets is the default where the
 key may be absent):
@@ -25,7 +25,7 @@ key may be absent):
 Parameters are {"generation": {"unet", "encoder"}, "reference": {...}}; the autoencoder is separate
 (`models/autoencoder.py`).
 
-Null conditions for classifier-free guidance (design section 11, rows 1 and 2): a dropped identity is
+Null conditions for classifier-free guidance (method, section 11, rows 1 and 2): a dropped identity is
 zero *features* (`drop_identity`), a dropped motion is a zero *driver map*, so that the encoder still
 runs (`drop_motion`). Zero features are not the same as none: the zero tokens take part in the
 softmax. The public code's training instead ran the reference UNet on a zero latent; to reproduce it,

@@ -1,4 +1,4 @@
-"""The denoising UNet of Stable Diffusion 2.1, made spatio-temporal. Design section 6.
+"""The denoising UNet of Stable Diffusion 2.1, made spatio-temporal. Method, section 6.
 
 One module serves both branches. The generation branch runs on windows of T frames without text
 cross-attention and receives tokens of the reference; the reference branch runs on single images

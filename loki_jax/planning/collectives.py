@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import jax
 
-from loki_jax.training.accounting import Chip
+from loki_jax.training.flops import Chip
 from loki_jax.training.state import TrainState
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")

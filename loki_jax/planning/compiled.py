@@ -13,9 +13,9 @@ from loki_jax.networks import build_networks
 from loki_jax.planning.collectives import Collective, parse_collectives, sent_bytes
 from loki_jax.planning.report import quantity
 from loki_jax.planning.work import Subject
-from loki_jax.training.abstract import abstract_batch
-from loki_jax.training.accounting import step_flops, work_of
-from loki_jax.training.logging import duration, say
+from loki_jax.training.flops import step_flops, work_of
+from loki_jax.training.init import abstract_batch
+from loki_jax.training.logging import duration, log
 from loki_jax.training.sharding import batch_sharding, make_mesh, tree_shardings
 from loki_jax.training.step import make_train_step
 
@@ -72,7 +72,7 @@ def progress(what: str, every: float = 15.0):
 
     def tell() -> None:
         while not done.wait(every):
-            say(f"{what}: {duration(time.monotonic() - began)}")
+            log(f"{what}: {duration(time.monotonic() - began)}")
 
     thread = threading.Thread(target=tell, daemon=True)
     thread.start()
@@ -81,7 +81,7 @@ def progress(what: str, every: float = 15.0):
     finally:
         done.set()
         thread.join()
-        say(f"{what} took {time.monotonic() - began:.1f} s")
+        log(f"{what} took {time.monotonic() - began:.1f} s")
 
 
 def format_compiled(plan: dict) -> str:

@@ -20,7 +20,7 @@ from jax.sharding import AbstractMesh, NamedSharding
 
 from loki_jax.models.attention import attend
 from loki_jax.planning.work import PARTS, part_of
-from loki_jax.training.accounting import AttentionProduct, attention_products, live_jaxpr, operations
+from loki_jax.training.flops import AttentionProduct, attention_products, live_jaxpr, operations
 from loki_jax.training.sharding import path_name
 from loki_jax.training.state import TrainState
 

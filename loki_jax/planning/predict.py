@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from loki_jax.planning.collectives import Collective, seconds
 from loki_jax.planning.work import PartWork
-from loki_jax.training.accounting import Chip
+from loki_jax.training.flops import Chip
 
 # Assumed, not measured: the share of the peak that matrix work reaches, and how often activations cross
 # HBM for each time a matrix operation reads or writes them (elementwise work beside it does so once more).

@@ -26,11 +26,11 @@ from loki_jax.planning.work import (
     trace_step,
     work_by_part,
 )
-from loki_jax.training.abstract import abstract_batch
-from loki_jax.training.accounting import Chip
+from loki_jax.training.flops import Chip
+from loki_jax.training.init import abstract_batch
 from loki_jax.training.sharding import tree_shardings
 
-# Design section 2: the paper's count, and those of others that it compares itself with.
+# Method, section 2: the paper's count, and those of others that it compares itself with.
 PAPER_PARAMETERS = {"generation branch": 822_878_788, "reference UNet": 865_910_724, "VAE": 83_653_863}
 X_PORTRAIT, HUNYUAN_PORTRAIT = 3.07e9, 1.99e9
 
@@ -79,7 +79,7 @@ def make_plan(
     )
     parts = config.get("accumulate", 1)
     places = placements(state, shardings, config.sharding_min_size, parts)
-    on_device = {name: place.per_device for name, place in places.items()}
+    on_device = {name: put_global.per_device for name, put_global in places.items()}
     step: Activations = activations(jaxpr, devices, parts)
 
     local_config = config.copy_and_resolve_references()
@@ -111,7 +111,7 @@ def make_plan(
         "trained": sorted(state.params), "paper_parameters": PAPER_PARAMETERS,
         "work_per_device": {name: part._asdict() for name, part in work.items()},
         "memory": {
-            "groups": {name: place._asdict() for name, place in places.items()},
+            "groups": {name: put_global._asdict() for name, put_global in places.items()},
             "batch": batch, "head": head, "resident": resident, "gathered": sum(gathers),
             "activations": step._asdict(),
             "peak_by_attention": peaks, "peak": peak, "usable": predict.USABLE_MEMORY * chip.memory,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from loki_jax.planning.report import local_plan, make_plan
 from loki_jax.planning.work import Subject
-from loki_jax.training.accounting import Chip
+from loki_jax.training.flops import Chip
 
 # Parameters whole on each device, split within eight neighbours, split over all devices.
 LAYOUTS = {"data": lambda n: (n, 1), "fsdp=8": lambda n: (n // 8, 8), "fsdp=all": lambda n: (1, n)}

@@ -13,10 +13,10 @@ import optax
 from jax.extend.core import ClosedJaxpr, Literal
 from ml_collections import ConfigDict
 
-from loki_jax.head.asset import HeadAsset
+from loki_jax.face.asset import HeadAsset
 from loki_jax.networks import Networks, build_networks
-from loki_jax.training.abstract import abstract_batch, abstract_state
-from loki_jax.training.accounting import Operation, live_jaxpr, operations
+from loki_jax.training.flops import Operation, live_jaxpr, operations
+from loki_jax.training.init import abstract_batch, abstract_state
 from loki_jax.training.sharding import make_mesh
 from loki_jax.training.state import TrainState, make_optimizer
 from loki_jax.training.step import make_train_step

@@ -16,13 +16,11 @@ its metadata); the package ships one, called "demo".
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,142 +29,12 @@ import orbax.checkpoint as ocp
 from etils import epath
 from ml_collections import ConfigDict
 from orbax.checkpoint.checkpoint_managers import preservation_policy as preservation
-from safetensors import SafetensorError, safe_open
-from safetensors.flax import save_file
 
-import loki_jax
-from loki_jax.head.asset import HeadAsset, load_head, save_head
-from loki_jax.head.builtin import builtin_head
-from loki_jax.training.distributed import wait_for_all
-from loki_jax.training.provenance import git_revision
+from loki_jax.face.asset import load_head
+from loki_jax.training.config import CheckpointError, config_from_json, config_to_json
+from loki_jax.training.model_file import Checkpoint, load_model_file
 from loki_jax.training.sharding import path_name
 from loki_jax.training.state import TrainState
-
-# Keys that may differ between a run and its continuation; all others describe the model, the data or
-# the mathematics, and a changed one means another run.
-RUN_KEYS = (
-    "steps", "init_from", "pretrained", "log", "checkpoint", "validation", "sample", "mesh", "sharding_rules",
-    "sharding_min_size", "accumulate", "deterministic", "faults", "data.path", "data.workers", "data.threads",
-    "data.cache_mb", "data.max_corrupt_share", "model.attention_backend", "model.remat",
-)  # fmt: skip
-
-
-class CheckpointError(ValueError):
-    """A checkpoint is missing, damaged or of another run; the message names the mend."""
-
-
-class Checkpoint(NamedTuple):
-    """A model ready for inference. `params` is {"generation": ..., "reference": ..., ...}."""
-
-    config: ConfigDict
-    params: Any
-    head: HeadAsset
-    step: int
-
-
-# ------------------------------------------------------------------------------------------ config
-
-
-def config_to_json(config: ConfigDict) -> str:
-    return json.dumps(config.to_dict(), indent=1, sort_keys=True)
-
-
-def config_from_json(text: str) -> ConfigDict:
-    def freeze(value):
-        if isinstance(value, dict):
-            return {key: freeze(item) for key, item in value.items()}
-        return tuple(map(freeze, value)) if isinstance(value, list) else value
-
-    return ConfigDict(freeze(json.loads(text)))
-
-
-def _flatten(tree: dict[str, Any], separator: str, prefix: str = "") -> dict[str, Any]:
-    """Nested dicts -> one dict whose keys are the joined names."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            flat |= _flatten(value, separator, f"{prefix}{key}{separator}")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
-
-
-def _nest(flat: dict[str, Any], separator: str) -> dict[str, Any]:
-    """The inverse of `_flatten`."""
-    tree: dict[str, Any] = {}
-    for name, value in flat.items():
-        *parents, leaf = name.split(separator)
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[leaf] = value
-    return tree
-
-
-def _flat_config(config: ConfigDict) -> dict[str, Any]:
-    flat = _flatten(json.loads(config_to_json(config)), ".")
-    return {
-        key: value
-        for key, value in flat.items()
-        if not any(key == k or key.startswith(k + ".") for k in RUN_KEYS)
-    }
-
-
-def config_differences(mine: ConfigDict, theirs: ConfigDict, only: str = "") -> list[str]:
-    """Lines `key: theirs -> mine` for binding keys (under the prefix `only`) that differ."""
-    a, b = _flat_config(mine), _flat_config(theirs)
-    return [
-        f"{key}: {b.get(key, '(absent)')} -> {a.get(key, '(absent)')}"
-        for key in sorted(a.keys() | b.keys())
-        if key.startswith(only) and a.get(key) != b.get(key)
-    ]
-
-
-def prepare_workdir(workdir: Path, config: ConfigDict, head: HeadAsset) -> None:
-    """Write config and head asset into a new workdir, or check that an old one is of this run.
-
-    With several processes all must call; process 0 writes.
-
-    Raises:
-      CheckpointError: the workdir holds a run of another config or another head.
-    """
-    config_file, head_file = workdir / "config.json", workdir / "head.npz"
-    if config_file.is_file():
-        differences = config_differences(config, config_from_json(config_file.read_text()))
-        if differences:
-            raise CheckpointError(
-                f"{config_file}: this workdir holds a run of another config:\n  "
-                + "\n  ".join(differences[:20])
-                + "\nChoose another --workdir, or start from its weights with --config.init_from."
-            )
-    if head_file.is_file():
-        stored = load_head(head_file)
-        if stored.template.shape != head.template.shape or not np.allclose(stored.template, head.template):
-            raise CheckpointError(
-                f"{head_file}: this workdir was trained on head {stored.name!r}, "
-                f"the data uses {head.name!r}. Choose another --workdir."
-            )
-    # Nobody writes before all have read.
-    wait_for_all("workdir read")
-    if jax.process_index() == 0:
-        workdir.mkdir(parents=True, exist_ok=True)
-        if not head_file.is_file():
-            save_head(head_file, head)
-        partial = workdir / ".config.json.partial"
-        partial.write_text(config_to_json(config))
-        os.replace(partial, config_file)
-    wait_for_all("workdir written")
-
-
-# ---------------------------------------------------------------------------- training checkpoints
-
-
-def code_version() -> str:
-    """Version of the package and, in a git checkout, the revision it was run from."""
-    revision = git_revision(Path(loki_jax.__file__).parent)
-    if revision is None:
-        return loki_jax.__version__
-    return f"{loki_jax.__version__} {revision['revision']}" + (" and changes" if revision["changed"] else "")
 
 
 def open_manager(workdir: Path, retention: ConfigDict) -> ocp.CheckpointManager:
@@ -372,9 +240,6 @@ def restore_frozen(workdir: Path, abstract):
         raise CheckpointError(f"{path}: cannot be read ({error}). Copy it again.") from error
 
 
-# --------------------------------------------------------------------------------------- inference
-
-
 def load_checkpoint(source: str | os.PathLike, use_ema: bool = True) -> Checkpoint:
     """Load a trained model from a workdir, a `.safetensors` file or the shipped model ("demo").
 
@@ -423,75 +288,3 @@ def restore_as_numpy(path: Path) -> dict:
         tree = _stored_tree(path)
         restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
         return checkpointer.restore(path, args=ocp.args.PyTreeRestore(restore_args=restore_args))
-
-
-def save_model_file(path: Path, checkpoint: Checkpoint) -> None:
-    """Write one `.safetensors` file with bfloat16 parameters and everything needed to use them.
-
-    Only models of the built-in head travel this way: its asset is code, others have licences.
-
-    Raises:
-      CheckpointError: the model was trained on another head than the built-in one.
-    """
-    if checkpoint.head.name != builtin_head().name:
-        raise CheckpointError(
-            f"head {checkpoint.head.name!r} cannot travel inside a model file; share the workdir instead."
-        )
-    tensors = {
-        key: jnp.asarray(value, jnp.bfloat16) for key, value in _flatten(checkpoint.params, "/").items()
-    }
-    metadata = {
-        "format": "loki_jax-1",
-        "config": config_to_json(checkpoint.config),
-        "head": checkpoint.head.name,
-        "head_geometry": _geometry_digest(checkpoint.head),
-        "step": str(checkpoint.step),
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        save_file(tensors, str(partial), metadata=metadata)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _geometry_digest(head: HeadAsset) -> str:
-    """SHA-256 of what the driver map depends on, to a hundredth of a millimetre; landmarks may change."""
-    digest = hashlib.sha256(np.asarray(head.faces, np.int32).tobytes())
-    for array in (
-        head.template,
-        head.shape_basis,
-        head.expression_basis,
-        head.skinning_weights,
-        head.render_mask,
-    ):
-        digest.update(np.round(np.asarray(array, np.float64) * 1e5).astype(np.int64).tobytes())
-    return digest.hexdigest()
-
-
-def load_model_file(path: Path) -> Checkpoint:
-    """Read a file of `save_model_file`; parameters come back as float32.
-
-    Raises:
-      CheckpointError: missing, damaged, not ours, or made with another built-in head.
-    """
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such model file. Give a workdir of loki_jax.train instead.")
-    try:
-        with safe_open(str(path), framework="flax") as file:
-            metadata = file.metadata() or {}
-            tensors = {key: file.get_tensor(key).astype(jnp.float32) for key in file.keys()}
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: not a readable safetensors file ({error}). Copy it again.") from error
-    if metadata.get("format") != "loki_jax-1":
-        raise CheckpointError(
-            f"{path}: not a loki_jax model file. For other weights use `python -m loki_jax.convert`."
-        )
-    head = builtin_head()
-    if metadata["head"] != head.name or metadata["head_geometry"] != _geometry_digest(head):
-        raise CheckpointError(
-            f"{path}: made with another built-in head ({metadata['head']}); use the version that made it."
-        )
-    params = {"autoencoder": {}} | _nest(tensors, "/")
-    return Checkpoint(config_from_json(metadata["config"]), params, head, int(metadata["step"]))

@@ -16,7 +16,7 @@ from pathlib import Path
 import jax
 from jax.experimental import multihost_utils
 
-from loki_jax.data.records import DatasetError
+from loki_jax.data.schema import DatasetError
 from loki_jax.training.checkpoint import saved_steps
 
 

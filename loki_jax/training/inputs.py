@@ -9,9 +9,11 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from loki_jax.data.pipeline import Batches, BatchIterator, iterate, make_dataset, make_validation_dataset
-from loki_jax.data.records import Dataset, DatasetError, open_dataset
-from loki_jax.training.logging import say
+from loki_jax.data.iterator import BatchIterator, iterate
+from loki_jax.data.reader import Dataset, open_dataset
+from loki_jax.data.schema import DatasetError
+from loki_jax.data.windows import Batches, make_dataset, make_validation_dataset
+from loki_jax.training.logging import log
 from loki_jax.training.sharding import batch_part, global_batch
 
 
@@ -66,5 +68,5 @@ def start_reading(config: ConfigDict, windows: Batches, mesh: Mesh) -> BatchIter
     process = f"process {jax.process_index()}: " if jax.process_count() > 1 else ""
     return iterate(
         windows, config.data.workers, config.data.threads, prefetch=2 * config.data.threads,
-        to_device=lambda batch: global_batch(batch, mesh), report=lambda message: say(process + message),
+        to_device=lambda batch: global_batch(batch, mesh), report=lambda message: log(process + message),
     )  # fmt: skip

@@ -104,7 +104,7 @@ def progress_line(step: int, last_step: int, values: dict[str, float]) -> str:
     return "  ".join(parts)
 
 
-def say(message: str, active: bool = True) -> None:
+def log(message: str, active: bool = True) -> None:
     """One line on standard error, so that standard output stays free for results."""
     if active:
         print(message, file=sys.stderr, flush=True)

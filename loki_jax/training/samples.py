@@ -13,15 +13,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree, UInt8
 from ml_collections import ConfigDict
 
-from loki_jax.appearance import sample_appearance
-from loki_jax.data.records import Dataset
-from loki_jax.head.asset import HeadAsset
-from loki_jax.head.builtin import NAME as BUILTIN
-from loki_jax.head.retarget import size_ratio, substitute
-from loki_jax.head.types import Camera, Coefficients
+from loki_jax.data.reader import Dataset
+from loki_jax.face.asset import HeadAsset
+from loki_jax.face.builtin import NAME as BUILTIN
+from loki_jax.face.retarget import retarget, size_ratio
+from loki_jax.face.types import Camera, Coefficients
+from loki_jax.fitting.photometric import fit_photometric_clips
 from loki_jax.metrics.hef import head_expression_follow
 from loki_jax.metrics.hpf import head_pose_follow
-from loki_jax.metrics.photometric import fit_photometric_clips
 from loki_jax.networks import (
     Networks,
     driver_input,
@@ -29,7 +28,8 @@ from loki_jax.networks import (
     portrait_features,
     sample_from_features,
 )
-from loki_jax.training.sharding import BATCH_AXES, place
+from loki_jax.synthetic.appearance import sample_appearance
+from loki_jax.training.sharding import BATCH_AXES, put_global
 
 
 class Pairs(NamedTuple):
@@ -60,7 +60,7 @@ def make_pairs(
 ) -> Pairs | None:
     """Pairs from a validation batch; all processes must call. None where it holds no images.
 
-    Window i drives its own person, and then that of the next window of somebody else (design section 9).
+    Window i drives its own person, and then that of the next window of somebody else (method, section 9).
 
     Args:
       batch: this process's part of the batch (numpy).
@@ -82,7 +82,7 @@ def make_pairs(
 
     def perform(driver, reference, driver_camera, reference_camera):
         scale = size_ratio(head, reference.shape, driver.shape[0])
-        return substitute(
+        return retarget(
             driver,
             reference,
             mode,
@@ -156,7 +156,7 @@ def make_sampler(
         inputs = {name: getattr(pairs, name) for name in names}
         inputs["noise"] = initial_noise(networks, jax.random.key(0), *pairs.driver.shape[:2])
         # Every process holds all pairs and gives its devices what they ask for.
-        inputs = place(inputs, jax.tree.map(lambda _: NamedSharding(mesh, share(inputs)), inputs))
+        inputs = put_global(inputs, jax.tree.map(lambda _: NamedSharding(mesh, share(inputs)), inputs))
         return np.asarray(compiled(params, head, inputs))
 
     return run
@@ -201,7 +201,7 @@ def follow(
     ]
     appearance = jax.tree.map(lambda *x: jnp.stack([jnp.asarray(v) for v in x]), *appearances)
     fitted, _ = fit_photometric_clips(
-        sampled, head, pairs.reference_coefficients.shape, appearance, pairs.camera, pairs.crop
+        sampled, head, pairs.reference_coefficients.betas, appearance, pairs.camera, pairs.crop
     )
     fitted = jax.tree.map(np.asarray, fitted)
     one = lambda tree, i: jax.tree.map(lambda x: np.asarray(x)[i], tree)

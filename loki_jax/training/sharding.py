@@ -76,7 +76,7 @@ def tree_shardings(tree, mesh: Mesh, rules, min_size: int):
     fsdp = mesh.shape["fsdp"]
     unsharded = []
 
-    def place(path, leaf):
+    def put_global(path, leaf):
         name, shape = path_name(path), tuple(leaf.shape)
         rule = next((rule for pattern, rule in rules if re.search(pattern, name)), "replicate")
         spec = leaf_spec(shape, rule, fsdp, min_size)
@@ -84,7 +84,7 @@ def tree_shardings(tree, mesh: Mesh, rules, min_size: int):
             unsharded.append((name, shape))
         return NamedSharding(mesh, spec)
 
-    return jax.tree_util.tree_map_with_path(place, tree), unsharded
+    return jax.tree_util.tree_map_with_path(put_global, tree), unsharded
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -123,7 +123,7 @@ def local_batch(batch):
     return jax.tree.map(rows, batch)
 
 
-def place(tree, shardings):
+def put_global(tree, shardings):
     """Arrays that every process holds whole -> global arrays."""
     if jax.process_count() == 1:
         return jax.device_put(tree, shardings)

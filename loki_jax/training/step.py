@@ -1,9 +1,8 @@
-"""The train step: from a batch of frames and coefficients to new parameters. Design sections 1, 7, 11."""
+"""The train step: from a batch of frames and coefficients to new parameters. Method, sections 1, 7, 11."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,8 +12,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 from ml_collections import ConfigDict
 
-from loki_jax.diffusion.loss import check_prediction, diffusion_loss
-from loki_jax.head.asset import HeadAsset
+from loki_jax.diffusion.loss import diffusion_loss
+from loki_jax.face.asset import HeadAsset
 from loki_jax.models.autoencoder import sample_posterior
 from loki_jax.models.loki import drop_identity, drop_motion
 from loki_jax.networks import (
@@ -22,143 +21,11 @@ from loki_jax.networks import (
     denoise,
     driver_input,
     encode_condition,
-    random_params,
     reference_features,
     unit_range,
 )
-from loki_jax.training.checkpoint import (
-    CheckpointError,
-    check_fit,
-    leaf_shapes,
-    load_checkpoint,
-    restore_as_numpy,
-)
 from loki_jax.training.sharding import BATCH_AXES
 from loki_jax.training.state import TrainState, update_ema
-
-
-def check_config(config: ConfigDict) -> None:
-    """Raise ValueError for options that contradict each other."""
-    check_prediction(config.diffusion.prediction)
-    if config.accumulate < 1 or config.batch_size % config.accumulate:
-        raise ValueError(
-            f"config.batch_size={config.batch_size} cannot be cut "
-            f"into config.accumulate={config.accumulate} parts"
-        )
-    if config.faults.max_skips < 1:
-        raise ValueError(f"config.faults.max_skips={config.faults.max_skips}: at least 1")
-    if not 0 <= config.diffusion.shared_timesteps <= 1:
-        raise ValueError(
-            f"config.diffusion.shared_timesteps={config.diffusion.shared_timesteps} is not a share"
-        )
-    if config.diffusion.min_snr_gamma < 0:
-        raise ValueError(f"config.diffusion.min_snr_gamma={config.diffusion.min_snr_gamma}: 0 (off) or above")
-    if config.diffusion.max_beta >= 1 and config.diffusion.prediction == "epsilon":
-        raise ValueError(
-            "config.diffusion.max_beta=1 leaves no signal at the last step: set config.diffusion.prediction=v"
-        )
-    if config.model.unet.context_dim not in (None, config.model.reference.context_dim):
-        raise ValueError(
-            f"config.model.unet.context_dim={config.model.unet.context_dim}: the null prompt has width "
-            f"{config.model.reference.context_dim} (config.model.reference.context_dim)"
-        )
-    if config.dropout.null_reference not in ("features", "latent"):
-        raise ValueError(
-            f"config.dropout.null_reference={config.dropout.null_reference!r}: use features or latent"
-        )
-    if config.dropout.identity + config.dropout.motion + config.dropout.both > 1:
-        raise ValueError("config.dropout: the three shares add up to more than 1")
-    if config.model.reference.trainable and config.model.reference.context_dim is not None:
-        raise ValueError(
-            "config.model.reference: a branch that is trained has no null prompt; set context_dim=None"
-        )
-    if config.model.reference.driver and not config.model.reference.trainable:
-        raise ValueError(
-            "config.model.reference.driver: a frozen branch has never seen a driver map; set it to False"
-        )
-    if not config.model.reference.trainable and not config.pretrained and not config.init_from:
-        raise CheckpointError(
-            "config.pretrained is empty, but the reference branch is frozen and a random one carries "
-            "no identity. Convert Stable Diffusion 2.1 with `python -m loki_jax.convert` "
-            "and give --config.pretrained=DIR."
-        )
-
-
-# --------------------------------------------------------------------------------------- parameters
-
-
-def split_params(config: ConfigDict, params: PyTree) -> tuple[PyTree, PyTree]:
-    """(trained, frozen) parts of all parameters; frozen ones in the computation's dtype."""
-    trained = {"generation"} | ({"reference"} if config.model.reference.trainable else set())
-    dtype = jnp.dtype(config.model.dtype)
-    frozen = {
-        key: jax.tree.map(lambda x: x.astype(dtype), value)
-        for key, value in params.items()
-        if key not in trained
-    }
-    return {key: params[key] for key in sorted(trained)}, frozen
-
-
-def initial_params(config: ConfigDict, networks: Networks, head: HeadAsset) -> tuple[PyTree, PyTree]:
-    """(trained, frozen) parameters that a run starts from.
-
-    `config.init_from` names another run's model; else `config.pretrained` gives SD 2.1, whose UNet
-    (without cross-attention) starts the generation branch; else everything is random.
-
-    Raises:
-      CheckpointError: a file is missing, or its arrays do not fit the config.
-    """
-    abstract = jax.eval_shape(lambda: random_params(networks, jax.random.key(0)))
-    if config.init_from:
-        loaded = load_checkpoint(config.init_from)
-        params = {key: loaded.params.get(key, {}) for key in abstract}
-        check_fit(leaf_shapes(params), abstract, f"config.init_from={config.init_from}")
-        # What was frozen there, in the dtype of its activations, may be trained here.
-        return split_params(config, jax.tree.map(lambda x, a: jnp.asarray(x, a.dtype), params, abstract))
-    path = _converted_folder(config.pretrained) if config.pretrained else None
-    given = {"reference", "autoencoder", "null_prompt"} & abstract.keys() if path else set()
-    # Returning only what is not given, so that XLA never draws a backbone that would be thrown away.
-    draw = lambda: {
-        k: v for k, v in random_params(networks, jax.random.key(config.seed)).items() if k not in given
-    }
-    params = jax.jit(draw)()
-    if path:
-        # Without the devices of the process that converted it.
-        backbone = restore_as_numpy(path.absolute())
-        check_fit(leaf_shapes(backbone), {k: abstract[k] for k in given}, str(path))
-        params |= backbone
-        params["generation"] = dict(params["generation"]) | {
-            "unet": _take_shared(params["generation"]["unet"], backbone["reference"])
-        }
-    return split_params(config, params)
-
-
-def _converted_folder(pretrained: str) -> Path:
-    """The folder `config.pretrained` names; CheckpointError where `loki_jax.convert` did not write it."""
-    path = Path(pretrained)
-    if not path.is_dir():
-        raise CheckpointError(
-            f"{path}: no converted weights there. "
-            "Make them with `python -m loki_jax.convert` from SD 2.1-base."
-        )
-    if not (path / "_METADATA").is_file():
-        raise CheckpointError(
-            f"{path}: not a folder of converted weights (it has no _METADATA). Convert it with "
-            f"`python -m loki_jax.convert {path} --out DIR` and give --config.pretrained=DIR."
-        )
-    return path
-
-
-def _take_shared(target: PyTree, source: PyTree) -> PyTree:
-    """`target` with every array that `source` also has copied from it (a step donates its buffers)."""
-    if not isinstance(target, dict):
-        return jnp.array(source)
-    return {
-        key: _take_shared(value, source[key]) if key in source else value for key, value in target.items()
-    }
-
-
-# --------------------------------------------------------------------------------------------- loss
 
 
 def sharded_driver_input(config: ConfigDict, mesh: Mesh) -> Callable:
@@ -276,10 +143,7 @@ def _latents(
     return mean if keys is None else jax.vmap(sample_posterior)(keys, mean, logvar)
 
 
-# -------------------------------------------------------------------------------------------- steps
-
-
-def deal_windows(tree: PyTree, parts: int, mesh: Mesh) -> PyTree:
+def split_microbatches(tree: PyTree, parts: int, mesh: Mesh) -> PyTree:
     """Leaves (B, ...) -> (parts, B / parts, ...): every device deals out the windows it holds, none moves.
 
     B must be a multiple of parts x devices.
@@ -312,7 +176,7 @@ def make_gradients(config: ConfigDict, networks: Networks, mesh: Mesh) -> Callab
             return of(batch, rows)
         zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params))
         add = lambda total, part: (jax.tree.map(jnp.add, total, of(*part)), None)
-        total, _ = jax.lax.scan(add, zeros, deal_windows((batch, rows), config.accumulate, mesh))
+        total, _ = jax.lax.scan(add, zeros, split_microbatches((batch, rows), config.accumulate, mesh))
         return jax.tree.map(lambda x: x / config.accumulate, total)
 
     return gradients

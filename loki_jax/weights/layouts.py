@@ -21,11 +21,11 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from loki_jax.models.autoencoder import AutoencoderKL, make_autoencoder
-from loki_jax.models.diffusers_names import diffusers_autoencoder_table, diffusers_unet_table, flax_table
 from loki_jax.models.encoder import ConditioningEncoder
-from loki_jax.models.ldm_names import LdmWeight, Table, autoencoder_table, encoder_table, unet_table
 from loki_jax.models.loki import Loki, init_params, make_loki
-from loki_jax.weights.ledger import Drop
+from loki_jax.weights.diffusers_names import diffusers_autoencoder_table, diffusers_unet_table, flax_table
+from loki_jax.weights.ldm_names import LdmWeight, Table, autoencoder_table, encoder_table, unet_table
+from loki_jax.weights.match import Drop
 from loki_jax.weights.tensors import WeightsError
 from loki_jax.weights.torch_zip import OUTSIDE
 

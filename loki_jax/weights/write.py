@@ -15,8 +15,8 @@ import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
 
-from loki_jax.models.ldm_names import Table, from_ldm, to_ldm
-from loki_jax.weights.ledger import state_shape
+from loki_jax.weights.ldm_names import Table, from_ldm, to_ldm
+from loki_jax.weights.match import state_shape
 from loki_jax.weights.tensors import TensorInfo, Tensors, WeightsError
 
 _SAFETENSORS_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -61,7 +61,7 @@ def cast(tensors: Tensors, dtype: str) -> Tensors:
 
 
 @contextmanager
-def whole_or_nothing(path: Path) -> Iterator[Path]:
+def atomic_path(path: Path) -> Iterator[Path]:
     """A name beside `path` to write to; it becomes `path` if all goes well and vanishes otherwise.
 
     Raises:

@@ -21,7 +21,7 @@ def differences(config, base):
     return {key: (b[key], a[key]) for key in a if a[key] != b[key]}
 
 
-# Key: (ours, the public code's, row of design section 11 or other source).
+# Key: (ours, the public code's, row of method, section 11 or other source).
 OFFICIAL = {
     "dropout.null_reference": ("features", "latent", "row 1: a lost identity is a zero latent in training"),
     "dropout.identity": (0.05, 0.0, "row 2: identity and motion are dropped together only"),

@@ -4,9 +4,9 @@ from fractions import Fraction
 
 import numpy as np
 
-from loki_jax.data.records import Clip
-from loki_jax.head.asset import HeadAsset
-from loki_jax.head.types import Camera, Coefficients
+from loki_jax.data.schema import Clip
+from loki_jax.face.asset import HeadAsset
+from loki_jax.face.types import Camera, Coefficients
 
 SIZE = 16
 
@@ -52,7 +52,7 @@ def make_clip(number, length, split="train", *, latents=False, images=True, **ch
             yield image
 
     coefficients = Coefficients(
-        shape=rng.normal(size=4),
+        betas=rng.normal(size=4),
         expression=np.stack([np.full(6, number + frame / 100) for frame in range(length)])
         if length
         else np.zeros((0, 6)),

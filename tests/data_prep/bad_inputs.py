@@ -12,7 +12,7 @@ import av
 import numpy as np
 from PIL import Image
 
-from tests.data_prep.known_face import HEIGHT, RATE, WIDTH, N, frames_showing
+from tests.fitting.known_face import HEIGHT, RATE, WIDTH, N, frames_showing
 
 SPEECH = list(range(N))
 _ROTATION_90 = (0, 65536, 0, -65536, 0, 0, 0, 0, 1 << 30)

@@ -9,16 +9,16 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from data_prep.assemble import DatasetOptions, RejectedClip, build
-from data_prep.clip_file import ClipData, overlay_path
-from data_prep.manifest import pipeline_identity, plan_clips
-from loki_jax.head.types import Camera, Coefficients
+from data_prep.dataset.assemble import DatasetOptions, RejectedClip, build
+from data_prep.dataset.clip_file import ClipData, overlay_path
+from data_prep.dataset.manifest import pipeline_identity, plan_clips
+from loki_jax.face.types import Camera, Coefficients
 from tests.data.clips import small_head
 
 SIZE = 16
 
 
-def make_fake_fit(log=None):
+def make_fake_fit(fit_log=None):
     """`log`: a file that gets a line for every clip that is fitted."""
 
     def fit(clip, folder):
@@ -43,7 +43,7 @@ def make_fake_fit(log=None):
             Image.fromarray(rng.integers(0, 256, (SIZE, SIZE, 3), np.uint8)).save(buffer, "PNG")
             images.append(buffer.getvalue())
         coefficients = Coefficients(
-            shape=np.tile(rng.normal(size=4), (length, 1)),
+            betas=np.tile(rng.normal(size=4), (length, 1)),
             expression=rng.normal(size=(length, 6)),
             **{name: rng.normal(size=(length, 3)) for name in ("rot", "tra", "neck", "jaw", "eyes")},
         )
@@ -67,7 +67,7 @@ def write_files(folder, contents):
     return paths
 
 
-def build_fake(paths, out, *, log=None, settings=None, options=None, labels=None, **arguments):
+def build_fake(paths, out, *, fit_log=None, settings=None, options=None, labels=None, **arguments):
     """Build `out` from files with the stand-in."""
     import functools
 
@@ -75,8 +75,8 @@ def build_fake(paths, out, *, log=None, settings=None, options=None, labels=None
     made_by = pipeline_identity(head, {}, settings or {"size": SIZE})
     planned = plan_clips(paths, made_by, labels=labels)
     options = options or DatasetOptions(SIZE, "png", validation=0.3)
-    make_fit = functools.partial(make_fake_fit, log)
-    return build(planned, head, out, make_fit, made_by, options, **({"say": len} | arguments))
+    make_fit = functools.partial(make_fake_fit, fit_log)
+    return build(planned, head, out, make_fit, made_by, options, **({"log": len} | arguments))
 
 
 def tree(folder):

@@ -9,13 +9,15 @@ import time
 import numpy as np
 import pytest
 
-from data_prep import clip_file
-from data_prep.assemble import DatasetOptions, work_folder
-from data_prep.latents import LatentEncoder
-from data_prep.manifest import label_of, read_labels
-from data_prep.workers import Died, WorkerError, run_parallel
-from loki_jax.data import records
-from loki_jax.data.records import DatasetError, open_dataset
+from data_prep.dataset import clip_file
+from data_prep.dataset.assemble import DatasetOptions, work_folder
+from data_prep.dataset.latents import LatentEncoder
+from data_prep.dataset.manifest import label_of, read_labels
+from data_prep.dataset.workers import Died, WorkerError, run_parallel
+from loki_jax.data import writer
+from loki_jax.data.reader import open_dataset
+from loki_jax.data.schema import DatasetError
+from loki_jax.io import file_sha256
 from tests.data_prep.fake_fit import SIZE, build_fake, tree, write_files
 from tests.data_prep.work import make_killer, make_nothing, make_square
 
@@ -43,9 +45,9 @@ def test_manifest_tells_what_made_it(whole):
     assert manifest["rejected"][0]["reason"] == "{file}: bad"
     assert manifest["versions"]["jax"] and manifest["made_by"]["settings"] == {"size": SIZE}
     for name, entry in manifest["shards"].items():
-        assert entry["sha256"] == records.file_sha256(out / name)
+        assert entry["sha256"] == file_sha256(out / name)
     for entry, path in zip(manifest["clips"], [paths[0], paths[1], paths[3], paths[4]], strict=True):
-        assert entry["sha256"] == records.file_sha256(path) and entry["file"] == path.name
+        assert entry["sha256"] == file_sha256(path) and entry["file"] == path.name
     dataset = open_dataset(out)
     table = [(row.clip_id, row.split, row.length, row.first_record) for row in dataset.clips]
     assert table == [(e["clip"], e["split"], e["frames"], e["first_record"]) for e in manifest["clips"]]
@@ -58,7 +60,7 @@ def test_interrupted_build_goes_on_where_it_stopped(whole, tmp_path):
     contents = dict(CONTENTS, d="interrupt")
     paths, log = write_files(tmp_path / "clips", contents), tmp_path / "log"
     with pytest.raises(KeyboardInterrupt):
-        build_fake(paths, tmp_path / "out", log=log)
+        build_fake(paths, tmp_path / "out", fit_log=log)
     assert not (tmp_path / "out").exists() and lines(log) == ["a.mp4", "b.mp4", "c.mp4", "d.mp4"]
     # What a killed writer leaves: a half-written work file, and a half-written dataset of a dead process.
     work = work_folder(tmp_path / "out")
@@ -66,7 +68,7 @@ def test_interrupted_build_goes_on_where_it_stopped(whole, tmp_path):
     (tmp_path / ".out.999999999.partial").mkdir()
     (tmp_path / ".out.999999999.partial" / "loki-train").write_bytes(b"half")
     write_files(tmp_path / "clips", CONTENTS)
-    build_fake(paths, tmp_path / "out", log=log)
+    build_fake(paths, tmp_path / "out", fit_log=log)
     assert lines(log)[4:] == ["d.mp4", "e.mp4"]  # nothing twice
     assert tree(tmp_path / "out") == {name: data for name, data in expected.items()} | {
         "summary.json": (tmp_path / "out" / "summary.json").read_bytes()  # it names the files' folder
@@ -91,7 +93,7 @@ def test_complete_dataset_is_left_alone(whole, tmp_path):
     paths, out, expected = whole
     said, log = [], tmp_path / "log"
     before = (out / "metadata.json").stat().st_mtime_ns
-    summary = build_fake(paths, out, log=log, say=said.append)
+    summary = build_fake(paths, out, fit_log=log, log=said.append)
     assert len(summary["clips"]) == 4 and said == [f"{out}: complete already, 4 clips; nothing to do"]
     assert (out / "metadata.json").stat().st_mtime_ns == before and tree(out) == expected
     assert lines(log) == [] and not work_folder(out).exists()
@@ -100,9 +102,9 @@ def test_complete_dataset_is_left_alone(whole, tmp_path):
 def test_more_clips_extend_the_dataset(whole, tmp_path):
     paths, _, expected = whole
     log = tmp_path / "log"
-    build_fake([paths[1], paths[2], paths[4]], tmp_path / "out", log=log)
+    build_fake([paths[1], paths[2], paths[4]], tmp_path / "out", fit_log=log)
     # One comes before, one in between: the order is that of the clips given.
-    build_fake(paths, tmp_path / "out", log=log)
+    build_fake(paths, tmp_path / "out", fit_log=log)
     assert lines(log) == ["b.mp4", "c.mp4", "e.mp4", "a.mp4", "d.mp4"]
     assert tree(tmp_path / "out") == expected
 
@@ -118,7 +120,7 @@ def test_extending_never_loses_clips_unasked(whole, tmp_path):
         build_fake(paths, tmp_path / "out", settings={"size": 32})
     assert tree(tmp_path / "out") == expected
     log = tmp_path / "log"
-    build_fake([paths[0], *paths[2:]], tmp_path / "out", log=log, overwrite=True)
+    build_fake([paths[0], *paths[2:]], tmp_path / "out", fit_log=log, overwrite=True)
     assert [clip.clip_id for clip in open_dataset(tmp_path / "out").clips] == ["a", "d", "e"]
     assert lines(log) == []  # their records were there
 
@@ -129,7 +131,7 @@ def test_labels_and_splits_may_change_without_new_fits(whole, tmp_path):
     log = tmp_path / "log"
     labels = {path.name: {"identity": "one person", "licence": "CC0", "source": "here"} for path in paths}
     build_fake(
-        paths, tmp_path / "out", log=log, labels=labels, options=DatasetOptions(SIZE, "png", validation=0)
+        paths, tmp_path / "out", fit_log=log, labels=labels, options=DatasetOptions(SIZE, "png", validation=0)
     )
     assert lines(log) == []
     rows = open_dataset(tmp_path / "out").clips
@@ -154,7 +156,7 @@ def test_unforeseen_errors_cost_one_clip_and_are_tried_again(tmp_path):
     assert [row["clip"] for row in summary["clips"]] == ["a"]
     assert "TypeError: something unforeseen" in summary["rejected"][0]["reason"]
     log = tmp_path / "log"
-    build_fake(paths, tmp_path / "out", log=log)
+    build_fake(paths, tmp_path / "out", fit_log=log)
     assert lines(log) == ["b.mp4"]
 
 
@@ -164,7 +166,7 @@ def test_same_content_is_used_once(tmp_path):
     assert [row["clip"] for row in summary["clips"]] == ["a", "b"]
     assert "again.mp4: has the same content as a.mp4" in summary["rejected"][0]["reason"]
     said = []
-    build_fake(paths, tmp_path / "out", say=said.append)
+    build_fake(paths, tmp_path / "out", log=said.append)
     assert "nothing to do" in said[-1]
 
 
@@ -185,11 +187,11 @@ def test_a_replaced_dataset_comes_back_if_its_successor_never_arrived(whole, tmp
     # Killed between the two renames that put a new dataset in the place of an old one.
     shutil.copytree(out, tmp_path / ".out.999999999.old")
     shutil.copytree(out, tmp_path / ".out.999999999.partial")
-    records.recover(tmp_path / "out")
+    writer.recover(tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["out"] and tree(tmp_path / "out") == expected
     shutil.copytree(out, tmp_path / ".out.999999999.old")
     shutil.copytree(out, tmp_path / f".out.{os.getpid()}.partial")  # of a running process
-    records.recover(tmp_path / "out")
+    writer.recover(tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == [f".out.{os.getpid()}.partial", "out"]
 
 
@@ -276,7 +278,7 @@ def test_latents_are_kept_when_a_dataset_grows(whole, tmp_path):
     # Pictures that are there already only need their latents.
     log = tmp_path / "log"
     build_fake(paths, tmp_path / "plain")
-    build_fake(paths, tmp_path / "plain", encoder=fake_encoder([]), log=log, overwrite=True)
+    build_fake(paths, tmp_path / "plain", encoder=fake_encoder([]), fit_log=log, overwrite=True)
     assert lines(log) == [] and tree(tmp_path / "plain") == tree(tmp_path / "fresh")
 
 
@@ -325,5 +327,5 @@ def test_work_files_can_be_kept(whole, tmp_path):
     log = tmp_path / "log"
     build_fake(paths, tmp_path / "other")
     shutil.rmtree(tmp_path / "out")
-    build_fake(paths, tmp_path / "out", log=log)
+    build_fake(paths, tmp_path / "out", fit_log=log)
     assert lines(log) == [] and tree(tmp_path / "out") == expected

@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep.build import BuildSettings, build_dataset, fit_clip, fit_image
-from data_prep.landmarker import LandmarkError
-from loki_jax.data.records import open_dataset
-from loki_jax.head.builtin import builtin_head
-from loki_jax.video import MediaError
+from data_prep.dataset.clips import BuildSettings, build_dataset, fit_clip
+from loki_jax.data.reader import open_dataset
+from loki_jax.face.builtin import builtin_head
+from loki_jax.fitting.clips import fit_image
+from loki_jax.fitting.model_files import LandmarkError
+from loki_jax.video.reader import MediaError
 from tests.data_prep.bad_inputs import CASES, SPEECH, turned_right, video
-from tests.data_prep.known_face import HEIGHT, WIDTH, KnownFace, N, true_coefficients, true_points
+from tests.fitting.known_face import HEIGHT, WIDTH, KnownFace, N, true_coefficients, true_points
 
 GOOD = ("a first good one", "the last good one")
 
@@ -35,7 +36,7 @@ def batch(tmp_path_factory, known):
     head, networks = known
     settings = BuildSettings(size=32, overlay=0, max_bytes=400 * 2**20, validation=0.1)
     out, lines = tmp_path_factory.mktemp("out") / "shards", []
-    summary = build_dataset(list(paths.values()), head, out, lambda: networks, settings, say=lines.append)
+    summary = build_dataset(list(paths.values()), head, out, lambda: networks, settings, log=lines.append)
     manifest = json.loads((out / "manifest.json").read_text())
     by_file = {entry["file"]: entry["clip"] for entry in manifest["clips"] + manifest["rejected"]}
     names = {case: by_file[path.name] for case, path in paths.items()}

@@ -10,22 +10,28 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from data_prep import build, face_track
-from data_prep.build import BuildSettings, build_dataset, load_any_head
-from data_prep.face_track import clip_crop_box, fit_image, fit_video, steady_run
-from data_prep.fit import FitError, make_camera
-from data_prep.landmarker import LandmarkError, Track
-from data_prep.manifest import choose_splits, clip_names, find_clips
-from loki_jax.data.records import DatasetError, open_dataset
-from loki_jax.head.asset import HeadAssetError, save_head
-from loki_jax.head.builtin import builtin_head
-from loki_jax.head.camera import camera_from_world, project
-from loki_jax.head.rotation import geodesic_angle, matrix_from_rotvec
-from loki_jax.head.skinning import make_identity, mesh_render_mask, world_vertices
-from loki_jax.head.types import Coefficients
-from loki_jax.video import MediaError, read_video, write_video
+from data_prep import build
+from data_prep.dataset.clips import BuildSettings, build_dataset, load_any_head
+from data_prep.dataset.manifest import choose_splits, clip_names, find_clips
+from data_prep.dataset.options import format_table
+from loki_jax.data.reader import open_dataset
+from loki_jax.data.schema import DatasetError
+from loki_jax.face.asset import HeadAssetError, save_head
+from loki_jax.face.builtin import builtin_head
+from loki_jax.face.camera import camera_from_world, project
+from loki_jax.face.rotation import geodesic_angle, matrix_from_rotvec
+from loki_jax.face.skinning import make_identity, mesh_render_mask, world_vertices
+from loki_jax.face.types import Coefficients
+from loki_jax.fitting import clips as face_track
+from loki_jax.fitting.clips import clip_crop_box, fit_image, fit_video, steady_run
+from loki_jax.fitting.fit import make_camera
+from loki_jax.fitting.model_files import LandmarkError
+from loki_jax.fitting.problem import FitError
+from loki_jax.fitting.tracking import Track
+from loki_jax.video.reader import MediaError, read_video
+from loki_jax.video.writer import write_video
 from tests.data_prep.fake_fit import tree
-from tests.data_prep.known_face import (
+from tests.fitting.known_face import (
     HEIGHT,
     RATE,
     WIDTH,
@@ -80,7 +86,7 @@ SETTINGS = BuildSettings(size=32, overlay=32, validation=0.5)
 def built(clips, head, networks, tmp_path_factory):
     out = tmp_path_factory.mktemp("out") / "shards"
     lines = []
-    summary = build_dataset(find_clips([str(clips)]), head, out, lambda: networks, SETTINGS, say=lines.append)
+    summary = build_dataset(find_clips([str(clips)]), head, out, lambda: networks, SETTINGS, log=lines.append)
     return out, summary, lines
 
 
@@ -95,7 +101,7 @@ def test_good_clips_are_built_and_bad_ones_listed(built):
     assert all(entry["reason"].count("\n") == 0 for entry in summary["rejected"])
     assert len(lines) == 8 and sum("s left" in line for line in lines) == 3
     assert json.loads((out / "summary.json").read_text()) == json.loads(json.dumps(summary))
-    table = build.format_table(summary)
+    table = format_table(summary)
     assert table.count("\n") == 7 and "rejected" in table
 
 
@@ -138,7 +144,7 @@ def test_nothing_usable_leaves_nothing_behind(clips, head, networks, tmp_path):
             tmp_path / "out",
             lambda: networks,
             SETTINGS,
-            say=len,
+            log=len,
         )
     assert list(tmp_path.iterdir()) == []
 
@@ -148,19 +154,19 @@ def test_badly_fitting_clip_is_rejected(clips, head, points, tmp_path):
         points + 4 * np.random.default_rng(0).standard_normal(points.shape).astype(np.float32)
     )
     with pytest.raises(DatasetError, match=r"the head fits badly, median error .*`--max-error`"):
-        build_dataset([clips / "good.mp4"], head, tmp_path / "out", lambda: garbled, SETTINGS, say=len)
+        build_dataset([clips / "good.mp4"], head, tmp_path / "out", lambda: garbled, SETTINGS, log=len)
 
 
 def test_small_head_is_rejected(clips, head, networks, tmp_path):
     settings = BuildSettings(size=32, min_face=300)
     with pytest.raises(DatasetError, match=r"good.mp4: the head is \d\d pixels large.*`--min-face`"):
-        build_dataset([clips / "good.mp4"], head, tmp_path / "out", lambda: networks, settings, say=len)
+        build_dataset([clips / "good.mp4"], head, tmp_path / "out", lambda: networks, settings, log=len)
 
 
 def test_clip_beyond_the_memory_limit_is_rejected(clips, head, networks, tmp_path):
     settings = BuildSettings(size=32, max_bytes=5 * HEIGHT * WIDTH * 3)
     with pytest.raises(DatasetError, match=r"good.mp4: .*128x96.*take more than .*`--max-memory`"):
-        build_dataset([clips / "good.mp4"], head, tmp_path / "out", lambda: networks, settings, say=len)
+        build_dataset([clips / "good.mp4"], head, tmp_path / "out", lambda: networks, settings, log=len)
 
 
 @pytest.mark.slow  # each process imports and compiles everything
@@ -169,7 +175,7 @@ def test_fits_do_not_depend_on_the_number_of_processes(clips, head, points, tmp_
     for workers in (1, 2):
         out = tmp_path / f"out{workers}"
         make = functools.partial(KnownFace, points)
-        build_dataset(find_clips([str(clips)]), head, out, make, SETTINGS, workers=workers, say=len)
+        build_dataset(find_clips([str(clips)]), head, out, make, SETTINGS, workers=workers, log=len)
         contents.append(tree(out))
         assert not list(tmp_path.glob("*.work"))
     assert contents[0] == contents[1]

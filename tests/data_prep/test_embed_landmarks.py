@@ -5,11 +5,11 @@ import dataclasses
 import numpy as np
 import pytest
 
-from data_prep import embed_landmarks
-from data_prep.embed_landmarks import LIDS, check_embedding, embed, main, measure_openings
-from loki_jax.head.asset import HeadAsset, HeadAssetError, Landmarks, load_head, save_head
-from loki_jax.head.builtin import builtin_head
-from loki_jax.head.ict import MEDIAPIPE_OF_IBUG, head_from_ict
+from data_prep.landmarks import embed as embed_landmarks
+from data_prep.landmarks.embed import LIDS, check_embedding, embed, main, measure_openings
+from loki_jax.face.asset import HeadAsset, HeadAssetError, Landmarks, load_head, save_head
+from loki_jax.face.builtin import builtin_head
+from loki_jax.face.ict import MEDIAPIPE_OF_IBUG, head_from_ict
 
 
 def positions(head: HeadAsset, marks: Landmarks) -> np.ndarray:
@@ -55,10 +55,10 @@ def test_landmarks_lie_on_skin_and_irises_on_eyeballs(bare, marks):
     joints = [bare.joint("left_eye"), bare.joint("right_eye")]
     eye = np.asarray(bare.skinning_weights)[:, joints].max(-1) > 0.5
     assert eye[corners[468:]].all() and not eye[corners[:468]].any()
-    place = positions(bare, marks)
+    put_global = positions(bare, marks)
     # Right eye first; rims in the order nose, above, temple, below.
     for first, towards_nose in ((468, 1), (473, -1)):
-        around = place[first + 1 : first + 5] - place[first]
+        around = put_global[first + 1 : first + 5] - put_global[first]
         assert np.sign(around[0, 0]) == towards_nose and np.sign(around[2, 0]) == -towards_nose
         assert around[1, 1] > 0.004 and around[3, 1] < -0.004
 

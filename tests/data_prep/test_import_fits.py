@@ -9,14 +9,16 @@ import pytest
 from PIL import Image
 
 from data_prep import export, import_fits
-from data_prep.import_fits import find_fits, read_fit
-from loki_jax.data.records import DatasetError, open_dataset
-from loki_jax.head.asset import save_head
-from loki_jax.head.camera import camera_from_world, project
-from loki_jax.head.rotation import matrix_from_rotvec
-from loki_jax.head.skinning import make_identity, skin, world_vertices
-from loki_jax.head.types import Camera, Coefficients
-from loki_jax.video import MediaError, write_video
+from data_prep.importers.fits import find_fits, read_fit
+from loki_jax.data.reader import open_dataset
+from loki_jax.data.schema import DatasetError
+from loki_jax.face.asset import save_head
+from loki_jax.face.camera import camera_from_world, project
+from loki_jax.face.rotation import matrix_from_rotvec
+from loki_jax.face.skinning import make_identity, skin, world_vertices
+from loki_jax.face.types import Camera, Coefficients
+from loki_jax.video.reader import MediaError
+from loki_jax.video.writer import write_video
 from tests.data.clips import small_head
 
 N, WIDTH, HEIGHT = 6, 80, 64

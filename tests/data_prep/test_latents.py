@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from data_prep import build
-from data_prep.latents import encode_clip, load_encoder
-from loki_jax.data.records import DatasetError
+from data_prep.dataset.latents import encode_clip, load_encoder
+from loki_jax.data.schema import DatasetError
 from loki_jax.models.autoencoder import make_autoencoder
 from loki_jax.weights.sources import from_arrays
 from loki_jax.weights.write import write_orbax

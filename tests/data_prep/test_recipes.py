@@ -8,17 +8,11 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from data_prep import hdtf, talkvid
-from data_prep.manifest import label_of, read_labels
-from data_prep.recipes import (
-    RecipeError,
-    WantedClip,
-    find_video,
-    limit_clips,
-    parse_time,
-    pixel_box,
-)
-from loki_jax.video import MediaError, read_video, write_video
+from data_prep.dataset.manifest import label_of, read_labels
+from data_prep.recipes import hdtf, talkvid
+from data_prep.recipes.recipe import RecipeError, WantedClip, find_video, limit_clips, parse_time, pixel_box
+from loki_jax.video.reader import MediaError, read_video
+from loki_jax.video.writer import write_video
 
 RATE = Fraction(25)
 

@@ -8,11 +8,12 @@ import pytest
 from scipy.spatial.transform import Rotation
 
 from data_prep import report
-from data_prep.fit import make_camera
 from data_prep.report import count_closures, jitter_degrees, make_report
-from loki_jax.data.records import Clip, DatasetError, write_dataset
-from loki_jax.head.builtin import builtin_head
-from loki_jax.head.types import Coefficients
+from loki_jax.data.schema import Clip, DatasetError
+from loki_jax.data.writer import write_dataset
+from loki_jax.face.builtin import builtin_head
+from loki_jax.face.types import Coefficients
+from loki_jax.fitting.fit import make_camera
 
 N, SIZE = 12, 16
 YAW = np.linspace(-20, 30, N)

@@ -1,4 +1,4 @@
-"""Functions for the processes of `data_prep.workers`; importing this module is quick."""
+"""Functions for the processes of `data_prep.dataset.workers`; importing this module is quick."""
 
 import os
 import signal

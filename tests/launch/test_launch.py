@@ -195,7 +195,7 @@ def test_two_processes_train(tmp_path):
     """The real program: two CPU processes, one checkpoint, one metrics file, resumed by one process."""
     from loki_jax.training.checkpoint import load_checkpoint
     from loki_jax.training.logging import read_metrics
-    from tests.synthetic_clips import write_clips
+    from tests.synthetic.synthetic_clips import write_clips
 
     write_clips(tmp_path / "shards", frames=6, size=16)
     train = [

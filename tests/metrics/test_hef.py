@@ -5,11 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from loki_jax.head.builtin import builtin_head
-from loki_jax.head.camera import camera_from_world, crop_box, ndc_from_camera, project
-from loki_jax.head.types import Camera, Coefficients
+from loki_jax.face.builtin import builtin_head
+from loki_jax.face.camera import camera_from_world, ndc_from_camera, project
+from loki_jax.face.crop import crop_box
+from loki_jax.face.types import Camera, Coefficients
 from loki_jax.metrics.hef import head_expression_follow, masked_l1, offset_distance, offset_map
-from tests.public_flame_oracle import PublicFlame, rigid
+from tests.face.public_flame_oracle import PublicFlame, rigid
 
 
 @pytest.mark.parametrize("case", range(3))
@@ -92,7 +93,7 @@ def head():
 CAMERA = Camera(np.array([1300.0, 1300, 256, 256], np.float32), np.eye(4, dtype=np.float32))
 
 
-def performance(head, n=3, **weights):
+def driving_clip(head, n=3, **weights):
     zeros = np.zeros((n, 3), np.float32)
     expression = np.zeros((n, head.n_expression), np.float32)
     for name, value in weights.items():
@@ -106,19 +107,19 @@ def follow(head, prediction, target, **options):
 
 
 def test_equal_expressions_have_distance_zero(head):
-    target = performance(head, jawOpen=0.7, mouthSmileLeft=0.4)
+    target = driving_clip(head, jawOpen=0.7, mouthSmileLeft=0.4)
     result = follow(head, target, target)
     assert result.distance == 0 and result.uncovered == 0 and result.n_frames == 3
 
 
 def test_grows_with_the_error(head):
-    target = performance(head, jawOpen=0.8)
-    distances = [follow(head, performance(head, jawOpen=x), target).distance for x in (0.6, 0.4, 0.0)]
+    target = driving_clip(head, jawOpen=0.8)
+    distances = [follow(head, driving_clip(head, jawOpen=x), target).distance for x in (0.6, 0.4, 0.0)]
     assert 0 < distances[0] < distances[1] < distances[2]
 
 
 def test_sees_jaw_and_eyes(head):
-    target = performance(head)
+    target = driving_clip(head)
     opened = target._replace(jaw=target.jaw + np.float32([0.3, 0, 0]))
     glancing = target._replace(eyes=target.eyes + np.float32([0, 0.4, 0]))
     assert follow(head, opened, target).distance > 0.05
@@ -126,18 +127,18 @@ def test_sees_jaw_and_eyes(head):
 
 
 def test_blind_to_pose_shape_and_neck(head):
-    target = performance(head, jawOpen=0.5, browInnerUp=0.6)
+    target = driving_clip(head, jawOpen=0.5, browInnerUp=0.6)
     other = target._replace(
         rot=target.rot + np.float32([0.2, -0.4, 0.1]),
         tra=target.tra * 1.5,
         neck=target.neck + np.float32(0.2),
-        shape=target.shape + np.float32(0.8),
+        betas=target.betas + np.float32(0.8),
     )
     assert follow(head, other, target).distance == 0
 
 
 def test_neck_of_the_target_does_not_enter_the_offsets(head):
-    prediction, target = performance(head), performance(head, jawOpen=0.5)
+    prediction, target = driving_clip(head), driving_clip(head, jawOpen=0.5)
     bent = target._replace(neck=target.neck + np.float32([0, 0.15, 0]))
     plain, turned = (follow(head, prediction, t).distance for t in (target, bent))
     # The same offsets seen from another side: with the neck inside they would be several times larger.
@@ -145,7 +146,7 @@ def test_neck_of_the_target_does_not_enter_the_offsets(head):
 
 
 def test_frames_are_common_ones(head):
-    long, short = performance(head, n=5, jawOpen=0.5), performance(head, n=2)
+    long, short = driving_clip(head, n=5, jawOpen=0.5), driving_clip(head, n=2)
     assert follow(head, short, long).n_frames == 2
     assert follow(head, long, long, n_frames=4).n_frames == 4
     nothing = jax.tree.map(lambda x: x[:0], short)
@@ -153,6 +154,6 @@ def test_frames_are_common_ones(head):
 
 
 def test_foreign_coefficients_are_named(head):
-    target = performance(head)
+    target = driving_clip(head)
     with pytest.raises(ValueError, match="prediction has expression"):
         follow(head, target._replace(expression=target.expression[:, :-1]), target)

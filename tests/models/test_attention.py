@@ -149,7 +149,7 @@ def test_memory_of_the_backward_pass(backend, fits):
 
 @pytest.mark.parametrize("backward", [False, True])
 def test_chunked_memory_is_linear_at_the_papers_size(backward):
-    """16 x 1,024 queries, 1,024 reference keys, 10 heads of 64 in bfloat16 (design section 6)."""
+    """16 x 1,024 queries, 1,024 reference keys, 10 heads of 64 in bfloat16 (method, section 6)."""
 
     def temporaries(frames):
         q, k = (jax.ShapeDtypeStruct((1, n * 1024, 10, 64), jnp.bfloat16) for n in (frames, frames + 1))
@@ -167,7 +167,7 @@ def test_chunked_memory_is_linear_at_the_papers_size(backward):
 
 
 def test_auto_never_materialises_the_full_size_logits():
-    """16,384 queries x 17,408 keys (design section 6): auto on CPU takes the chunked backend."""
+    """16,384 queries x 17,408 keys (method, section 6): auto on CPU takes the chunked backend."""
     q = jax.ShapeDtypeStruct((2, 16384, 10, 64), jnp.bfloat16)
     k = jax.ShapeDtypeStruct((2, 17408, 10, 64), jnp.bfloat16)
     jaxpr = jax.make_jaxpr(attend)(q, k, k)

@@ -9,7 +9,8 @@ import pytest
 
 from loki_jax.models.autoencoder import AutoencoderKL
 from loki_jax.models.encoder import ConditioningEncoder
-from loki_jax.models.ldm_names import (
+from loki_jax.models.unet import SpatioTemporalTransformer, UNet
+from loki_jax.weights.ldm_names import (
     autoencoder_table,
     encoder_table,
     params_from_ldm,
@@ -17,7 +18,6 @@ from loki_jax.models.ldm_names import (
     transformer_table,
     unet_table,
 )
-from loki_jax.models.unet import SpatioTemporalTransformer, UNet
 from tests.golden.make import NETWORKS, digest
 from tests.models.weights import (
     channels_last,

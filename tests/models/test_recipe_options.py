@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from configs import demo
-from loki_jax.head.builtin import builtin_head
+from loki_jax.face.builtin import builtin_head
 from loki_jax.models.unet import TransformerBlock
 from loki_jax.networks import build_networks, denoise, random_params
-from loki_jax.training.step import check_config
+from loki_jax.training.config import check_config
 from tests.models.weights import quick_jit
 
 T, SIZE = 3, 8

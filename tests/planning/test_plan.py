@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from configs import ablations, demo, hdtf
-from loki_jax.head.builtin import builtin_head
+from loki_jax.face.builtin import builtin_head
 from loki_jax.plan import attention_backend, parse_mesh, write_json
 from loki_jax.planning.collectives import Collective, parse_collectives, seconds, sent_bytes
 from loki_jax.planning.memory import abstract_mesh, activations, peak_bytes
@@ -27,7 +27,7 @@ from loki_jax.planning.report import (
 )
 from loki_jax.planning.sweep import draw_sweep, sweep
 from loki_jax.planning.work import PARTS, PartWork, make_subject, parameters_by_part
-from loki_jax.training.accounting import chip_named, live_jaxpr
+from loki_jax.training.flops import chip_named, live_jaxpr
 
 ROOT = Path(__file__).resolve().parents[2]
 

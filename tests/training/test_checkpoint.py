@@ -10,7 +10,6 @@ import pytest
 
 from configs import demo
 from loki_jax.training.checkpoint import (
-    CheckpointError,
     check_fit,
     finishing,
     leaf_shapes,
@@ -18,7 +17,8 @@ from loki_jax.training.checkpoint import (
     restore_state,
     save_state,
     saved_steps,
-)  # fmt: skip
+)
+from loki_jax.training.config import CheckpointError
 from loki_jax.training.faults import Preempted
 from loki_jax.training.state import create_state
 

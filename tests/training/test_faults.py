@@ -11,7 +11,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs.common import base_config
-from loki_jax.data.records import ClipInfo, DatasetError
+from loki_jax.data.schema import ClipInfo, DatasetError
 from loki_jax.training.faults import (
     ExitCode,
     NonFiniteError,
@@ -22,8 +22,8 @@ from loki_jax.training.faults import (
     leave,
 )
 from loki_jax.training.logging import Progress, progress_line
-from loki_jax.training.provenance import dataset_checksums, installed_packages
-from loki_jax.training.watch import StepWatch, window_names
+from loki_jax.training.monitor import StepMonitor, window_names
+from loki_jax.training.workdir import dataset_checksums, installed_packages
 
 
 def chained(outer, inner):
@@ -101,7 +101,7 @@ def faults(**changes):
 
 
 def test_steps_are_looked_at_one_late_until_one_is_skipped():
-    watch = StepWatch(faults(max_skips=3), skipped=5)
+    watch = StepMonitor(faults(max_skips=3), skipped=5)
     assert watch.follow(1, {"n": 1}, metrics()) == []
     assert watch.follow(2, {"n": 2}, metrics(np.nan)) == []
     # Step 2 is seen when 3 has started, and then 3 at once.
@@ -116,12 +116,12 @@ def test_steps_are_looked_at_one_late_until_one_is_skipped():
 
 
 def test_one_skip_is_enough_where_the_config_says_so():
-    watch = StepWatch(faults(max_skips=1))
+    watch = StepMonitor(faults(max_skips=1))
     assert [i.step for i in watch.follow(1, {}, metrics(np.nan))] == [1] and watch.stuck
 
 
 def test_spikes_stand_out_of_the_median():
-    watch = StepWatch(faults(spike_factor=5.0, spike_window=40))
+    watch = StepMonitor(faults(spike_factor=5.0, spike_window=40))
     rng = np.random.default_rng(0)
     found = [i for step in range(30) for i in watch.follow(step, {}, metrics(norm=1 + 0.5 * rng.random()))]
     assert found == []

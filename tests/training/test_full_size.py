@@ -10,9 +10,9 @@ SCRIPT = """
 import json
 import jax
 from configs import hdtf
-from loki_jax.head.builtin import builtin_head
+from loki_jax.face.builtin import builtin_head
 from loki_jax.networks import build_networks
-from loki_jax.training.abstract import abstract_batch, abstract_state
+from loki_jax.training.init import abstract_batch, abstract_state
 from loki_jax.training.sharding import batch_sharding, make_mesh, tree_shardings
 from loki_jax.training.state import make_optimizer
 from loki_jax.training.step import make_train_step

@@ -14,16 +14,17 @@ import pytest
 
 from benchmarks import resume, topologies
 from benchmarks.tiny_run import environment, tiny_config, train_command, write_shards
-from loki_jax.data.records import DatasetError
-from loki_jax.head.builtin import builtin_head
+from loki_jax.data.schema import DatasetError
+from loki_jax.face.builtin import builtin_head
 from loki_jax.networks import build_networks, random_params
 from loki_jax.train import train
-from loki_jax.training.checkpoint import CheckpointError, load_checkpoint, restore_as_numpy, saved_steps
-from loki_jax.training.dump import read_dump, replay
+from loki_jax.training.checkpoint import load_checkpoint, restore_as_numpy, saved_steps
+from loki_jax.training.config import CheckpointError
 from loki_jax.training.faults import ExitCode, NonFiniteError, exit_code
+from loki_jax.training.init import initial_params
 from loki_jax.training.logging import read_metrics
-from loki_jax.training.step import initial_params
-from loki_jax.video import read_video
+from loki_jax.training.snapshot import read_snapshot, replay
+from loki_jax.video.reader import read_video
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +53,9 @@ def cache():
 def test_updates_that_are_not_finite_are_skipped_and_then_stop_the_run(tmp_path, capsys):
     shards = write_shards(tmp_path / "shards", latents=np.inf)
     config = tiny_config(shards, steps=9, checkpoint__every=1, faults__max_skips=3)
-    with pytest.raises(NonFiniteError, match="3 updates in a row.*step 3.*loki_jax.training.dump") as error:
+    with pytest.raises(
+        NonFiniteError, match="3 updates in a row.*step 3.*loki_jax.training.snapshot"
+    ) as error:
         train(config, tmp_path / "run")
     assert exit_code(error.value) == ExitCode.NOT_FINITE
     said = capsys.readouterr().err
@@ -71,13 +74,13 @@ def test_updates_that_are_not_finite_are_skipped_and_then_stop_the_run(tmp_path,
     moments = restore_as_numpy(tmp_path / "run" / "checkpoints" / "2" / "optimizer")
     assert all(not np.any(leaf) for leaf in jax.tree.leaves(moments))
     # The dump has the batch and what the step saw.
-    dump = read_dump(tmp_path / "run" / "dumps" / "3")
+    dump = read_snapshot(tmp_path / "run" / "dumps" / "3")
     assert dump.step == 3 and dump.info["windows"] == skipped[-1]["windows"]
     assert np.isinf(np.asarray(dump.batch["latent_mean"], np.float32)).all()
     jax.tree.map(np.testing.assert_array_equal, dump.params["trained"]["generation"], start["generation"])
     (tmp_path / "run" / "dumps" / "3" / "dump.json").unlink()
     with pytest.raises(CheckpointError, match="cut short"):
-        read_dump(tmp_path / "run" / "dumps" / "3")
+        read_snapshot(tmp_path / "run" / "dumps" / "3")
 
 
 @pytest.mark.slow
@@ -85,7 +88,7 @@ def test_a_dump_replays_the_step(tmp_path):
     shards = write_shards(tmp_path / "shards", latents=np.inf)
     with pytest.raises(NonFiniteError):
         train(tiny_config(shards, steps=2, faults__max_skips=1), tmp_path / "run")
-    found = replay(read_dump(tmp_path / "run" / "dumps" / "1"))
+    found = replay(read_snapshot(tmp_path / "run" / "dumps" / "1"))
     assert not np.isfinite(found["loss"]) and found["gradients"]
     assert any(line.startswith("latent_mean of window 0: {'clip'") for line in found["batch"])
 

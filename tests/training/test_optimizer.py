@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from configs import common, demo
-from loki_jax.head.builtin import builtin_head
+from loki_jax.face.builtin import builtin_head
 from loki_jax.networks import build_networks, random_params
 from loki_jax.training.sharding import path_name
 from loki_jax.training.state import decay_mask, learning_rate, make_optimizer

@@ -9,14 +9,16 @@ import pytest
 
 from benchmarks.tiny_run import SIZE, tiny_config, write_shards
 from configs import demo, hdtf
-from data_prep.synth import synth_clip
-from loki_jax.data.records import DatasetError
-from loki_jax.head.builtin import builtin_head
+from loki_jax.data.schema import DatasetError
+from loki_jax.face.builtin import builtin_head
 from loki_jax.networks import build_networks, portrait_features, random_params
+from loki_jax.synthetic.clips import synth_clip
 from loki_jax.train import train
-from loki_jax.training.checkpoint import CheckpointError, load_checkpoint, load_model_file, save_model_file
+from loki_jax.training.checkpoint import load_checkpoint
+from loki_jax.training.config import CheckpointError
+from loki_jax.training.init import initial_params
 from loki_jax.training.logging import read_metrics
-from loki_jax.training.step import initial_params
+from loki_jax.training.model_file import load_model_file, save_model_file
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from loki_jax import convert
-from loki_jax.head.asset import save_head
-from loki_jax.head.builtin import builtin_head
+from loki_jax.face.asset import save_head
+from loki_jax.face.builtin import builtin_head
 from loki_jax.weights import layouts, sources
 from loki_jax.weights.flax_msgpack import write_msgpack
 from loki_jax.weights.layouts import diffusers_configs
@@ -490,8 +490,8 @@ def run_config(pretrained):
 def test_training_refuses_a_folder_that_was_never_converted(tmp_path, folder, message):
     """The diffusers folder itself is the likely mistake; nothing is initialised before it is noticed."""
     from loki_jax.networks import build_networks
-    from loki_jax.training.checkpoint import CheckpointError
-    from loki_jax.training.step import initial_params
+    from loki_jax.training.config import CheckpointError
+    from loki_jax.training.init import initial_params
 
     (tmp_path / "sd" / "unet").mkdir(parents=True)
     config = run_config(tmp_path / folder)
@@ -504,7 +504,7 @@ def test_training_refuses_a_folder_that_was_never_converted(tmp_path, folder, me
 def test_training_starts_from_the_folder(tmp_path, network, options):
     """What `config.pretrained` needs is what the program wrote, arrays equal."""
     from loki_jax.networks import build_networks
-    from loki_jax.training.step import initial_params
+    from loki_jax.training.init import initial_params
 
     state = random_state(network, "diffusers")
     save_diffusers(tmp_path / "sd", state, save_file, SAFETENSORS)

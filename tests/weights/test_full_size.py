@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from configs.common import base_config
-from loki_jax.models.diffusers_names import current_name, diffusers_unet_table
+from loki_jax.weights.diffusers_names import current_name, diffusers_unet_table
 from loki_jax.weights.layouts import (
     diffusers_configs,
     make_layout,
@@ -15,7 +15,7 @@ from loki_jax.weights.layouts import (
     new_parameters,
     sd21_config,
 )
-from loki_jax.weights.ledger import settle, state_shape
+from loki_jax.weights.match import match_keys, state_shape
 from loki_jax.weights.tensors import TensorInfo, WeightsError
 
 
@@ -97,10 +97,10 @@ def test_sd21_checkpoint_is_accounted_for(network, golden):
         "model_ema.num_updates": TensorInfo((), "int32"),
     }
     layout = make_layout("ldm", network)
-    ledger = settle(infos, layout.table, network.shapes, layout.drops, "sd21")
-    assert len(ledger.used) == 686 + 248
-    assert count(network.shapes[path] for path in ledger.used) == 865_910_724 + 83_653_863
-    assert set(ledger.dropped) == set(infos) - set(golden_keys(golden, "sd21_ldm_checkpoint_keys"))
+    key_match = match_keys(infos, layout.table, network.shapes, layout.drops, "sd21")
+    assert len(key_match.used) == 686 + 248
+    assert count(network.shapes[path] for path in key_match.used) == 865_910_724 + 83_653_863
+    assert set(key_match.dropped) == set(infos) - set(golden_keys(golden, "sd21_ldm_checkpoint_keys"))
 
 
 def test_a_moving_average_is_never_dropped_silently(network, golden):
@@ -110,7 +110,7 @@ def test_a_moving_average_is_never_dropped_silently(network, golden):
     with pytest.raises(
         WeightsError, match="1 tensors that nothing asks for.*\n.*model_ema.diffusion_modelout2bias"
     ):
-        settle(infos, layout.table, network.shapes, layout.drops, "sd21")
+        match_keys(infos, layout.table, network.shapes, layout.drops, "sd21")
 
 
 def test_what_a_run_takes_from_the_backbone(network, golden):
@@ -145,12 +145,14 @@ def test_public_loki_checkpoint_is_accounted_for(network, golden, wrapped):
     outer = "model." if wrapped else ""
     infos = infos_of({outer + name: shape for name, shape in (state | legacy).items()}, "float16")
     layout = make_layout("loki", network, wrapped)
-    ledger = settle(infos, layout.table, network.shapes, layout.drops, "loki")
-    assert ledger.used.keys() == network.shapes.keys() - {"null_prompt"}
-    assert set(ledger.dropped) == {outer + name for name in legacy}
-    assert len(set(ledger.dropped.values())) == 3
+    key_match = match_keys(infos, layout.table, network.shapes, layout.drops, "loki")
+    assert key_match.used.keys() == network.shapes.keys() - {"null_prompt"}
+    assert set(key_match.dropped) == {outer + name for name in legacy}
+    assert len(set(key_match.dropped.values())) == 3
     # The reference branch's own cross-attention is used, never dropped.
-    assert any(name.startswith(f"{outer}ref_extractor.") and "attn2" in name for name in ledger.used.values())
+    assert any(
+        name.startswith(f"{outer}ref_extractor.") and "attn2" in name for name in key_match.used.values()
+    )
 
 
 def test_settings_that_diffusers_needs(network):

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from flax.traverse_util import unflatten_dict
 
-from loki_jax.models.diffusers_names import diffusers_autoencoder_table, diffusers_unet_table
-from loki_jax.models.ldm_names import from_ldm, to_ldm
 from loki_jax.models.loki import make_loki
+from loki_jax.weights.diffusers_names import diffusers_autoencoder_table, diffusers_unet_table
 from loki_jax.weights.layouts import diffusers_configs, make_layout, make_network, sd21_config
+from loki_jax.weights.ldm_names import from_ldm, to_ldm
 from tests.models.weights import error, recipe_weight
 
 pytestmark = pytest.mark.slow

@@ -7,10 +7,11 @@ import pytest
 
 from configs.common import base_config
 from loki_jax import convert
-from loki_jax.head.asset import save_head
-from loki_jax.head.builtin import builtin_head
+from loki_jax.face.asset import save_head
+from loki_jax.face.builtin import builtin_head
 from loki_jax.networks import build_networks, denoise, encode_condition, reference_features
-from loki_jax.training.checkpoint import config_to_json, load_checkpoint
+from loki_jax.training.checkpoint import load_checkpoint
+from loki_jax.training.config import config_to_json
 from tests.models.weights import (
     channels_last,
     error,

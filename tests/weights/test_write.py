@@ -9,7 +9,7 @@ import pytest
 from loki_jax.weights import sources
 from loki_jax.weights.flax_msgpack import write_msgpack
 from loki_jax.weights.tensors import TensorInfo, Tensors, WeightsError
-from loki_jax.weights.write import cast, whole_or_nothing, write_orbax, write_safetensors
+from loki_jax.weights.write import atomic_path, cast, write_orbax, write_safetensors
 
 COUNT, SIZE = 8, 2**18  # tensors of 1 MiB
 
@@ -55,15 +55,15 @@ def test_one_tensor_at_a_time(tmp_path, kind):
 
 def test_whole_or_nothing(tmp_path):
     target = tmp_path / "deep" / "out"
-    with pytest.raises(ZeroDivisionError), whole_or_nothing(target) as partial:
+    with pytest.raises(ZeroDivisionError), atomic_path(target) as partial:
         partial.mkdir()
         (partial / "half").write_text("half")
         raise ZeroDivisionError
     assert not list(target.parent.iterdir())
-    with whole_or_nothing(target) as partial:
+    with atomic_path(target) as partial:
         partial.write_text("whole")
     assert [p.name for p in target.parent.iterdir()] == ["out"]
-    with pytest.raises(WeightsError, match="out: exists already"), whole_or_nothing(target):
+    with pytest.raises(WeightsError, match="out: exists already"), atomic_path(target):
         pass
     assert target.read_text() == "whole"
 

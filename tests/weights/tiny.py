@@ -5,9 +5,9 @@ import json
 import numpy as np
 
 from configs.common import base_config
-from loki_jax.training.checkpoint import config_to_json
+from loki_jax.training.config import config_to_json
 from loki_jax.weights.layouts import make_layout, make_network
-from loki_jax.weights.ledger import state_shape
+from loki_jax.weights.match import state_shape
 
 
 def tiny_config():

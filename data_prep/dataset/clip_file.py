@@ -1,0 +1,163 @@
+"""Work files: one fitted clip, or the reason why it was rejected, safely on disk.
+
+The file of a clip is KEY.npz or KEY.json, where the key stands for the clip's content and all settings
+(`data_prep.dataset.manifest`). It appears whole or not at all, also after a loss of power.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+
+from loki_jax.data.schema import COEFFICIENT_FEATURES
+from loki_jax.face.types import Camera, Coefficients
+
+_FILE = "{file}"  # stands for the clip's path in stored reasons, which may be another one next time
+
+
+class ClipData(NamedTuple):
+    """A fitted clip of N frames, ready for the shards.
+
+    Attributes:
+      coefficients: fields (N, n).
+      camera: intrinsics (4,) or (N, 4), extrinsics (4, 4) or (N, 4, 4).
+      crop: box (4,) or boxes (N, 4) in pixels of the uncropped frame.
+      confidence: (N,) in [0, 1].
+      images: N encoded pictures of the crop.
+      row: what the summary says about the clip.
+    """
+
+    coefficients: Coefficients
+    camera: Camera
+    crop: Float[np.ndarray, "*n 4"]
+    confidence: Float[np.ndarray, " N"]
+    images: list[bytes]
+    row: dict[str, Any]
+
+
+def write_durably(path: Path, write: Callable[[BinaryIO], None]) -> None:
+    """Let `write` fill a hidden file beside `path` and give it its name once it is on the disk."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def remove_partials(folder: Path) -> None:
+    """Remove what writers that were killed left in `folder`."""
+    for file in folder.glob(".*.partial*"):
+        file.unlink(missing_ok=True)
+
+
+def clip_path(folder: Path, key: str) -> Path:
+    return folder / f"{key}.npz"
+
+
+def rejection_path(folder: Path, key: str) -> Path:
+    return folder / f"{key}.json"
+
+
+def overlay_path(folder: Path, key: str) -> Path:
+    return folder / f"{key}.mp4"
+
+
+def is_done(folder: Path, key: str) -> bool:
+    """Whether the clip was fitted or rejected before."""
+    return clip_path(folder, key).is_file() or rejection_path(folder, key).is_file()
+
+
+def save_clip(folder: Path, key: str, clip: ClipData) -> None:
+    """Store a fitted clip."""
+    sizes = np.array([len(image) for image in clip.images], np.int64)
+    arrays = {
+        **{
+            f"coefficients/{name}": np.asarray(v, np.float32)
+            for name, v in zip(COEFFICIENT_FEATURES, clip.coefficients, strict=True)
+        },
+        **{f"camera/{name}": np.asarray(value, np.float32) for name, value in clip.camera._asdict().items()},
+        "crop": np.asarray(clip.crop, np.float32),
+        "confidence": np.asarray(clip.confidence, np.float32),
+        "image_sizes": sizes,
+        "images": np.frombuffer(b"".join(clip.images), np.uint8),
+        "row": np.asarray(json.dumps(clip.row)),
+    }
+    write_durably(clip_path(folder, key), lambda file: np.savez(file, **arrays))
+
+
+def load_clip(folder: Path, key: str) -> ClipData | None:
+    """A stored clip; None if there is none, or if its file is damaged (which then goes)."""
+    path = clip_path(folder, key)
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+        ends = np.cumsum(arrays["image_sizes"])
+        pixels = arrays["images"].tobytes()
+        if len(pixels) != (ends[-1] if len(ends) else 0):
+            raise ValueError("pictures are missing")
+        return ClipData(
+            Coefficients(*(arrays[f"coefficients/{name}"] for name in COEFFICIENT_FEATURES)),
+            Camera(*(arrays[f"camera/{name}"] for name in Camera._fields)),
+            arrays["crop"],
+            arrays["confidence"],
+            [pixels[end - size : end] for end, size in zip(ends, arrays["image_sizes"], strict=True)],
+            json.loads(str(arrays["row"])),
+        )
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        path.unlink(missing_ok=True)
+        return None
+
+
+def save_rejection(folder: Path, key: str, reason: str, path: Path) -> None:
+    """Store why the clip at `path` was rejected."""
+    text = json.dumps({"reason": reason.replace(str(path), _FILE)})
+    write_durably(rejection_path(folder, key), lambda file: file.write(text.encode()))
+
+
+def load_rejection(folder: Path, key: str, path: Path) -> str | None:
+    """The stored reason, with the clip's present path; None if there is none."""
+    try:
+        reason = json.loads(rejection_path(folder, key).read_text())["reason"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return reason.replace(_FILE, str(path))
+
+
+def template_of(reason: str, path: Path) -> str:
+    """A reason without the clip's path, as `fill_template` takes it."""
+    return reason.replace(str(path), _FILE)
+
+
+def fill_template(reason: str, path: Path) -> str:
+    return reason.replace(_FILE, str(path))
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[bool]:
+    """Hold the folder's lock; yields whether it was free. A killed process gives it up."""
+    try:
+        import fcntl
+    except ImportError:  # Windows: two builds at a time are the user's to avoid
+        yield True
+        return
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            yield False
+            return
+        yield True

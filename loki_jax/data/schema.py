@@ -1,0 +1,178 @@
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Iterable
+from fractions import Fraction
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+import tensorflow_datasets as tfds
+from jaxtyping import BFloat16, Float, UInt8
+
+from loki_jax.face.types import Camera, Coefficients
+
+SCHEMA_VERSION = 1
+
+SPLITS = ("train", "validation")
+
+HEAD_FILE = "head.npz"
+
+METADATA_FILE = "metadata.json"
+
+CLIPS_FILE = "clips.json"
+
+NAME_PATTERN = "loki"
+
+REBUILD_ADVICE = "Build it again with `python -m data_prep.build` or `python -m data_prep.synth`."
+
+
+class DatasetError(ValueError):
+    """A dataset folder is missing, damaged or of another version, or clips do not fit the schema.
+
+    The message names the file and what to do about it.
+    """
+
+
+@dataclasses.dataclass(frozen=True)
+class Clip:
+    """A clip on its way into a dataset: N consecutive frames of one person.
+
+    Attributes:
+      clip_id: unique name within the dataset.
+      identity: who it is; one identity is never in both splits.
+      fps: exact frame rate.
+      split: "train" or "validation".
+      source: where the frames come from (file name, URL, "data_prep.synth").
+      licence: licence of the frames.
+      coefficients: fields (N, n); `shape` may be (n_shape,), the same for all frames.
+      camera: intrinsics (4,) or (N, 4) in pixels of the uncropped frame; extrinsics (4, 4) or (N, 4, 4).
+      crop: (4,) or (N, 4) box x0, y0, x1, y1 in pixels of the uncropped frame; the stored image is
+        this box resized to image_size. One box a clip, except in data for the `official` variant.
+      images: N cropped frames, (S, S, 3) uint8 RGB each, or bytes already encoded as the dataset's
+        image format. Any iterable: it is read once, frame by frame. None: latents only.
+      latent_mean, latent_logvar: (N, h, w, c) moments of the VAE posterior of the same frames (not
+        multiplied by the scale factor), stored as bfloat16; both or neither.
+      confidence: (N,) in [0, 1], quality of the fit for each frame; None: 1 everywhere.
+      fit_quality: one number for the clip (mean reprojection error in pixels); None: not fitted.
+      extra: anything else worth keeping that JSON can hold (`identity_seed` of synthetic clips).
+    """
+
+    clip_id: str
+    identity: str
+    fps: Fraction
+    split: str
+    source: str
+    licence: str
+    coefficients: Coefficients
+    camera: Camera
+    crop: Float[np.ndarray, ...]
+    images: Iterable[UInt8[np.ndarray, "S S 3"] | bytes] | None
+    latent_mean: Float[np.ndarray, "N h w c"] | None = None
+    latent_logvar: Float[np.ndarray, "N h w c"] | None = None
+    confidence: Float[np.ndarray, " N"] | None = None
+    fit_quality: float | None = None
+    extra: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipInfo:
+    """One row of the clip table; its records are first_record .. first_record + length - 1 of its split."""
+
+    clip_index: int
+    clip_id: str
+    identity: str
+    fps: Fraction
+    length: int
+    split: str
+    first_record: int
+    fit_quality: float | None
+    source: str
+    licence: str
+    extra: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Metadata:
+    """What holds for the whole dataset.
+
+    `shards` maps each shard file to (records, size in bytes), so that a truncated copy is noticed
+    when the dataset is opened. `latent_shape` is (h, w, c) or None; `image_format` "png", "jpeg" or None.
+    """
+
+    schema_version: int
+    code_version: str
+    head_sha256: str
+    head_name: str
+    head_licence: str
+    image_size: int
+    image_format: str | None
+    latent_shape: tuple[int, int, int] | None
+    n_shape: int
+    n_expression: int
+    records: dict[str, int]
+    shards: dict[str, tuple[int, int]]
+
+
+class Frame(NamedTuple):
+    """One record, decoded. `image` (S, S, 3) uint8 RGB or None; latent moments (h, w, c) or None."""
+
+    clip_index: int
+    frame_index: int
+    image: UInt8[np.ndarray, "S S 3"] | None
+    latent_mean: BFloat16[np.ndarray, "h w c"] | None
+    latent_logvar: BFloat16[np.ndarray, "h w c"] | None
+    coefficients: Coefficients
+    camera: Camera
+    crop: Float[np.ndarray, " 4"]
+    confidence: float
+
+
+ROTATIONS = ("rot", "tra", "neck", "jaw", "eyes")
+
+
+def record_features(
+    n_shape: int,
+    n_expression: int,
+    image_size: int,
+    image_format: str | None,
+    latent_shape: tuple[int, int, int] | None,
+) -> tfds.features.FeaturesDict:
+    """The TFDS features of a record; what is stored under which name."""
+
+    def floats(*shape: int) -> tfds.features.Tensor:
+        return tfds.features.Tensor(shape=shape, dtype=np.float32)
+
+    features: dict[str, Any] = {
+        "clip_id": tfds.features.Text(),
+        "clip_index": tfds.features.Tensor(shape=(), dtype=np.int32),
+        "frame_index": tfds.features.Tensor(shape=(), dtype=np.int32),
+        "shape": floats(n_shape),
+        "expression": floats(n_expression),
+        **{name: floats(3) for name in ROTATIONS},
+        "intrinsics": floats(4),
+        "extrinsics": floats(4, 4),
+        "crop": floats(4),
+        "confidence": floats(),
+    }
+    if image_format is not None:
+        features["image"] = tfds.features.Image(
+            shape=(image_size, image_size, 3), encoding_format=image_format
+        )
+    if latent_shape is not None:
+        for name in ("latent_mean", "latent_logvar"):
+            features[name] = tfds.features.Tensor(
+                shape=latent_shape, dtype=ml_dtypes.bfloat16, encoding="bytes"
+            )
+    return tfds.features.FeaturesDict(features)
+
+
+# Names of the coefficients in a record, in the order of `Coefficients`.
+COEFFICIENT_FEATURES = ("shape", *Coefficients._fields[1:])
+
+
+def assign_split(identity: str, validation_share: float = 0.02, seed: int = 0) -> str:
+    """ "train" or "validation", a fixed function of the identity's name: all its clips go together."""
+    digest = hashlib.sha256(f"{seed}/{identity}".encode()).digest()
+    return SPLITS[int.from_bytes(digest[:8], "big") < validation_share * 2**64]

@@ -1,0 +1,465 @@
+"""The record schema: clips in, a TFDS dataset of ArrayRecord shards out, and back (method, section 8).
+
+A dataset is one folder, `data.path` of the configs:
+
+    dataset_info.json, features.json    TFDS's own description: any TFDS user can open the folder
+    loki-train.array_record-00000-of-00003 ...    one record a frame, clips one after another
+    metadata.json     schema version, sizes, head hash, size of every shard
+    clips.json        the clip table
+    head.npz          the head asset whose coefficients the records hold
+
+Neither writing nor reading imports TensorFlow. `docs/data.md` describes every field.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterable, Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import tensorflow_datasets as tfds
+from array_record.python import array_record_module
+from jaxtyping import UInt8
+from PIL import Image
+from tensorflow_datasets.proto import tf_example_pb2
+
+import loki_jax
+from loki_jax.data.schema import (
+    CLIPS_FILE,
+    COEFFICIENT_FEATURES,
+    HEAD_FILE,
+    METADATA_FILE,
+    NAME_PATTERN,
+    ROTATIONS,
+    SCHEMA_VERSION,
+    SPLITS,
+    Clip,
+    ClipInfo,
+    DatasetError,
+    Metadata,
+    record_features,
+)
+from loki_jax.face.asset import HeadAsset, save_head
+
+
+def encode_image(image: UInt8[np.ndarray, "S S 3"], image_format: str, jpeg_quality: int = 95) -> bytes:
+    """Encode an RGB image as "png" or "jpeg" (4:4:4, so that a mouth of few pixels keeps its colour)."""
+    buffer = io.BytesIO()
+    picture = Image.fromarray(image)
+    if image_format == "png":
+        picture.save(buffer, "PNG", compress_level=3)
+    else:
+        picture.save(buffer, "JPEG", quality=jpeg_quality, subsampling=0)
+    return buffer.getvalue()
+
+
+class _SplitWriter:
+    """Writes one split's records into shards of about `shard_bytes`; clips are not split up."""
+
+    def __init__(self, folder: Path, split: str, shard_bytes: int):
+        self._folder, self._split, self._shard_bytes = folder, split, shard_bytes
+        self._writer = None
+        self.lengths: list[int] = []
+        self.payload: list[int] = []
+
+    def _partial(self, shard: int) -> Path:
+        return self._folder / f"{_NAME}-{self._split}.array_record-{shard:05d}"
+
+    @property
+    def records(self) -> int:
+        return sum(self.lengths)
+
+    def start_clip(self) -> None:
+        if self._writer is None or self.payload[-1] >= self._shard_bytes:
+            self.close()
+            # One record a group: random access reads one frame; the payload is already compressed.
+            self._writer = array_record_module.ArrayRecordWriter(
+                str(self._partial(len(self.lengths))), "group_size:1,uncompressed"
+            )
+            self.lengths.append(0)
+            self.payload.append(0)
+
+    def write(self, record: bytes) -> None:
+        self._writer.write(record)
+        self.lengths[-1] += 1
+        self.payload[-1] += len(record)
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+    def finish(self) -> list[Path]:
+        """Close and give the shards their final names, which hold their number."""
+        self.close()
+        paths = []
+        for shard in range(len(self.lengths)):
+            path = self._folder / f"{self._partial(shard).name}-of-{len(self.lengths):05d}"
+            self._partial(shard).rename(path)
+            paths.append(path)
+        return paths
+
+
+def _clip_arrays(clip: Clip, head: HeadAsset) -> dict[str, np.ndarray]:
+    """All per-frame float arrays of a clip, broadcast to (N, ...) and checked."""
+    length = len(np.asarray(clip.coefficients.expression))
+    expected = {
+        "shape": (length, head.n_shape),
+        "expression": (length, head.n_expression),
+        **{name: (length, 3) for name in ROTATIONS},
+        "intrinsics": (length, 4),
+        "extrinsics": (length, 4, 4),
+        "crop": (length, 4),
+        "confidence": (length,),
+    }
+    given = {
+        **dict(zip(COEFFICIENT_FEATURES, clip.coefficients, strict=True)),
+        **clip.camera._asdict(),
+        "crop": clip.crop,
+        "confidence": np.ones(length) if clip.confidence is None else clip.confidence,
+    }
+    if length == 0:
+        raise DatasetError(f"clip {clip.clip_id!r} ({clip.source}) has no frames. Leave it out.")
+    arrays = {}
+    for name, shape in expected.items():
+        value = np.asarray(given[name], np.float32)
+        may_repeat = name in ("shape", "intrinsics", "extrinsics", "crop")
+        if value.shape != shape and not (may_repeat and value.shape == shape[1:]):
+            raise DatasetError(
+                f"clip {clip.clip_id!r} ({clip.source}): {name} has shape {value.shape}, expected {shape} "
+                f"for {length} frames and the head {head.name!r}. Fit the clip with this head."
+            )
+        if not np.isfinite(value).all():
+            raise DatasetError(
+                f"clip {clip.clip_id!r} ({clip.source}): {name} holds values that are not finite. "
+                "Fit the clip again or leave it out."
+            )
+        arrays[name] = np.broadcast_to(value, shape)
+    box = arrays["crop"]
+    if (box[:, 2] <= box[:, 0]).any() or (box[:, 3] <= box[:, 1]).any():
+        raise DatasetError(
+            f"clip {clip.clip_id!r} ({clip.source}): a crop box is empty. Crop the clip again."
+        )
+    return arrays
+
+
+def _latents(clip: Clip, latent_shape: tuple[int, int, int] | None, length: int) -> dict[str, np.ndarray]:
+    given = {"latent_mean": clip.latent_mean, "latent_logvar": clip.latent_logvar}
+    found = {name: None if value is None else tuple(np.shape(value)) for name, value in given.items()}
+    expected = None if latent_shape is None else (length, *latent_shape)
+    if any(shape != expected for shape in found.values()):
+        raise DatasetError(
+            f"clip {clip.clip_id!r} ({clip.source}): latents have shapes {found}, expected {expected} as in "
+            "the first clip. Encode all clips with the same VAE, or none."
+        )
+    return {} if expected is None else {k: np.asarray(v).astype(ml_dtypes.bfloat16) for k, v in given.items()}
+
+
+def _encoded_images(
+    clip: Clip, length: int, image_size: int, image_format: str | None, jpeg_quality: int
+) -> Iterable[bytes | None]:
+    """The clip's images as encoded bytes, exactly `length` of them; None each without images."""
+    if (clip.images is None) != (image_format is None):
+        raise DatasetError(
+            f"clip {clip.clip_id!r} ({clip.source}): some clips have images and some have none. "
+            "Give images for all clips or for none."
+        )
+    if clip.images is None:
+        yield from [None] * length
+        return
+    count = 0
+    for image in clip.images:
+        count += 1
+        if count > length:
+            break
+        if isinstance(image, bytes):
+            yield image
+            continue
+        if np.shape(image) != (image_size, image_size, 3) or image.dtype != np.uint8:
+            raise DatasetError(
+                f"clip {clip.clip_id!r} ({clip.source}): frame {count - 1} is {image.dtype} {image.shape}, "
+                f"expected uint8 ({image_size}, {image_size}, 3). Crop and resize the frames first."
+            )
+        yield encode_image(image, image_format, jpeg_quality)
+    if count != length:
+        raise DatasetError(
+            f"clip {clip.clip_id!r} ({clip.source}) has {length} frames of coefficients but "
+            f"{'more' if count > length else count} images. Fit and crop the same frames."
+        )
+
+
+def _check_row(clip: Clip, seen_ids: set[str], split_of: dict[str, str]) -> None:
+    if clip.split not in SPLITS:
+        raise DatasetError(f"clip {clip.clip_id!r}: split {clip.split!r} is none of {SPLITS}.")
+    if clip.clip_id in seen_ids:
+        raise DatasetError(f"clip id {clip.clip_id!r} occurs twice. Give every clip its own id.")
+    if split_of.setdefault(clip.identity, clip.split) != clip.split:
+        raise DatasetError(
+            f"identity {clip.identity!r} has clips in both splits. "
+            "Choose the split by identity (`assign_split`)."
+        )
+    if not isinstance(clip.fps, Fraction) or clip.fps <= 0:
+        raise DatasetError(f"clip {clip.clip_id!r}: fps {clip.fps!r} must be a positive fractions.Fraction.")
+    seen_ids.add(clip.clip_id)
+
+
+def _check_target(path: Path, overwrite: bool) -> None:
+    if not path.exists():
+        return
+    if path.is_dir() and not any(path.iterdir()):
+        return
+    if not overwrite:
+        raise DatasetError(
+            f"{path}: exists already. Choose another folder or pass overwrite (`--overwrite`)."
+        )
+    if not (path / "dataset_info.json").is_file():
+        raise DatasetError(f"{path}: is not a dataset, so it is not overwritten. Choose another folder.")
+
+
+def recover(path: str | os.PathLike) -> None:
+    """Tidy up after writers of the dataset `path` that were killed.
+
+    Their half-written folders go. A dataset that was moved aside to be replaced comes back if its
+    successor never arrived. Folders of processes that still run are left alone.
+    """
+    path = Path(path)
+    pattern = re.compile(re.escape(f".{path.name}.") + r"(\d+)\.(partial|old)")
+    if not path.absolute().parent.is_dir():
+        return
+    for entry in sorted(path.absolute().parent.iterdir()):
+        match = pattern.fullmatch(entry.name)
+        if match is None or _is_running(int(match[1])):
+            continue
+        if match[2] == "old" and not path.exists():
+            entry.rename(path)
+        else:
+            shutil.rmtree(entry, ignore_errors=True)
+
+
+def _is_running(pid: int) -> bool:
+    if pid == os.getpid():
+        return True
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass  # another user's process
+    return True
+
+
+def _flush(folder: Path) -> None:
+    """Ask the system to write the folder's files to the disk now."""
+    for file in (*(entry for entry in folder.rglob("*") if entry.is_file()), folder):
+        descriptor = os.open(file, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _publish(partial: Path, path: Path) -> None:
+    """Move the finished folder to its place; an old dataset there is removed only afterwards.
+
+    A kill between the two moves leaves both folders under hidden names: `recover` puts the old one back.
+    """
+    _flush(partial)
+    old = None
+    if path.exists():
+        old = path.with_name(f".{path.name}.{os.getpid()}.old")
+        path.rename(old)
+    partial.rename(path)
+    if old is not None:
+        shutil.rmtree(old)
+
+
+def write_dataset(
+    out_dir: str | os.PathLike,
+    head: HeadAsset,
+    clips: Iterable[Clip],
+    image_size: int,
+    *,
+    image_format: str = "png",
+    jpeg_quality: int = 95,
+    shard_bytes: int = 256 * 2**20,
+    overwrite: bool = False,
+    progress: Callable[[ClipInfo], None] | None = None,
+    finish: Callable[[Path, Sequence[ClipInfo], Metadata], None] | None = None,
+) -> Metadata:
+    """Write `clips` as a dataset at `out_dir`; `clips` may be a generator, one clip is held at a time.
+
+    The dataset is written to a hidden folder beside `out_dir` and renamed when it is complete: on any
+    error nothing is left. The same clips give the same files, byte for byte.
+
+    Args:
+      out_dir: the folder to make.
+      head: the head that the coefficients belong to; saved as `head.npz`.
+      clips: the clips, in the order of their clip_index.
+      image_size: side S of the square stored frames in pixels.
+      image_format: "png" (lossless) or "jpeg".
+      shard_bytes: a shard is closed after the clip that brings it to this size.
+      overwrite: replace a dataset that is already there.
+      progress: called after each clip with its row of the clip table.
+      finish: called with the complete folder before it gets its name, with the clip table and the
+        metadata: what it writes there appears together with the dataset.
+
+    Raises:
+      DatasetError: a clip does not fit the schema, there is no clip, or `out_dir` is taken.
+    """
+    path = Path(out_dir)
+    if image_format not in ("png", "jpeg"):
+        raise DatasetError(f"image_format {image_format!r} is neither 'png' nor 'jpeg'.")
+    _check_target(path, overwrite)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    recover(path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial.mkdir()
+    writers: dict[str, _SplitWriter] = {}
+    try:
+        head_sha256 = save_head(partial / HEAD_FILE, head)
+        rows: list[ClipInfo] = []
+        features = None
+        stored_format: str | None = None
+        latent_shape: tuple[int, int, int] | None = None
+        seen_ids: set[str] = set()
+        split_of: dict[str, str] = {}
+        for clip in clips:
+            _check_row(clip, seen_ids, split_of)
+            arrays = _clip_arrays(clip, head)
+            length = len(arrays["expression"])
+            if features is None:  # the first clip says what a record holds
+                stored_format = None if clip.images is None else image_format
+                latent_shape = None if clip.latent_mean is None else tuple(np.shape(clip.latent_mean)[1:])
+                if stored_format is None and latent_shape is None:
+                    raise DatasetError(
+                        f"clip {clip.clip_id!r} has neither images nor latents. Give one of them."
+                    )
+                features = record_features(
+                    head.n_shape, head.n_expression, image_size, stored_format, latent_shape
+                )
+            latents = _latents(clip, latent_shape, length)
+            writer = writers.setdefault(clip.split, _SplitWriter(partial, clip.split, shard_bytes))
+            row = ClipInfo(
+                clip_index=len(rows),
+                clip_id=clip.clip_id,
+                identity=clip.identity,
+                fps=clip.fps,
+                length=length,
+                split=clip.split,
+                first_record=writer.records,
+                fit_quality=None if clip.fit_quality is None else float(clip.fit_quality),
+                source=clip.source,
+                licence=clip.licence,
+                extra=dict(clip.extra),
+            )
+            writer.start_clip()
+            images = _encoded_images(clip, length, image_size, stored_format, jpeg_quality)
+            for frame, image in enumerate(images):
+                record = {
+                    "clip_id": row.clip_id,
+                    "clip_index": np.int32(row.clip_index),
+                    "frame_index": np.int32(frame),
+                    **{name: value[frame] for name, value in (arrays | latents).items()},
+                }
+                if image is not None:
+                    record["image"] = image
+                writer.write(_serialize(features, record))
+            rows.append(row)
+            if progress is not None:
+                progress(row)
+        if not rows:
+            raise DatasetError(f"{path}: no clip to write. Check the input clips: none was usable.")
+
+        shards: dict[str, tuple[int, int]] = {}
+        for split in SPLITS:
+            if split in writers:
+                files = writers[split].finish()
+                for file, count in zip(files, writers[split].lengths, strict=True):
+                    shards[file.name] = (count, file.stat().st_size)
+        metadata = Metadata(
+            schema_version=SCHEMA_VERSION,
+            code_version=loki_jax.__version__,
+            head_sha256=head_sha256,
+            head_name=head.name,
+            head_licence=head.licence,
+            image_size=image_size,
+            image_format=stored_format,
+            latent_shape=latent_shape,
+            n_shape=head.n_shape,
+            n_expression=head.n_expression,
+            records={split: writers[split].records for split in SPLITS if split in writers},
+            shards=shards,
+        )
+        _write_tfds_info(partial, features, writers)
+        (partial / METADATA_FILE).write_text(json.dumps(dataclasses.asdict(metadata), indent=1) + "\n")
+        (partial / CLIPS_FILE).write_text(_rows_to_json(rows))
+        if finish is not None:
+            finish(partial, rows, metadata)
+        if path.exists() and not any(path.iterdir()):
+            path.rmdir()
+        _publish(partial, path)
+        return metadata
+    finally:
+        for writer in writers.values():
+            writer.close()
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _serialize(features: tfds.features.FeaturesDict, record: dict[str, Any]) -> bytes:
+    # An example is a map, whose order on the wire differs from process to process unless it is asked for.
+    example = tf_example_pb2.Example.FromString(features.serialize_example(record))
+    return example.SerializeToString(deterministic=True)
+
+
+def _write_tfds_info(
+    folder: Path, features: tfds.features.FeaturesDict, writers: dict[str, _SplitWriter]
+) -> None:
+    """`dataset_info.json` and `features.json`, which make the folder a TFDS dataset."""
+    identity = tfds.core.DatasetIdentity(
+        name=NAME_PATTERN,
+        version=tfds.core.Version(f"{SCHEMA_VERSION}.0.0"),
+        data_dir=str(folder),
+        module_name=__name__,
+    )
+    info = tfds.core.DatasetInfo(
+        builder=identity,
+        description="Cropped frames of talking heads with parametric-head coefficients (loki_jax).",
+        features=features,
+        disable_shuffling=True,
+    )
+    info.set_file_format(tfds.core.FileFormat.ARRAY_RECORD)
+    template = tfds.core.ShardedFileTemplate(
+        data_dir=folder,
+        dataset_name=NAME_PATTERN,
+        filetype_suffix=tfds.core.FileFormat.ARRAY_RECORD.file_suffix,
+    )
+    splits = [
+        tfds.core.SplitInfo(
+            name=split,
+            shard_lengths=list(writers[split].lengths),
+            num_bytes=sum(writers[split].payload),
+            filename_template=template.replace(split=split),
+        )
+        for split in SPLITS
+        if split in writers
+    ]
+    info.set_splits(tfds.core.splits.SplitDict(splits))
+    info.write_to_directory(folder)
+
+
+def _rows_to_json(rows: Sequence[ClipInfo]) -> str:
+    table = []
+    for row in rows:
+        entry = {field.name: getattr(row, field.name) for field in dataclasses.fields(row)}
+        entry["fps"] = [row.fps.numerator, row.fps.denominator]
+        table.append(json.dumps(entry))
+    return "[\n" + ",\n".join(table) + "\n]\n"

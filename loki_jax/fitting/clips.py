@@ -1,0 +1,221 @@
+"""From frames to a fitted head: landmarks, fit and crop box in one call, for clips and portraits.
+
+What `data_prep.build` does with every clip and `loki_jax.animate` with its two inputs.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, UInt8
+
+from loki_jax.face.asset import HeadAsset
+from loki_jax.face.camera import camera_from_world, project
+from loki_jax.face.crop import crop_box
+from loki_jax.face.skinning import make_identity, mesh_render_mask, world_vertices
+from loki_jax.face.types import Camera, Coefficients
+from loki_jax.fitting.fit import DEFAULT_SETTINGS, FitResult, fit_landmarks, pad_frames
+from loki_jax.fitting.landmarker import Landmarker
+from loki_jax.fitting.model_files import fetch_models
+from loki_jax.fitting.problem import FitSettings
+from loki_jax.fitting.tracking import Track, clip_landmarks, image_landmarks
+from loki_jax.video.reader import read_image, read_video, resample_to_fps
+
+CROP_FACTOR = 1.2
+
+
+class FittedClip(NamedTuple):
+    """A clip (or, with one frame, a portrait) and the head fitted to it.
+
+    Attributes:
+      frames: uncropped RGB frames (H, W, 3), an array or any sequence of them.
+      fps: frame rate; of a portrait 25, which then means nothing.
+      track: its landmarks.
+      fit: coefficients (N, ...), camera and errors.
+      crop: one box x0, y0, x1, y1 for the whole clip, in pixels of the uncropped frame; may reach
+        beyond it.
+      name: file, or what errors call it.
+    """
+
+    frames: Sequence[UInt8[np.ndarray, "H W 3"]]
+    fps: Fraction
+    track: Track
+    fit: FitResult
+    crop: Float[np.ndarray, 4]
+    name: str
+
+
+@functools.cache
+def default_landmarker() -> Landmarker:
+    """The landmark networks from the user's cache, downloaded on first use; loaded once a process."""
+    return Landmarker(fetch_models())
+
+
+def fit_image(
+    image: str | os.PathLike | UInt8[np.ndarray, "H W 3"],
+    head: HeadAsset,
+    *,
+    landmarker: Landmarker | None = None,
+    face: int | None = None,
+    focal: float | None = None,
+    crop_factor: float = CROP_FACTOR,
+    settings: FitSettings = DEFAULT_SETTINGS,
+    name: str | None = None,
+) -> FittedClip:
+    """Fit a portrait, given as a file or as an RGB array; fields have one frame.
+
+    Raises:
+      MediaError, LandmarkError, FitError: the picture cannot be read, has no (single) face, or the
+        head has no landmarks.
+    """
+    is_array = isinstance(image, np.ndarray)
+    name = name or ("image" if is_array else str(image))
+    pixels = image if is_array else read_image(image)
+    track = image_landmarks(landmarker or default_landmarker(), pixels, face, name)
+    return fit_track(
+        pixels[None],
+        Fraction(25),
+        track,
+        head,
+        focal=focal,
+        crop_factor=crop_factor,
+        settings=settings,
+        name=name,
+    )
+
+
+def fit_video(
+    video: str | os.PathLike | UInt8[np.ndarray, "N H W 3"],
+    head: HeadAsset,
+    *,
+    fps: Fraction | None = None,
+    landmarker: Landmarker | None = None,
+    face: int | None = None,
+    focal: float | None = None,
+    crop_factor: float = CROP_FACTOR,
+    settings: FitSettings = DEFAULT_SETTINGS,
+    name: str | None = None,
+) -> FittedClip:
+    """Fit a clip, given as a file or as RGB frames. Every frame gets coefficients: where the face is
+    lost they are interpolated, with confidence 0.
+
+    Args:
+      fps: of an array its frame rate (required); of a file the rate to resample to (None: its own).
+
+    Raises:
+      MediaError, LandmarkError, FitError: the file cannot be read, shows no face, or the head has no
+        landmarks.
+    """
+    is_array = isinstance(video, np.ndarray)
+    name = name or ("clip" if is_array else str(video))
+    if is_array:
+        if fps is None:
+            raise ValueError("frames given as an array need their frame rate: pass fps")
+        frames = video
+    else:
+        clip = read_video(video)
+        if fps is not None and clip.fps != fps:
+            clip = resample_to_fps(clip, fps)
+        frames, fps = clip.frames, clip.fps
+    track = clip_landmarks(landmarker or default_landmarker(), frames, face, name)
+    return fit_track(
+        frames, fps, track, head, focal=focal, crop_factor=crop_factor, settings=settings, name=name
+    )
+
+
+def steady_run(track: Track, longest_gap: int = 2) -> tuple[int, int]:
+    """[start, stop) of the longest run of frames that show the face, without jump.
+
+    Gaps of up to `longest_gap` frames are bridged. A jump is a shift of the face by more than half its
+    size from one frame to the next: a cut, or another person.
+    """
+    present = np.flatnonzero(track.score >= 0.5)
+    if len(present) == 0:
+        return 0, 0
+    face = track.points[present, :468, :2]
+    centre, size = face.mean(1), np.ptp(face, axis=1).max(1)
+    shift = np.linalg.norm(np.diff(centre, axis=0), axis=1) / np.minimum(size[1:], size[:-1])
+    growth = np.abs(np.log(size[1:] / size[:-1]))
+    breaks = (np.diff(present) > longest_gap + 1) | (shift > 0.5) | (growth > np.log(1.5))
+    runs = np.split(present, np.flatnonzero(breaks) + 1)
+    longest = max(runs, key=len)
+    return int(longest[0]), int(longest[-1]) + 1
+
+
+def cut_track(track: Track, start: int, stop: int) -> Track:
+    """Frames [start, stop) of a track."""
+    return Track(track.points[start:stop], track.confidence[start:stop], track.score[start:stop], track.faces)
+
+
+def clip_crop_box(
+    head: HeadAsset, coefficients: Coefficients, camera: Camera, factor: float = CROP_FACTOR
+) -> Float[np.ndarray, 4]:
+    """One square box around the projected head over all frames, `factor` times its longer side.
+
+    The head are the vertices of the render mask; shoulders and neck base do not widen the box.
+    """
+    low, high = head_extent(head, coefficients, camera)
+    corners = jnp.stack([jnp.min(low, axis=0), jnp.max(high, axis=0)])
+    return np.asarray(crop_box(corners, factor))
+
+
+def head_extent(
+    head: HeadAsset, coefficients: Coefficients, camera: Camera
+) -> tuple[Float[np.ndarray, "N 2"], Float[np.ndarray, "N 2"]]:
+    """Smallest and largest pixel coordinates of the projected head (render mask), for each of N frames.
+
+    The camera may be one for all frames, or one a frame.
+    """
+    n = len(coefficients.expression)
+    padded = Coefficients(*(pad_frames(np.asarray(field)) for field in coefficients))
+    cameras = Camera(
+        pad_frames(np.broadcast_to(camera.intrinsics, (n, 4))),
+        pad_frames(np.broadcast_to(camera.extrinsics, (n, 4, 4))),
+    )
+    low, high = _extent(head, padded, cameras)
+    return np.asarray(low)[:n], np.asarray(high)[:n]
+
+
+@jax.jit
+def _extent(head: HeadAsset, coefficients: Coefficients, camera: Camera) -> tuple[Array, Array]:
+    mask = mesh_render_mask(head)[:, None]
+
+    def frame(values):
+        coefficients, camera = values
+        identity = make_identity(head, coefficients.betas)
+        pixels = project(camera_from_world(world_vertices(head, identity, coefficients), camera), camera)
+        return jnp.min(jnp.where(mask, pixels, jnp.inf), 0), jnp.max(jnp.where(mask, pixels, -jnp.inf), 0)
+
+    return jax.lax.map(frame, (coefficients, camera))
+
+
+def fit_track(
+    frames: Sequence[UInt8[np.ndarray, "H W 3"]],
+    fps: Fraction,
+    track: Track,
+    head: HeadAsset,
+    *,
+    focal: float | None = None,
+    crop_factor: float = CROP_FACTOR,
+    settings: FitSettings = DEFAULT_SETTINGS,
+    name: str = "clip",
+) -> FittedClip:
+    """Fit frames whose landmarks are known; arguments as for `fit_video`."""
+    fit = fit_landmarks(
+        head,
+        track.points,
+        track.confidence,
+        frames[0].shape[:2],
+        focal=focal,
+        settings=settings,
+        fps=float(fps),
+    )
+    crop = clip_crop_box(head, fit.coefficients, fit.camera, crop_factor)
+    return FittedClip(frames, fps, track, fit, crop, name)

@@ -1,0 +1,262 @@
+"""478 face landmarks, with confidence, from images and clips: `python -m data_prep.fetch_models`.
+
+Three Apache-2.0 networks of the mediapipe 0.10.21 wheel (short-range face detector, 468-point face
+mesh, iris) run under ai-edge-litert; the mediapipe package itself is never installed. This module
+fetches them once, checks their SHA-256, and does what surrounds the networks: anchors and
+suppression of the detector, crops turned upright by the eyes, refinement of eyelids and irises, and
+tracking through a clip. Method, section 12.
+
+Point order: 0..467 is the MediaPipe face mesh; 468..472 the iris of the subject's right eye and
+473..477 that of the left one (centre, then the rim towards the nose, above, away from it, below).
+Coordinates are pixels with the origin at the image corner (the first pixel's centre is 0.5, 0.5), z on
+the same scale, growing away from the camera, about zero at the head's middle.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+from jaxtyping import Float, UInt8
+
+N_POINTS = 478
+
+OUTER_EYE_CORNERS = (33, 263)
+
+# Eyelid points of the mesh in the order of the iris network's first 16 contour points (lower lid from
+# the outer to the inner corner, then the upper lid), and their mirror images of the left eye.
+_LIDS_RIGHT = (33, 7, 163, 144, 145, 153, 154, 155, 133, 246, 161, 160, 159, 158, 157, 173)
+
+_LIDS_LEFT = (263, 249, 390, 373, 374, 380, 381, 382, 362, 466, 388, 387, 386, 385, 384, 398)
+
+_IRIS_RIGHT, _IRIS_LEFT = slice(468, 473), slice(473, 478)
+
+
+class FaceBox(NamedTuple):
+    """A detected face: box x0, y0, x1, y1, six key points (eyes first) in pixels, and its score."""
+
+    box: Float[np.ndarray, "4"]
+    keypoints: Float[np.ndarray, "6 2"]
+    score: float
+
+    @property
+    def size(self) -> float:
+        return float(np.sqrt(max(0.0, self.box[2] - self.box[0]) * max(0.0, self.box[3] - self.box[1])))
+
+
+class Region(NamedTuple):
+    """A square of the image, turned by `angle` radians (clockwise on screen) about its centre."""
+
+    x: float
+    y: float
+    side: float
+    angle: float
+
+
+def ssd_anchors() -> Float[np.ndarray, "896 2"]:
+    """Anchor centres (x, y in 0..1) of the short-range detector's 128 x 128 input.
+
+    Two anchors in each cell of a 16 x 16 grid, then six in each cell of an 8 x 8 grid (three layers
+    of two share that resolution); all have unit size, so only the centres matter.
+    """
+    anchors = []
+    for cells, repeats in ((16, 2), (8, 6)):
+        centres = (np.arange(cells) + 0.5) / cells
+        y, x = np.meshgrid(centres, centres, indexing="ij")
+        anchors.append(np.repeat(np.stack([x, y], -1).reshape(-1, 2), repeats, axis=0))
+    return np.concatenate(anchors).astype(np.float32)
+
+
+def suppress(
+    boxes: Float[np.ndarray, "n 4"],
+    values: Float[np.ndarray, "n d"],
+    scores: Float[np.ndarray, " n"],
+    overlap: float = 0.3,
+) -> list[tuple[Float[np.ndarray, " d"], float]]:
+    """Merge overlapping detections: the score-weighted mean of each group, best first."""
+    remaining = np.argsort(-scores)
+    merged = []
+    while len(remaining):
+        best = remaining[0]
+        joined = np.array([box_overlap(boxes[best], boxes[i]) > overlap for i in remaining])
+        joined[0] = True
+        group = remaining[joined]
+        merged.append((np.average(values[group], axis=0, weights=scores[group]), float(scores[best])))
+        remaining = remaining[~joined]
+    return merged
+
+
+def box_overlap(a: Float[np.ndarray, "4"], b: Float[np.ndarray, "4"]) -> float:
+    """Intersection over union of two boxes x0, y0, x1, y1."""
+    inner = np.minimum(a[2:], b[2:]) - np.maximum(a[:2], b[:2])
+    area = max(inner[0], 0) * max(inner[1], 0)
+    union = np.prod(a[2:] - a[:2]) + np.prod(b[2:] - b[:2]) - area
+    return float(area / union) if union > 0 else 0.0
+
+
+def _image_from_crop(region: Region, size: int, flip: bool) -> Float[np.ndarray, "2 3"]:
+    """Affine map from continuous crop pixels (0..size) to continuous image pixels."""
+    scale = region.side / size
+    cos, sin = np.cos(region.angle) * scale, np.sin(region.angle) * scale
+    linear = np.array([[cos, -sin], [sin, cos]])
+    if flip:
+        linear[:, 0] *= -1
+    half = np.full(2, size / 2)
+    return np.concatenate([linear, (np.array([region.x, region.y]) - linear @ half)[:, None]], axis=1)
+
+
+def _cut(image: np.ndarray, region: Region, size: int, flip: bool, border: int) -> np.ndarray:
+    matrix = _image_from_crop(region, size, flip)
+    # Bilinear sampling aliases when it skips pixels: shrink large faces by a whole factor first.
+    factor = int(region.side // (2 * size))
+    if factor > 1:
+        height, width = (side // factor * factor for side in image.shape[:2])
+        image = cv2.resize(
+            image[:height, :width], (width // factor, height // factor), interpolation=cv2.INTER_AREA
+        )
+        matrix = matrix / factor
+    # OpenCV puts the origin at the centre of the first pixel, we at its corner.
+    matrix = matrix.copy()
+    matrix[:, 2] += matrix[:, :2] @ (0.5, 0.5) - 0.5
+    return cv2.warpAffine(
+        image, matrix, (size, size), flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP, borderMode=border
+    )
+
+
+def _region_of_points(points: Float[np.ndarray, "n 2"], angle: float, scale: float) -> Region:
+    """The square around the points' bounding box in a frame turned by `angle`, `scale` times as large."""
+    cos, sin = np.cos(angle), np.sin(angle)
+    upright = points @ np.array([[cos, -sin], [sin, cos]])
+    low, high = upright.min(0), upright.max(0)
+    centre = np.array([[cos, -sin], [sin, cos]]) @ ((low + high) / 2)
+    return Region(float(centre[0]), float(centre[1]), float((high - low).max() * scale), float(angle))
+
+
+def _angle(left: np.ndarray, right: np.ndarray) -> float:
+    return float(np.arctan2(right[1] - left[1], right[0] - left[0]))
+
+
+class Landmarker:
+    """The three networks, ready to run on one image after another.
+
+    Args:
+      models: what `fetch_models` returns.
+      threads: CPU threads of each network.
+    """
+
+    def __init__(self, models: dict[str, Path], threads: int = 2):
+        from ai_edge_litert.interpreter import Interpreter  # an extra: only this class needs it
+
+        def load(stem: str) -> Interpreter:
+            network = Interpreter(model_content=models[stem].read_bytes(), num_threads=threads)
+            network.allocate_tensors()
+            return network
+
+        self._detector = load("face_detection_short_range")
+        self._mesh = load("face_landmark")
+        self._iris = load("iris_landmark")
+        self._anchors = ssd_anchors()
+
+    def detect(self, image: UInt8[np.ndarray, "h w 3"], threshold: float = 0.5) -> list[FaceBox]:
+        """Faces of an RGB image, largest first; looks at enlarged parts if the whole shows none."""
+        height, width = image.shape[:2]
+        side = max(height, width)
+        found = self._detect_in(image, Region(width / 2, height / 2, side, 0.0), threshold)
+        parts = 2
+        while not found and parts <= 4 and side / parts >= 64:
+            step = side / (2 * parts)  # half-overlapping squares of side / parts
+            for y in np.arange(step, height + step / 2, step):
+                for x in np.arange(step, width + step / 2, step):
+                    found += self._detect_in(image, Region(x, y, side / parts, 0.0), threshold)
+            parts += 1
+        if not found:
+            return []
+        values = np.stack([np.concatenate([face.box, face.keypoints.ravel()]) for face in found])
+        merged = suppress(values[:, :4], values, np.array([face.score for face in found]))
+        faces = [FaceBox(value[:4], value[4:].reshape(6, 2), score) for value, score in merged]
+        return sorted(faces, key=lambda face: -face.size)
+
+    def _detect_in(self, image: np.ndarray, region: Region, threshold: float) -> list[FaceBox]:
+        size = 128
+        crop = _cut(image, region, size, flip=False, border=cv2.BORDER_CONSTANT)
+        regressors, logits = _invoke(self._detector, crop[None].astype(np.float32) / 127.5 - 1, (16, 1))
+        scores = 1 / (1 + np.exp(-np.clip(logits.reshape(-1), -80, 80)))
+        keep = scores >= threshold
+        if not keep.any():
+            return []
+        # 16 numbers an anchor: box centre and size, then six points; all but the size are offsets
+        # from the anchor, in pixels of the crop.
+        raw = regressors.reshape(-1, 8, 2)[keep]
+        anchors = self._anchors[keep][:, None] * size
+        centre, extent, keypoints = raw[:, :1] + anchors, raw[:, 1:2], raw[:, 2:] + anchors
+        points = np.concatenate([centre - extent / 2, centre + extent / 2, keypoints], axis=1)
+        matrix = _image_from_crop(region, size, flip=False)
+        points = points @ matrix[:, :2].T + matrix[:, 2]
+        merged = suppress(points[:, :2].reshape(-1, 4), points.reshape(len(points), -1), scores[keep])
+        return [FaceBox(value[:4], value[4:].reshape(6, 2), score) for value, score in merged]
+
+    def face_region(self, face: FaceBox) -> Region:
+        """Where the face network looks for the landmarks of a detected face."""
+        angle = _angle(face.keypoints[0], face.keypoints[1])
+        centre, side = (face.box[:2] + face.box[2:]) / 2, float((face.box[2:] - face.box[:2]).max())
+        return Region(float(centre[0]), float(centre[1]), 1.5 * side, angle)
+
+    def points_in(
+        self, image: UInt8[np.ndarray, "h w 3"], region: Region
+    ) -> tuple[Float[np.ndarray, "478 3"], Float[np.ndarray, "478"], float]:
+        """Points, their confidence and the face score for one region of an RGB image."""
+        size = 192
+        crop = _cut(image, region, size, flip=False, border=cv2.BORDER_REPLICATE)
+        raw, logit = _invoke(self._mesh, crop[None].astype(np.float32) / 255, (1404, 1))
+        score = float(1 / (1 + np.exp(-np.clip(logit.item(), -80, 80))))
+        points = np.empty((N_POINTS, 3), np.float32)
+        points[:468] = _to_image(raw.reshape(468, 3), region, size, flip=False)
+        confidence = np.full(N_POINTS, score, np.float32)
+        for lids, iris, flip in ((_LIDS_RIGHT, _IRIS_RIGHT, False), (_LIDS_LEFT, _IRIS_LEFT, True)):
+            lid_points, iris_points, openness = self._eye(image, points[list(lids)], flip)
+            points[list(lids), :2] = lid_points[:, :2]
+            points[iris] = iris_points
+            points[iris, 2] += points[list(lids), 2].mean()
+            # A closed eye shows no iris; the network then guesses.
+            confidence[iris] = score * np.clip((openness - 0.08) / 0.1, 0, 1)
+        height, width = image.shape[:2]
+        outside = (points[:, :2] < 0).any(1) | (points[:, 0] > width) | (points[:, 1] > height)
+        confidence[outside] *= 0.1
+        return points, confidence, score
+
+    def _eye(
+        self, image: np.ndarray, lids: Float[np.ndarray, "16 3"], flip: bool
+    ) -> tuple[np.ndarray, np.ndarray, float]:
+        """Lid contour and iris of one eye, and its opening over its width."""
+        size = 64
+        outer, inner = lids[0, :2], lids[8, :2]
+        centre, width = (outer + inner) / 2, float(np.linalg.norm(outer - inner))
+        angle = _angle(inner, outer) if flip else _angle(outer, inner)
+        region = Region(float(centre[0]), float(centre[1]), max(2.3 * width, 4.0), angle)
+        crop = _cut(image, region, size, flip, border=cv2.BORDER_REPLICATE)
+        contour, iris = _invoke(self._iris, crop[None].astype(np.float32) / 255, (213, 15))
+        contour = _to_image(contour.reshape(71, 3)[:16], region, size, flip)
+        iris = _to_image(iris.reshape(5, 3), region, size, flip)
+        openness = np.linalg.norm(contour[3:6, :2] - contour[11:14, :2], axis=1).mean() / max(width, 1e-6)
+        return contour, iris, float(openness)
+
+    def next_region(self, points: Float[np.ndarray, "478 3"]) -> Region:
+        """The region of the next frame, from this frame's points."""
+        left, right = OUTER_EYE_CORNERS
+        return _region_of_points(points[:468, :2], _angle(points[left], points[right]), 1.5)
+
+
+def _to_image(points: np.ndarray, region: Region, size: int, flip: bool) -> Float[np.ndarray, "n 3"]:
+    matrix = _image_from_crop(region, size, flip)
+    xy = points[:, :2] @ matrix[:, :2].T + matrix[:, 2]
+    return np.concatenate([xy, points[:, 2:] * (region.side / size)], axis=1).astype(np.float32)
+
+
+def _invoke(network, value: np.ndarray, widths: tuple[int, ...]) -> list[np.ndarray]:
+    """Outputs by their last dimension: the order in the file is not part of its contract."""
+    network.set_tensor(network.get_input_details()[0]["index"], np.ascontiguousarray(value, np.float32))
+    network.invoke()
+    by_width = {int(d["shape"][-1]): network.get_tensor(d["index"]) for d in network.get_output_details()}
+    return [by_width[width] for width in widths]

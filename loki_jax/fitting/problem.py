@@ -1,0 +1,287 @@
+"""Head coefficients from landmarks: one robust, jointly solved problem for a whole clip.
+
+Unknowns are one shape for the clip and, for each frame, expression, rigid motion and, where the head
+has the joints, jaw and eyes; the neck stays at rest, because landmarks of the face alone cannot
+tell it from the head's rotation. What is minimised, with r the landmark errors over their standard
+deviation:
+
+    sum_t sum_k c_tk huber(|r_tk|) + priors(shape, expression_t, jaw_t, eyes_t)
+        + sum_t |second difference in time of frame t's unknowns / smoothness|^2 / 2
+
+Levenberg-Marquardt with bounds. Its normal equations are an arrow (shape against frames) plus a band
+in time: conjugate gradients, preconditioned by the exact Cholesky solution of the arrow, cost linear
+in the number of frames. Everything is float32 in one jitted function; clips are padded to a few
+lengths so that it is compiled rarely. Method, sections 3 and 8.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from loki_jax.face.asset import HeadAsset
+from loki_jax.face.camera import camera_from_world, project
+from loki_jax.face.skinning import Identity, head_vertices, make_identity, world_vertices
+from loki_jax.face.types import Camera, Coefficients
+
+LANDMARK_SET = "mediapipe478"
+
+N_POINTS = 478
+
+OUTER_EYE_CORNERS = (33, 263)
+
+# The face oval of the MediaPipe mesh: where it lies on the head depends on the head model, and under
+# rotation the network slides it along the silhouette.
+FACE_OVAL = (
+    *(10, 338, 297, 332, 284, 251, 389, 356, 454, 323, 361, 288, 397, 365, 379, 378, 400, 377, 152),
+    *(148, 176, 149, 150, 136, 172, 58, 132, 93, 234, 127, 162, 21, 54, 103, 67, 109),
+)
+
+IRISES = tuple(range(468, 478))
+
+HIGHEST = jax.lax.Precision.HIGHEST
+
+
+class FitError(ValueError):
+    """Landmarks and head do not fit together, or too few landmarks were seen; names the mend."""
+
+
+@dataclasses.dataclass(frozen=True)
+class FitSettings:
+    """Standard deviations and limits of the fit. Metres and radians; times are frames.
+
+    Attributes:
+      fov: field of view of the longer image side, degrees, where no focal length is given. Portraits
+        are mostly shot from afar and cropped, hence narrow.
+      noise, contour_noise, iris_noise: standard deviation of a landmark at the face.
+      huber: errors beyond so many standard deviations count linearly.
+      jaw, eyes: prior standard deviations of these rotations about x (up/down), y, z.
+      smooth_*: standard deviation of the second difference in time, per frame squared.
+      iterations: upper limit of Levenberg-Marquardt steps.
+      tolerance: stop when a step lowers the cost by less than this part.
+    """
+
+    fov: float = 20.0
+    noise: float = 0.001
+    contour_noise: float = 0.005
+    iris_noise: float = 0.001
+    huber: float = 2.0
+    jaw: tuple[float, float, float] = (0.2, 0.03, 0.03)
+    eyes: tuple[float, float, float] = (0.3, 0.4, 0.01)
+    jaw_limits: tuple[float, float] = (-0.05, 0.7)
+    smooth_rot: float = 0.06
+    smooth_tra: float = 0.003
+    smooth_expression: float = 0.5
+    smooth_jaw: float = 0.1
+    smooth_eyes: float = 0.2
+    iterations: int = 20
+    tolerance: float = 2e-3
+
+
+class Layout(NamedTuple):
+    """Which parts a frame's vector of unknowns has: expression, rot, tra, then jaw and eyes if any."""
+
+    n_expression: int
+    jaw: bool
+    eyes: bool
+
+    @property
+    def size(self) -> int:
+        return self.n_expression + 6 + 3 * self.jaw + 3 * self.eyes
+
+    def coefficients(self, x: Float[Array, "*b p"], shape: Float[Array, "*b s"]) -> Coefficients:
+        still = 0 * x[..., :3]
+        rest = [x[..., i : i + 3] for i in range(self.n_expression, self.size, 3)]
+        rot, tra = rest[:2]
+        jaw = rest[2] if self.jaw else still
+        eyes = rest[-1] if self.eyes else still
+        return Coefficients(shape, x[..., : self.n_expression], rot, tra, still, jaw, eyes)
+
+
+class Problem(NamedTuple):
+    """Everything but the unknowns. N frames, n landmarks, p unknowns a frame, s of the shape.
+
+    `head` has one vertex for each landmark. `weight` is confidence over variance in 1 / pixel^2,
+    `real` 0 marks padding.
+    """
+
+    head: HeadAsset
+    camera: Camera
+    observed: Float[Array, "N n 2"]
+    weight: Float[Array, "N n"]
+    sigma: Float[Array, "N n"]
+    real: Float[Array, " N"]
+    frame_prior: Float[Array, " p"]  # 1 / variance
+    shape_prior: Float[Array, " s"]
+    smoothness: Float[Array, " p"]  # 1 / variance of the second difference
+    lower: Float[Array, " p"]
+    upper: Float[Array, " p"]
+    huber: Float[Array, ""]
+
+
+def landmark_head(head: HeadAsset, indices: np.ndarray, name: str = LANDMARK_SET) -> HeadAsset:
+    """A head that consists of landmarks only: vertex i is landmark `indices[i]` of the set `name`.
+
+    It takes the same coefficients, and its vertices are the landmarks (exactly where a landmark lies
+    on one vertex; skinning weights are interpolated where it lies inside a face). The joints need
+    the whole mesh: they ride along as further vertices that the joint regressor selects.
+    """
+    marks = head.landmarks[name]
+    corners = np.asarray(head.faces)[np.asarray(marks.face)[indices]]
+    bary = np.asarray(marks.bary)[indices]
+    regressor = np.asarray(head.joint_regressor)
+
+    def reduce(field: np.ndarray) -> np.ndarray:  # (..., V, c) -> (..., n + J, c)
+        field = np.asarray(field)
+        return np.concatenate(
+            [
+                np.einsum("nk,...nkc->...nc", bary, field[..., corners, :]),
+                np.einsum("jv,...vc->...jc", regressor, field),
+            ],
+            axis=-2,
+        ).astype(np.float32)
+
+    n, n_joints = len(indices), len(regressor)
+    correctives = reduce(head.pose_correctives)
+    correctives[:, n:] = 0  # joints are regressed before the correctives
+    weights = np.concatenate([reduce(head.skinning_weights)[:n], np.eye(n_joints, dtype=np.float32)])
+    return dataclasses.replace(
+        head,
+        template=reduce(head.template),
+        faces=np.zeros((0, 3), np.int32),
+        shape_basis=reduce(head.shape_basis),
+        expression_basis=reduce(head.expression_basis),
+        pose_correctives=correctives,
+        joint_regressor=np.eye(n_joints, n + n_joints, k=n, dtype=np.float32),
+        skinning_weights=weights,
+        render_mask=np.ones(n + n_joints, bool),
+        inner_mouth=np.zeros(n + n_joints, bool),
+        landmarks={},
+        lip_vertex=-1,
+    )
+
+
+def project_frame(problem: Problem, layout: Layout, vertices, x) -> Float[Array, "n 2"]:
+    """Pixels of the landmarks of one frame, given the identity's neutral landmark vertices."""
+    coefficients = layout.coefficients(x, jnp.zeros(problem.head.n_shape))
+    identity = Identity(vertices, jnp.zeros((len(problem.head.joint_names), 3)))
+    world = world_vertices(problem.head, identity, coefficients)[: problem.observed.shape[1]]
+    return project(camera_from_world(world, problem.camera), problem.camera)
+
+
+def _small_head(head: HeadAsset, weights, regressor, correctives) -> HeadAsset:
+    """A head with the joints of `head` and V other vertices, without shape or expression axes."""
+    n = len(weights)
+    return dataclasses.replace(
+        head,
+        template=jnp.zeros((n, 3)),
+        shape_basis=jnp.zeros((0, n, 3)),
+        expression_basis=jnp.zeros((0, n, 3)),
+        pose_correctives=correctives,
+        joint_regressor=regressor,
+        skinning_weights=weights,
+        inner_mouth=jnp.zeros(n, bool),
+        render_mask=jnp.ones(n, bool),
+    )
+
+
+def _joint_maps(head: HeadAsset, joints: Float[Array, "J 3"], still: Coefficients) -> Float[Array, "J 3 4"]:
+    """The map x -> M (x, 1) that each joint applies, rigid rotation included and translation left out.
+
+    Read off four probe points a joint: the origin and the three unit vectors.
+    """
+    n = len(joints)
+    points = jnp.tile(jnp.concatenate([jnp.zeros((1, 3)), jnp.eye(3)]), (n, 1))
+    weights = jnp.concatenate([jnp.repeat(jnp.eye(n), 4, axis=0), jnp.eye(n)])
+    probes = _small_head(head, weights, jnp.eye(n, 5 * n, k=4 * n), jnp.zeros((0, 5 * n, 3)))
+    coefficients = still._replace(expression=jnp.zeros(0), tra=0 * still.tra)
+    moved = world_vertices(probes, Identity(jnp.concatenate([points, joints]), joints), coefficients)
+    moved = moved[: 4 * n].reshape(n, 4, 3)
+    return jnp.concatenate([jnp.moveaxis(moved[:, 1:] - moved[:, :1], 1, 2), moved[:, 0, :, None]], axis=-1)
+
+
+def _correctives(head: HeadAsset, n: int, coefficients: Coefficients) -> Float[Array, "n 3"]:
+    """What the pose correctives add to the n landmarks before skinning: seen where nothing turns them."""
+    n_joints = head.skinning_weights.shape[1]
+    on_root = jnp.zeros((n, n_joints)).at[:, 0].set(1.0)
+    small = _small_head(head, on_root, jnp.zeros((n_joints, n)), head.pose_correctives[:, :n])
+    at_origin = Identity(jnp.zeros((n, 3)), jnp.zeros((n_joints, 3)))
+    return head_vertices(small, at_origin, coefficients._replace(expression=jnp.zeros(0)))
+
+
+def _linearise(problem: Problem, layout: Layout, shape, x):
+    """Residuals (N, n, 2) in pixels and their Jacobians for a frame's unknowns and for the shape."""
+    predicted, by_shape, by_frame = jax.vmap(frame_linearisation(problem, layout, shape))(x)
+    return predicted - problem.observed, by_frame, by_shape
+
+
+def frame_linearisation(problem: Problem, layout: Layout, shape):
+    """A function of one frame's unknowns: pixels (n, 2) and their Jacobians for the shape and for it.
+
+    With M_j the joints' maps, a landmark lies at sum_j w_j M_j (p, 1) for its unposed place p. Only the
+    few entries of M_j are left to automatic differentiation; the rest are products of small matrices,
+    several times faster than pushing tangents through the skinning.
+    """
+    head, n = problem.head, problem.observed.shape[1]
+    n_shape, n_expression, n_joints = head.n_shape, layout.n_expression, len(head.joint_names)
+    vertices = make_identity(head, shape).vertices
+    # Shape and expression act alike on the unposed vertices, of which the last are the joints.
+    bases = jnp.concatenate([head.shape_basis, head.expression_basis])
+    own_basis = jnp.moveaxis(bases[:, :n], 0, -1)  # (n, 3, b)
+    joint_basis = bases[:, n:].reshape(len(bases), -1)  # (b, 3 J)
+    weights = head.skinning_weights[:n]
+    has_correctives = head.pose_correctives.shape[0] > 0
+
+    def product(spec, *args):
+        return jnp.einsum(spec, *args, precision=HIGHEST)
+
+    def frame(x):
+        expression, motion = x[:n_expression], x[n_expression:]
+        unposed = vertices + product("e,evc->vc", expression, head.expression_basis)
+
+        def unpack(motion):
+            return layout.coefficients(jnp.concatenate([expression, motion]), shape)
+
+        def maps(motion, joints):
+            return _joint_maps(head, joints.reshape(-1, 3), unpack(motion)).reshape(n_joints, 12)
+
+        def add_correctives(motion):
+            return _correctives(head, n, unpack(motion)) if has_correctives else jnp.zeros((n, 3))
+
+        joints = unposed[n:].reshape(-1)
+        joint_maps = maps(motion, joints)
+        by_motion, by_joints = jax.jacfwd(maps, argnums=(0, 1))(motion, joints)
+        put_global = unposed[:n] + add_correctives(motion)
+        put_global = jnp.concatenate([put_global, jnp.ones((n, 1))], axis=-1)
+        blended = product("nj,jm->nm", weights, joint_maps).reshape(n, 3, 4)
+        tra = unpack(motion).tra
+        world = sum(blended[..., k] * put_global[:, k, None] for k in range(4)) + tra
+        # Pixels by world coordinates (n, 2, 3), and by the landmark's own unposed place.
+        predicted, push = jax.linearize(
+            lambda w: project(camera_from_world(w, problem.camera), problem.camera), world
+        )
+        by_world = jnp.stack([push(jnp.broadcast_to(axis, world.shape)) for axis in jnp.eye(3)], axis=-1)
+        by_place = sum(by_world[..., c, None] * blended[:, None, c, :3] for c in range(3))
+
+        linear = sum(by_place[..., c, None] * own_basis[:, None, c] for c in range(3))
+        # Joints that a basis moves shift the landmarks: only the last column of each map depends on them.
+        shift = by_joints.reshape(n_joints, 3, 4, -1)[:, :, 3]
+        shift = product("jcq,bq->jcb", shift, joint_basis).reshape(3 * n_joints, -1)
+        leverage = (weights[:, None, :, None] * by_world[:, :, None, :]).reshape(2 * n, -1)
+        linear += product("rq,qb->rb", leverage, shift).reshape(n, 2, -1)
+
+        lever = (leverage.reshape(n, 2, -1, 1) * put_global[:, None, None, :]).reshape(2 * n, -1)
+        rigid = product("rq,qp->rp", lever, by_motion.reshape(12 * n_joints, -1)).reshape(n, 2, -1)
+        rigid = rigid.at[..., 3:6].add(by_world)  # the layout's motion begins with rot, tra
+        if has_correctives:
+            bent = jax.jacfwd(add_correctives)(motion)
+            rigid += sum(by_place[..., c, None] * bent[:, None, c] for c in range(3))
+        by_frame = jnp.concatenate([linear[..., n_shape:], rigid], axis=-1)
+        return predicted, linear[..., :n_shape], by_frame
+
+    return frame

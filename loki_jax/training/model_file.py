@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+from safetensors import SafetensorError, safe_open
+from safetensors.flax import save_file
+
+from loki_jax.face.asset import HeadAsset
+from loki_jax.face.builtin import builtin_head
+from loki_jax.training.config import (
+    CheckpointError,
+    config_from_json,
+    config_to_json,
+    flatten_dict,
+    nest_dict,
+)
+
+
+class Checkpoint(NamedTuple):
+    """A model ready for inference. `params` is {"generation": ..., "reference": ..., ...}."""
+
+    config: ConfigDict
+    params: Any
+    head: HeadAsset
+    step: int
+
+
+def save_model_file(path: Path, checkpoint: Checkpoint) -> None:
+    """Write one `.safetensors` file with bfloat16 parameters and everything needed to use them.
+
+    Only models of the built-in head travel this way: its asset is code, others have licences.
+
+    Raises:
+      CheckpointError: the model was trained on another head than the built-in one.
+    """
+    if checkpoint.head.name != builtin_head().name:
+        raise CheckpointError(
+            f"head {checkpoint.head.name!r} cannot travel inside a model file; share the workdir instead."
+        )
+    tensors = {
+        key: jnp.asarray(value, jnp.bfloat16) for key, value in flatten_dict(checkpoint.params, "/").items()
+    }
+    metadata = {
+        "format": "loki_jax-1",
+        "config": config_to_json(checkpoint.config),
+        "head": checkpoint.head.name,
+        "head_geometry": _geometry_digest(checkpoint.head),
+        "step": str(checkpoint.step),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        save_file(tensors, str(partial), metadata=metadata)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _geometry_digest(head: HeadAsset) -> str:
+    """SHA-256 of what the driver map depends on, to a hundredth of a millimetre; landmarks may change."""
+    digest = hashlib.sha256(np.asarray(head.faces, np.int32).tobytes())
+    for array in (
+        head.template,
+        head.shape_basis,
+        head.expression_basis,
+        head.skinning_weights,
+        head.render_mask,
+    ):
+        digest.update(np.round(np.asarray(array, np.float64) * 1e5).astype(np.int64).tobytes())
+    return digest.hexdigest()
+
+
+def load_model_file(path: Path) -> Checkpoint:
+    """Read a file of `save_model_file`; parameters come back as float32.
+
+    Raises:
+      CheckpointError: missing, damaged, not ours, or made with another built-in head.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such model file. Give a workdir of loki_jax.train instead.")
+    try:
+        with safe_open(str(path), framework="flax") as file:
+            metadata = file.metadata() or {}
+            tensors = {key: file.get_tensor(key).astype(jnp.float32) for key in file.keys()}
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: not a readable safetensors file ({error}). Copy it again.") from error
+    if metadata.get("format") != "loki_jax-1":
+        raise CheckpointError(
+            f"{path}: not a loki_jax model file. For other weights use `python -m loki_jax.convert`."
+        )
+    head = builtin_head()
+    if metadata["head"] != head.name or metadata["head_geometry"] != _geometry_digest(head):
+        raise CheckpointError(
+            f"{path}: made with another built-in head ({metadata['head']}); use the version that made it."
+        )
+    params = {"autoencoder": {}} | nest_dict(tensors, "/")
+    return Checkpoint(config_from_json(metadata["config"]), params, head, int(metadata["step"]))

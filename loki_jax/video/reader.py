@@ -1,0 +1,382 @@
+"""Video and image files: exact frame rates in, exact frame rates out, audio kept, nothing half-written.
+
+Frames are (H, W, 3) uint8 RGB arrays as a person would see them: rotation flags are applied, pixels are
+made square, alpha is laid over white (the colour of the padding outside crops), wider bit depths are
+reduced to 8 bits. High dynamic range is refused: without tone mapping its colours would be wrong.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterable, Iterator
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+from av.video.reformatter import Colorspace
+from jaxtyping import Int, UInt8
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+_STANDARD_RATES = tuple(
+    Fraction(*rate)
+    for rate in ((24000, 1001), (24, 1), (25, 1), (30000, 1001), (30, 1), (50, 1), (60000, 1001), (60, 1))
+)
+
+# FFmpeg's AVColorSpace numbers, as frames carry them, and swscale's names for the same matrices.
+_MATRICES = {
+    1: Colorspace.ITU709,
+    4: Colorspace.FCC,
+    5: Colorspace.ITU601,
+    6: Colorspace.ITU601,
+    7: Colorspace.SMPTE240M,
+    9: Colorspace.BT2020,
+    10: Colorspace.BT2020,
+}
+
+# FFmpeg's AVColorTransferCharacteristic of high dynamic range.
+_HDR_TRANSFERS = {16: "PQ (HDR10, Dolby Vision)", 18: "HLG"}
+
+
+class MediaError(ValueError):
+    """A video or image file cannot be read or written; the message names the file and the mend."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Video:
+    """A decoded video.
+
+    Attributes:
+      frames: N frames, evenly spaced in time.
+      fps: exact frame rate.
+      has_audio: the file has an audio track (give its path to `write_video` as `audio_from`).
+      path: the file.
+    """
+
+    frames: UInt8[np.ndarray, "N H W 3"]
+    fps: Fraction
+    has_audio: bool
+    path: Path
+
+
+def check_file(path: Path, kind: str) -> None:
+    if not path.is_file():
+        raise MediaError(f"{path}: no such {kind} file. Check the path.")
+    if path.stat().st_size == 0:
+        raise MediaError(f"{path}: the {kind} file is empty (0 bytes). Copy or download it again.")
+
+
+def _frame_rate(stream: av.VideoStream, path: Path) -> Fraction:
+    rate = stream.average_rate or stream.guessed_rate or stream.base_rate
+    if not rate or rate <= 0:
+        raise MediaError(
+            f"{path}: states no frame rate. Write it again with one (`ffmpeg -i IN -r 25 OUT.mp4`)."
+        )
+    rate = Fraction(rate)
+    # Containers with coarse time stamps report averages such as 5994000/200001: take the standard
+    # rate if the two differ by less than half a frame over the whole clip.
+    if rate.denominator > 1001:
+        nearest = min(_STANDARD_RATES, key=lambda standard: abs(standard - rate))
+        seconds = (stream.frames or 1000) / rate
+        if abs(nearest - rate) * seconds < Fraction(1, 2):
+            return nearest
+    return rate
+
+
+def _quarter_turns(frame: av.VideoFrame) -> tuple[int, bool]:
+    """Counter-clockwise quarter turns, then whether to mirror left-right, that show `frame` upright."""
+    try:
+        data = frame.side_data.get("DISPLAYMATRIX")
+    except ValueError:  # PyAV gives up on side data younger than itself (EXIF); the angle it knows
+        return round(frame.rotation / 90) % 4, False
+    if data is None:
+        return 0, False
+    matrix = np.frombuffer(bytes(data), np.int32)[:9].reshape(3, 3)[:2, :2].astype(np.float64)
+    # Row-vector convention: a stored pixel (x, y), y down, is shown at (x, y) @ matrix.
+    mirrored = np.linalg.det(matrix) < 0
+    if mirrored:
+        matrix = matrix @ np.diag([-1.0, 1.0])
+    # np.rot90 by one turn takes (x, y) to (y, -x): the x axis goes to -y, which is up on screen.
+    turns = round(np.arctan2(-matrix[0, 1], matrix[0, 0]) / (np.pi / 2)) % 4
+    return int(turns), bool(mirrored)
+
+
+def _over_white(rgba: np.ndarray) -> np.ndarray:
+    """Composite (H, W, 4) uint8 over white."""
+    alpha = rgba[..., 3:].astype(np.uint16)
+    return ((rgba[..., :3] * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
+
+
+def _to_rgb(frame: av.VideoFrame, width: int | None = None) -> UInt8[np.ndarray, "H W 3"]:
+    """The picture upright; `width` is that of the stored picture with square pixels, if it has others."""
+    # Untagged video: BT.709 from 720 lines on, BT.601 below, as players assume.
+    untagged = Colorspace.ITU709 if frame.height >= 720 else Colorspace.ITU601
+    matrix = _MATRICES.get(int(frame.colorspace), untagged)
+    options = {"src_colorspace": matrix}
+    if width is not None:
+        options |= {"width": width, "height": frame.height}
+    if any(component.is_alpha for component in frame.format.components):
+        image = _over_white(frame.to_ndarray(format="rgba", **options))
+    else:
+        image = frame.to_ndarray(format="rgb24", **options)
+    turns, mirrored = _quarter_turns(frame)
+    image = np.rot90(image, turns)
+    return np.ascontiguousarray(image[:, ::-1] if mirrored else image)
+
+
+def _refuse_hdr(path: Path, retarget_clip: int) -> None:
+    if int(retarget_clip) in _HDR_TRANSFERS:
+        raise MediaError(
+            f"{path}: high dynamic range, transfer {_HDR_TRANSFERS[int(transfer)]}, is not read. Convert "
+            "it to "
+            "standard range first (`ffmpeg -i IN -vf zscale=t=linear:npl=100,tonemap=hable,"
+            "zscale=p=bt709:t=bt709:m=bt709,format=yuv420p OUT.mp4`)."
+        )
+
+
+def _square_width(stream: av.VideoStream) -> int | None:
+    """Width in square pixels of a stream whose pixels are not square; None if they are or nothing is said."""
+    aspect = stream.sample_aspect_ratio or stream.codec_context.sample_aspect_ratio
+    if not aspect or aspect <= 0 or aspect == 1:
+        return None
+    return max(1, round(stream.codec_context.width * Fraction(aspect)))
+
+
+def _evenly(
+    frames: Iterable[tuple[Fraction | None, av.VideoFrame]], rate: Fraction, fps: Fraction
+) -> Iterator[av.VideoFrame]:
+    """Put frames with time stamps in seconds on the grid k / fps, each grid point its nearest frame.
+
+    `rate` is that of the frames: what frames without time stamps are spaced by, and how long the last
+    one is shown.
+
+    Constant-rate video passes unchanged; variable-rate video (phones, screen recordings) gets frames
+    repeated or dropped, so that it stays in time with its audio. Memory: two frames.
+    """
+    first: Fraction | None = None
+    previous, previous_at = None, Fraction(0)
+    grid = 0
+    for index, (time, frame) in enumerate(frames):
+        if time is None:
+            at = Fraction(index) * fps / rate  # no time stamps: frames are taken as evenly spaced
+        else:
+            first = time if first is None else first
+            at = (time - first) * fps
+        if previous is not None:
+            # Grid points closer to the previous frame than to this one; a tie goes to this one. The
+            # bound is half a frame and a bit: time stamps of coarse clocks jitter.
+            while grid - previous_at < at - grid:
+                yield previous
+                grid += 1
+        previous, previous_at = frame, at
+    if previous is not None:
+        # The last frame is shown for one of its intervals, and at least once.
+        while grid < previous_at + fps / rate - Fraction(1, 2) or grid == 0:
+            yield previous
+            grid += 1
+
+
+class VideoReader:
+    """An open video: `fps`, `has_audio`, and iteration over frames (H, W, 3) uint8, once, in order.
+
+    Use as a context manager. Memory does not grow with the length.
+
+    Args:
+      path: the file.
+      fps: rate to read at, each time its nearest frame; None: the file's own. `source_fps` is the file's.
+      start, stop: only the frames shown in [start, stop), in seconds from the first one; stop None: to
+        the end. A stop beyond the end is no error.
+
+    Raises:
+      MediaError: on opening (no such file, empty, not a video, no video track, high dynamic range) or
+        while iterating (damaged or truncated data).
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        fps: Fraction | None = None,
+        *,
+        start: Fraction = Fraction(0),
+        stop: Fraction | None = None,
+    ):
+        if (fps is not None and fps <= 0) or start < 0 or (stop is not None and stop <= start):
+            raise ValueError(f"fps {fps}, start {start}, stop {stop}: expected fps > 0 and 0 <= start < stop")
+        self.path = Path(path)
+        self._start, self._stop = Fraction(start), stop
+        check_file(self.path, "video")
+        try:
+            self._container = av.open(str(self.path))
+        except (av.error.FFmpegError, OSError, ValueError) as error:
+            raise MediaError(
+                f"{self.path}: not a readable video, or truncated ({error}). "
+                "Copy it again, or convert it (`ffmpeg -i IN -c:v libx264 OUT.mp4`)."
+            ) from error
+        try:
+            covers = av.stream.Disposition.attached_pic
+            streams = [s for s in self._container.streams.video if not s.disposition & covers]
+            if not streams:
+                raise MediaError(
+                    f"{self.path}: has no video track, only audio. Give a file that holds pictures."
+                )
+            self._stream = streams[0]
+            if self._stream.codec_context is None:
+                raise MediaError(
+                    f"{self.path}: damaged, or of a kind that cannot be decoded: its video track names no "
+                    "known "
+                    "codec. Copy it again, or convert it (`ffmpeg -i IN -c:v libx264 OUT.mp4`)."
+                )
+            self._stream.thread_type = "AUTO"
+            _refuse_hdr(self.path, self._stream.codec_context.color_trc)
+            self._width = _square_width(self._stream)
+            self.source_fps = _frame_rate(self._stream, self.path)
+            self.fps = self.source_fps if fps is None else Fraction(fps)
+            self.has_audio = len(self._container.streams.audio) > 0
+        except BaseException:
+            self._container.close()
+            raise
+
+    def __enter__(self) -> VideoReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._container.close()
+
+    def _missing_frames(self, count: int, end: Fraction | None) -> int:
+        """How many frames the headers promise beyond the `count` decoded ones; `end` is when these end."""
+        if self._stream.frames:
+            return self._stream.frames - count
+        # Only a duration is known. Variable-rate video has fewer frames than that at its nominal rate, so
+        # times are compared; some containers count from zero and some from the first frame.
+        duration = None
+        if self._stream.duration is not None and self._stream.time_base is not None:
+            duration = self._stream.duration * self._stream.time_base
+        elif self._container.duration is not None and not self.has_audio:
+            duration = Fraction(self._container.duration, av.time_base)
+        if duration is None:
+            return 0
+        return int((duration - (count / self.source_fps if end is None else end)) * self.source_fps)
+
+    def _decoded(self) -> Iterator[tuple[Fraction | None, av.VideoFrame]]:
+        count = 0
+        part = self._start > 0 or self._stop is not None
+        origin, end = Fraction(0), None
+        try:
+            if part and self._stream.start_time is not None:
+                origin = self._stream.start_time * self._stream.time_base
+            if self._start > 0:
+                # To the key frame before it; the frames between are decoded and dropped.
+                target = int((origin + self._start) / self._stream.time_base)
+                self._container.seek(max(target, 0), stream=self._stream)
+            half = 1 / (2 * self.source_fps)
+            for frame in self._container.decode(self._stream):
+                count += 1
+                time = None if frame.pts is None or frame.time_base is None else frame.pts * frame.time_base
+                at = Fraction(count - 1, 1) / self.source_fps if time is None else time - origin
+                if part and at + half <= self._start:
+                    continue
+                if self._stop is not None and at + half > self._stop:
+                    break
+                if time is not None:
+                    end = max(end or Fraction(0), time + 1 / self.source_fps)
+                yield time, frame
+        except (av.error.FFmpegError, OSError) as error:
+            raise MediaError(
+                f"{self.path}: damaged after {count} frames ({error}). Copy or download it again."
+            ) from error
+        if count == 0:
+            raise MediaError(
+                f"{self.path}: its video track holds no frames. Copy it again or give another file."
+            )
+        if part:
+            return
+        # Edit lists may hide a few frames that the container counts.
+        missing = self._missing_frames(count, end)
+        if missing > max(2, count // 20):
+            raise MediaError(
+                f"{self.path}: truncated: {count} of {count + missing} frames can be read. "
+                "Copy or download it again."
+            )
+
+    def __iter__(self) -> Iterator[UInt8[np.ndarray, "H W 3"]]:
+        shape = None
+        for index, frame in enumerate(_evenly(self._decoded(), self.source_fps, self.fps)):
+            if index == 0:
+                _refuse_hdr(self.path, frame.color_trc)
+            image = _to_rgb(frame, self._width)
+            shape = shape or image.shape
+            if image.shape != shape:
+                raise MediaError(
+                    f"{self.path}: changes size from {shape[1]}x{shape[0]} to "
+                    f"{image.shape[1]}x{image.shape[0]} at frame {index}. Convert it to one size first."
+                )
+            yield image
+
+
+def read_video(path: str | os.PathLike, max_frames: int | None = None) -> Video:
+    """Decode a video, or its first `max_frames` frames, into memory.
+
+    Raises:
+      MediaError: no such file, empty, truncated, damaged, or without pictures.
+    """
+    if max_frames is not None and max_frames < 1:
+        raise ValueError(f"max_frames is {max_frames}, expected at least 1")
+    with VideoReader(path) as reader:
+        frames = []
+        for frame in reader:
+            frames.append(frame)
+            if len(frames) == max_frames:
+                break
+        return Video(np.stack(frames), reader.fps, reader.has_audio, reader.path)
+
+
+def resample_indices(count: int, fps: Fraction, target: Fraction) -> Int[np.ndarray, " M"]:
+    """Which of `count` frames at `fps` to show at each frame of rate `target`: the nearest in time.
+
+    Exact rational arithmetic; the duration is kept to within one target frame, at least one frame.
+    """
+    if count < 1 or fps <= 0 or target <= 0:
+        raise ValueError(f"cannot resample {count} frames from {fps} to {target} frames a second")
+    ratio = Fraction(fps) / Fraction(target)
+    length = max(1, round(count / ratio))
+    # round half up, not to even: equal steps where the ratio is 1/2
+    indices = [int(k * ratio + Fraction(1, 2)) for k in range(length)]
+    return np.minimum(np.asarray(indices, np.int64), count - 1)
+
+
+def resample_to_fps(video: Video, fps: Fraction) -> Video:
+    """`video` at another frame rate: frames repeated or left out, never blended."""
+    indices = resample_indices(len(video.frames), video.fps, fps)
+    return dataclasses.replace(video, frames=video.frames[indices], fps=Fraction(fps))
+
+
+def read_image(path: str | os.PathLike) -> UInt8[np.ndarray, "H W 3"]:
+    """Read a picture upright (EXIF), as 8-bit RGB; of an animation the first frame.
+
+    Raises:
+      MediaError: no such file, empty, truncated, or not a picture.
+    """
+    path = Path(path)
+    check_file(path, "image")
+    try:
+        with Image.open(path) as opened:
+            opened.load()
+            picture = ImageOps.exif_transpose(opened)
+            if picture.mode.startswith("I") or picture.mode == "F":
+                # 16-bit grey; Pillow's own conversion clips it to white instead of scaling.
+                wide = np.asarray(picture, np.float64)
+                scale = 1.0 if wide.max() <= 255 else 255 / 65535
+                grey = np.clip(np.round(wide * scale), 0, 255).astype(np.uint8)
+                return np.repeat(grey[..., None], 3, axis=-1)
+            if picture.has_transparency_data:
+                return _over_white(np.asarray(picture.convert("RGBA")))
+            return np.array(picture.convert("RGB"))
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise MediaError(
+            f"{path}: not a readable picture, or truncated ({error}). "
+            "Copy it again or save it as PNG or JPEG."
+        ) from error
