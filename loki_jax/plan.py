@@ -23,6 +23,7 @@ import jax
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
+from loki_jax.compile_cache import enable_compile_cache
 from loki_jax.face.builtin import builtin_head
 from loki_jax.planning import predict
 from loki_jax.planning.compiled import compile_step, format_compiled
@@ -151,6 +152,7 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unknown arguments: {' '.join(argv[1:])}")
     logging.set_verbosity(logging.WARNING)
+    enable_compile_cache()
     try:
         # Before anything touches a device: planning never uses a real one.
         jax.config.update("jax_platforms", "cpu")

@@ -25,6 +25,7 @@ from absl import app, flags, logging
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import config_flags
 
+from loki_jax.compile_cache import enable_compile_cache
 from loki_jax.networks import build_networks
 from loki_jax.training import checkpoint as ckpt
 from loki_jax.training.config import check_config
@@ -47,7 +48,7 @@ from loki_jax.training.sharding import global_batch, make_mesh, put_global, tree
 from loki_jax.training.snapshot import write_snapshot
 from loki_jax.training.state import create_state, make_optimizer
 from loki_jax.training.step import make_eval_step, make_train_step
-from loki_jax.training.workdir import describe_run, record_start
+from loki_jax.training.workdir import code_version, describe_run, prepare_workdir, record_start
 from loki_jax.video.writer import write_video
 
 FLAGS = flags.FLAGS
@@ -87,7 +88,7 @@ def train(config, workdir: Path) -> float:
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings
     )
 
-    ckpt.prepare_workdir(workdir, config, head)
+    prepare_workdir(workdir, config, head)
     writer = MetricWriter(workdir, lead)
     count = {name: sum(x.size for x in jax.tree.leaves(tree)) for name, tree in abstract.params.items()}
     log(f"mesh {dict(mesh.shape)}, {jax.process_count()} processes, trained parameters {count}", lead)
@@ -112,7 +113,7 @@ def train(config, workdir: Path) -> float:
         state = jax.jit(build, out_shardings=shardings)(*placed)
         del placed
     del initial
-    code = ckpt.code_version()
+    code = code_version()
     if lead:
         record_start(workdir, describe_run(config, mesh, Path(config.data.path), first))
     writer.event(first, "start", code=code, devices=jax.device_count(), processes=jax.process_count())
@@ -147,7 +148,7 @@ def train(config, workdir: Path) -> float:
     def report(anomalies):
         for anomaly in anomalies:
             names = window_names(anomaly.batch, dataset.clips)
-            log(f"{incident}; windows (clip, frame, reference): {[tuple(n.values()) for n in names]}", lead)
+            log(f"{anomaly}; windows (clip, frame, reference): {[tuple(n.values()) for n in names]}", lead)
             writer.event(anomaly.step, anomaly.kind, **anomaly.figures, windows=names)
             if watch.stuck and anomaly.kind == "skipped":
                 folder = workdir / "dumps" / str(anomaly.step)
@@ -156,7 +157,7 @@ def train(config, workdir: Path) -> float:
                 )
                 raise NonFiniteError(
                     f"{watch.in_row} updates in a row were not finite, the last of step "
-                    f"{incident.step}. Look into it with: python -m loki_jax.training.snapshot {folder}"
+                    f"{anomaly.step}. Look into it with: python -m loki_jax.training.snapshot {folder}"
                 )
 
     # ------------------------------------------------------------------------------------ loop
@@ -228,6 +229,7 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unknown arguments: {' '.join(argv[1:])}")
     # Orbax and TFDS report every file they open; the progress lines are ours.
     logging.set_verbosity(logging.WARNING)
+    enable_compile_cache()
     config, workdir = FLAGS.config, Path(FLAGS.workdir)
     if config.deterministic:
         # Read when jax first looks for devices, which is later than here.
