@@ -1,4 +1,4 @@
-"""What a workdir holds, and how runs are saved, resumed and loaded for inference.
+"""Checkpoints of a run: saved, resumed, and loaded for inference.
 
     workdir/config.json     the resolved config
     workdir/head.npz        the head asset of the training data
@@ -7,10 +7,9 @@
                             iterator's state; run, the step, the random key, config and code version
     workdir/metrics.jsonl, workdir/events.jsonl, workdir/tensorboard/, workdir/samples/
     workdir/starts/NNN.json code, packages, devices and data of each start
-    workdir/dumps/N/        what reproduces a step that gave no finite numbers (`training/dump.py`)
+    workdir/snapshots/N/    what reproduces a step that gave no finite numbers (training/snapshot.py)
 
-A trained model also travels as one `.safetensors` file (bfloat16 parameters, config and head name in
-its metadata); the package ships one, called "demo".
+A trained model can also be one `.safetensors` file (training/model_file.py); the package ships one, "demo".
 """
 
 from __future__ import annotations
@@ -25,6 +24,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import orbax.checkpoint as ocp
 from etils import epath
 from ml_collections import ConfigDict
@@ -33,8 +33,8 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy as preserva
 from loki_jax.face.asset import load_head
 from loki_jax.training.config import CheckpointError, config_from_json, config_to_json
 from loki_jax.training.model_file import Checkpoint, load_model_file
-from loki_jax.training.sharding import path_name
-from loki_jax.training.state import TrainState
+from loki_jax.training.sharding import path_name, put_global
+from loki_jax.training.state import TrainState, create_state
 
 
 def open_manager(workdir: Path, retention: ConfigDict) -> ocp.CheckpointManager:
@@ -49,11 +49,8 @@ def open_manager(workdir: Path, retention: ConfigDict) -> ocp.CheckpointManager:
     if retention.keep_every:
         policies.append(preservation.EveryNSteps(retention.keep_every))
     if retention.keep_best:
-        policies.append(
-            preservation.BestN(
-                get_metric_fn=by_loss, n=retention.keep_best, keep_checkpoints_without_metrics=False
-            )
-        )
+        best = dict(get_metric_fn=by_loss, n=retention.keep_best, keep_checkpoints_without_metrics=False)
+        policies.append(preservation.BestN(**best))
     return ocp.CheckpointManager(
         (workdir / "checkpoints").absolute(),
         options=ocp.CheckpointManagerOptions(
@@ -135,41 +132,61 @@ def restore_state(manager: ocp.CheckpointManager, abstract: TrainState, iterator
     trees = {"params": abstract.params, "optimizer": abstract.opt_state}
     if abstract.ema is not None:
         trees["ema"] = abstract.ema
+    older = f"Move {folder} away to go on from the checkpoint before it."
     for name, wanted in trees.items():
-        check_fit(_stored_shapes(folder / name), wanted, str(folder / name))
+        try:
+            stored = leaf_shapes(_stored_shapes(folder / name))
+        except _UNREADABLE as error:
+            raise CheckpointError(f"{folder / name}: not readable ({error}). {older}") from error
+        check_fit(stored, wanted, str(folder / name))
     items = {name: ocp.args.StandardRestore(tree) for name, tree in trees.items()}
     items |= {"data": ocp.args.JsonRestore(), "run": ocp.args.JsonRestore()}
     try:
         restored = manager.restore(step, args=ocp.args.Composite(**items))
-    except (ValueError, OSError, KeyError) as error:
-        raise CheckpointError(f"{folder}: cannot be read ({error}). {_OLDER.format(folder)}") from error
+    except _UNREADABLE as error:
+        raise CheckpointError(f"{folder}: cannot be read ({error}). {older}") from error
     if restored.run["step"] != step:
-        raise CheckpointError(f"{folder}: holds step {restored.run['step']}. {_OLDER.format(folder)}")
+        raise CheckpointError(f"{folder}: holds step {restored.run['step']}. {older}")
     iterator.set_state(restored.data)
-    state = abstract._replace(
-        step=jnp.asarray(step, jnp.int32),
-        params=restored.params,
-        opt_state=restored.optimizer,
-        ema=restored.ema if abstract.ema is not None else None,
+    ema = None if abstract.ema is None else restored.ema
+    state = TrainState(
+        jnp.asarray(step, jnp.int32), restored.params, ema, restored.optimizer, abstract.frozen
     )
     return state, restored.run
 
 
-_OLDER = "Move {0} away to go on from the checkpoint before it."
+# What Orbax raises on a folder that is damaged.
+_UNREADABLE = (ValueError, OSError, KeyError, AttributeError)
 
 
-def _stored_tree(folder: Path):
-    """Shapes and dtypes of a saved tree."""
-    return ocp.PyTreeCheckpointHandler().metadata(epath.Path(folder)).tree
+def start(
+    workdir: Path,
+    initial: tuple,
+    optimizer: optax.GradientTransformation,
+    shardings: TrainState,
+    keep_ema: bool,
+) -> TrainState:
+    """The state of a new run from (trained, frozen) parameters; the frozen ones are saved."""
+    trained, frozen = (
+        put_global(tree, s) for tree, s in zip(initial, (shardings.params, shardings.frozen), strict=True)
+    )
+    save_frozen(workdir, frozen)
+    create = lambda trained, frozen: create_state(trained, frozen, optimizer, keep_ema)
+    return jax.jit(create, out_shardings=shardings)(trained, frozen)
 
 
-def _stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Paths and shapes of a saved tree."""
-    try:
-        tree = _stored_tree(folder.absolute())
-    except (ValueError, OSError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"{folder}: not readable ({error}). {_OLDER.format(folder.parent)}") from error
-    return leaf_shapes(tree)
+def resume(
+    workdir: Path, manager: ocp.CheckpointManager, abstract: TrainState, iterator
+) -> tuple[TrainState, dict]:
+    """`restore_state` with the frozen parameters."""
+    state, run = restore_state(manager, abstract, iterator)
+    step = put_global(state.step, abstract.step.sharding)
+    return state._replace(step=step, frozen=restore_frozen(workdir, abstract.frozen)), run
+
+
+def _stored_shapes(folder: Path):
+    """A saved tree with shapes and dtypes in place of its arrays."""
+    return ocp.PyTreeCheckpointHandler().metadata(epath.Path(folder.absolute())).tree
 
 
 def leaf_shapes(tree) -> dict[str, tuple[int, ...]]:
@@ -191,10 +208,10 @@ def check_fit(found: dict[str, tuple[int, ...]], wanted, source: str) -> None:
         if found.get(key) != expected.get(key)
     ]
     if wrong:
+        shown = "\n  ".join(wrong[:8])
         raise CheckpointError(
-            f"{source}: weights of another architecture ({len(wrong)} arrays differ):\n  "
-            + "\n  ".join(wrong[:8])
-            + "\nUse the config they were made with."
+            f"{source}: weights of another architecture ({len(wrong)} arrays differ):\n  {shown}\n"
+            "Use the config they were made with."
         )
 
 
@@ -231,12 +248,12 @@ def restore_frozen(workdir: Path, abstract):
             "or start a new run from its weights with --config.init_from."
         )
     try:
-        check_fit(leaf_shapes(_stored_tree(path)), abstract, str(path))
+        check_fit(leaf_shapes(_stored_shapes(path)), abstract, str(path))
         with ocp.StandardCheckpointer() as checkpointer:
             return checkpointer.restore(path, abstract)
     except CheckpointError:
         raise
-    except (ValueError, OSError, KeyError, AttributeError) as error:
+    except _UNREADABLE as error:
         raise CheckpointError(f"{path}: cannot be read ({error}). Copy it again.") from error
 
 
@@ -285,6 +302,6 @@ def load_checkpoint(source: str | os.PathLike, use_ema: bool = True) -> Checkpoi
 def restore_as_numpy(path: Path) -> dict:
     """A saved tree without a target, which would want the devices of the training run back."""
     with ocp.PyTreeCheckpointer() as checkpointer:
-        tree = _stored_tree(path)
+        tree = _stored_shapes(path)
         restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
         return checkpointer.restore(path, args=ocp.args.PyTreeRestore(restore_args=restore_args))

@@ -42,10 +42,10 @@ def open_inputs(config: ConfigDict, mesh: Mesh) -> Inputs:
             f"{config.data.path}: frames of {dataset.metadata.image_size} pixels, the config wants "
             f"{config.image_size}. Rebuild with --size {config.image_size} or set --config.image_size."
         )
-    if config.batch_size % (mesh.size * config.accumulate):
+    if config.batch_size % (mesh.size * config.grad_accum_steps):
         raise ValueError(
             f"config.batch_size={config.batch_size} is not divisible by {mesh.size} devices "
-            f"x config.accumulate={config.accumulate}"
+            f"x config.grad_accum_steps={config.grad_accum_steps}"
         )
     source = dict(
         path=config.data.path, window=config.window, batch=config.batch_size, seed=config.seed,

@@ -73,22 +73,22 @@ def test_updates_that_are_not_finite_are_skipped_and_then_stop_the_run(tmp_path,
         jax.tree.map(np.testing.assert_array_equal, dict(params)["generation"], start["generation"])
     moments = restore_as_numpy(tmp_path / "run" / "checkpoints" / "2" / "optimizer")
     assert all(not np.any(leaf) for leaf in jax.tree.leaves(moments))
-    # The dump has the batch and what the step saw.
-    dump = read_snapshot(tmp_path / "run" / "dumps" / "3")
-    assert dump.step == 3 and dump.info["windows"] == skipped[-1]["windows"]
-    assert np.isinf(np.asarray(dump.batch["latent_mean"], np.float32)).all()
-    jax.tree.map(np.testing.assert_array_equal, dump.params["trained"]["generation"], start["generation"])
-    (tmp_path / "run" / "dumps" / "3" / "dump.json").unlink()
-    with pytest.raises(CheckpointError, match="cut short"):
-        read_snapshot(tmp_path / "run" / "dumps" / "3")
+    # The snapshot has the batch and what the step saw.
+    snapshot = read_snapshot(tmp_path / "run" / "snapshots" / "3")
+    assert snapshot.step == 3 and snapshot.info["windows"] == skipped[-1]["windows"]
+    assert np.isinf(np.asarray(snapshot.batch["latent_mean"], np.float32)).all()
+    jax.tree.map(np.testing.assert_array_equal, snapshot.params["trained"]["generation"], start["generation"])
+    (tmp_path / "run" / "snapshots" / "3" / "snapshot.json").unlink()
+    with pytest.raises(CheckpointError, match="incomplete"):
+        read_snapshot(tmp_path / "run" / "snapshots" / "3")
 
 
 @pytest.mark.slow
-def test_a_dump_replays_the_step(tmp_path):
+def test_a_snapshot_replays_the_step(tmp_path):
     shards = write_shards(tmp_path / "shards", latents=np.inf)
     with pytest.raises(NonFiniteError):
         train(tiny_config(shards, steps=2, faults__max_skips=1), tmp_path / "run")
-    found = replay(read_snapshot(tmp_path / "run" / "dumps" / "1"))
+    found = replay(read_snapshot(tmp_path / "run" / "snapshots" / "1"))
     assert not np.isfinite(found["loss"]) and found["gradients"]
     assert any(line.startswith("latent_mean of window 0: {'clip'") for line in found["batch"])
 
