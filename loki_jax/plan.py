@@ -15,7 +15,6 @@ Any key of the config can be given as `--config.key=value`, as for training.
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 
@@ -25,6 +24,7 @@ from ml_collections import ConfigDict, config_flags
 
 from loki_jax.compile_cache import enable_compile_cache
 from loki_jax.face.builtin import builtin_head
+from loki_jax.io import write_json
 from loki_jax.planning import predict
 from loki_jax.planning.compiled import compile_step, format_compiled
 from loki_jax.planning.memory import ATTENTION_BACKENDS
@@ -76,14 +76,6 @@ def attention_backend(wanted: str | None, model: ConfigDict, chip: Chip) -> str:
     if chip.kinds[0].startswith("TPU"):
         return "splash"
     return "cudnn" if model.dtype in ("bfloat16", "float16") else "chunked"
-
-
-def write_json(path: Path, value: object) -> None:
-    """Write `value` beside `path` and rename, so that no half-written file is left."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(value, indent=1, default=float) + "\n")
-    partial.rename(path)
 
 
 def plan(config, title: str) -> None:
