@@ -28,9 +28,9 @@ from ml_collections import ConfigDict, config_flags
 from loki_jax.compile_cache import enable_compile_cache
 from loki_jax.networks import build_networks
 from loki_jax.training import checkpoint as ckpt
-from loki_jax.training.config import check_config, config_arguments, upgrade_config
+from loki_jax.training.config import NonFiniteError, check_config, config_arguments, upgrade_config
 from loki_jax.training.distributed import ClusterError, find_cluster, join, on_tpu_vm, wait_for_all
-from loki_jax.training.faults import NonFiniteError, Preempted, StopRequest, Watchdog, leave
+from loki_jax.training.faults import Preempted, StopRequest, Watchdog, leave
 from loki_jax.training.flops import chip_of, work_of
 from loki_jax.training.init import initial_params, sharded_state
 from loki_jax.training.inputs import open_inputs, start_reading
@@ -57,7 +57,8 @@ def train(config: ConfigDict, workdir: Path) -> float:
 
     Raises:
       DatasetError, HeadAssetError, CheckpointError, ValueError: the input does not fit; nothing is written.
-      NonFiniteError: too many updates in a row were skipped; a debug snapshot is written.
+      NonFiniteError: too many updates in a row were skipped (a debug snapshot is written), the last ones
+        were, or the state is not finite (it is not saved).
       Preempted: the process was asked to stop; a checkpoint is saved.
     """
     lead = jax.process_index() == 0
@@ -83,18 +84,20 @@ def train(config: ConfigDict, workdir: Path) -> float:
     manager = ckpt.open_manager(workdir, config.checkpoint)
     if initial is None:
         state, run = ckpt.resume(workdir, manager, abstract, iterator)
-        first, skipped = run["step"], run["skipped"]
+        first, skipped = run["step"], (run["skipped"], run.get("skipped_in_row", 0))
         log(f"resumed from step {first}", lead)
     else:
         state = ckpt.start(workdir, initial, optimizer, shardings, config.ema_decay > 0)
-        first, skipped = 0, 0
+        first, skipped = 0, (0, 0)
     del initial
     code = code_version()
     if lead:
         record_start(workdir, describe_run(config, mesh, Path(config.data.path), first))
     writer.event(first, "start", code=code, devices=jax.device_count(), processes=jax.process_count())
+    monitor = StepMonitor(config.faults, *skipped)
     if first >= config.steps:
         log(f"nothing to do: config.steps={config.steps}", lead)
+        monitor.check_end()
         return float("nan")
 
     # --------------------------------------------------------------------------------- compile
@@ -118,7 +121,7 @@ def train(config: ConfigDict, workdir: Path) -> float:
 
     # ------------------------------------------------------------------------------------ loop
     progress = Progress(first, config.steps, config.batch_size, flops, chip and chip.flops * mesh.size)
-    monitor, watchdog = StepMonitor(config.faults, skipped), Watchdog(config.faults.hang_seconds)
+    watchdog = Watchdog(config.faults.hang_seconds)
     averaged = lambda state: (state.params if state.ema is None else state.ema) | state.frozen
     due = lambda step, every: every > 0 and (step % every == 0 or step == config.steps)
     loss = float("nan")
@@ -171,12 +174,14 @@ def train(config: ConfigDict, workdir: Path) -> float:
             stop = request.reached(step)
             if stop or due(step, config.checkpoint.every):
                 report(monitor.finish())
-                ckpt.save_state(manager, step, state, iterator, config, code, monitor.skipped, val_loss)
+                skipped = (monitor.skipped, monitor.in_row)
+                ckpt.save_state(manager, step, state, iterator, config, code, skipped, val_loss)
             if stop:
                 manager.wait_until_finished()
                 writer.event(step, "stopped", reason="asked to stop")
                 raise Preempted(step)
         report(monitor.finish())
+        monitor.check_end()
     return loss
 
 

@@ -31,7 +31,7 @@ from ml_collections import ConfigDict
 from orbax.checkpoint.checkpoint_managers import preservation_policy as preservation
 
 from loki_jax.face.asset import load_head
-from loki_jax.training.config import CheckpointError, config_from_json, config_to_json
+from loki_jax.training.config import CheckpointError, NonFiniteError, config_from_json, config_to_json
 from loki_jax.training.model_file import Checkpoint, load_model_file
 from loki_jax.training.sharding import path_name, put_global
 from loki_jax.training.state import TrainState, create_state
@@ -80,7 +80,7 @@ def finishing(manager: ocp.CheckpointManager, agreed: tuple[type[Exception], ...
 
 def save_state(
     manager: ocp.CheckpointManager, step: int, state: TrainState, iterator, config: ConfigDict,
-    code: str, skipped: int = 0, val_loss: float | None = None,
+    code: str, skipped: tuple[int, int] = (0, 0), val_loss: float | None = None,
 ) -> None:  # fmt: skip
     """Start saving everything that the steps after `step` depend on; all processes must call.
 
@@ -88,24 +88,29 @@ def save_state(
 
     Args:
       code: `code_version()` when the process started.
-      skipped: updates skipped so far.
+      skipped: updates skipped so far, and how many of them were the last ones.
       val_loss: validation loss after this step, where it was measured: decides which checkpoints are best.
+
+    Raises:
+      NonFiniteError: the state holds NaN or infinity; nothing is written.
     """
+    trees = {"params": state.params, "optimizer": state.opt_state}
+    if state.ema is not None:
+        trees["ema"] = state.ema
+    if bad := nonfinite_arrays(trees):
+        raise NonFiniteError(f"step {step} is not saved: {_listed(bad)}")
     key = jax.random.fold_in(jax.random.key(config.seed), step)
     run = {
         "step": step, "seed": config.seed, "next_key": np.asarray(jax.random.key_data(key)).tolist(),
-        "skipped": skipped, "code": code, "config": json.loads(config_to_json(config)),
+        "skipped": skipped[0], "skipped_in_row": skipped[1], "code": code,
+        "config": json.loads(config_to_json(config)),
         "devices": jax.device_count(), "processes": jax.process_count(),
     }  # fmt: skip
-    items = {
-        "params": ocp.args.StandardSave(state.params),
-        "optimizer": ocp.args.StandardSave(state.opt_state),
+    items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()} | {
         # Process 0's, whose position is that of all: another number of processes can go on from it.
         "data": ocp.args.JsonSave(iterator.get_state()),
         "run": ocp.args.JsonSave(run),
     }
-    if state.ema is not None:
-        items["ema"] = ocp.args.StandardSave(state.ema)
     metrics = {} if val_loss is None else {"val_loss": float(val_loss)}
     if not manager.save(step, args=ocp.args.Composite(**items), metrics=metrics, force=True):
         raise CheckpointError(f"{manager.directory}: step {step} was not saved")
@@ -147,6 +152,8 @@ def restore_state(manager: ocp.CheckpointManager, abstract: TrainState, iterator
         raise CheckpointError(f"{folder}: cannot be read ({error}). {older}") from error
     if restored.run["step"] != step:
         raise CheckpointError(f"{folder}: holds step {restored.run['step']}. {older}")
+    if bad := nonfinite_arrays({name: restored[name] for name in trees}):
+        raise CheckpointError(f"{folder}: {_listed(bad)} {older}")
     iterator.set_state(restored.data)
     ema = None if abstract.ema is None else restored.ema
     state = TrainState(
@@ -187,6 +194,34 @@ def resume(
 def _stored_shapes(folder: Path):
     """A saved tree with shapes and dtypes in place of its arrays."""
     return ocp.PyTreeCheckpointHandler().metadata(epath.Path(folder.absolute())).tree
+
+
+_finite = jax.jit(lambda leaves: [jnp.isfinite(x).all() for x in leaves])
+
+
+def nonfinite_arrays(tree) -> list[str]:
+    """Paths of the arrays that hold NaN or infinity; all processes must call."""
+    named = [
+        (path_name(path), leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+        if jnp.issubdtype(leaf.dtype, jnp.inexact)
+    ]
+    if all(isinstance(leaf, np.ndarray) for _, leaf in named):
+        finite = [np.isfinite(leaf).all() for _, leaf in named]
+    else:
+        finite = jax.device_get(_finite([leaf for _, leaf in named]))
+    return [name for (name, _), good in zip(named, finite, strict=True) if not good]
+
+
+def _listed(bad: list[str]) -> str:
+    return f"{len(bad)} arrays hold NaN or infinity: {', '.join(bad[:4])}{', ...' if len(bad) > 4 else '.'}"
+
+
+def check_finite(params, source: str):
+    """`params`. Raises CheckpointError where arrays hold NaN or infinity."""
+    if bad := nonfinite_arrays(params):
+        raise CheckpointError(f"{source}: {_listed(bad)} Use another checkpoint.")
+    return params
 
 
 def leaf_shapes(tree) -> dict[str, tuple[int, ...]]:
@@ -270,7 +305,9 @@ def load_checkpoint(source: str | os.PathLike, use_ema: bool = True) -> Checkpoi
             return load_model_file(path)
     path, step = Path(source), None
     if path.suffix == ".safetensors":
-        return load_model_file(path)
+        checkpoint = load_model_file(path)
+        check_finite(checkpoint.params, str(path))
+        return checkpoint
     if path.parent.name == "checkpoints" and path.name.isdigit():
         path, step = path.parent.parent, int(path.name)
     if not (path / "config.json").is_file():
@@ -296,7 +333,7 @@ def load_checkpoint(source: str | os.PathLike, use_ema: bool = True) -> Checkpoi
     params = {"autoencoder": {}} | restore_as_numpy((folder / str(step) / item).absolute())
     if (path / "frozen").is_dir():
         params |= restore_as_numpy((path / "frozen").absolute())
-    return Checkpoint(config, params, head, step)
+    return Checkpoint(config, check_finite(params, str(folder / str(step))), head, step)
 
 
 def restore_as_numpy(path: Path) -> dict:

@@ -35,6 +35,10 @@ class CheckpointError(ValueError):
     """A checkpoint is missing, damaged or of another run; the message names the remedy."""
 
 
+class NonFiniteError(FloatingPointError):
+    """The last updates of a run were skipped, or arrays to be saved hold NaN or infinity."""
+
+
 def upgrade_config(content: Mapping[str, Any]) -> dict[str, Any]:
     """A config of any version, as a dict of today's keys; an old key that is set counts."""
     content = {key: value for key, value in content.items() if key != "config_version"}

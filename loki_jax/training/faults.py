@@ -32,7 +32,7 @@ class ExitCode(enum.IntEnum):
     ERROR = 1  # wrong config, flags or workdir, or an error of the program
     DATA = 65  # a shard is missing, damaged or unreadable
     LOST_PROCESS = 69  # another process of the run is gone, or a step hangs
-    NOT_FINITE = 70  # too many losses or gradients in a row were not finite; a debug snapshot is written
+    NOT_FINITE = 70  # losses or gradients were not finite: too many in a row, or the last ones
     STORAGE = 74  # the disk of the workdir is full or unwritable
     PREEMPTED = 75  # SIGTERM or a preemption notice: a checkpoint is saved, run the same command again
 
@@ -42,10 +42,6 @@ class Preempted(Exception):
 
     def __init__(self, step: int):
         super().__init__(f"asked to stop: saved after step {step}. Run the same command to go on.")
-
-
-class NonFiniteError(FloatingPointError):
-    """Too many updates in a row were skipped because loss or gradient were not finite."""
 
 
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG)

@@ -15,7 +15,13 @@ from ml_collections import ConfigDict
 from loki_jax.face.asset import HeadAsset
 from loki_jax.face.types import Camera, Coefficients
 from loki_jax.networks import Networks, random_params
-from loki_jax.training.checkpoint import check_fit, leaf_shapes, load_checkpoint, restore_as_numpy
+from loki_jax.training.checkpoint import (
+    check_finite,
+    check_fit,
+    leaf_shapes,
+    load_checkpoint,
+    restore_as_numpy,
+)
 from loki_jax.training.config import CheckpointError
 from loki_jax.training.sharding import tree_shardings
 from loki_jax.training.state import TrainState, create_state
@@ -112,7 +118,7 @@ def initial_params(config: ConfigDict, networks: Networks, head: HeadAsset) -> t
     params = jax.jit(lambda: {key: value for key, value in draw().items() if key not in given})()
     if path:
         # Without the devices of the process that converted it.
-        backbone = restore_as_numpy(path.absolute())
+        backbone = check_finite(restore_as_numpy(path.absolute()), str(path))
         check_fit(leaf_shapes(backbone), {k: abstract[k] for k in given}, str(path))
         params |= backbone
         params["generation"] = dict(params["generation"]) | {

@@ -12,6 +12,7 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from loki_jax.data.schema import ClipInfo
+from loki_jax.training.config import NonFiniteError
 
 
 class Anomaly(NamedTuple):
@@ -43,11 +44,11 @@ class StepMonitor:
     Args:
       faults: `config.faults`.
       skipped: updates skipped before this process started.
+      in_row: how many of them were the last ones.
     """
 
-    def __init__(self, faults: ConfigDict, skipped: int = 0):
-        self.skipped = skipped
-        self.in_row = 0
+    def __init__(self, faults: ConfigDict, skipped: int = 0, in_row: int = 0):
+        self.skipped, self.in_row = skipped, in_row
         self._faults = faults
         self._pending: collections.deque = collections.deque()
         self._norms: collections.deque = collections.deque(maxlen=faults.spike_window)
@@ -67,6 +68,14 @@ class StepMonitor:
     def finish(self) -> list[Anomaly]:
         """Read everything that was started; waits for the devices."""
         return self._read(0)
+
+    def check_end(self) -> None:
+        """Raise NonFiniteError where the last updates of the run were skipped."""
+        if self.in_row:
+            raise NonFiniteError(
+                f"the last {self.in_row} updates were skipped: their loss or gradients were not finite. "
+                "events.jsonl in the workdir names their windows."
+            )
 
     def means(self) -> dict[str, float]:
         """Means over the finite steps read since the last call, and `skipped`, how many were not."""

@@ -12,9 +12,9 @@ from ml_collections import ConfigDict
 
 from configs.common import base_config
 from loki_jax.data.schema import ClipInfo, DatasetError
+from loki_jax.training.config import NonFiniteError
 from loki_jax.training.faults import (
     ExitCode,
-    NonFiniteError,
     Preempted,
     StopRequest,
     Watchdog,

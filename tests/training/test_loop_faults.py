@@ -19,8 +19,8 @@ from loki_jax.face.builtin import builtin_head
 from loki_jax.networks import build_networks, random_params
 from loki_jax.train import train
 from loki_jax.training.checkpoint import load_checkpoint, restore_as_numpy, saved_steps
-from loki_jax.training.config import CheckpointError
-from loki_jax.training.faults import ExitCode, NonFiniteError, exit_code
+from loki_jax.training.config import CheckpointError, NonFiniteError
+from loki_jax.training.faults import ExitCode, exit_code
 from loki_jax.training.init import initial_params
 from loki_jax.training.logging import read_metrics
 from loki_jax.training.snapshot import read_snapshot, replay
@@ -81,6 +81,20 @@ def test_updates_that_are_not_finite_are_skipped_and_then_stop_the_run(tmp_path,
     (tmp_path / "run" / "snapshots" / "3" / "snapshot.json").unlink()
     with pytest.raises(CheckpointError, match="incomplete"):
         read_snapshot(tmp_path / "run" / "snapshots" / "3")
+
+
+def test_skipped_last_updates_are_an_error_at_the_end_and_again(tmp_path):
+    shards = write_shards(tmp_path / "shards", latents=np.inf)
+    config = tiny_config(shards, steps=1, checkpoint__every=1)
+    for _ in range(2):  # the second time there is nothing to do
+        with pytest.raises(NonFiniteError, match="the last 1 updates were skipped") as error:
+            train(config, tmp_path / "run")
+        assert exit_code(error.value) == ExitCode.NOT_FINITE
+    assert saved_steps(tmp_path / "run") == [1]
+    # Skipped updates count on after a restart.
+    config.steps, config.faults.max_skips = 3, 2
+    with pytest.raises(NonFiniteError, match="2 updates in a row.*step 2"):
+        train(config, tmp_path / "run")
 
 
 @pytest.mark.slow
