@@ -75,7 +75,7 @@ def train(config: ConfigDict, workdir: Path) -> float:
     # A resumed run needs neither the weights it started from nor their memory.
     initial = None if ckpt.saved_steps(workdir) else initial_params(config, networks, head)
     abstract, shardings, unsharded = sharded_state(config, networks, optimizer, mesh)
-    prepare_workdir(workdir, config, head)
+    prepare_workdir(workdir, config, dataset, head)
     writer = MetricWriter(workdir, lead)
     count = {name: sum(x.size for x in jax.tree.leaves(tree)) for name, tree in abstract.params.items()}
     log(f"mesh {dict(mesh.shape)}, {jax.process_count()} processes, trained parameters {count}", lead)
@@ -92,7 +92,7 @@ def train(config: ConfigDict, workdir: Path) -> float:
     del initial
     code = code_version()
     if lead:
-        record_start(workdir, describe_run(config, mesh, Path(config.data.path), first))
+        record_start(workdir, describe_run(config, mesh, dataset, first))
     writer.event(first, "start", code=code, devices=jax.device_count(), processes=jax.process_count())
     monitor = StepMonitor(config.faults, *skipped)
     if first >= config.steps:
@@ -210,4 +210,5 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     flags.mark_flags_as_required(["config", "workdir"])
-    app.run(main, config_arguments(sys.argv))
+    sys.argv = config_arguments(sys.argv)  # config_flags reads it, too
+    app.run(main)
