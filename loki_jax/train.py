@@ -36,7 +36,7 @@ from loki_jax.training.init import initial_params, sharded_state
 from loki_jax.training.inputs import open_inputs, start_reading
 from loki_jax.training.logging import MetricWriter, Progress, log, progress_line
 from loki_jax.training.monitor import Anomaly, StepMonitor, window_names
-from loki_jax.training.samples import make_pairs, make_sampler, write_samples
+from loki_jax.training.samples import check_sampling, make_pairs, make_sampler, write_samples
 from loki_jax.training.sharding import global_batch, make_mesh, put_global
 from loki_jax.training.snapshot import write_snapshot
 from loki_jax.training.state import make_optimizer
@@ -72,6 +72,7 @@ def train(config: ConfigDict, workdir: Path) -> float:
 
     # ------------------------------------------------------------------------- model and state
     networks, optimizer = build_networks(config, head), make_optimizer(config)
+    check_sampling(config, networks.schedule)
     # A resumed run needs neither the weights it started from nor their memory.
     initial = None if ckpt.saved_steps(workdir) else initial_params(config, networks, head)
     abstract, shardings, unsharded = sharded_state(config, networks, optimizer, mesh)

@@ -23,7 +23,7 @@ import loki_jax
 from loki_jax.data.reader import Dataset
 from loki_jax.face.asset import HeadAsset, load_head, save_head
 from loki_jax.io import file_sha256, write_json
-from loki_jax.training.config import CheckpointError, config_differences, config_from_json, config_to_json
+from loki_jax.training.config import CheckpointError, config_differences, config_to_json, read_config
 from loki_jax.training.distributed import wait_for_all
 
 
@@ -38,7 +38,7 @@ def prepare_workdir(workdir: Path, config: ConfigDict, dataset: Dataset, head: H
     """
     config_file, head_file = workdir / "config.json", workdir / "head.npz"
     if config_file.is_file():
-        differences = config_differences(config, config_from_json(config_file.read_text()))
+        differences = config_differences(config, read_config(config_file))
         if differences:
             shown = "\n  ".join(differences[:20])
             raise CheckpointError(
