@@ -59,11 +59,8 @@ def test_a_workdir_whose_checkpoints_are_gone_is_refused(shards, trained):
 def test_a_cut_config_is_one_clear_error(shards, trained):
     config, dataset = tiny_config(shards), open_dataset(shards)
     stored = (trained / "config.json").read_text()
-    for text, message in (
-        (stored[:200], "damaged"),
-        ("{}", "has no model, driver, diffusion"),
-        ("[]", "damaged"),
-    ):
+    wrong = {stored[:200]: "damaged", "{}": "has no model, driver, diffusion", "[]": "damaged"}
+    for text, message in wrong.items():
         (trained / "config.json").write_text(text)
         for read in (
             lambda: prepare_workdir(trained, config, dataset, dataset.head()),
