@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +10,7 @@ import optax
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
+from loki_jax.data.schema import Batch
 from loki_jax.face.asset import HeadAsset
 from loki_jax.face.types import Camera, Coefficients
 from loki_jax.networks import Networks, random_params
@@ -31,7 +31,7 @@ def abstract_state(
     return jax.eval_shape(build)
 
 
-def abstract_batch(config: ConfigDict, head: HeadAsset, latents_of: Networks | None = None) -> dict[str, Any]:
+def abstract_batch(config: ConfigDict, head: HeadAsset, latents_of: Networks | None = None) -> Batch:
     """A global batch as ShapeDtypeStructs (see `data/pipeline.py`): of images, or of latents.
 
     Args:
@@ -57,16 +57,17 @@ def abstract_batch(config: ConfigDict, head: HeadAsset, latents_of: Networks | N
             for prefix, lead in (("", (b, t)), ("reference_", (b,)))
             for name in ("mean", "logvar")
         }
-    return pictures | {
-        "coefficients": coefficients(b, t),
-        "reference_coefficients": coefficients(b),
-        "camera": Camera(floats(b, t, 4), floats(b, t, 4, 4)),
-        "crop": floats(b, t, 4),
-        "confidence": floats(b, t),
-        "clip_index": ints(b),
-        "frame_index": ints(b, t),
-        "reference_index": ints(b),
-    }
+    return Batch(
+        coefficients=coefficients(b, t),
+        reference_coefficients=coefficients(b),
+        camera=Camera(floats(b, t, 4), floats(b, t, 4, 4)),
+        crop=floats(b, t, 4),
+        confidence=floats(b, t),
+        clip_index=ints(b),
+        frame_index=ints(b, t),
+        reference_index=ints(b),
+        **pictures,
+    )
 
 
 def split_params(config: ConfigDict, params: PyTree) -> tuple[PyTree, PyTree]:

@@ -11,7 +11,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from loki_jax.data.schema import ClipInfo
+from loki_jax.data.schema import Batch, ClipInfo
 
 
 class Anomaly(NamedTuple):
@@ -26,7 +26,7 @@ class Anomaly(NamedTuple):
     kind: str
     step: int
     figures: dict[str, float]
-    batch: dict[str, Any]
+    batch: Batch
 
     def __str__(self) -> str:
         figures = ", ".join(f"{key} {value:.4g}" for key, value in self.figures.items())
@@ -61,7 +61,7 @@ class StepMonitor:
         """So many updates in a row were skipped that the run must stop."""
         return self.in_row >= self._faults.max_skips
 
-    def follow(self, step: int, batch: dict[str, Any], metrics: dict[str, jax.Array]) -> list[Anomaly]:
+    def follow(self, step: int, batch: Batch, metrics: dict[str, jax.Array]) -> list[Anomaly]:
         """Take note of a step that was just started; incidents of those that are looked at now."""
         self._pending.append((step, batch, metrics))
         anomalies = []
@@ -84,7 +84,7 @@ class StepMonitor:
         self._interval, self._interval_skips = [], 0
         return means
 
-    def _look(self, step: int, batch: dict[str, Any], metrics: dict[str, jax.Array]) -> list[Anomaly]:
+    def _look(self, step: int, batch: Batch, metrics: dict[str, jax.Array]) -> list[Anomaly]:
         figures = {key: float(value) for key, value in jax.device_get(metrics).items()}
         skipped = figures.pop("skipped") > 0
         if skipped:
@@ -103,9 +103,9 @@ class StepMonitor:
         return [Anomaly("spike", step, figures | {"median": median}, batch)] if spike else []
 
 
-def window_names(batch: dict[str, Any], clips: tuple[ClipInfo, ...]) -> list[dict[str, Any]]:
+def window_names(batch: Batch, clips: tuple[ClipInfo, ...]) -> list[dict[str, Any]]:
     """Clip, first frame and reference frame of each window of a global batch; all processes must call."""
-    gather = lambda name: np.asarray(multihost_utils.process_allgather(batch[name], tiled=True))
+    gather = lambda name: np.asarray(multihost_utils.process_allgather(getattr(batch, name), tiled=True))
     rows = zip(gather("clip_index"), gather("frame_index")[:, 0], gather("reference_index"), strict=True)
     return [
         {"clip": clips[int(clip)].clip_id, "frame": int(frame), "reference": int(reference)}

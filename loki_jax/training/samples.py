@@ -14,6 +14,7 @@ from jaxtyping import PyTree, UInt8
 from ml_collections import ConfigDict
 
 from loki_jax.data.reader import Dataset
+from loki_jax.data.schema import Batch
 from loki_jax.face.asset import HeadAsset
 from loki_jax.face.builtin import NAME as BUILTIN
 from loki_jax.face.retarget import retarget, size_ratio
@@ -55,9 +56,7 @@ class Pairs(NamedTuple):
     crop: np.ndarray
 
 
-def make_pairs(
-    batch: dict[str, Any], count: int, head: HeadAsset, dataset: Dataset, mode: str
-) -> Pairs | None:
+def make_pairs(batch: Batch, count: int, head: HeadAsset, dataset: Dataset, mode: str) -> Pairs | None:
     """Pairs from a validation batch; all processes must call. None where it holds no images.
 
     Window i drives its own person, and then that of the next window of somebody else (method, section 9).
@@ -67,21 +66,21 @@ def make_pairs(
       count: N; at most as many as the global batch has windows.
       mode: pose of the second kind, "relative" or "absolute".
     """
-    if "frames" not in batch or count < 1:
+    if batch.frames is None or count < 1:
         return None
     whole = multihost_utils.process_allgather(batch, tiled=True)
-    rows = np.arange(min(count, len(whole["frames"])))
-    take = lambda name, index: jax.tree.map(lambda x: np.asarray(x)[index], whole[name])
-    clip = np.asarray(whole["clip_index"])
+    rows = np.arange(min(count, len(whole.frames)))
+    take = lambda name, index: jax.tree.map(lambda x: np.asarray(x)[index], getattr(whole, name))
+    clip = np.asarray(whole.clip_index)
     identity = [dataset.clips[int(clip[row])].identity for row in rows]
     others = np.array([_next_other(identity, row) for row in rows])
     own = np.concatenate([rows, others])  # whose portrait
     drivers = np.concatenate([rows, rows])  # whose performance
-    frames = whole["frames"].shape[1]
+    frames = whole.frames.shape[1]
     repeat = lambda tree: jax.tree.map(lambda x: np.repeat(x[:, :1], frames, 1), tree)
 
     def perform(driver, reference, driver_camera, reference_camera):
-        scale = size_ratio(head, reference.shape, driver.shape[0])
+        scale = size_ratio(head, reference.betas, driver.betas[0])
         return retarget(
             driver,
             reference,

@@ -24,6 +24,7 @@ import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
 from safetensors.flax import load_file, save_file
 
+from loki_jax.data.schema import Batch
 from loki_jax.face.asset import HeadAsset, load_head, save_head
 from loki_jax.face.types import Camera, Coefficients
 from loki_jax.io import write_json
@@ -45,13 +46,13 @@ class Snapshot(NamedTuple):
     step: int
     config: ConfigDict
     head: HeadAsset
-    batch: dict[str, Any]
+    batch: Batch
     params: Any
     info: dict[str, Any]
 
 
 def write_snapshot(
-    folder: Path, step: int, batch: dict[str, Any], state: TrainState, config: ConfigDict, head: HeadAsset,
+    folder: Path, step: int, batch: Batch, state: TrainState, config: ConfigDict, head: HeadAsset,
     windows: list[dict[str, Any]], figures: dict[str, float],
 ) -> Path:  # fmt: skip
     """Write what reproduces step `step` to `folder`; all processes must call.
@@ -105,15 +106,18 @@ def read_snapshot(folder: str | os.PathLike) -> Snapshot:
     if missing:
         raise CheckpointError(f"{folder}: {', '.join(missing)} missing; gather the files of all processes")
     parts = [load_file(str(file)) for file in files]
-    batch: dict[str, Any] = {}
+    fields: dict[str, Any] = {}
     for name in parts[0]:
         top, _, field = name.partition("/")
         value = np.concatenate([np.asarray(part[name]) for part in parts])
         if field:
-            batch.setdefault(top, {})[field] = value
+            # Version 0.1.0 called the coefficients of identity "shape".
+            fields.setdefault(top, {})["betas" if field == "shape" else field] = value
         else:
-            batch[top] = value
-    batch = {key: _TUPLES[key](**value) if key in _TUPLES else value for key, value in batch.items()}
+            fields[top] = value
+    batch = Batch(
+        **{key: _TUPLES[key](**value) if key in _TUPLES else value for key, value in fields.items()}
+    )
     params = restore_as_numpy((folder / "state").absolute())
     return Snapshot(
         info["step"],

@@ -76,7 +76,7 @@ def test_updates_that_are_not_finite_are_skipped_and_then_stop_the_run(tmp_path,
     # The dump has the batch and what the step saw.
     dump = read_snapshot(tmp_path / "run" / "dumps" / "3")
     assert dump.step == 3 and dump.info["windows"] == skipped[-1]["windows"]
-    assert np.isinf(np.asarray(dump.batch["latent_mean"], np.float32)).all()
+    assert np.isinf(np.asarray(dump.batch.latent_mean, np.float32)).all()
     jax.tree.map(np.testing.assert_array_equal, dump.params["trained"]["generation"], start["generation"])
     (tmp_path / "run" / "dumps" / "3" / "dump.json").unlink()
     with pytest.raises(CheckpointError, match="cut short"):
