@@ -10,7 +10,7 @@ def base_config() -> ConfigDict:
     c.seed = 0
     c.steps = 30_000
     c.batch_size = 16  # windows a step, over all devices
-    c.accumulate = 1  # parts a step's batch goes through in; saves memory, changes no number beyond rounding
+    c.grad_accum_steps = 1  # microbatches of a step; saves memory, changes no number beyond rounding
     c.deterministic = False  # True: GPU kernels that repeat bit for bit (slower; CPU and TPU always do)
     c.window = 16  # frames a window
     c.image_size = 512

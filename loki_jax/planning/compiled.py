@@ -1,4 +1,4 @@
-"""What the compiler says of a step, from simulated devices on the CPU."""
+"""What the compiler reports of a step, from simulated devices on the CPU."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def compile_step(
 
 @contextmanager
 def progress(what: str, every: float = 15.0):
-    """Say on standard error how long `what` has been going on."""
+    """Log how long `what` has been running."""
     done, began = threading.Event(), time.monotonic()
 
     def tell() -> None:
@@ -85,7 +85,7 @@ def progress(what: str, every: float = 15.0):
 
 
 def format_compiled(plan: dict) -> str:
-    """What the compiler said beside what was planned."""
+    """What the compiler reports beside what was planned."""
     found, memory = plan["compiled"], plan["memory"]
     show = lambda size: f"{quantity(size) + 'B':>10s}"
     planned = memory["resident"]

@@ -97,7 +97,7 @@ def part_of(scope: str) -> str:
     ):
         if mark in scope:
             return part
-    # What differentiation has touched belongs to the loss; the update stands outside of it.
+    # What differentiation has touched belongs to the loss; the update is outside of it.
     return "rest" if "jvp(" in scope else "optimiser"
 
 

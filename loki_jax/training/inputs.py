@@ -37,10 +37,10 @@ def open_inputs(config: ConfigDict, mesh: Mesh) -> Inputs:
             "config.data.path is empty: give --config.data.path=DIR, the folder with dataset_info.json"
         )
     dataset = open_dataset(config.data.path)
-    if config.batch_size % (mesh.size * config.accumulate):
+    if config.batch_size % (mesh.size * config.grad_accum_steps):
         raise ValueError(
             f"config.batch_size={config.batch_size} is not divisible by {mesh.size} devices "
-            f"x config.accumulate={config.accumulate}"
+            f"x config.grad_accum_steps={config.grad_accum_steps}"
         )
     source = dict(
         path=config.data.path, window=config.window, batch=config.batch_size, seed=config.seed,

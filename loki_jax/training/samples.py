@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from fractions import Fraction
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -22,15 +24,11 @@ from loki_jax.face.types import Camera, Coefficients
 from loki_jax.fitting.photometric import fit_photometric_clips
 from loki_jax.metrics.hef import head_expression_follow
 from loki_jax.metrics.hpf import head_pose_follow
-from loki_jax.networks import (
-    Networks,
-    driver_input,
-    initial_noise,
-    portrait_features,
-    sample_from_features,
-)
+from loki_jax.networks import Networks, driver_input, initial_noise, portrait_features, sample_from_features
 from loki_jax.synthetic.appearance import sample_appearance
+from loki_jax.training.logging import MetricWriter, log
 from loki_jax.training.sharding import BATCH_AXES, put_global
+from loki_jax.video.writer import write_video
 
 
 class Pairs(NamedTuple):
@@ -41,7 +39,7 @@ class Pairs(NamedTuple):
       reference: (2N,S,S,3) uint8; reference_coefficients (2N,...); reference_clip (2N,) clip indices.
       driver: (2N,T,S,S,3) uint8, the driver's frames; for the first N they are what should come out.
       driver_coefficients, driver_camera: as recorded, (2N,T,...).
-      coefficients, camera, crop: what the reference is to perform, (2N,T,...): its own camera and crop.
+      coefficients, camera, crop: the reference's motion, (2N,T,...): its own camera and crop.
     """
 
     names: tuple[str, ...]
@@ -68,47 +66,37 @@ def make_pairs(batch: Batch, count: int, head: HeadAsset, dataset: Dataset, mode
     """
     if batch.frames is None or count < 1:
         return None
-    whole = multihost_utils.process_allgather(batch, tiled=True)
+    whole = jax.tree.map(np.asarray, multihost_utils.process_allgather(batch, tiled=True))
     rows = np.arange(min(count, len(whole.frames)))
-    take = lambda name, index: jax.tree.map(lambda x: np.asarray(x)[index], getattr(whole, name))
-    clip = np.asarray(whole.clip_index)
-    identity = [dataset.clips[int(clip[row])].identity for row in rows]
-    others = np.array([_next_other(identity, row) for row in rows])
+    take = lambda name, index: jax.tree.map(lambda x: x[index], getattr(whole, name))
+    clips = [dataset.clips[int(clip)] for clip in whole.clip_index]
+    others = np.array([_next_other([clip.identity for clip in clips], row) for row in rows])
     own = np.concatenate([rows, others])  # whose portrait
-    drivers = np.concatenate([rows, rows])  # whose performance
-    frames = whole.frames.shape[1]
-    repeat = lambda tree: jax.tree.map(lambda x: np.repeat(x[:, :1], frames, 1), tree)
+    drivers = np.concatenate([rows, rows])  # whose motion
 
-    def perform(driver, reference, driver_camera, reference_camera):
+    def retargeted(driver, reference, driver_camera, reference_camera):
         scale = size_ratio(head, reference.betas, driver.betas[0])
-        return retarget(
-            driver,
-            reference,
-            mode,
-            scale=scale,
-            driver_camera=driver_camera,
-            reference_camera=reference_camera,
-        )
+        cameras = dict(driver_camera=driver_camera, reference_camera=reference_camera)
+        return retarget(driver, reference, mode, scale=scale, **cameras)
 
-    first_of = lambda tree: jax.tree.map(lambda x: x[:, 0], tree)
-    swapped = jax.vmap(perform)(
-        take("coefficients", rows), take("reference_coefficients", others),
-        first_of(take("camera", rows)), first_of(take("camera", others)),
-    )  # fmt: skip
-    name = lambda row: dataset.clips[int(clip[row])].clip_id
+    camera = jax.tree.map(lambda x: x[:, 0], whole.camera)
+    camera_of = lambda index: jax.tree.map(lambda x: x[index], camera)
+    crossed = jax.vmap(retargeted)(
+        take("coefficients", rows), take("reference_coefficients", others), camera_of(rows), camera_of(others)
+    )
+    join = lambda same, other: np.concatenate([same, np.asarray(other)])
+    hold = lambda tree: jax.tree.map(lambda x: np.repeat(x[:, :1], whole.frames.shape[1], 1), tree)
     return Pairs(
-        names=tuple(f"{name(a)} < {name(b)}" for a, b in zip(own, drivers, strict=True)),
+        names=tuple(f"{clips[a].clip_id} < {clips[b].clip_id}" for a, b in zip(own, drivers, strict=True)),
         reference=take("reference", own),
         reference_coefficients=take("reference_coefficients", own),
-        reference_clip=clip[own],
+        reference_clip=whole.clip_index[own],
         driver=take("frames", drivers),
         driver_coefficients=take("coefficients", drivers),
         driver_camera=take("camera", drivers),
-        coefficients=jax.tree.map(
-            lambda same, new: np.concatenate([same, np.asarray(new)]), take("coefficients", rows), swapped
-        ),
-        camera=repeat(take("camera", own)),
-        crop=repeat(take("crop", own)),
+        coefficients=jax.tree.map(join, take("coefficients", rows), crossed),
+        camera=hold(take("camera", own)),
+        crop=hold(take("crop", own)),
     )
 
 
@@ -163,15 +151,11 @@ def make_sampler(
 
 def sample_frames(pairs: Pairs, sampled: UInt8[np.ndarray, "n t s s 3"]) -> list[UInt8[np.ndarray, "h w 3"]]:
     """Frames of a video: a column for each pair, with its reference, its driver and what was sampled."""
-    columns = len(sampled)
     still = np.concatenate(list(pairs.reference), 1)
-    frames = []
-    for t in range(sampled.shape[1]):
-        rows = [still] + [
-            np.concatenate([x[i, t] for i in range(columns)], 1) for x in (pairs.driver, sampled)
-        ]
-        frames.append(np.concatenate(rows, 0))
-    return frames
+    row = lambda videos, t: np.concatenate(list(videos[:, t]), 1)
+    return [
+        np.concatenate([still, row(pairs.driver, t), row(sampled, t)], 0) for t in range(sampled.shape[1])
+    ]
 
 
 def sample_sheet(pairs: Pairs, sampled: UInt8[np.ndarray, "n t s s 3"]) -> UInt8[np.ndarray, "h w 3"]:
@@ -195,25 +179,37 @@ def follow(
 
     Works on one process alone. Two windows of few frames say less than `python -m loki_jax.evaluate`.
     """
-    appearances = [
-        sample_appearance(dataset.clips[int(c)].extra["identity_seed"], head) for c in pairs.reference_clip
-    ]
-    appearance = jax.tree.map(lambda *x: jnp.stack([jnp.asarray(v) for v in x]), *appearances)
+    seeds = [dataset.clips[int(clip)].extra["identity_seed"] for clip in pairs.reference_clip]
+    appearance = jax.tree.map(
+        lambda *x: jnp.stack([jnp.asarray(v) for v in x]), *(sample_appearance(seed, head) for seed in seeds)
+    )
     fitted, _ = fit_photometric_clips(
         sampled, head, pairs.reference_coefficients.betas, appearance, pairs.camera, pairs.crop
     )
-    fitted = jax.tree.map(np.asarray, fitted)
     one = lambda tree, i: jax.tree.map(lambda x: np.asarray(x)[i], tree)
     hpf, hef = [], []
     for i in range(len(sampled)):
-        mine, target = one(fitted, i), one(pairs.driver_coefficients, i)
+        mine, target, camera = one(fitted, i), one(pairs.driver_coefficients, i), one(pairs.driver_camera, i)
         hpf.append(head_pose_follow(mine.rot, target.rot, mine.neck, target.neck).degrees)
-        hef.append(
-            head_expression_follow(head, mine, target, one(pairs.driver_camera, i), size=size).distance
-        )
+        hef.append(head_expression_follow(head, mine, target, camera, size=size).distance)
     half = len(sampled) // 2
     mean = lambda values: float(np.mean([v for v in values if v is not None]))
     return {
         "sample_hpf": mean(hpf[:half]), "sample_hef": mean(hef[:half]),
         "sample_hpf_cross": mean(hpf[half:]), "sample_hef_cross": mean(hef[half:]),
     }  # fmt: skip
+
+
+def write_samples(
+    writer: MetricWriter, workdir: Path, step: int, pairs: Pairs, frames: UInt8[np.ndarray, "n t s s 3"],
+    head: HeadAsset, dataset: Dataset, config: ConfigDict,
+) -> None:  # fmt: skip
+    """Write picture and video of sampled windows, and their metrics where the config asks for them."""
+    writer.image(step, "samples", sample_sheet(pairs, frames))
+    if config.sample.video:
+        (workdir / "samples").mkdir(exist_ok=True)
+        write_video(workdir / "samples" / f"{step:08d}.mp4", sample_frames(pairs, frames), Fraction(25))
+    if config.sample.follow and can_follow(head, dataset, pairs):
+        figures = follow(head, dataset, pairs, frames)
+        writer.scalars(step, figures)
+        log(f"step {step} " + "  ".join(f"{key} {value:.3f}" for key, value in figures.items()))

@@ -163,7 +163,7 @@ def test_plan_agrees_with_the_compiled_step(tmp_path):
 
 def test_accumulation_has_its_own_bytes():
     config = demo.get_config("tiny")
-    config.accumulate = 2
+    config.grad_accum_steps = 2
     subject = make_subject(config, builtin_head())
     plan = make_plan(subject, chip_named("h200"), 2, 1, 2, "chunked")
     groups = plan["memory"]["groups"]
@@ -317,7 +317,7 @@ def test_errors_are_one_clear_line():
     ):
         check_batch(16, 256, 1)
     with pytest.raises(
-        ValueError, match=r"in 2 parts: give --batch 48 \(6 a device\) or another multiple of 16"
+        ValueError, match=r"in 2 microbatches: give --batch 48 \(6 a device\) or another multiple of 16"
     ):
         check_batch(60, 8, 2)
 

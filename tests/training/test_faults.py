@@ -12,9 +12,9 @@ from ml_collections import ConfigDict
 
 from configs.common import base_config
 from loki_jax.data.schema import Batch, ClipInfo, DatasetError
+from loki_jax.training.config import NonFiniteError
 from loki_jax.training.faults import (
     ExitCode,
-    NonFiniteError,
     Preempted,
     StopRequest,
     Watchdog,
@@ -101,32 +101,32 @@ def faults(**changes):
 
 
 def test_steps_are_looked_at_one_late_until_one_is_skipped():
-    watch = StepMonitor(faults(max_skips=3), skipped=5)
-    assert watch.follow(1, {"n": 1}, metrics()) == []
-    assert watch.follow(2, {"n": 2}, metrics(np.nan)) == []
+    monitor = StepMonitor(faults(max_skips=3), skipped=5)
+    assert monitor.follow(1, {"n": 1}, metrics()) == []
+    assert monitor.follow(2, {"n": 2}, metrics(np.nan)) == []
     # Step 2 is seen when 3 has started, and then 3 at once.
-    seen = watch.follow(3, {"n": 3}, metrics(norm=np.inf))
+    seen = monitor.follow(3, {"n": 3}, metrics(norm=np.inf))
     assert [(i.kind, i.step, i.batch["n"]) for i in seen] == [("skipped", 2, 2), ("skipped", 3, 3)]
-    assert watch.in_row == 2 and watch.skipped == 7 and not watch.stuck
-    assert [i.step for i in watch.follow(4, {}, metrics(np.nan))] == [4]
-    assert watch.stuck
-    assert watch.follow(5, {}, metrics(2.0, 3.0)) == [] and watch.in_row == 0
-    assert watch.means() == {"loss": 1.5, "grad_norm": 2.0, "skipped": 3.0}
-    assert watch.means() == {"skipped": 0.0}
+    assert monitor.in_row == 2 and monitor.skipped == 7 and not monitor.stuck
+    assert [i.step for i in monitor.follow(4, {}, metrics(np.nan))] == [4]
+    assert monitor.stuck
+    assert monitor.follow(5, {}, metrics(2.0, 3.0)) == [] and monitor.in_row == 0
+    assert monitor.means() == {"loss": 1.5, "grad_norm": 2.0, "skipped": 3.0}
+    assert monitor.means() == {"skipped": 0.0}
 
 
 def test_one_skip_is_enough_where_the_config_says_so():
-    watch = StepMonitor(faults(max_skips=1))
-    assert [i.step for i in watch.follow(1, {}, metrics(np.nan))] == [1] and watch.stuck
+    monitor = StepMonitor(faults(max_skips=1))
+    assert [i.step for i in monitor.follow(1, {}, metrics(np.nan))] == [1] and monitor.stuck
 
 
 def test_spikes_stand_out_of_the_median():
-    watch = StepMonitor(faults(spike_factor=5.0, spike_window=40))
+    monitor = StepMonitor(faults(spike_factor=5.0, spike_window=40))
     rng = np.random.default_rng(0)
-    found = [i for step in range(30) for i in watch.follow(step, {}, metrics(norm=1 + 0.5 * rng.random()))]
+    found = [i for step in range(30) for i in monitor.follow(step, {}, metrics(norm=1 + 0.5 * rng.random()))]
     assert found == []
-    watch.follow(30, {}, metrics(norm=9.0))
-    (spike,) = watch.finish()
+    monitor.follow(30, {}, metrics(norm=9.0))
+    (spike,) = monitor.finish()
     assert (spike.kind, spike.step) == ("spike", 30) and 1 < spike.figures["median"] < 1.5
     assert "step 30" in str(spike)
 

@@ -32,7 +32,7 @@ def test_parts_give_the_gradients_of_the_whole(tmp_path):
     batch = global_batch(inputs.windows[0], mesh)
     found = {}
     for parts in (1, 2):
-        config.accumulate = parts
+        config.grad_accum_steps = parts
         found[parts] = jax.jit(make_gradients(config, networks, mesh))(state, batch, head)
     (loss, whole), (other_loss, summed) = found[1], found[2]
     np.testing.assert_allclose(loss, other_loss, rtol=1e-5)
@@ -71,6 +71,6 @@ def test_a_device_deals_out_its_own_windows():
 
 
 def test_batches_that_cannot_be_cut_are_refused(tmp_path):
-    config = tiny_config(tmp_path, batch_size=4, accumulate=3)
-    with pytest.raises(ValueError, match="batch_size=4.*accumulate=3"):
+    config = tiny_config(tmp_path, batch_size=4, grad_accum_steps=3)
+    with pytest.raises(ValueError, match="batch_size=4.*grad_accum_steps=3"):
         check_config(config)
