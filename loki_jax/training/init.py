@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +11,7 @@ from jax.sharding import Mesh
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
+from loki_jax.data.schema import Batch
 from loki_jax.face.asset import HeadAsset
 from loki_jax.face.types import Camera, Coefficients
 from loki_jax.networks import Networks, random_params
@@ -49,8 +49,8 @@ def sharded_state(
     return jax.tree.map(place, state, shardings), shardings, unsharded
 
 
-def abstract_batch(config: ConfigDict, head: HeadAsset, latents_of: Networks | None = None) -> dict[str, Any]:
-    """A global batch as ShapeDtypeStructs (see `data/windows.py`): of images, or of latents.
+def abstract_batch(config: ConfigDict, head: HeadAsset, latents_of: Networks | None = None) -> Batch:
+    """A global batch as ShapeDtypeStructs: of images, or of latents.
 
     Args:
       latents_of: networks whose autoencoder's latents the shards hold instead of images.
@@ -75,16 +75,17 @@ def abstract_batch(config: ConfigDict, head: HeadAsset, latents_of: Networks | N
             for prefix, lead in (("", (b, t)), ("reference_", (b,)))
             for name in ("mean", "logvar")
         }
-    return pictures | {
-        "coefficients": coefficients(b, t),
-        "reference_coefficients": coefficients(b),
-        "camera": Camera(floats(b, t, 4), floats(b, t, 4, 4)),
-        "crop": floats(b, t, 4),
-        "confidence": floats(b, t),
-        "clip_index": ints(b),
-        "frame_index": ints(b, t),
-        "reference_index": ints(b),
-    }
+    return Batch(
+        coefficients=coefficients(b, t),
+        reference_coefficients=coefficients(b),
+        camera=Camera(floats(b, t, 4), floats(b, t, 4, 4)),
+        crop=floats(b, t, 4),
+        confidence=floats(b, t),
+        clip_index=ints(b),
+        frame_index=ints(b, t),
+        reference_index=ints(b),
+        **pictures,
+    )
 
 
 def split_params(config: ConfigDict, params: PyTree) -> tuple[PyTree, PyTree]:

@@ -11,7 +11,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from loki_jax.data.schema import ClipInfo
+from loki_jax.data.schema import Batch, ClipInfo
 from loki_jax.training.config import NonFiniteError
 
 
@@ -27,7 +27,7 @@ class Anomaly(NamedTuple):
     kind: str
     step: int
     figures: dict[str, float]
-    batch: dict[str, Any]
+    batch: Batch
 
     def __str__(self) -> str:
         figures = ", ".join(f"{key} {value:.4g}" for key, value in self.figures.items())
@@ -60,7 +60,7 @@ class StepMonitor:
         """So many updates in a row were skipped that the run must stop."""
         return self.in_row >= self._faults.max_skips
 
-    def follow(self, step: int, batch: dict[str, Any], metrics: dict[str, jax.Array]) -> list[Anomaly]:
+    def follow(self, step: int, batch: Batch, metrics: dict[str, jax.Array]) -> list[Anomaly]:
         """Take a step that was just started; returns the anomalies of those that are read now."""
         self._pending.append((step, batch, metrics))
         return self._read(0 if self.in_row or self._faults.max_skips == 1 else 1)
@@ -106,9 +106,9 @@ class StepMonitor:
         return anomalies
 
 
-def window_names(batch: dict[str, Any], clips: tuple[ClipInfo, ...]) -> list[dict[str, Any]]:
+def window_names(batch: Batch, clips: tuple[ClipInfo, ...]) -> list[dict[str, Any]]:
     """Clip, first frame and reference frame of each window of a global batch; all processes must call."""
-    gather = lambda name: np.asarray(multihost_utils.process_allgather(batch[name], tiled=True))
+    gather = lambda name: np.asarray(multihost_utils.process_allgather(getattr(batch, name), tiled=True))
     rows = zip(gather("clip_index"), gather("frame_index")[:, 0], gather("reference_index"), strict=True)
     return [
         {"clip": clips[int(clip)].clip_id, "frame": int(frame), "reference": int(reference)}

@@ -16,6 +16,7 @@ from jaxtyping import PyTree, UInt8
 from ml_collections import ConfigDict
 
 from loki_jax.data.reader import Dataset
+from loki_jax.data.schema import Batch
 from loki_jax.diffusion.sampler import ddim_sample
 from loki_jax.diffusion.schedule import Schedule
 from loki_jax.face.asset import HeadAsset
@@ -55,9 +56,7 @@ class Pairs(NamedTuple):
     crop: np.ndarray
 
 
-def make_pairs(
-    batch: dict[str, Any], count: int, head: HeadAsset, dataset: Dataset, mode: str
-) -> Pairs | None:
+def make_pairs(batch: Batch, count: int, head: HeadAsset, dataset: Dataset, mode: str) -> Pairs | None:
     """Pairs from a validation batch; all processes must call. None where it holds no images.
 
     Window i drives its own person, and then that of the next window of somebody else (method, section 9).
@@ -67,12 +66,12 @@ def make_pairs(
       count: N; at most as many as the global batch has windows.
       mode: pose of the second kind, "relative" or "absolute".
     """
-    if "frames" not in batch or count < 1:
+    if batch.frames is None or count < 1:
         return None
     whole = jax.tree.map(np.asarray, multihost_utils.process_allgather(batch, tiled=True))
-    rows = np.arange(min(count, len(whole["frames"])))
-    take = lambda name, index: jax.tree.map(lambda x: x[index], whole[name])
-    clips = [dataset.clips[int(clip)] for clip in whole["clip_index"]]
+    rows = np.arange(min(count, len(whole.frames)))
+    take = lambda name, index: jax.tree.map(lambda x: x[index], getattr(whole, name))
+    clips = [dataset.clips[int(clip)] for clip in whole.clip_index]
     others = np.array([_next_other([clip.identity for clip in clips], row) for row in rows])
     own = np.concatenate([rows, others])  # whose portrait
     drivers = np.concatenate([rows, rows])  # whose motion
@@ -82,18 +81,18 @@ def make_pairs(
         cameras = dict(driver_camera=driver_camera, reference_camera=reference_camera)
         return retarget(driver, reference, mode, scale=scale, **cameras)
 
-    camera = jax.tree.map(lambda x: x[:, 0], whole["camera"])
+    camera = jax.tree.map(lambda x: x[:, 0], whole.camera)
     camera_of = lambda index: jax.tree.map(lambda x: x[index], camera)
     crossed = jax.vmap(retargeted)(
         take("coefficients", rows), take("reference_coefficients", others), camera_of(rows), camera_of(others)
     )
     join = lambda same, other: np.concatenate([same, np.asarray(other)])
-    hold = lambda tree: jax.tree.map(lambda x: np.repeat(x[:, :1], whole["frames"].shape[1], 1), tree)
+    hold = lambda tree: jax.tree.map(lambda x: np.repeat(x[:, :1], whole.frames.shape[1], 1), tree)
     return Pairs(
         names=tuple(f"{clips[a].clip_id} < {clips[b].clip_id}" for a, b in zip(own, drivers, strict=True)),
         reference=take("reference", own),
         reference_coefficients=take("reference_coefficients", own),
-        reference_clip=whole["clip_index"][own],
+        reference_clip=whole.clip_index[own],
         driver=take("frames", drivers),
         driver_coefficients=take("coefficients", drivers),
         driver_camera=take("camera", drivers),

@@ -30,6 +30,7 @@ from flax.traverse_util import unflatten_dict
 from ml_collections import ConfigDict
 from safetensors.flax import load_file, save_file
 
+from loki_jax.data.schema import Batch
 from loki_jax.face.asset import HeadAsset, load_head, save_head
 from loki_jax.face.types import Camera, Coefficients
 from loki_jax.io import write_json
@@ -52,7 +53,7 @@ class Snapshot(NamedTuple):
     step: int
     config: ConfigDict
     head: HeadAsset
-    batch: dict[str, Any]
+    batch: Batch
     params: Any
     info: dict[str, Any]
 
@@ -116,10 +117,8 @@ def read_snapshot(folder: str | os.PathLike) -> Snapshot:
     # Version 0.1 called the identity coefficients `shape`.
     today = lambda name: name.replace("coefficients/shape", "coefficients/betas")
     flat = {today(name): np.concatenate([np.asarray(part[name]) for part in parts]) for name in parts[0]}
-    batch = {
-        key: _TUPLES[key](**value) if key in _TUPLES else value
-        for key, value in unflatten_dict(flat, sep="/").items()
-    }
+    fields = unflatten_dict(flat, sep="/").items()
+    batch = Batch(**{key: _TUPLES[key](**value) if key in _TUPLES else value for key, value in fields})
     config = config_from_json(json.dumps(info["config"]))
     params = restore_as_numpy((folder / "state").absolute())
     return Snapshot(info["step"], config, load_head(folder / "head.npz"), batch, params, info)

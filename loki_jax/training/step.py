@@ -11,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 from ml_collections import ConfigDict
 
+from loki_jax.data.schema import Batch
 from loki_jax.diffusion.loss import diffusion_loss
 from loki_jax.face.asset import HeadAsset
 from loki_jax.models.autoencoder import sample_posterior
@@ -57,7 +58,7 @@ def make_loss(config: ConfigDict, networks: Networks, mesh: Mesh) -> Callable:
     draw = sharded_driver_input(config, mesh)
 
     def loss(
-        trained: PyTree, frozen: PyTree, batch: dict, head: HeadAsset, keys: PRNGKeyArray, dropout: bool
+        trained: PyTree, frozen: PyTree, batch: Batch, head: HeadAsset, keys: PRNGKeyArray, dropout: bool
     ):
         params = trained | frozen
         split = jax.vmap(lambda key: jax.random.split(key, 4), out_axes=1)(keys)
@@ -96,29 +97,29 @@ def make_loss(config: ConfigDict, networks: Networks, mesh: Mesh) -> Callable:
 
 def _drivers(config, networks, params, batch, head, draw) -> tuple[Array, Array | None]:
     """The window's driver input, and the encoded one of its reference frame where the config wants it."""
-    inputs = (batch["coefficients"], batch["camera"], batch["crop"])
+    inputs = (batch.coefficients, batch.camera, batch.crop)
     if not config.model.reference.driver:
         return draw(head, *inputs), None
     # One camera and one crop a clip. Window and reference are drawn together: one rasterisation.
-    reference = (batch["reference_coefficients"], *jax.tree.map(lambda x: x[:, 0], inputs[1:]))
+    reference = (batch.reference_coefficients, *jax.tree.map(lambda x: x[:, 0], inputs[1:]))
     joined = jax.tree.map(lambda x, y: jnp.concatenate([x, y[:, None]], 1), inputs, reference)
     driver = draw(head, *joined)
     return driver[:, :-1], encode_condition(networks, params, driver[:, -1:])[:, 0]
 
 
 def _latents(
-    networks: Networks, params: PyTree, batch: dict, prefix: str, keys: PRNGKeyArray | None
+    networks: Networks, params: PyTree, batch: Batch, prefix: str, keys: PRNGKeyArray | None
 ) -> Float[Array, "b *t h w c"]:
     """Latents of the frames or of the reference: from the shards where they hold them, else encoded.
 
     The posterior mean, or a draw of it where each window has a key.
     """
-    if f"{prefix}latent_mean" in batch:
+    if batch.latent_mean is not None:
         scale = networks.autoencoder.scale
-        mean = batch[f"{prefix}latent_mean"].astype(jnp.float32) * scale
-        logvar = batch[f"{prefix}latent_logvar"].astype(jnp.float32) + 2 * jnp.log(scale)
+        mean = getattr(batch, f"{prefix}latent_mean").astype(jnp.float32) * scale
+        logvar = getattr(batch, f"{prefix}latent_logvar").astype(jnp.float32) + 2 * jnp.log(scale)
     else:
-        images = unit_range(batch["reference" if prefix else "frames"])
+        images = unit_range(batch.reference if prefix else batch.frames)
         flat = images.reshape(-1, *images.shape[-3:])
         encoded = networks.autoencoder.apply({"params": params["autoencoder"]}, flat, method="encode")
         mean, logvar = (x.reshape(*images.shape[:-3], *x.shape[1:]) for x in encoded)
@@ -148,7 +149,7 @@ def make_gradients(config: ConfigDict, networks: Networks, mesh: Mesh) -> Callab
     value_and_grad = jax.value_and_grad(make_loss(config, networks, mesh))
     steps = config.grad_accum_steps
 
-    def gradients(state: TrainState, batch: dict, head: HeadAsset):
+    def gradients(state: TrainState, batch: Batch, head: HeadAsset):
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
         rows = jnp.arange(config.batch_size)
         of = lambda batch, rows: value_and_grad(
@@ -166,7 +167,7 @@ def make_gradients(config: ConfigDict, networks: Networks, mesh: Mesh) -> Callab
 
 def make_train_step(
     config: ConfigDict, networks: Networks, optimizer: optax.GradientTransformation, mesh: Mesh
-) -> Callable[[TrainState, dict, HeadAsset], tuple[TrainState, dict[str, Array]]]:
+) -> Callable[[TrainState, Batch, HeadAsset], tuple[TrainState, dict[str, Array]]]:
     """step(state, batch, head) -> (state, {"loss", "grad_norm", "skipped"}).
 
     Where the loss or the gradients' norm is not finite, parameters, average and optimiser stay as they
@@ -174,7 +175,7 @@ def make_train_step(
     """
     gradients = make_gradients(config, networks, mesh)
 
-    def step(state: TrainState, batch: dict, head: HeadAsset):
+    def step(state: TrainState, batch: Batch, head: HeadAsset):
         loss, grads = gradients(state, batch, head)
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
@@ -196,7 +197,7 @@ def make_eval_step(config: ConfigDict, networks: Networks, mesh: Mesh) -> Callab
     """
     loss_of, steps = make_loss(config, networks, mesh), config.grad_accum_steps
 
-    def evaluate(trained: PyTree, frozen: PyTree, batch: dict, head: HeadAsset, index: int):
+    def evaluate(trained: PyTree, frozen: PyTree, batch: Batch, head: HeadAsset, index: int):
         keys = window_keys(jax.random.fold_in(jax.random.key(0), index), jnp.arange(config.batch_size))
         of = lambda batch, keys: loss_of(trained, frozen, batch, head, keys, False)
         if steps == 1:

@@ -12,7 +12,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs.common import base_config
-from loki_jax.data.schema import ClipInfo, DatasetError
+from loki_jax.data.schema import Batch, ClipInfo, DatasetError
 from loki_jax.training.config import NonFiniteError
 from loki_jax.training.faults import (
     ExitCode,
@@ -152,10 +152,10 @@ def test_windows_are_named_by_clip():
         ClipInfo(clip_index=i, clip_id=f"clip{i}", identity="p", fps=None, length=9, split="train",
                  first_record=0, fit_quality=None, source="", licence="", extra={}) for i in range(3)
     )  # fmt: skip
-    batch = {
-        "clip_index": jnp.array([2, 0]), "frame_index": jnp.array([[4, 5], [1, 2]]),
-        "reference_index": jnp.array([7, 3]),
-    }  # fmt: skip
+    batch = Batch(
+        *(None,) * 5, clip_index=jnp.array([2, 0]), frame_index=jnp.array([[4, 5], [1, 2]]),
+        reference_index=jnp.array([7, 3]),
+    )  # fmt: skip
     assert window_names(batch, clips) == [
         {"clip": "clip2", "frame": 4, "reference": 7}, {"clip": "clip0", "frame": 1, "reference": 3},
     ]  # fmt: skip

@@ -76,7 +76,7 @@ def test_updates_that_are_not_finite_are_skipped_and_then_stop_the_run(tmp_path,
     # The snapshot has the batch and what the step saw.
     snapshot = read_snapshot(tmp_path / "run" / "snapshots" / "3")
     assert snapshot.step == 3 and snapshot.info["windows"] == skipped[-1]["windows"]
-    assert np.isinf(np.asarray(snapshot.batch["latent_mean"], np.float32)).all()
+    assert np.isinf(np.asarray(snapshot.batch.latent_mean, np.float32)).all()
     jax.tree.map(np.testing.assert_array_equal, snapshot.params["trained"]["generation"], start["generation"])
     (tmp_path / "run" / "snapshots" / "3" / "snapshot.json").unlink()
     with pytest.raises(CheckpointError, match="incomplete"):

@@ -29,14 +29,14 @@ def test_pairs_are_of_one_person_and_then_of_two(tmp_path):
     )  # fmt: skip
     # One person: as recorded. Two: the reference's shape, from the reference's pose on.
     jax.tree.map(
-        lambda a, b: np.testing.assert_array_equal(a[:3], b[:3]), pairs.coefficients, batch["coefficients"]
+        lambda a, b: np.testing.assert_array_equal(a[:3], b[:3]), pairs.coefficients, batch.coefficients
     )
     np.testing.assert_array_equal(pairs.coefficients.betas[3, 0], pairs.reference_coefficients.betas[3])
     np.testing.assert_array_equal(pairs.coefficients.expression[3:], pairs.driver_coefficients.expression[3:])
     np.testing.assert_allclose(pairs.coefficients.tra[3, 0], pairs.reference_coefficients.tra[3], atol=1e-6)
-    np.testing.assert_array_equal(pairs.driver[3], batch["frames"][0])
-    np.testing.assert_array_equal(pairs.reference[3], batch["reference"][2])
-    assert make_pairs({k: v for k, v in batch.items() if k != "frames"}, 3, head, dataset, "relative") is None
+    np.testing.assert_array_equal(pairs.driver[3], batch.frames[0])
+    np.testing.assert_array_equal(pairs.reference[3], batch.reference[2])
+    assert make_pairs(batch._replace(frames=None), 3, head, dataset, "relative") is None
     assert not can_follow(head, dataset, pairs)  # noise has no appearance to read back
 
     sampled = np.random.default_rng(0).integers(0, 255, pairs.driver.shape, dtype=np.uint8)
