@@ -28,7 +28,7 @@ from loki_jax.io import write_json
 from loki_jax.planning import predict
 from loki_jax.planning.compiled import compile_step, format_compiled
 from loki_jax.planning.memory import ATTENTION_BACKENDS
-from loki_jax.planning.report import check_batch, format_plan, make_plan
+from loki_jax.planning.report import add_other_programs, check_batch, format_plan, make_plan
 from loki_jax.planning.sweep import draw_sweep, format_sweep, sweep
 from loki_jax.planning.work import make_subject
 from loki_jax.training.config import config_arguments, upgrade_config
@@ -123,6 +123,7 @@ def plan(config, title: str) -> None:
     result = make_plan(
         subject, chip, data, fsdp, windows, backend, latents=FLAGS.latents, efficiency=FLAGS.efficiency
     )
+    add_other_programs(result, subject)
     print(format_plan(result, title))
     if FLAGS.compile:
         result["compiled"] = compile_step(subject, data, fsdp, FLAGS.latents)

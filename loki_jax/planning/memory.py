@@ -230,6 +230,35 @@ def _bytes(aval: Any) -> int:
     return 0 if extended else math.prod(aval.shape) * aval.dtype.itemsize
 
 
+def live_bytes(jaxpr: Jaxpr, logits: set) -> int:
+    """The most bytes of intermediate arrays alive at a time, without attention's logits.
+
+    For programs without a backward pass (validation, sampling); calls and loop bodies count where they run.
+    """
+    last = {v: i for i, eqn in enumerate(jaxpr.eqns) for v in eqn.invars if not isinstance(v, Literal)}
+    last |= {v: len(jaxpr.eqns) for v in jaxpr.outvars if not isinstance(v, Literal)}
+    size = lambda v: 0 if v.aval.shape in logits else _bytes(v.aval)
+    alive: dict[Any, int] = {}
+    peak = 0
+    for i, equation in enumerate(jaxpr.eqns):
+        bodies = [getattr(body, "jaxpr", body) for body in jaxprs_in_params(equation.params)]
+        inner = max((live_bytes(body, logits) for body in bodies), default=0)
+        made = {v: size(v) for v in equation.outvars}
+        peak = max(peak, sum(alive.values()) + max(inner, sum(made.values())))
+        alive = {v: n for v, n in (alive | made).items() if last.get(v, -1) > i}
+    return peak
+
+
+def forward_bytes(jaxpr: ClosedJaxpr, devices: int, backend: str) -> int:
+    """Bytes that a traced program without a backward pass needs on a device beside its arguments."""
+    live = live_jaxpr(jaxpr)
+    products = list(attention_products(live))
+    largest = max(products, key=lambda p: math.prod(p.logits), default=None)
+    # Forward alone needs no gradients of logits: a third of both passes.
+    attention = attention_bytes(largest, devices)[backend] // 3
+    return live_bytes(live, {product.logits for product in products}) + attention
+
+
 # ------------------------------------------------------------------------------------------- peak
 
 

@@ -10,13 +10,22 @@ import numpy as np
 
 from loki_jax.planning import predict
 from loki_jax.planning.collectives import expected_collectives, sent_bytes
-from loki_jax.planning.memory import abstract_mesh, activations, batch_bytes, peak_bytes, placements
+from loki_jax.planning.memory import (
+    abstract_mesh,
+    activations,
+    batch_bytes,
+    forward_bytes,
+    peak_bytes,
+    placements,
+)
 from loki_jax.planning.work import (
     PartWork,
     Subject,
     frozen_read,
     parameters_by_part,
+    trace_sampling,
     trace_step,
+    trace_validation,
     work_by_part,
 )
 from loki_jax.training.flops import Chip
@@ -120,6 +129,19 @@ def make_plan(
     }  # fmt: skip
 
 
+def add_other_programs(plan: dict, subject: Subject) -> None:
+    """Add what validation and sampling need on a device (bytes) to a plan: `memory["other_programs"]`."""
+    memory, devices, backend = plan["memory"], plan["devices"], plan["attention"]
+    validation = trace_validation(subject, plan["windows_per_device"], plan["latents"])
+    whole = [memory["groups"][name] for name in ("parameters", "frozen")]
+    copies = sum(group["total"] for group in whole if group["per_device"] < group["total"])
+    memory["other_programs"] = {
+        "validation": memory["resident"] + memory["gathered"] + forward_bytes(validation, devices, backend),
+        # Each device draws one pair with whole parameters.
+        "sampling": memory["resident"] + copies + forward_bytes(trace_sampling(subject), devices, backend),
+    }
+
+
 # -------------------------------------------------------------------------------------------- text
 
 
@@ -219,6 +241,9 @@ def _memory(plan: dict) -> str:
         lines.append(
             row(f"peak with {name}", peak, f"  {verdict} in {quantity(memory['usable'])}B{used(name)}")
         )
+    for name, size in memory.get("other_programs", {}).items():
+        verdict = "fits" if size <= memory["usable"] else "does NOT fit"
+        lines.append(row(f"peak of {name}", size, f"  {verdict}"))
     lines.append(
         f"  ({predict.USABLE_MEMORY:.0%} of {chip['name']}'s {chip['memory'] / 1e9:.0f} GB; on GPUs set "
         f"XLA_PYTHON_CLIENT_MEM_FRACTION={predict.USABLE_MEMORY}, the default is 0.75)"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
@@ -10,9 +11,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import PyTree, UInt8
+from jaxtyping import Array, PyTree, UInt8
 from ml_collections import ConfigDict
 
 from loki_jax.data.reader import Dataset
@@ -56,23 +56,37 @@ class Pairs(NamedTuple):
     crop: np.ndarray
 
 
-def make_pairs(batch: Batch, count: int, head: HeadAsset, dataset: Dataset, mode: str) -> Pairs | None:
+def take_rows(tree: PyTree, rows: np.ndarray, mesh: Mesh) -> PyTree:
+    """Rows of global arrays, as numpy on every process; nothing else leaves its device."""
+    pick = jax.jit(
+        lambda tree: jax.tree.map(lambda x: x[rows], tree), out_shardings=NamedSharding(mesh, PartitionSpec())
+    )
+    return jax.tree.map(np.asarray, pick(tree))
+
+
+def make_pairs(
+    batch: Batch, count: int, head: HeadAsset, dataset: Dataset, mode: str, mesh: Mesh
+) -> Pairs | None:
     """Pairs from a validation batch; all processes must call. None where it holds no images.
 
     Window i drives its own person, and then that of the next window of somebody else (method, section 9).
 
     Args:
-      batch: this process's part of the batch (numpy).
+      batch: the global batch.
       count: N; at most as many as the global batch has windows.
       mode: pose of the second kind, "relative" or "absolute".
     """
     if batch.frames is None or count < 1:
         return None
-    whole = jax.tree.map(np.asarray, multihost_utils.process_allgather(batch, tiled=True))
-    rows = np.arange(min(count, len(whole.frames)))
-    take = lambda name, index: jax.tree.map(lambda x: x[index], getattr(whole, name))
-    clips = [dataset.clips[int(clip)] for clip in whole.clip_index]
-    others = np.array([_next_other([clip.identity for clip in clips], row) for row in rows])
+    size = len(batch.clip_index)
+    identity = [dataset.clips[int(c)].identity for c in take_rows(batch.clip_index, np.arange(size), mesh)]
+    first = np.arange(min(count, size))
+    wanted = np.concatenate([first, [_next_other(identity, row) for row in first]])
+    # Rows of `few`: those that drive, then those of the other persons.
+    few = take_rows(batch, wanted, mesh)
+    rows, others = first, first + len(first)
+    take = lambda name, index: jax.tree.map(lambda x: x[index], getattr(few, name))
+    clips = [dataset.clips[int(clip)] for clip in few.clip_index]
     own = np.concatenate([rows, others])  # whose portrait
     drivers = np.concatenate([rows, rows])  # whose motion
 
@@ -81,18 +95,18 @@ def make_pairs(batch: Batch, count: int, head: HeadAsset, dataset: Dataset, mode
         cameras = dict(driver_camera=driver_camera, reference_camera=reference_camera)
         return retarget(driver, reference, mode, scale=scale, **cameras)
 
-    camera = jax.tree.map(lambda x: x[:, 0], whole.camera)
+    camera = jax.tree.map(lambda x: x[:, 0], few.camera)
     camera_of = lambda index: jax.tree.map(lambda x: x[index], camera)
     crossed = jax.vmap(retargeted)(
         take("coefficients", rows), take("reference_coefficients", others), camera_of(rows), camera_of(others)
     )
     join = lambda same, other: np.concatenate([same, np.asarray(other)])
-    hold = lambda tree: jax.tree.map(lambda x: np.repeat(x[:, :1], whole.frames.shape[1], 1), tree)
+    hold = lambda tree: jax.tree.map(lambda x: np.repeat(x[:, :1], few.frames.shape[1], 1), tree)
     return Pairs(
         names=tuple(f"{clips[a].clip_id} < {clips[b].clip_id}" for a, b in zip(own, drivers, strict=True)),
         reference=take("reference", own),
         reference_coefficients=take("reference_coefficients", own),
-        reference_clip=whole.clip_index[own],
+        reference_clip=few.clip_index,
         driver=take("frames", drivers),
         driver_coefficients=take("coefficients", drivers),
         driver_camera=take("camera", drivers),
@@ -122,45 +136,47 @@ def check_sampling(config: ConfigDict, schedule: Schedule) -> None:
         raise ValueError(f"config.sample: {error}") from error
 
 
+def animate_pairs(
+    config: ConfigDict, networks: Networks, params: PyTree, head: HeadAsset, inputs: dict[str, Any]
+) -> UInt8[Array, "n t s s 3"]:
+    """Frames of pairs: `inputs` holds fields of `Pairs` and the noise, each with the leading axis N."""
+    driver = driver_input(config, head, inputs["coefficients"], inputs["camera"], inputs["crop"])
+    camera, crop = jax.tree.map(lambda x: x[:, 0], (inputs["camera"], inputs["crop"]))
+    portrait = (inputs["reference"], inputs["reference_coefficients"], camera, crop)
+    features = portrait_features(config, networks, params, head, *portrait)
+    return sample_from_features(
+        config, networks, params, features, driver, inputs["noise"],
+        steps=config.sample.steps, guidance=config.sample.guidance, spacing=config.sample.spacing,
+    )  # fmt: skip
+
+
 def make_sampler(
     config: ConfigDict, networks: Networks, mesh: Mesh
 ) -> Callable[[PyTree, HeadAsset, Pairs], np.ndarray]:
     """sample(params, head, pairs) -> (2N,T,S,S,3) uint8 on every process, always from the same noise.
 
-    All processes must call. Each device animates its share of the pairs, all of them where their number does
-    not divide, with whole parameters: nothing is exchanged between the first gathering and the result.
+    All processes must call. The pairs go through in blocks of one for each device (the last is filled up),
+    with whole parameters: nothing is exchanged between the first gathering and the result of a block.
     """
-    whole = PartitionSpec()
-
-    def animate(params: PyTree, head: HeadAsset, inputs: dict[str, Any]):
-        driver = driver_input(config, head, inputs["coefficients"], inputs["camera"], inputs["crop"])
-        camera, crop = jax.tree.map(lambda x: x[:, 0], (inputs["camera"], inputs["crop"]))
-        portrait = (inputs["reference"], inputs["reference_coefficients"], camera, crop)
-        features = portrait_features(config, networks, params, head, *portrait)
-        return sample_from_features(
-            config, networks, params, features, driver, inputs["noise"],
-            steps=config.sample.steps, guidance=config.sample.guidance, spacing=config.sample.spacing,
-        )  # fmt: skip
-
-    def share(inputs: dict[str, Any]) -> PartitionSpec:
-        return PartitionSpec(BATCH_AXES) if len(inputs["reference"]) % mesh.size == 0 else whole
-
-    def sample(params: PyTree, head: HeadAsset, inputs: dict[str, Any]):
-        spec = share(inputs)
-        split = jax.shard_map(
-            animate, mesh=mesh, in_specs=(whole, whole, spec), out_specs=spec, check_vma=False
-        )
-        return split(params, head, inputs)
-
+    whole, split = PartitionSpec(), PartitionSpec(BATCH_AXES)
+    animate = functools.partial(animate_pairs, config, networks)
+    sample = jax.shard_map(
+        animate, mesh=mesh, in_specs=(whole, whole, split), out_specs=split, check_vma=False
+    )
     compiled = jax.jit(sample, out_shardings=NamedSharding(mesh, whole))
     names = ("coefficients", "camera", "crop", "reference", "reference_coefficients")
 
     def run(params: PyTree, head: HeadAsset, pairs: Pairs) -> np.ndarray:
         inputs = {name: getattr(pairs, name) for name in names}
         inputs["noise"] = initial_noise(networks, jax.random.key(0), *pairs.driver.shape[:2])
-        # Every process holds all pairs and gives its devices what they ask for.
-        inputs = put_global(inputs, jax.tree.map(lambda _: NamedSharding(mesh, share(inputs)), inputs))
-        return np.asarray(compiled(params, head, inputs))
+        count, frames = len(pairs.reference), []
+        for first in range(0, count, mesh.size):
+            rows = np.minimum(np.arange(first, first + mesh.size), count - 1)
+            block = jax.tree.map(lambda x, rows=rows: np.asarray(x)[rows], inputs)
+            # Every process holds all pairs and gives its devices what they ask for.
+            block = put_global(block, jax.tree.map(lambda _: NamedSharding(mesh, split), block))
+            frames.append(np.asarray(compiled(params, head, block)))
+        return np.concatenate(frames)[:count]
 
     return run
 
