@@ -78,15 +78,11 @@ def make_pairs(
     """
     if batch.frames is None or count < 1:
         return None
-    size = len(batch.clip_index)
-    identity = [dataset.clips[int(c)].identity for c in take_rows(batch.clip_index, np.arange(size), mesh)]
-    first = np.arange(min(count, size))
-    wanted = np.concatenate([first, [_next_other(identity, row) for row in first]])
-    # Rows of `few`: those that drive, then those of the other persons.
-    few = take_rows(batch, wanted, mesh)
-    rows, others = first, first + len(first)
+    rows = np.arange(min(count, len(batch.clip_index)))
+    few = take_rows(batch, rows, mesh)
     take = lambda name, index: jax.tree.map(lambda x: x[index], getattr(few, name))
     clips = [dataset.clips[int(clip)] for clip in few.clip_index]
+    others = np.array([_next_other([clip.identity for clip in clips], row) for row in rows])
     own = np.concatenate([rows, others])  # whose portrait
     drivers = np.concatenate([rows, rows])  # whose motion
 
@@ -106,7 +102,7 @@ def make_pairs(
         names=tuple(f"{clips[a].clip_id} < {clips[b].clip_id}" for a, b in zip(own, drivers, strict=True)),
         reference=take("reference", own),
         reference_coefficients=take("reference_coefficients", own),
-        reference_clip=few.clip_index,
+        reference_clip=few.clip_index[own],
         driver=take("frames", drivers),
         driver_coefficients=take("coefficients", drivers),
         driver_camera=take("camera", drivers),
