@@ -46,7 +46,7 @@ class Preempted(Exception):
 
 
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG)
-# TensorStore reports what the system said as text.
+# TensorStore reports the system's error as text.
 _DISK_TEXTS = tuple(os.strerror(number) for number in _DISK_ERRORS)
 _LOST_TEXTS = (
     "Gloo", "onnection", "heartbeat", "oordination", "DEADLINE_EXCEEDED", "UNAVAILABLE", "NCCL", "peer",

@@ -58,8 +58,8 @@ def test_updates_that_are_not_finite_are_skipped_and_then_stop_the_run(tmp_path,
     ) as error:
         train(config, tmp_path / "run")
     assert exit_code(error.value) == ExitCode.NOT_FINITE
-    said = capsys.readouterr().err
-    assert all(f"step {step}: update skipped" in said for step in (1, 2, 3)) and "'clip" in said
+    logged = capsys.readouterr().err
+    assert all(f"step {step}: update skipped" in logged for step in (1, 2, 3)) and "'clip" in logged
     events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
     skipped = [event for event in events if event["event"] == "skipped"]
     assert [event["step"] for event in skipped] == [1, 2, 3]

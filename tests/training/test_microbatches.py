@@ -88,8 +88,8 @@ def test_a_lost_driver_map_trains_its_encoder_only_if_asked(tmp_path, null_gradi
 
 def test_a_device_deals_out_its_own_windows():
     mesh = make_mesh(1, 1, jax.devices()[:1])
-    dealt = jax.jit(lambda x: split_microbatches(x, 3, mesh))(jnp.arange(12).reshape(6, 2))
-    np.testing.assert_array_equal(dealt, jnp.arange(12).reshape(3, 2, 2))
+    split = jax.jit(lambda x: split_microbatches(x, 3, mesh))(jnp.arange(12).reshape(6, 2))
+    np.testing.assert_array_equal(split, jnp.arange(12).reshape(3, 2, 2))
 
 
 def test_batches_that_cannot_be_cut_are_refused(tmp_path):
