@@ -205,7 +205,7 @@ def follow(
 ) -> dict[str, float]:
     """Mean HPF (degrees) and HEF of sampled windows, of one person and of two, read back photometrically.
 
-    Works on one process alone. Windows of few frames are a coarser measure than `python -m loki_jax.evaluate`.
+    Works on one process alone. Windows of few frames measure less than `python -m loki_jax.evaluate`.
     """
     seeds = [dataset.clips[int(clip)].extra["identity_seed"] for clip in pairs.reference_clip]
     appearance = jax.tree.map(
