@@ -69,7 +69,7 @@ def make_pairs(batch: Batch, count: int, head: HeadAsset, dataset: Dataset, mode
     whole = jax.tree.map(np.asarray, multihost_utils.process_allgather(batch, tiled=True))
     rows = np.arange(min(count, len(whole.frames)))
     take = lambda name, index: jax.tree.map(lambda x: x[index], getattr(whole, name))
-    clips = [dataset.clips[int(clip)] for clip in whole.clip_index]
+    clips = [dataset.clips[int(clip)] for clip in whole.clip_index[rows]]
     others = np.array([_next_other([clip.identity for clip in clips], row) for row in rows])
     own = np.concatenate([rows, others])  # whose portrait
     drivers = np.concatenate([rows, rows])  # whose motion
