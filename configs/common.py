@@ -133,6 +133,7 @@ def base_config() -> ConfigDict:
     c.faults.spike_window = 100  # steps the median is over
     # No step finished for so long: end with the exit code of a lost process. 0: wait for ever.
     c.faults.hang_seconds = 1800
+    c.faults.slow_seconds = 4 * 3600  # the same for a validation, samples or a checkpoint
 
     # Intervals in steps; all four are also due after the last step. 0: never.
     c.log = ConfigDict(dict(every=50))

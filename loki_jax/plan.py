@@ -155,4 +155,5 @@ def config_name() -> str:
 if __name__ == "__main__":
     define_flags()
     flags.mark_flags_as_required(["config"])
-    app.run(main, config_arguments(sys.argv))
+    sys.argv = config_arguments(sys.argv)  # config_flags reads it, too
+    app.run(main)

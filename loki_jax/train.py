@@ -16,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-import time
 from pathlib import Path
 
 import jax
@@ -34,9 +33,9 @@ from loki_jax.training.faults import Preempted, StopRequest, Watchdog, leave
 from loki_jax.training.flops import chip_of, work_of
 from loki_jax.training.init import initial_params, sharded_state
 from loki_jax.training.inputs import open_inputs, start_reading
-from loki_jax.training.logging import MetricWriter, Progress, log, progress_line
+from loki_jax.training.logging import MetricWriter, Progress, log, log_duration, progress_line
 from loki_jax.training.monitor import Anomaly, StepMonitor, window_names
-from loki_jax.training.samples import make_pairs, make_sampler, write_samples
+from loki_jax.training.samples import check_sampling, make_pairs, make_sampler, write_samples
 from loki_jax.training.sharding import global_batch, make_mesh, put_global
 from loki_jax.training.snapshot import write_snapshot
 from loki_jax.training.state import make_optimizer
@@ -72,10 +71,11 @@ def train(config: ConfigDict, workdir: Path) -> float:
 
     # ------------------------------------------------------------------------- model and state
     networks, optimizer = build_networks(config, head), make_optimizer(config)
+    check_sampling(config, networks.schedule)
     # A resumed run needs neither the weights it started from nor their memory.
     initial = None if ckpt.saved_steps(workdir) else initial_params(config, networks, head)
     abstract, shardings, unsharded = sharded_state(config, networks, optimizer, mesh)
-    prepare_workdir(workdir, config, head)
+    prepare_workdir(workdir, config, dataset, head)
     writer = MetricWriter(workdir, lead)
     count = {name: sum(x.size for x in jax.tree.leaves(tree)) for name, tree in abstract.params.items()}
     log(f"mesh {dict(mesh.shape)}, {jax.process_count()} processes, trained parameters {count}", lead)
@@ -92,7 +92,7 @@ def train(config: ConfigDict, workdir: Path) -> float:
     del initial
     code = code_version()
     if lead:
-        record_start(workdir, describe_run(config, mesh, Path(config.data.path), first))
+        record_start(workdir, describe_run(config, mesh, dataset, first))
     writer.event(first, "start", code=code, devices=jax.device_count(), processes=jax.process_count())
     monitor = StepMonitor(config.faults, *skipped)
     if first >= config.steps:
@@ -111,17 +111,17 @@ def train(config: ConfigDict, workdir: Path) -> float:
     train_step = jax.jit(
         make_train_step(config, networks, optimizer, mesh), donate_argnums=0, out_shardings=(shardings, None)
     )
-    began = time.monotonic()
-    traced = train_step.trace(state, global_batch(windows[0], mesh), device_head)
-    train_step = traced.lower().compile()
+    with log_duration("compiling the train step", lead):
+        traced = train_step.trace(state, global_batch(windows[0], mesh), device_head)
+        train_step = traced.lower().compile()
     wait_for_all("compiled")
     flops, chip = work_of(traced.jaxpr).model, chip_of(jax.devices()[0])
     peak = f"{chip.name}, {chip.flops:.3g} FLOP/s" if chip else "no peak known, so no MFU"
-    log(f"compiled in {time.monotonic() - began:.0f} s; {flops:.3g} FLOP a step; chip: {peak}", lead)
+    log(f"{flops:.3g} FLOP a step; chip: {peak}", lead)
 
     # ------------------------------------------------------------------------------------ loop
     progress = Progress(first, config.steps, config.batch_size, flops, chip and chip.flops * mesh.size)
-    watchdog = Watchdog(config.faults.hang_seconds)
+    watchdog = Watchdog(config.faults.hang_seconds, config.faults.slow_seconds)
     averaged = lambda state: (state.params if state.ema is None else state.ema) | state.frozen
     due = lambda step, every: every > 0 and (step % every == 0 or step == config.steps)
     loss = float("nan")
@@ -161,25 +161,37 @@ def train(config: ConfigDict, workdir: Path) -> float:
 
             val_loss = None
             if validation and due(step, config.validation.every):
-                losses = [eval_step(averaged(state), {}, b, device_head, i) for i, b in enumerate(validation)]
-                val_loss = float(np.mean([float(x) for x in losses]))
+                with watchdog.slow(), log_duration(f"step {step} validation", lead):
+                    each = [
+                        eval_step(averaged(state), {}, b, device_head, i) for i, b in enumerate(validation)
+                    ]
+                    val_loss = float(np.mean([float(x) for x in each]))
                 writer.scalars(step, {"val_loss": val_loss})
                 log(f"step {step} validation loss {val_loss:.4f}", lead)
-
-            if pairs is not None and due(step, config.sample.every):
-                frames = sample(averaged(state), device_head, pairs)
-                if lead:
-                    write_samples(writer, workdir, step, pairs, frames, head, dataset, config)
 
             stop = request.reached(step)
             if stop or due(step, config.checkpoint.every):
                 report(monitor.finish())
                 skipped = (monitor.skipped, monitor.in_row)
-                ckpt.save_state(manager, step, state, iterator, config, code, skipped, val_loss)
+                with watchdog.slow():  # waits for the write before
+                    ckpt.save_state(manager, step, state, iterator, config, code, skipped, val_loss)
             if stop:
                 manager.wait_until_finished()
                 writer.event(step, "stopped", reason="asked to stop")
                 raise Preempted(step)
+
+            # After the checkpoint: pictures must not stop a run.
+            if pairs is not None and due(step, config.sample.every):
+                try:
+                    with watchdog.slow(), log_duration(f"step {step} samples", lead):
+                        frames = sample(averaged(state), device_head, pairs)
+                        if lead:
+                            write_samples(writer, workdir, step, pairs, frames, head, dataset, config)
+                except Exception as error:
+                    if jax.process_count() > 1 and isinstance(error, jax.errors.JaxRuntimeError):
+                        raise  # another process may be gone
+                    log(f"step {step}: no samples ({type(error).__name__}: {error}); training goes on")
+                    writer.event(step, "no samples", error=repr(error))
         report(monitor.finish())
         monitor.check_end()
     return loss
@@ -210,4 +222,5 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     flags.mark_flags_as_required(["config", "workdir"])
-    app.run(main, config_arguments(sys.argv))
+    sys.argv = config_arguments(sys.argv)  # config_flags reads it, too
+    app.run(main)

@@ -31,7 +31,7 @@ from ml_collections import ConfigDict
 from orbax.checkpoint.checkpoint_managers import preservation_policy as preservation
 
 from loki_jax.face.asset import load_head
-from loki_jax.training.config import CheckpointError, NonFiniteError, config_from_json, config_to_json
+from loki_jax.training.config import CheckpointError, NonFiniteError, config_to_json, read_config
 from loki_jax.training.model_file import Checkpoint, load_model_file
 from loki_jax.training.sharding import path_name, put_global
 from loki_jax.training.state import TrainState, create_state
@@ -315,7 +315,7 @@ def load_checkpoint(source: str | os.PathLike, use_ema: bool = True) -> Checkpoi
             f"{path}: not a workdir of loki_jax.train (no config.json). "
             'Give the --workdir of a run, a .safetensors file of `python -m loki_jax.convert`, or "demo".'
         )
-    config = config_from_json((path / "config.json").read_text())
+    config = read_config(path / "config.json")
     head = load_head(path / "head.npz")
     folder = path / "checkpoints"
     saved = saved_steps(path)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -59,6 +60,17 @@ def config_from_json(text: str) -> ConfigDict:
         return tuple(map(freeze, value)) if isinstance(value, list) else value
 
     return ConfigDict(upgrade_config(freeze(json.loads(text))))
+
+
+def read_config(path: Path) -> ConfigDict:
+    """The config of a `config.json`. Raises CheckpointError where it is damaged."""
+    try:
+        config = config_from_json(path.read_text())
+    except (ValueError, AttributeError, TypeError) as error:
+        raise CheckpointError(f"{path}: damaged ({error}). Copy the workdir again.") from error
+    if missing := [key for key in ("model", "driver", "diffusion") if key not in config]:
+        raise CheckpointError(f"{path}: not the config of a run: it has no {', '.join(missing)}.")
+    return config
 
 
 def import_configs() -> Path:
@@ -119,7 +131,13 @@ def config_differences(mine: ConfigDict, theirs: ConfigDict) -> list[str]:
 
 
 def check_config(config: ConfigDict) -> None:
-    """Raise ValueError for options that contradict each other."""
+    """Raise ValueError for options that do not exist or contradict each other."""
+    positive = ("batch_size", "window", "image_size", "faults.max_skips", "checkpoint.keep", "sample.steps")
+    never = ("log", "checkpoint", "validation", "sample")
+    for least, keys in ((1, positive), (0, [f"{key}.every" for key in never]), (0, ["sample.pairs"])):
+        for key in keys:
+            if config[key] < least:
+                raise ValueError(f"config.{key}={config[key]}: at least {least}")
     check_prediction(config.diffusion.prediction)
     batch, parts, dropout, diffusion = (
         config.batch_size, config.grad_accum_steps, config.dropout, config.diffusion
@@ -129,7 +147,12 @@ def check_config(config: ConfigDict) -> None:
         f"batch_size={batch} cannot be split into grad_accum_steps={parts} microbatches": (
             parts < 1 or batch % parts
         ),
-        f"faults.max_skips={config.faults.max_skips}: at least 1": config.faults.max_skips < 1,
+        f"sample.guidance={config.sample.guidance} is not a finite number": (
+            not math.isfinite(config.sample.guidance)
+        ),
+        f"sample.pose={config.sample.pose!r}: use relative or absolute": (
+            config.sample.pose not in ("relative", "absolute")
+        ),
         f"diffusion.shared_timesteps={diffusion.shared_timesteps} is not a share": (
             not 0 <= diffusion.shared_timesteps <= 1
         ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import errno
 import faulthandler
@@ -151,10 +152,14 @@ class Watchdog:
     """Ends the process when no step finishes for `seconds`: a lost partner may hold a collective for ever.
 
     It starts with the first beat, so that compilation does not count. 0 seconds: never.
+
+    Args:
+      slow_seconds: the limit inside of `slow()`: validation, samples and checkpoints, the first of which
+        compile.
     """
 
-    def __init__(self, seconds: float, end: Callable[[int], None] = os._exit):
-        self._seconds, self._end = seconds, end
+    def __init__(self, seconds: float, slow_seconds: float = 0, end: Callable[[int], None] = os._exit):
+        self._seconds, self._limit, self._slow, self._end = seconds, seconds, slow_seconds, end
         self._last: float | None = None
         self._stopped = threading.Event()
         if seconds > 0:
@@ -163,14 +168,23 @@ class Watchdog:
     def beat(self) -> None:
         self._last = time.monotonic()
 
+    @contextlib.contextmanager
+    def slow(self) -> Iterator[None]:
+        """Around what may take longer than a step."""
+        self.beat()
+        self._limit = max(self._slow, self._seconds)
+        yield
+        self.beat()
+        self._limit = self._seconds
+
     def stop(self) -> None:
         self._stopped.set()
 
     def _watch(self) -> None:
         while not self._stopped.wait(min(self._seconds / 4, 10)):
-            if self._last is not None and time.monotonic() - self._last > self._seconds:
+            if self._last is not None and time.monotonic() - self._last > self._limit:
                 log(
-                    f"error: no step finished for {self._seconds:g} s: another process is gone, or data or "
+                    f"error: nothing finished for {self._limit:g} s: another process is gone, or data or "
                     "devices hang. The position of each thread:"
                 )
                 faulthandler.dump_traceback(file=sys.__stderr__, all_threads=True)

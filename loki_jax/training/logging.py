@@ -6,6 +6,7 @@ import contextlib
 import datetime
 import json
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -105,6 +106,26 @@ def log(message: str, active: bool = True) -> None:
     """One line on standard error, so that standard output stays free for results."""
     if active:
         print(message, file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def log_duration(what: str, active: bool = True, every: float = 15.0) -> Iterator[None]:
+    """Log that `what` begins, every so many seconds that it goes on, and how long it took."""
+    done, began = threading.Event(), time.monotonic()
+
+    def tell() -> None:
+        while not done.wait(every):
+            log(f"{what}: {duration(time.monotonic() - began)}", active)
+
+    log(f"{what} ...", active)
+    thread = threading.Thread(target=tell, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+        log(f"{what} took {time.monotonic() - began:.1f} s", active)
 
 
 def duration(seconds: float) -> str:

@@ -80,10 +80,15 @@ def load_model_file(path: Path) -> Checkpoint:
         raise CheckpointError(
             f"{path}: not a loki_jax model file. For other weights use `python -m loki_jax.convert`."
         )
+    try:
+        config, step = config_from_json(metadata["config"]), int(metadata["step"])
+        head_name, geometry = metadata["head"], metadata["head_geometry"]
+    except (KeyError, ValueError, AttributeError, TypeError) as error:
+        raise CheckpointError(f"{path}: its metadata are damaged ({error}). Copy it again.") from error
     head = builtin_head()
-    if metadata["head"] != head.name or metadata["head_geometry"] != _geometry_digest(head):
+    if head_name != head.name or geometry != _geometry_digest(head):
         raise CheckpointError(
-            f"{path}: made with another built-in head ({metadata['head']}); use the version that made it."
+            f"{path}: made with another built-in head ({head_name}); use the version that made it."
         )
     params = {"autoencoder": {}} | unflatten_dict(tensors, sep="/")
-    return Checkpoint(config_from_json(metadata["config"]), params, head, int(metadata["step"]))
+    return Checkpoint(config, params, head, step)

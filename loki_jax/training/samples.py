@@ -17,6 +17,8 @@ from ml_collections import ConfigDict
 
 from loki_jax.data.reader import Dataset
 from loki_jax.data.schema import Batch
+from loki_jax.diffusion.sampler import ddim_sample
+from loki_jax.diffusion.schedule import Schedule
 from loki_jax.face.asset import HeadAsset
 from loki_jax.face.builtin import NAME as BUILTIN
 from loki_jax.face.retarget import retarget, size_ratio
@@ -104,6 +106,20 @@ def _next_other(identity: list[str], row: int) -> int:
     """The next row, around the end, of another identity; the row itself where there is only one."""
     count = len(identity)
     return next((i % count for i in range(row + 1, row + count) if identity[i % count] != identity[row]), row)
+
+
+def check_sampling(config: ConfigDict, schedule: Schedule) -> None:
+    """Raise ValueError where the sampler would refuse the options of `config.sample`."""
+    c = config.sample
+    options = dict(
+        steps=c.steps, guidance=c.guidance, spacing=c.spacing, prediction=config.diffusion.prediction
+    )
+    noise = jax.ShapeDtypeStruct((1, 1, 1, 1, 1), jnp.float32)
+    nothing = dict(conditional=(), unconditional=())
+    try:
+        jax.eval_shape(lambda x: ddim_sample(lambda x, *_: x, x, schedule, **nothing, **options), noise)
+    except ValueError as error:
+        raise ValueError(f"config.sample: {error}") from error
 
 
 def make_sampler(

@@ -191,11 +191,18 @@ def make_train_step(
 
 
 def make_eval_step(config: ConfigDict, networks: Networks, mesh: Mesh) -> Callable:
-    """loss(trained, frozen, batch, head, index) at noise and timesteps fixed by `index`, nothing dropped."""
-    loss_of = make_loss(config, networks, mesh)
+    """loss(trained, frozen, batch, head, index) at noise and timesteps fixed by `index`, nothing dropped.
+
+    Goes through the batch in the microbatches of the train step.
+    """
+    loss_of, steps = make_loss(config, networks, mesh), config.grad_accum_steps
 
     def evaluate(trained: PyTree, frozen: PyTree, batch: Batch, head: HeadAsset, index: int):
         keys = window_keys(jax.random.fold_in(jax.random.key(0), index), jnp.arange(config.batch_size))
-        return loss_of(trained, frozen, batch, head, keys, False)
+        of = lambda batch, keys: loss_of(trained, frozen, batch, head, keys, False)
+        if steps == 1:
+            return of(batch, keys)
+        add = lambda total, microbatch: (total + of(*microbatch), None)
+        return jax.lax.scan(add, 0.0, split_microbatches((batch, keys), steps, mesh))[0] / steps
 
     return evaluate

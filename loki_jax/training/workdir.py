@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import importlib.metadata
 import json
@@ -19,23 +20,25 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 import loki_jax
+from loki_jax.data.reader import Dataset
 from loki_jax.face.asset import HeadAsset, load_head, save_head
 from loki_jax.io import file_sha256, write_json
-from loki_jax.training.config import CheckpointError, config_differences, config_from_json, config_to_json
+from loki_jax.training.config import CheckpointError, config_differences, config_to_json, read_config
 from loki_jax.training.distributed import wait_for_all
 
 
-def prepare_workdir(workdir: Path, config: ConfigDict, head: HeadAsset) -> None:
+def prepare_workdir(workdir: Path, config: ConfigDict, dataset: Dataset, head: HeadAsset) -> None:
     """Write config and head asset into a new workdir, or check that an old one is of this run.
 
     With several processes all must call; process 0 writes.
 
     Raises:
-      CheckpointError: the workdir holds a run of another config or another head.
+      CheckpointError: the workdir holds a run of another config, other clips or another head, or its
+        checkpoints are gone.
     """
     config_file, head_file = workdir / "config.json", workdir / "head.npz"
     if config_file.is_file():
-        differences = config_differences(config, config_from_json(config_file.read_text()))
+        differences = config_differences(config, read_config(config_file))
         if differences:
             shown = "\n  ".join(differences[:20])
             raise CheckpointError(
@@ -49,6 +52,19 @@ def prepare_workdir(workdir: Path, config: ConfigDict, head: HeadAsset) -> None:
                 f"{head_file}: this workdir was trained on head {stored.name!r}, "
                 f"the data uses {head.name!r}. Choose another --workdir."
             )
+    starts = [json.loads(file.read_text()) for file in sorted(workdir.glob("starts/*.json"))]
+    stored = next((s["dataset"]["clips"] for s in starts if "clips" in s["dataset"]), None)
+    if stored not in (None, clips_digest(dataset)):
+        raise CheckpointError(
+            f"{workdir}: this run was trained on other clips than {dataset.path} holds. "
+            "Choose another --workdir, or start from its weights with --config.init_from."
+        )
+    metrics = workdir / "metrics.jsonl"
+    if metrics.is_file() and metrics.stat().st_size and not (workdir / "checkpoints").is_dir():
+        raise CheckpointError(
+            f"{workdir / 'checkpoints'}: missing, but {metrics.name} shows that this run has trained. "
+            "Copy the whole workdir again, or choose another --workdir."
+        )
     # Nobody writes before all have read.
     wait_for_all("workdir read")
     if jax.process_index() == 0:
@@ -106,7 +122,13 @@ def dataset_checksums(folder: Path) -> dict[str, dict[str, Any]]:
     return sums
 
 
-def describe_run(config: ConfigDict, mesh: Mesh, data: Path, first_step: int) -> dict[str, Any]:
+def clips_digest(dataset: Dataset) -> str:
+    """SHA-256 of the table of clips: the same wherever the dataset is, and with or without latents."""
+    rows = [dataclasses.asdict(clip) for clip in dataset.clips]
+    return hashlib.sha256(json.dumps(rows, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def describe_run(config: ConfigDict, mesh: Mesh, dataset: Dataset, first_step: int) -> dict[str, Any]:
     """Everything about this start of a run but its weights."""
     devices = jax.devices()
     of_process = [sum(d.process_index == p for d in devices) for p in range(jax.process_count())]
@@ -127,7 +149,10 @@ def describe_run(config: ConfigDict, mesh: Mesh, data: Path, first_step: int) ->
             "runtime": devices[0].client.platform_version,
         },
         "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith(variables)},
-        "dataset": {"path": str(data), "files": dataset_checksums(data)},
+        "dataset": {
+            "path": str(dataset.path), "clips": clips_digest(dataset),
+            "files": dataset_checksums(dataset.path),
+        },
     }  # fmt: skip
 
 

@@ -4,6 +4,7 @@ import errno
 import os
 import signal
 import threading
+import time
 
 import jax.numpy as jnp
 import numpy as np
@@ -89,6 +90,21 @@ def test_watchdog_ends_a_run_that_hangs_and_no_other():
     patient.beat()
     patient.stop()
     assert len(ended) == 1
+
+
+def test_what_takes_longer_than_a_step_has_a_limit_of_its_own():
+    ended = []
+    watchdog = Watchdog(0.4, 60, end=ended.append)
+    watchdog.beat()
+    with watchdog.slow():
+        time.sleep(1.5)
+    assert ended == []
+    time.sleep(1.5)  # the limit of a step again
+    assert ended == [ExitCode.LOST_PROCESS]
+    hung = threading.Event()
+    watchdog = Watchdog(0.1, 0.4, end=lambda code: hung.set())
+    with watchdog.slow():
+        assert hung.wait(30)
 
 
 def metrics(loss=1.0, norm=1.0):

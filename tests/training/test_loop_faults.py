@@ -97,6 +97,23 @@ def test_skipped_last_updates_are_an_error_at_the_end_and_again(tmp_path):
         train(config, tmp_path / "run")
 
 
+def test_an_error_in_sampling_is_logged_and_training_goes_on(tmp_path, monkeypatch, capsys):
+    def fail(*args):
+        assert saved_steps(tmp_path / "run") or list((tmp_path / "run" / "checkpoints").iterdir())
+        raise RuntimeError("no memory left")
+
+    # The real sampler is too dear to fail on purpose.
+    monkeypatch.setattr("loki_jax.train.make_sampler", lambda *_: fail)
+    shards = write_shards(tmp_path / "shards")
+    train(tiny_config(shards, steps=2, checkpoint__every=1, sample__every=1), tmp_path / "run")
+    assert saved_steps(tmp_path / "run") == [1, 2]
+    logged = capsys.readouterr().err
+    assert "step 1: no samples (RuntimeError: no memory left); training goes on" in logged
+    assert "compiling the train step took" in logged and "step 1 samples took" in logged
+    events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
+    assert [event["step"] for event in events if event["event"] == "no samples"] == [1, 2]
+
+
 @pytest.mark.slow
 def test_a_snapshot_replays_the_step(tmp_path):
     shards = write_shards(tmp_path / "shards", latents=np.inf)
