@@ -194,80 +194,33 @@ class Batches:
         return self.elements[index][0]
 
 
-@dataclasses.dataclass(frozen=True)
-class _Source:
-    """What both kinds of batches share; arguments and errors as for `make_dataset`."""
-
-    path: str | os.PathLike
-    split: str
-    window: int
-    batch: int
-    process_index: int
-    process_count: int
-    with_images: bool
-    image_size: int | None
-    cache_bytes: int
-    head_sha256: str | None
-    max_corrupt_share: float
-
-    def open(self) -> tuple[Dataset, list[Slot]]:
-        if not 0 <= self.process_index < self.process_count:
-            raise ValueError(
-                f"process_index {self.process_index} is not one of {self.process_count} processes"
-            )
-        if self.batch <= 0 or self.batch % self.process_count:
-            raise ValueError(
-                f"the global batch of {self.batch} windows cannot be shared evenly by "
-                f"{self.process_count} processes"
-            )
-        dataset = open_dataset(self.path, self.head_sha256)
-        self._check_size(dataset)
-        clips = dataset.clips_of(self.split)
-        slots = window_slots(clips, self.window)
-        if not slots:
-            longest = max((clip.length for clip in clips), default=0)
-            raise DatasetError(
-                f"{dataset.path}: split {self.split!r} has {len(clips)} clips, the longest of {longest} "
-                f"frames: none holds a window of {self.window}. Add longer clips or choose a shorter window "
-                "(`config.window`)."
-            )
-        return dataset, slots
-
-    def _check_size(self, dataset: Dataset) -> None:
-        metadata, wanted = dataset.metadata, self.image_size or dataset.metadata.image_size
-        if metadata.latent_shape is None and not self.with_images:
-            raise DatasetError(
-                f"{dataset.path}: holds no latents, only images. Read the images, or build it with latents."
-            )
-        if metadata.image_size < wanted or (
-            metadata.latent_shape is not None and metadata.image_size != wanted
-        ):
-            what = "frames" if metadata.latent_shape is None else "latents of frames"
-            raise DatasetError(
-                f"{dataset.path}: holds {what} of {metadata.image_size} pixels, the config wants {wanted}. "
-                f"Larger frames would be resized, smaller ones and latents cannot be. Rebuild with "
-                f"`--size {wanted}` or set `--config.image_size={metadata.image_size}`."
-            )
-
-    def batches(self, dataset: Dataset, windows: grain.MapDataset, draw: _DrawWindow) -> Batches:
-        size = (self.image_size or dataset.metadata.image_size) if self.with_images else None
-        read = _ReadWindow(dataset, self.split, self.window, draw, size, self.cache_bytes)
-        elements = windows.map(read).batch(self.batch // self.process_count, drop_remainder=True)
-        share = elements.slice(slice(self.process_index, None, self.process_count))
-        return Batches(share, dataset, self.split, self.max_corrupt_share)
-
-
 def make_dataset(
-    path: str | os.PathLike, window: int, batch: int, seed: int, process_index: int = 0,
-    process_count: int = 1, *, split: str = "train", fixed_reference: bool = False, with_images: bool = True,
-    image_size: int | None = None, cache_bytes: int = 0, head_sha256: str | None = None,
+    path: str | os.PathLike,
+    window: int,
+    batch: int,
+    seed: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+    *,
+    split: str = "train",
+    one_pass: bool = False,
+    fixed_reference: bool = False,
+    with_images: bool = True,
+    image_size: int | None = None,
+    cache_bytes: int = 0,
+    head_sha256: str | None = None,
     max_corrupt_share: float = 0.0,
-) -> Batches:  # fmt: skip
-    """Endless training batches of the dataset at `path`.
+) -> Batches:
+    """Batches of the dataset at `path`: endless and shuffled for training, or one pass for validation.
 
     Element k is this process's part of global batch k: together the processes' parts hold the same
-    windows whatever `process_count` is. An epoch is one pass over `window_slots`; batches run on
+    windows whatever `process_count` is. An epoch of training is one pass over `window_slots`; batches run on
     over its end.
+
+    `one_pass` gives the same windows every time: those of each clip from frame 0 on, without overlap. The
+    first window of each clip comes before the second of any, so that few batches show many identities. The
+    reference of a window is drawn once from the seed. All batches are full: the last one is filled up from
+    the beginning.
 
     Args:
       path: the folder that holds `dataset_info.json`.
@@ -291,40 +244,55 @@ def make_dataset(
         `image_size`, or latents of another size.
       ValueError: `batch` does not divide by `process_count`.
     """
-    source = _Source(
-        path, split, window, batch, process_index, process_count, with_images, image_size, cache_bytes,
-        head_sha256, max_corrupt_share,
-    )  # fmt: skip
-    dataset, slots = source.open()
+    if not 0 <= process_index < process_count:
+        raise ValueError(f"process_index {process_index} is not one of {process_count} processes")
+    if batch <= 0 or batch % process_count:
+        raise ValueError(
+            f"the global batch of {batch} windows cannot be shared evenly by {process_count} processes"
+        )
+    dataset = open_dataset(path, head_sha256)
+    image_size = dataset.metadata.image_size if image_size is None else image_size
+    _check_images(dataset, image_size, with_images)
+    clips = dataset.clips_of(split)
+    slots = window_slots(clips, window)
+    if not slots:
+        longest = max((clip.length for clip in clips), default=0)
+        raise DatasetError(
+            f"{dataset.path}: split {split!r} has {len(clips)} clips, the longest of {longest} frames: none "
+            f"holds a window of {window}. Add longer clips or choose a shorter window (`config.window`)."
+        )
     draw = _DrawWindow(tuple(slots), seed, fixed_reference)
-    windows = grain.MapDataset.source(slots).seed(seed).random_map(draw).shuffle().repeat()
-    return source.batches(dataset, windows, draw)
+    if one_pass:
+        windows = _windows_in_order(clips, window, seed)
+        full = -(-len(windows) // batch) * batch
+        chosen = grain.MapDataset.source([windows[i % len(windows)] for i in range(full)])
+    else:
+        chosen = grain.MapDataset.source(slots).seed(seed).random_map(draw).shuffle().repeat()
+    read = _ReadWindow(dataset, split, window, draw, image_size if with_images else None, cache_bytes)
+    elements = chosen.map(read).batch(batch // process_count, drop_remainder=True)
+    share = elements.slice(slice(process_index, None, process_count))
+    return Batches(share, dataset, split, max_corrupt_share)
 
 
-def make_validation_dataset(
-    path: str | os.PathLike, window: int, batch: int, seed: int = 0, process_index: int = 0,
-    process_count: int = 1, *, split: str = "validation", with_images: bool = True,
-    image_size: int | None = None, cache_bytes: int = 0, head_sha256: str | None = None,
-    max_corrupt_share: float = 0.0,
-) -> Batches:  # fmt: skip
-    """One pass over a split, the same every time: every clip's windows from frame 0 on, without overlap.
+def _check_images(dataset: Dataset, wanted: int, with_images: bool) -> None:
+    stored, latents = dataset.metadata.image_size, dataset.metadata.latent_shape is not None
+    if not latents and not with_images:
+        raise DatasetError(
+            f"{dataset.path}: holds no latents, only images. Read the images, or build it with latents."
+        )
+    if stored < wanted or (latents and stored != wanted):
+        raise DatasetError(
+            f"{dataset.path}: holds {'latents of ' if latents else ''}frames of {stored} pixels, the config "
+            f"wants {wanted}. Only larger frames can be resized, and no latents. Rebuild with "
+            f"`--size {wanted}` or set `--config.image_size={stored}`."
+        )
 
-    The first window of each clip comes before the second of any, so that few batches show many
-    identities. The reference of a window is drawn once from the seed. All batches are full: the last one is
-    filled up from the beginning. Arguments and errors as for `make_dataset`.
-    """
-    source = _Source(
-        path, split, window, batch, process_index, process_count, with_images, image_size, cache_bytes,
-        head_sha256, max_corrupt_share,
-    )  # fmt: skip
-    dataset, slots = source.open()
-    clips = [clip for clip in dataset.clips_of(split) if clip.length >= window]
+
+def _windows_in_order(clips: Sequence[ClipInfo], window: int, seed: int) -> list[_Window]:
     windows = []
-    for k in range(max(clip.length // window for clip in clips)):
+    for k in range(max(clip.length for clip in clips) // window):
         for clip in clips:
             if (k + 1) * window <= clip.length:
                 rng = np.random.default_rng((seed, clip.clip_index, k))
                 windows.append(_Window(clip, k * window, int(rng.integers(clip.length))))
-    full = -(-len(windows) // batch) * batch
-    repeated = grain.MapDataset.source([windows[i % len(windows)] for i in range(full)])
-    return source.batches(dataset, repeated, _DrawWindow(tuple(slots), seed))
+    return windows

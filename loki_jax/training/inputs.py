@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from loki_jax.data.iterator import BatchIterator, iterate
 from loki_jax.data.reader import Dataset, open_dataset
 from loki_jax.data.schema import Batch, DatasetError
-from loki_jax.data.windows import Batches, make_dataset, make_validation_dataset
+from loki_jax.data.windows import Batches, make_dataset
 from loki_jax.training.logging import log
 from loki_jax.training.sharding import batch_part, global_batch
 
@@ -54,7 +54,7 @@ def open_inputs(config: ConfigDict, mesh: Mesh) -> Inputs:
     held_out = []
     if dataset.clips_of("validation"):
         has_images = dataset.metadata.image_format is not None
-        batches = make_validation_dataset(**source, with_images=has_images)
+        batches = make_dataset(**source, split="validation", one_pass=True, with_images=has_images)
         held_out = list(itertools.islice(iterate(batches), config.validation.batches))
     return Inputs(dataset, windows, held_out)
 

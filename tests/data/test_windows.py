@@ -16,13 +16,14 @@ import pytest
 from loki_jax.data.iterator import iterate
 from loki_jax.data.reader import open_dataset
 from loki_jax.data.schema import DatasetError
-from loki_jax.data.windows import make_dataset, make_validation_dataset, window_slots
+from loki_jax.data.windows import make_dataset, window_slots
 from loki_jax.data.writer import encode_image, write_dataset
 from tests.data.clips import SIZE, make_clip, small_head
 
 # Training clips of 23, 8, 3 (too short for a window of 4) and 13 frames; two held-out identities.
 TRAIN, VALIDATION = {0: 23, 1: 8, 2: 3, 3: 13}, {4: 9, 5: 6}
 T = 4
+VALIDATION_PASS = {"split": "validation", "one_pass": True}
 SLOTS = 23 // T + 8 // T + 13 // T
 
 
@@ -411,8 +412,8 @@ def test_an_unreadable_shard_and_a_lost_one(tmp_path):
 
 
 def test_validation_replaces_damaged_windows_too(shards, spoilt):
-    sound = make_validation_dataset(shards, T, 2, split="train")
-    damaged = make_validation_dataset(spoilt, T, 2, split="train", max_corrupt_share=0.05)
+    sound = make_dataset(shards, T, 2, split="train", one_pass=True)
+    damaged = make_dataset(spoilt, T, 2, split="train", one_pass=True, max_corrupt_share=0.05)
     wanted, found = windows(take(sound, 5)), windows(list(iterate(damaged, report=lambda text: None)))
     assert len(found) == len(wanted) and found == windows(take(damaged, 5))
     assert 1 <= sum(a != b for a, b in zip(found, wanted, strict=True)) <= 5
@@ -449,14 +450,14 @@ def test_batches_are_sent_ahead_in_order(shards):
 
 
 def test_validation_is_one_pass_and_always_the_same(shards):
-    dataset = make_validation_dataset(shards, T, 2)
+    dataset = make_dataset(shards, T, 2, **VALIDATION_PASS)
     found = windows(take(dataset, len(dataset)))
     # Clips of 9 and 6 frames: windows 0 and 4 of the one, 0 of the other; the fourth place is filled up.
     assert [window[:2] for window in found] == [(4, 0), (5, 0), (4, 4), (4, 0)]
-    assert found == windows(take(make_validation_dataset(shards, T, 2), 2))
-    halves = [make_validation_dataset(shards, T, 2, 0, index, 2) for index in range(2)]
+    assert found == windows(take(make_dataset(shards, T, 2, **VALIDATION_PASS), 2))
+    halves = [make_dataset(shards, T, 2, 0, index, 2, **VALIDATION_PASS) for index in range(2)]
     assert [windows([half[0]])[0] for half in halves] == found[:2]
-    assert len(make_validation_dataset(shards, T, 2, split="train")) == 5
+    assert len(make_dataset(shards, T, 2, split="train", one_pass=True)) == 5
 
 
 def test_images_can_be_left_out(shards, tmp_path):
@@ -503,7 +504,7 @@ def test_bad_requests_are_named(shards, tmp_path):
         make_dataset(shards, T, 4, 0, 2, 2)
     write_dataset(tmp_path / "d", small_head(), [make_clip(0, 8)], SIZE)
     with pytest.raises(DatasetError, match="'validation' has 0 clips"):
-        make_validation_dataset(tmp_path / "d", T, 2)
+        make_dataset(tmp_path / "d", T, 2, **VALIDATION_PASS)
 
 
 def test_a_clip_table_of_another_dataset_is_noticed(tmp_path):

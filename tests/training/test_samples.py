@@ -1,7 +1,6 @@
 """Fixed pairs of held-out windows, and what is drawn of them."""
 
 import dataclasses
-import itertools
 import json
 import os
 import subprocess
@@ -11,9 +10,8 @@ import jax
 import numpy as np
 
 from benchmarks.tiny_run import ROOT, SIZE, noise_clips
-from loki_jax.data.iterator import iterate
 from loki_jax.data.reader import open_dataset
-from loki_jax.data.windows import make_validation_dataset
+from loki_jax.data.windows import make_dataset
 from loki_jax.data.writer import write_dataset
 from loki_jax.face.builtin import builtin_head
 from loki_jax.training.samples import can_follow, make_pairs, sample_frames, sample_sheet
@@ -27,7 +25,7 @@ def test_pairs_are_of_one_person_and_then_of_two(tmp_path):
     clips[1] = dataclasses.replace(clips[1], identity=clips[0].identity)
     write_dataset(tmp_path / "shards", head, clips, SIZE)
     dataset = open_dataset(tmp_path / "shards")
-    batch = next(itertools.islice(iterate(make_validation_dataset(tmp_path / "shards", 2, 4)), 1))
+    batch = make_dataset(tmp_path / "shards", 2, 4, split="validation", one_pass=True)[0]
     mesh = make_mesh(1, 1, jax.devices()[:1])
     pairs = make_pairs(batch, 3, head, dataset, "relative", mesh)
     assert pairs.names == (
