@@ -21,7 +21,7 @@ def true_coefficients(head) -> Coefficients:
     time = np.arange(N) / 25
     still = np.zeros((N, 3), np.float32)
     return Coefficients(
-        shape=np.zeros((N, head.n_shape), np.float32),
+        betas=np.zeros((N, head.n_shape), np.float32),
         expression=np.zeros((N, head.n_expression), np.float32),
         rot=np.stack([0.1 * np.sin(5 * time), 0.4 * np.sin(4 * time), 0 * time], 1).astype(np.float32),
         tra=np.tile(np.array([0.0, 0.06, -1.2], np.float32), (N, 1)),
@@ -34,7 +34,7 @@ def true_coefficients(head) -> Coefficients:
 def true_points(head, true) -> np.ndarray:
     """(N, 478, 3) landmarks in pixels of frames of HEIGHT x WIDTH."""
     camera = make_camera((HEIGHT, WIDTH))
-    world = world_vertices(head, make_identity(head, jnp.asarray(true.shape)), true)
+    world = world_vertices(head, make_identity(head, jnp.asarray(true.betas)), true)
     pixels = project(camera_from_world(landmark_positions(head, world, "mediapipe478"), camera), camera)
     return np.concatenate([np.asarray(pixels), np.zeros((N, 478, 1))], axis=-1).astype(np.float32)
 
