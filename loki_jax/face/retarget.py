@@ -56,9 +56,9 @@ def retarget(
 ) -> Coefficients:
     """Coefficients with which the reference follows the driver's clip.
 
-    `betas` come from the reference; expression, jaw, eyes and neck from the driver. In mode
-    "absolute" rotation and translation come from the driver too. In mode "relative", with H = R(rot) R(neck), the head
-    turns by the driver's increments, composed on the left, from the reference's own pose:
+    `betas` come from the reference; expression, jaw, eyes and neck from the driver. In mode "absolute"
+    rotation and translation come from the driver too. In mode "relative", with H = R(rot) R(neck), the
+    head turns by the driver's increments, composed on the left, from the reference's own pose:
     H_t = (H_drv,t H_drv,0^-1) H_ref, rot_t = H_t R(neck_t)^-1, and
     tra_t = tra_ref + scale (tra_drv,t - tra_drv,0).
 
