@@ -40,7 +40,7 @@ from loki_jax.face.skinning import head_vertices, make_identity, mesh_faces, wor
 from loki_jax.face.types import Camera, Coefficients
 from loki_jax.fitting.landmarker import Landmarker
 from loki_jax.fitting.model_files import LandmarkError, fetch_models
-from loki_jax.fitting.problem import LANDMARK_SET
+from loki_jax.fitting.points import LANDMARK_SET
 from loki_jax.raster.api import rasterize
 from loki_jax.synthetic.appearance import Appearance, sample_appearance
 from loki_jax.synthetic.shading import render

@@ -51,3 +51,10 @@ def ndc_from_camera(
     depth = points[..., 2:]
     focal = jnp.mean(camera.intrinsics[..., :2], axis=-1)[..., None, None]
     return jnp.concatenate([position, depth / jnp.mean(depth, axis=-2, keepdims=True) * focal], axis=-1)
+
+
+def ndc_from_world(
+    points: Float[Array, "*b V 3"], camera: Camera, crop: Float[Array, "*b 4"]
+) -> Float[Array, "*b V 3"]:
+    """`ndc_from_camera` of mesh vertices in the world frame, metres."""
+    return ndc_from_camera(camera_from_world(points, camera), camera, crop)

@@ -21,10 +21,10 @@ from loki_jax.face.camera import camera_from_world, project
 from loki_jax.face.crop import crop_box
 from loki_jax.face.skinning import make_identity, mesh_render_mask, world_vertices
 from loki_jax.face.types import Camera, Coefficients
-from loki_jax.fitting.fit import DEFAULT_SETTINGS, FitResult, fit_landmarks, pad_frames
+from loki_jax.fitting.fit import DEFAULT_SETTINGS, FitResult, fit_landmarks
 from loki_jax.fitting.landmarker import Landmarker
 from loki_jax.fitting.model_files import fetch_models
-from loki_jax.fitting.problem import FitSettings
+from loki_jax.fitting.problem import FitSettings, pad_frames
 from loki_jax.fitting.tracking import Track, clip_landmarks, image_landmarks
 from loki_jax.video.reader import read_image, read_video, resample_to_fps
 
@@ -128,30 +128,6 @@ def fit_video(
     return fit_track(
         frames, fps, track, head, focal=focal, crop_factor=crop_factor, settings=settings, name=name
     )
-
-
-def steady_run(track: Track, longest_gap: int = 2) -> tuple[int, int]:
-    """[start, stop) of the longest run of frames that show the face, without jump.
-
-    Gaps of up to `longest_gap` frames are bridged. A jump is a shift of the face by more than half its
-    size from one frame to the next: a cut, or another person.
-    """
-    present = np.flatnonzero(track.score >= 0.5)
-    if len(present) == 0:
-        return 0, 0
-    face = track.points[present, :468, :2]
-    centre, size = face.mean(1), np.ptp(face, axis=1).max(1)
-    shift = np.linalg.norm(np.diff(centre, axis=0), axis=1) / np.minimum(size[1:], size[:-1])
-    growth = np.abs(np.log(size[1:] / size[:-1]))
-    breaks = (np.diff(present) > longest_gap + 1) | (shift > 0.5) | (growth > np.log(1.5))
-    runs = np.split(present, np.flatnonzero(breaks) + 1)
-    longest = max(runs, key=len)
-    return int(longest[0]), int(longest[-1]) + 1
-
-
-def cut_track(track: Track, start: int, stop: int) -> Track:
-    """Frames [start, stop) of a track."""
-    return Track(track.points[start:stop], track.confidence[start:stop], track.score[start:stop], track.faces)
 
 
 def clip_crop_box(

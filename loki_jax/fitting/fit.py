@@ -1,3 +1,5 @@
+"""Head coefficients of a clip from its landmarks: prepares the problem, solves it, measures the errors."""
+
 from __future__ import annotations
 
 from typing import NamedTuple
@@ -12,18 +14,15 @@ from loki_jax.face.camera import camera_from_world, project
 from loki_jax.face.rotation import matrix_from_rotvec, rotvec_from_matrix
 from loki_jax.face.skinning import landmark_positions, make_identity, world_vertices
 from loki_jax.face.types import Camera, Coefficients
+from loki_jax.fitting.points import FACE_OVAL, IRISES, LANDMARK_SET, N_POINTS, OUTER_EYE_CORNERS
 from loki_jax.fitting.problem import (
-    FACE_OVAL,
     HIGHEST,
-    IRISES,
-    LANDMARK_SET,
-    N_POINTS,
-    OUTER_EYE_CORNERS,
     FitError,
     FitSettings,
     Layout,
     Problem,
     landmark_head,
+    pad_frames,
 )
 from loki_jax.fitting.solver import optimise
 
@@ -137,13 +136,13 @@ def fit_landmarks(
             "Rebuild the asset with `python -m data_prep.head_asset`."
         )
     if points.ndim != 3 or points.shape[1] != N_POINTS or points.shape[2] not in (2, 3) or len(points) == 0:
-        raise FitError(f"landmarks have shape {points.shape}, expected (N, {_N_POINTS}, 2 or 3) with N > 0")
+        raise FitError(f"landmarks have shape {points.shape}, expected (N, {N_POINTS}, 2 or 3) with N > 0")
     if confidence.shape != points.shape[:2]:
         raise FitError(f"confidence has shape {confidence.shape}, expected {points.shape[:2]}")
     finite = np.isfinite(points[..., :2]).all(-1) & np.isfinite(confidence)
     confidence = np.where(finite, np.clip(confidence, 0, 1), 0)
     points = np.where(finite[..., None], points[..., :2], 0)
-    problem, layout, start, seen = _prepare(head, points, confidence, image_size, focal, settings, fps)
+    problem, layout, start, seen = make_problem(head, points, confidence, image_size, focal, settings, fps)
     shape, x, cost, steps = optimise(
         problem,
         layout,
@@ -158,7 +157,7 @@ def fit_landmarks(
     return _result(head, coefficients, problem.camera, points, confidence, seen, int(steps), float(cost))
 
 
-def _prepare(
+def make_problem(
     head: HeadAsset,
     points: Float[np.ndarray, "N 478 2"],
     confidence: Float[np.ndarray, "N 478"],
@@ -213,20 +212,9 @@ def _prepare(
         # views of the shape, but do not make the landmarks more exact.
         shape_prior=n_frames * np.asarray(head.shape_sigma, np.float32) ** -2.0,
         huber=np.float32(settings.huber),
-        **_per_frame_terms(head, layout, settings, 25.0 / fps),
+        **frame_terms(head, layout, settings, 25.0 / fps),
     )
     return problem, layout, start, seen
-
-
-def padded_length(frames: int) -> int:
-    """The length that a clip is padded to: 1, 16 or a larger power of two, so that few are compiled."""
-    return 1 if frames == 1 else max(16, 1 << (frames - 1).bit_length())
-
-
-def pad_frames(values: Float[np.ndarray, "N ..."]) -> Float[np.ndarray, "M ..."]:
-    """Repeat the last frame up to `padded_length`, so that few lengths are compiled."""
-    values = np.asarray(values)
-    return np.concatenate([values, np.repeat(values[-1:], padded_length(len(values)) - len(values), axis=0)])
 
 
 def reprojection_error(
@@ -265,8 +253,8 @@ def _project_landmarks(
     return jax.lax.map(frame, coefficients)
 
 
-def _per_frame_terms(head: HeadAsset, layout: Layout, settings: FitSettings, interval: float) -> dict:
-    """Priors, smoothness and bounds of a frame's unknowns, in the order of `_Layout`."""
+def frame_terms(head: HeadAsset, layout: Layout, settings: FitSettings, interval: float) -> dict:
+    """Priors, smoothness and bounds of a frame's unknowns, in the order of `Layout`."""
     n = layout.n_expression
     free, none = np.zeros(6), np.full(6, np.inf)
 

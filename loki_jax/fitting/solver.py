@@ -1,3 +1,10 @@
+"""Levenberg-Marquardt with bounds for the problem of `loki_jax.fitting.problem`.
+
+The normal equations are an arrow (shape against frames) plus a band in time. They are solved by conjugate
+gradients, preconditioned by the exact Cholesky solution of the arrow; the cost is linear in the number of
+frames. All of it is one jitted function. Method, section 8.
+"""
+
 from __future__ import annotations
 
 import functools
@@ -53,7 +60,7 @@ def _smoothing(problem: Problem, x: Float[Array, "N p"]) -> Float[Array, "N p"]:
     )
 
 
-def _residual(problem: Problem, layout: Layout, shape, x) -> Float[Array, "N n 2"]:
+def residuals(problem: Problem, layout: Layout, shape, x) -> Float[Array, "N n 2"]:
     vertices = make_identity(problem.head, shape).vertices
     predicted = jax.vmap(lambda x: project_frame(problem, layout, vertices, x))(x)
     return predicted - problem.observed
@@ -200,7 +207,7 @@ def optimise(problem: Problem, layout: Layout, shape, x, iterations: int, tolera
         cost, step_s, step_x = _step(problem, layout, shape, x, damping)
         new_shape = shape + step_s
         new_x = jnp.clip(x + step_x, problem.lower, problem.upper)
-        new_cost = _cost(problem, _residual(problem, layout, new_shape, new_x), new_shape, new_x)
+        new_cost = _cost(problem, residuals(problem, layout, new_shape, new_x), new_shape, new_x)
         better = new_cost < cost  # false for NaN
         small = better & (cost - new_cost < tolerance * cost)
         # Steps that fail against heavy damping mean that float32 has nothing left to give.

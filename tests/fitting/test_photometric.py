@@ -1,4 +1,4 @@
-"""The photometric ruler: coefficients read back from clean and from spoiled frames, and where it starts."""
+"""The photometric estimator: coefficients of clean and of degraded frames, and where it starts."""
 
 import jax
 import jax.numpy as jnp
@@ -70,16 +70,16 @@ def test_pose_is_read_back(fitted, clip, allowed):
 
 # Share of the neutral face's error that may be left. A blur of one pixel and noise of 6 grey levels at 64
 # pixels hide lids and lips: there an expression is read back in part only. The aim is 0.6 there too;
-# strict, so that the mark has to go when the ruler gets there.
+# strict, so that the mark has to go when the estimator gets there.
 MISSED = pytest.param(
-    1, 0.6, marks=pytest.mark.xfail(strict=True, reason="the ruler misses 0.6 on spoiled frames")
+    1, 0.6, marks=pytest.mark.xfail(strict=True, reason="the estimator misses 0.6 on spoiled frames")
 )
 
 
 @pytest.mark.parametrize("clip, allowed", [(0, 0.6), (1, 0.85), MISSED])
 def test_expression_is_read_back(head, fitted, clip, allowed):
     found, truth, _ = fitted
-    identity = make_identity(head, truth[clip].shape[:1])
+    identity = make_identity(head, truth[clip].betas[:1])
     offsets = lambda c: np.asarray(expression_offsets(head, identity, c))
     expected = offsets(truth[clip])
     error = np.abs(offsets(found[clip]) - expected).mean()
