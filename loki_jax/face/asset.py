@@ -123,7 +123,6 @@ _ARRAYS = {
 }
 
 _TEXT = ("name", "licence", "provenance")
-
 _NAMES = ("joint_names", "shape_names", "expression_names")
 
 

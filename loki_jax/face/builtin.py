@@ -23,11 +23,8 @@ NAME = "builtin"
 
 # Anatomy of the mean head: metres, head frame.
 EYE = np.array([0.0315, 0.0100, 0.0680])  # centre of the left eyeball
-
 EYE_RADIUS = 0.0125
-
 IRIS_DEGREES = 26.0  # the iris's edge, from the pupil's centre
-
 MOUTH_Y = -0.0590
 
 # Centre line (x, y) of the left brow.
@@ -35,7 +32,6 @@ BROW = np.array([(0.0110, 0.0285), (0.0200, 0.0325), (0.0320, 0.0350), (0.0430, 
 
 # Parts of the mesh.
 SKIN, EYEBALL, LID_RIM, CAVITY, UPPER_TEETH, LOWER_TEETH, EAR = range(7)
-
 FILE = Path(__file__).with_name("builtin.npz")
 
 

@@ -13,7 +13,6 @@ _HIGHEST = jax.lax.Precision.HIGHEST
 
 # Turns the world's axes (y up, z towards the viewer) into OpenCV's (y down, z away).
 _OPENCV_FROM_WORLD = np.array([1.0, -1.0, -1.0], np.float32)
-
 _SMALLEST_DEPTH = 1e-8
 
 

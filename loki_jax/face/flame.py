@@ -23,17 +23,11 @@ from loki_jax.face.asset import HeadAsset, HeadAssetError, Landmarks, read_npz, 
 from loki_jax.io import file_sha256
 
 _SPARSE_FORMATS = ("csc", "csr", "coo")
-
 _FLAME_VERTICES = 5023
-
 _FLAME_LIP_VERTEX = 3533
-
 _N_SHAPE_AXES, _N_EXPRESSION_AXES = 300, 100
-
 _JOINTS = ("root", "neck", "jaw", "left_eye", "right_eye")
-
 _PARENTS = (-1, 0, 1, 1, 1)
-
 _N_MEDIAPIPE, _N_IBUG, _N_IBUG_CONTOUR = 478, 68, 17
 
 _LICENCE = (

@@ -28,27 +28,20 @@ MEDIAPIPE_OF_IBUG = np.array(
 )
 
 _N_MEDIAPIPE = 478
-
 _PUPILS = {468: "eyeball_r", 473: "eyeball_l"}
-
 _JOINTS = ("root", "neck", "left_eye", "right_eye")
-
 _EYEBALLS = {"left_eye": "eyeball_l", "right_eye": "eyeball_r"}
 
 # In ICT units (0.01 m), read off the neutral mesh: the base of the skull; and the band over which the
 # neck joint takes over from the root, along an axis tilted so that the chin belongs to the head while
 # the nape at the same height still bends.
 _NECK_JOINT = np.array([0.0, -5.5, -1.0])
-
 _ROOT_JOINT = np.array([0.0, -16.0, -2.0])
-
 _NECK_TILT = 0.35
-
 _NECK_BAND = (-13.0, -5.0)
 
 # ARKit weights are activations from 0 to 1, most of them near 0 at any moment.
 _EXPRESSION_SIGMA = 0.3
-
 _KEYS = ("neutral", "faces", "identity_modes", "expr_deltas", "expr_names", "landmarks68", "region_id")
 
 

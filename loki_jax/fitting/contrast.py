@@ -10,7 +10,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 NOISE_FLOOR = 0.03
-
 _HUBER = 1.5  # differences beyond so many standard deviations of the noise count linearly
 
 

@@ -218,10 +218,7 @@ def make_problem(
 
 
 def reprojection_error(
-    head: HeadAsset,
-    coefficients: Coefficients,
-    camera: Camera,
-    points: Float[np.ndarray, "N 478 _"],
+    head: HeadAsset, coefficients: Coefficients, camera: Camera, points: Float[np.ndarray, "N 478 _"]
 ) -> Float[np.ndarray, "N 478"]:
     """Distance in pixels of every landmark from the whole head's; NaN for those the head lacks."""
     padded = Coefficients(*(pad_frames(field) for field in coefficients))

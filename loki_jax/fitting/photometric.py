@@ -34,11 +34,8 @@ from loki_jax.synthetic.appearance import Appearance
 from loki_jax.synthetic.shading import render
 
 _HIGHEST = jax.lax.Precision.HIGHEST
-
 _MODEL_ERROR = 0.1  # differences beyond this are taken to be of the model, not of the pixel
-
 _TRUST_ELSEWHERE = 0.1
-
 _FREE = ("rot", "tra", "neck", "jaw", "eyes", "expression")  # the order of the unknowns
 
 
@@ -228,7 +225,7 @@ def start_pose(
         tra = flip @ (to_camera.T @ (position - camera.extrinsics[:3, 3]))
         points = camera_from_world(world_vertices(head, identity, neutral._replace(tra=tra)), camera)
         pixels = project(points, camera)
-        box = crop_box(jnp.where(mask[:, None], pixels, pixels[jnp.argmax(mask)]))
+        box = crop_box(pixels, mask=mask)
         grow = (box[2] - box[0]) / side
         shift = (middle - (box[:2] + box[2:]) / 2) * position[2] / focal
         return (position + jnp.array([shift[0], shift[1], 0.0])) * grow

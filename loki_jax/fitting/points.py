@@ -5,9 +5,7 @@ left one (centre, then the rim towards the nose, above, away from it, below).
 """
 
 N_POINTS = 478
-
 LANDMARK_SET = "mediapipe478"  # its name in `HeadAsset.landmarks`
-
 OUTER_EYE_CORNERS = (33, 263)
 
 # Where the oval of the face is on the head depends on the head model, and under rotation the network slides
@@ -20,9 +18,6 @@ FACE_OVAL = (
 # Eyelids of each eye in the order of the iris network's first 16 contour points: lower lid from the outer to
 # the inner corner, then the upper lid.
 LIDS_RIGHT = (33, 7, 163, 144, 145, 153, 154, 155, 133, 246, 161, 160, 159, 158, 157, 173)
-
 LIDS_LEFT = (263, 249, 390, 373, 374, 380, 381, 382, 362, 466, 388, 387, 386, 385, 384, 398)
-
 IRIS_RIGHT, IRIS_LEFT = slice(468, 473), slice(473, 478)
-
 IRISES = tuple(range(468, 478))

@@ -17,7 +17,6 @@ from loki_jax.face.skinning import make_identity
 from loki_jax.fitting.problem import HIGHEST, Layout, Problem, frame_linearisation, project_frame
 
 _ACTIVE_SET_ROUNDS = 4
-
 _CPU_CHUNK = 4  # frames linearised at a time where the cache is small
 
 

@@ -44,7 +44,7 @@ def head_pose_follow(
     pred_valid: Bool[np.ndarray, " n_pred"] | None = None,
     target_valid: Bool[np.ndarray, " n_target"] | None = None,
 ) -> HeadPoseFollow:
-    """Head-pose follow of a prediction behind a target, in degrees; lower is better.
+    """Head-pose follow: how well a prediction follows a target, in degrees; lower is better.
 
     With R_t = R(rot_t) R(neck_t) and D_t = R_t R_0^T, the mean over t of the geodesic angle between
     D_pred and D_target (method, section 10).
