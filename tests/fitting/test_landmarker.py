@@ -11,7 +11,7 @@ import pytest
 
 from data_prep.fetch_models import main as fetch_models_program
 from loki_jax.fitting import model_files
-from loki_jax.fitting.landmarker import FaceBox, Landmarker, Region, ssd_anchors, suppress
+from loki_jax.fitting.landmarker import FaceBox, Region, ssd_anchors, suppress
 from loki_jax.fitting.model_files import LandmarkError, cache_dir, fetch_models
 from loki_jax.fitting.points import LIDS_LEFT, LIDS_RIGHT
 from loki_jax.fitting.tracking import Track, clip_landmarks, image_landmarks
