@@ -26,7 +26,7 @@ from loki_jax.io import atomic_path, file_sha256
 FORMAT_VERSION = 1
 
 # How much an .npz file may unpack to: so many times its own size, or so many bytes.
-_LARGEST_RATIO, _ALWAYS_ALLOWED = 100, 1 << 26
+_LARGEST_RATIO, _ALWAYS_ALLOWED = 64, 1 << 26
 
 
 class HeadAssetError(ValueError):
@@ -315,7 +315,7 @@ def _head_of_arrays(path: Path, stored: dict[str, np.ndarray]) -> HeadAsset:
         )
 
     def array(key: str, dtype: type) -> np.ndarray:
-        return stored[key].astype(dtype, casting="same_kind")
+        return stored[key].astype(dtype, casting="same_kind", copy=False)
 
     sets = [match[1] for key in sorted(stored) if (match := re.fullmatch("landmarks_(.*)_face", key))]
     return HeadAsset(

@@ -127,8 +127,14 @@ def _samples(head: HeadAsset, coefficients: Coefficients, camera: Camera, crop, 
 
 
 @jax.jit
-def solve_appearance(colour, basis, weight) -> ClipAppearance:
-    """Albedo and light in turn, each by least squares given the other."""
+def solve_appearance(
+    colour: Float[Array, "n V 3"], basis: Float[Array, "n V 9"], weight: Float[Array, "n V"]
+) -> ClipAppearance:
+    """Albedo and light in turn, each by least squares given the other.
+
+    Args:
+      colour, basis, weight: of every frame and vertex the picture's colour, the harmonics and the weight.
+    """
     ambient = jnp.zeros((9, 3)).at[0].set(1 / 0.282095)
 
     def albedo_of(light):

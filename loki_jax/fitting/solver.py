@@ -11,7 +11,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from loki_jax.face.skinning import make_identity
 from loki_jax.fitting.problem import HIGHEST, Layout, Problem, frame_linearisation, project_frame
@@ -59,7 +59,10 @@ def _smoothing(problem: Problem, x: Float[Array, "N p"]) -> Float[Array, "N p"]:
     )
 
 
-def residuals(problem: Problem, layout: Layout, shape, x) -> Float[Array, "N n 2"]:
+def residuals(
+    problem: Problem, layout: Layout, shape: Float[Array, " s"], x: Float[Array, "N p"]
+) -> Float[Array, "N n 2"]:
+    """Landmark errors in pixels for a shape and the unknowns of every frame."""
     vertices = make_identity(problem.head, shape).vertices
     predicted = jax.vmap(lambda x: project_frame(problem, layout, vertices, x))(x)
     return predicted - problem.observed
@@ -194,8 +197,23 @@ def _step(problem: Problem, layout: Layout, shape, x, damping):
 
 
 @functools.partial(jax.jit, static_argnames=("layout", "iterations"))
-def optimise(problem: Problem, layout: Layout, shape, x, iterations: int, tolerance):
-    """Levenberg-Marquardt from (shape, x); returns both, the cost and the number of steps."""
+def optimise(
+    problem: Problem,
+    layout: Layout,
+    shape: Float[Array, " s"],
+    x: Float[Array, "N p"],
+    iterations: int,
+    tolerance: Float[Array, ""],
+) -> tuple[Float[Array, " s"], Float[Array, "N p"], Float[Array, ""], Int[Array, ""]]:
+    """Levenberg-Marquardt from (shape, x) within the bounds.
+
+    Args:
+      iterations: upper limit of steps.
+      tolerance: stop when a step lowers the cost by less than this part.
+
+    Returns:
+      shape and x at the minimum, the cost there and the number of steps.
+    """
 
     def proceed(state):
         _, _, _, _, step, done = state
