@@ -136,7 +136,7 @@ def validate_head(head: HeadAsset, source: str) -> None:
       HeadAssetError: they do not.
     """
 
-    def need(ok: bool, what: str) -> None:
+    def need(ok: bool | np.bool_, what: str) -> None:
         if not ok:
             raise HeadAssetError(
                 f"{source}: {what}. Rebuild the asset with `python -m data_prep.head_asset`."

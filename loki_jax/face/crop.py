@@ -8,7 +8,7 @@ import math
 import jax.numpy as jnp
 import numpy as np
 import scipy.sparse
-from jaxtyping import Array, Bool, Float, UInt8
+from jaxtyping import Array, Bool, Float, Real, UInt8
 
 
 def crop_box(
@@ -70,7 +70,7 @@ def _resampling_matrix(start: float, stop: float, size: int, n_pixels: int) -> s
 
 def crop_and_resize(
     image: UInt8[np.ndarray, "h w c"] | Float[np.ndarray, "h w c"],
-    box: Float[np.ndarray, " 4"],
+    box: Real[np.ndarray, " 4"],
     size: int,
     fill: float = 255.0,
 ) -> UInt8[np.ndarray, "size size c"] | Float[np.ndarray, "size size c"]:

@@ -14,7 +14,7 @@ from loki_jax.face.types import Camera, Coefficients
 _HIGHEST = jax.lax.Precision.HIGHEST
 
 
-def _product(*matrices: Float[Array, "*b 3 3"]) -> Float[Array, "*b 3 3"]:
+def _product(*matrices: Float[Array, "... 3 3"]) -> Float[Array, "... 3 3"]:
     result = matrices[0]
     for matrix in matrices[1:]:
         result = jnp.einsum("...ij,...jk->...ik", result, matrix, precision=_HIGHEST)

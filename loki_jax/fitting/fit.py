@@ -109,8 +109,8 @@ def make_camera(image_size: tuple[int, int], focal: float | None = None, fov: fl
 
 def fit_landmarks(
     head: HeadAsset,
-    points: Float[np.ndarray, "N 478 _"],
-    confidence: Float[np.ndarray, "N 478"],
+    points: Float[np.ndarray, "..."],
+    confidence: Float[np.ndarray, "..."],
     image_size: tuple[int, int],
     *,
     focal: float | None = None,
@@ -120,8 +120,8 @@ def fit_landmarks(
     """Fit `head` to the landmarks of a clip (one frame: a portrait).
 
     Args:
-      points: x, y (and z, not used) in pixels.
-      confidence: 0..1; frames without a face are 0 throughout and are filled in by smoothness.
+      points: (N, 478, 2 or 3): x, y (and z, not used) in pixels.
+      confidence: (N, 478), 0..1; frames without a face are 0 throughout and are filled in by smoothness.
       image_size: (height, width) in pixels.
       focal: focal length in pixels; None: from `settings.fov`.
       fps: frame rate; the smoothness of `settings` is stated for 25 frames a second.

@@ -304,7 +304,7 @@ def _track_clips(frames, head, betas, appearance, camera, crop, prior):
 
 
 def fit_photometric_clips(
-    frames: Shaped[Array, "clips n s s 3"],
+    frames: Shaped[Array, "..."],
     head: HeadAsset,
     betas: Float[Array, "clips n_shape"],
     appearance: Appearance,
@@ -340,7 +340,7 @@ def fit_photometric_clips(
 
 
 def fit_photometric(
-    frames: Shaped[Array, "n s s 3"],
+    frames: Shaped[Array, "..."],
     head: HeadAsset,
     betas: Float[Array, " n_shape"],
     appearance: Appearance,
@@ -351,7 +351,7 @@ def fit_photometric(
     """Estimate the coefficients of consecutive frames of a known head from their pixels.
 
     Args:
-      frames: cropped square frames, uint8 or float in [0, 1].
+      frames: (n, s, s, 3), cropped, uint8 or float in [0, 1].
       head, betas, appearance: the head that is seen.
       camera: fields unbatched or (n, ...); intrinsics in pixels of the uncropped frame.
       crop: crop box (4,) or (n, 4): x0, y0, x1, y1 in those pixels.

@@ -192,6 +192,9 @@ def _small_head(head: HeadAsset, weights, regressor, correctives) -> HeadAsset:
         skinning_weights=weights,
         inner_mouth=jnp.zeros(n, bool),
         render_mask=jnp.ones(n, bool),
+        shape_sigma=jnp.zeros(0),
+        expression_sigma=jnp.zeros(0),
+        expression_bounds=jnp.zeros((0, 2)),
     )
 
 

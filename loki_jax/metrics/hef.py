@@ -47,7 +47,7 @@ class HeadExpressionFollow(NamedTuple):
 
 def masked_l1(
     prediction: Float[Array, "*b h w c"], target: Float[Array, "*b h w c"], mask: Bool[Array, "*b h w"]
-) -> Float[Array, "*b"]:
+) -> Float[Array, " *b"]:
     """Mean absolute difference over the channels, then over the pixels of `mask`; 0 if it is empty."""
     difference = jnp.abs(prediction - target).mean(-1)
     total = jnp.where(mask, difference, 0).sum((-2, -1))
@@ -81,7 +81,7 @@ def offset_distance(
     faces: Int[Array, "F 3"],
     render_mask: Bool[Array, " V"],
     size: int,
-) -> tuple[Float[Array, "*b"], Float[Array, "*b"]]:
+) -> tuple[Float[Array, " *b"], Float[Array, " *b"]]:
     """HEF of posed meshes: the distance and the uncovered share of each frame.
 
     Args:

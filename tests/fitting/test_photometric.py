@@ -13,6 +13,7 @@ from loki_jax.face.skinning import expression_offsets, make_identity, mesh_rende
 from loki_jax.face.types import Camera, Coefficients
 from loki_jax.fitting.photometric import fit_photometric, fit_photometric_clips, start_pose
 from loki_jax.metrics.hpf import head_pose_follow
+from loki_jax.synthetic.appearance import sample_appearance
 from loki_jax.synthetic.clips import synth_clip
 
 EVERY, SIZE = 3, 64
@@ -120,11 +121,14 @@ def test_start_faces_the_camera_and_fills_the_crop(head, turn):
 
 def test_wrong_shapes_are_named(head):
     frames = np.zeros((4, 32, 48, 3), np.uint8)
+    known = (
+        head,
+        np.zeros(head.n_shape),
+        sample_appearance(0, head),
+        Camera(np.ones(4), np.eye(4)),
+        np.zeros(4),
+    )
     with pytest.raises(ValueError, match=r"frames have shape \(1, 4, 32, 48, 3\)"):
-        fit_photometric(
-            frames, head, np.zeros(head.n_shape), np.zeros(3), Camera(np.ones(4), np.eye(4)), np.zeros(4)
-        )
+        fit_photometric(frames, *known)
     with pytest.raises(ValueError, match=r"frames have shape \(32, 48, 3\)"):
-        fit_photometric(
-            frames[0], head, np.zeros(head.n_shape), np.zeros(3), Camera(np.ones(4), np.eye(4)), np.zeros(4)
-        )
+        fit_photometric(frames[0], *known)
