@@ -92,7 +92,7 @@ def crop_and_resize(
     height, width, channels = image.shape
     across = _resampling_matrix(box[0], box[2], size, width)
     down = _resampling_matrix(box[1], box[3], size, height)
-    # Relative to the fill, all that lies outside the image is zero.
+    # Relative to the fill, everything outside the image is zero.
     framed = np.pad(image.astype(np.float32) - fill, ((0, 1), (0, 1), (0, 0)))
     rows = (down @ framed.reshape(height + 1, -1)).reshape(size, width + 1, channels)
     out = across @ rows.transpose(1, 0, 2).reshape(width + 1, -1)

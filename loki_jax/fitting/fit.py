@@ -143,18 +143,19 @@ def fit_landmarks(
     confidence = np.where(finite, np.clip(confidence, 0, 1), 0)
     points = np.where(finite[..., None], points[..., :2], 0)
     problem, layout, start, seen = make_problem(head, points, confidence, image_size, focal, settings, fps)
-    shape, x, cost, steps = optimise(
-        problem,
-        layout,
-        np.zeros(head.n_shape, np.float32),
-        start,
-        settings.iterations,
-        np.float32(settings.tolerance),
-    )
+    mean_shape, tolerance = np.zeros(head.n_shape, np.float32), np.float32(settings.tolerance)
+    shape, x, cost, steps = optimise(problem, layout, mean_shape, start, settings.iterations, tolerance)
     n_frames = len(points)
     shape, x = np.asarray(shape), np.asarray(x)[:n_frames]
     coefficients = layout.coefficients(x, np.broadcast_to(shape, (n_frames, len(shape))))
-    return _result(head, coefficients, problem.camera, points, confidence, seen, int(steps), float(cost))
+    reprojection = reprojection_error(head, coefficients, problem.camera, points)
+    reprojection = np.where(seen[:, None] & (confidence > 0), reprojection, np.nan)
+    error = np.full(n_frames, np.nan, np.float32)
+    error[seen] = inner_face_error(reprojection[seen], points[seen])
+    # Half of the confidence is lost at an error of 5 % of the outer eye corners' distance.
+    trust = np.where(seen, confidence.max(1) / (1 + (np.nan_to_num(error) / 0.05) ** 2), 0)
+    trust = trust.astype(np.float32)
+    return FitResult(coefficients, problem.camera, reprojection, error, trust, int(steps), float(cost))
 
 
 def make_problem(
@@ -176,7 +177,7 @@ def make_problem(
             f"{head.name!r}). Use a clip with a visible face."
         )
     n_frames = len(points)
-    observed = pad_frames(_fill_gaps(points[:, indices], confidence[:, indices], seen))
+    observed = pad_frames(_fill_gaps(points[:, indices], seen))
     # Just enough to hold interpolated frames, which nothing else would keep from drifting.
     confidence_used = np.where(seen[:, None], confidence[:, indices], 0.02)
 
@@ -208,7 +209,7 @@ def make_problem(
         weight=pad_frames(confidence_used.astype(np.float32)) * real[:, None],
         sigma=(np.asarray(scale)[:, None] * metres).astype(np.float32),
         real=real,
-        # A landmark that lies off the head's own one does so in every frame: more frames show more
+        # A landmark that is off the head's own one is so in every frame: more frames show more
         # views of the shape, but do not make the landmarks more exact.
         shape_prior=n_frames * np.asarray(head.shape_sigma, np.float32) ** -2.0,
         huber=np.float32(settings.huber),
@@ -281,7 +282,7 @@ def frame_terms(head: HeadAsset, layout: Layout, settings: FitSettings, interval
 
 
 def _fill_gaps(
-    observed: Float[np.ndarray, "N n 2"], confidence: Float[np.ndarray, "N n"], seen: Bool[np.ndarray, " N"]
+    observed: Float[np.ndarray, "N n 2"], seen: Bool[np.ndarray, " N"]
 ) -> Float[np.ndarray, "N n 2"]:
     """Frames without landmarks get interpolated ones, so that their pose starts somewhere sensible."""
     times = np.flatnonzero(seen)
@@ -290,13 +291,3 @@ def _fill_gaps(
     flat = observed.reshape(len(observed), -1)
     columns = [np.interp(np.arange(len(flat)), times, flat[times, c]) for c in range(flat.shape[1])]
     return np.stack(columns, axis=-1).reshape(observed.shape).astype(np.float32)
-
-
-def _result(head, coefficients, camera, points, confidence, seen, steps, cost) -> FitResult:
-    reprojection = reprojection_error(head, coefficients, camera, points)
-    reprojection = np.where(seen[:, None] & (confidence > 0), reprojection, np.nan)
-    error = np.full(len(points), np.nan, np.float32)
-    error[seen] = inner_face_error(reprojection[seen], points[seen])
-    # Half of the confidence is lost at an error of 5 % of the outer eye corners' distance.
-    trust = np.where(seen, confidence.max(1) / (1 + (np.nan_to_num(error) / 0.05) ** 2), 0)
-    return FitResult(coefficients, camera, reprojection, error, trust.astype(np.float32), steps, cost)

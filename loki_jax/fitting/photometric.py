@@ -230,7 +230,7 @@ def start_pose(
         shift = (middle - (box[:2] + box[2:]) / 2) * position[2] / focal
         return (position + jnp.array([shift[0], shift[1], 0.0])) * grow
 
-    # Far enough that the whole head lies in front of the camera at first.
+    # Far enough that the whole head is in front of the camera at first.
     extent = jnp.ptp(identity.vertices, axis=0).max()
     far = extent * focal.mean() / side + extent
     position = jax.lax.fori_loop(0, 8, refine, jnp.array([0.0, 0.0, 1.0]) * far)

@@ -130,8 +130,8 @@ def pad_frames(values: Float[np.ndarray, "N ..."]) -> Float[np.ndarray, "M ..."]
 def landmark_head(head: HeadAsset, indices: np.ndarray, name: str = LANDMARK_SET) -> HeadAsset:
     """A head that consists of landmarks only: vertex i is landmark `indices[i]` of the set `name`.
 
-    It takes the same coefficients, and its vertices are the landmarks (exactly where a landmark lies
-    on one vertex; skinning weights are interpolated where it lies inside a face). The joints need
+    It takes the same coefficients, and its vertices are the landmarks (exactly where a landmark is
+    on one vertex; skinning weights are interpolated where it is inside a face). The joints need
     the whole mesh: they are further vertices, which the joint regressor selects.
     """
     marks = head.landmarks[name]

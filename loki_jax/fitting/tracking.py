@@ -72,7 +72,7 @@ def clip_landmarks(
 
     The face is chosen on `probes` frames spread over the clip: the largest steady one, or number
     `face` of them. From a frame that shows it, it is followed forwards and backwards: the region of each
-    frame comes from the points of the frame before. Where it is lost it is detected anew.
+    frame comes from the points of the frame before. Where it is lost it is detected again.
 
     Raises:
       LandmarkError: no face in any probed frame, or no face of that index.

@@ -53,8 +53,8 @@ def head_pose_follow(
       pred_rot, target_rot: (n_pred, 3) and (n_target, 3), rotation vectors, radians.
       pred_neck, target_neck: those of the neck, of the same shapes; None is no bend.
       n_frames: number of frames asked for; default the target's.
-      pred_valid, target_valid: (n_pred,) and (n_target,), frames that were tracked; default all. Frame 0 is the first frame
-        tracked in both.
+      pred_valid, target_valid: (n_pred,) and (n_target,), frames that were tracked; default all. Frame 0 is
+        the first frame tracked in both.
 
     Raises:
       ValueError: an array is not (n, 3), or its lengths disagree.
