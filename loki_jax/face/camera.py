@@ -1,4 +1,4 @@
-"""From world to camera, pixels, crop boxes and the rasteriser's coordinates (method, sections 3, 4)."""
+"""From world to camera axes, pixels and the rasteriser's coordinates (method, sections 3 and 4)."""
 
 from __future__ import annotations
 
