@@ -9,7 +9,7 @@ from loki_jax.face.camera import camera_from_world, project
 from loki_jax.face.skinning import landmark_positions, make_identity, world_vertices
 from loki_jax.face.types import Coefficients
 from loki_jax.fitting.fit import make_camera
-from loki_jax.fitting.landmarker import FaceBox, Region
+from loki_jax.fitting.landmarker import FaceBox, Landmarker, Region
 
 N = 16
 HEIGHT, WIDTH = 96, 128
@@ -39,7 +39,7 @@ def true_points(head, true) -> np.ndarray:
     return np.concatenate([np.asarray(pixels), np.zeros((N, 478, 1))], axis=-1).astype(np.float32)
 
 
-class KnownFace:
+class KnownFace(Landmarker):
     """The networks' interface. A frame's grey value says which points it shows, 8 (index + 1); black and
     white frames show nobody."""
 

@@ -11,7 +11,7 @@ import pytest
 
 from data_prep.fetch_models import main as fetch_models_program
 from loki_jax.fitting import model_files
-from loki_jax.fitting.landmarker import FaceBox, Region, ssd_anchors, suppress
+from loki_jax.fitting.landmarker import FaceBox, Landmarker, Region, ssd_anchors, suppress
 from loki_jax.fitting.model_files import LandmarkError, cache_dir, fetch_models
 from loki_jax.fitting.points import LIDS_LEFT, LIDS_RIGHT
 from loki_jax.fitting.tracking import Track, clip_landmarks, image_landmarks
@@ -93,7 +93,7 @@ def test_cache_folder_follows_the_platform(monkeypatch, tmp_path):
     assert cache_dir() == tmp_path / "loki_jax" / "landmarks"
 
 
-class OneFace:
+class OneFace(Landmarker):
     """In place of the networks: a face at the centre of mass of a frame's bright pixels."""
 
     def __init__(self):
