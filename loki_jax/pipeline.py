@@ -10,13 +10,17 @@ import numpy as np
 from jaxtyping import Float, PyTree, UInt8
 from ml_collections import ConfigDict
 
-from loki_jax.driver.map import driver_map
 from loki_jax.face.asset import HeadAsset
 from loki_jax.face.retarget import retarget, size_ratio
-from loki_jax.face.skinning import make_identity
 from loki_jax.face.types import Camera, Coefficients
-from loki_jax.networks import Networks, driver_input, initial_noise, portrait_features, sample_from_features
-from loki_jax.pictures import driver_map_picture
+from loki_jax.networks import (
+    Networks,
+    driver_input,
+    driver_preview,
+    initial_noise,
+    portrait_features,
+    sample_from_features,
+)
 from loki_jax.sources import DrivingClip, Portrait
 
 
@@ -65,10 +69,7 @@ def make_animator(
         frames = sample_from_features(
             config, networks, params, features, driver, noise, steps=steps, guidance=guidance, spacing=spacing
         )
-        if config.driver.arm == "flame_vector":
-            identity = make_identity(head, coefficients.betas[:, :1])
-            driver = driver_map(head, identity, coefficients, camera, crop, config.image_size)
-        return frames, driver_map_picture(driver)
+        return frames, driver_preview(config, head, driver, coefficients, camera, crop)
 
     return Animator(prepare, animate, config.window)
 
