@@ -1,3 +1,3 @@
 """Loki (arXiv 2605.24176) in JAX: portrait animation from parametric-head coefficients."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -11,6 +11,7 @@ import numpy as np
 from av.video.reformatter import Colorspace
 from jaxtyping import UInt8
 
+from loki_jax.io import atomic_path
 from loki_jax.video.audio import AudioTrack
 from loki_jax.video.reader import MediaError, VideoReader, check_file
 
@@ -47,7 +48,8 @@ class VideoWriter:
         self.fps = Fraction(fps)
         if self.fps <= 0:
             raise ValueError(f"fps is {fps}, expected a positive rational")
-        self._partial = self.path.with_name(f".{self.path.stem}.{os.getpid()}.partial{self.path.suffix}")
+        self._file = atomic_path(self.path)
+        partial = self._file.__enter__()
         self._crf = crf
         self._shape: tuple[int, ...] | None = None
         self._count = 0
@@ -55,8 +57,9 @@ class VideoWriter:
         # use_metadata_tags lets MP4 keep keys beyond the standard ones; faststart suits the web.
         options = {} if self.path.suffix.lower() == ".mkv" else {"movflags": "+faststart+use_metadata_tags"}
         try:
-            self._container = av.open(str(self._partial), "w", options=options)
+            self._container = av.open(str(partial), "w", options=options)
         except (av.error.FFmpegError, OSError) as error:
+            self._remove_partial()
             raise MediaError(f"{self.path}: cannot be written ({error}). Choose another folder.") from error
         try:
             if synthetic:
@@ -87,7 +90,11 @@ class VideoWriter:
         # A container without a written header may fail to close; the file goes in any case.
         with contextlib.suppress(av.error.FFmpegError, OSError, ValueError):
             self._container.close()
-        self._partial.unlink(missing_ok=True)
+        self._remove_partial()
+
+    def _remove_partial(self) -> None:
+        error = MediaError(f"{self.path}: not completed")
+        self._file.__exit__(MediaError, error, None)
 
     def _start(self, height: int, width: int) -> None:
         self._stream.width, self._stream.height = width + width % 2, height + height % 2
@@ -129,7 +136,7 @@ class VideoWriter:
                 self._audio.close()
                 self._audio = None
             self._container.close()
-            os.replace(self._partial, self.path)
+            self._file.__exit__(None, None, None)
         except BaseException:
             self._discard()
             raise
