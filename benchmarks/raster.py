@@ -122,9 +122,8 @@ def all_pairs_faces(vertices, faces, size: int, chunk: int):
 def all_pairs_map(vertices, faces, canonical, offsets, size: int, chunk: int):
     face = all_pairs_faces(vertices, faces, size, chunk)
     fragments = raster.locate(vertices, faces, face)
-    return driver.encode_positions_and_offsets(
-        driver.DriverInputs(faces=faces, canonical=canonical, offsets=offsets, fragments=fragments)
-    )
+    inputs = driver.DriverInputs(faces=faces, canonical=canonical, offsets=offsets, fragments=fragments)
+    return driver.encode_map(inputs)
 
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}

@@ -97,11 +97,7 @@ def sheet_pictures(head: HeadAsset) -> list[Picture]:
 
 @functools.partial(jax.jit, static_argnames="size")
 def shaded_heads(
-    head: HeadAsset,
-    coefficients: Coefficients,
-    camera: Camera,
-    crop: Float[Array, " 4"],
-    size: int,
+    head: HeadAsset, coefficients: Coefficients, camera: Camera, crop: Float[Array, " 4"], size: int
 ) -> Float[Array, "n size size 3"]:
     """Pictures in [0, 1], on white, of the heads with the given coefficients (n, ...)."""
     faces = jnp.asarray(mesh_faces(head))

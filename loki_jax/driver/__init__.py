@@ -3,7 +3,7 @@
 from loki_jax.driver.encoding import (
     DriverInputs,
     canonical_positions,
-    encode_positions_and_offsets,
+    encode_map,
     flame_vector,
     positional_encoding,
 )
@@ -12,6 +12,5 @@ from loki_jax.driver.registry import ARMS, DriverArm, driver_channels, find_arm
 
 __all__ = [
     "ARMS", "DriverArm", "DriverInputs", "canonical_positions", "driver_channels", "driver_map",
-    "encode_positions_and_offsets", "find_arm", "flame_vector", "map_of_mesh", "ndc_vertices",
-    "positional_encoding",
+    "encode_map", "find_arm", "flame_vector", "map_of_mesh", "ndc_vertices", "positional_encoding",
 ]  # fmt: skip

@@ -90,25 +90,24 @@ def _sine(angle: Float[Array, "*b 42"], quarter: Float[np.ndarray, " 42"]) -> Fl
     return jnp.where(turns.astype(jnp.int32) & 1, -value, value)
 
 
-def encode_positions(inputs: DriverInputs, dtype: DTypeLike = jnp.float32) -> Float[Array, "*b S S 42"]:
-    """Channels 0..41: the canonical position, interpolated and then encoded at the pixel."""
-    # Under differentiation only three numbers a pixel are kept. The cosine of a zero is one.
-    encode = jax.checkpoint(
-        lambda p: jnp.where(inputs.fragments.covered[..., None], positional_encoding(p), 0.0).astype(dtype)
-    )
-    return encode(interpolate(inputs.fragments, inputs.faces, inputs.canonical))
+def encode_map(
+    inputs: DriverInputs, dtype: DTypeLike = jnp.float32, *, positions: bool = True, offsets: bool = True
+) -> Float[Array, "*b S S C"]:
+    """The paper's driver map, or its channels of `positions` or `offsets` alone: 45, 42 or 3.
 
-
-def encode_offsets(inputs: DriverInputs, dtype: DTypeLike = jnp.float32) -> Float[Array, "*b S S 3"]:
-    """Channels 42..44: the displacement by expression in units of `EXPRESSION_SCALE`."""
-    return (interpolate(inputs.fragments, inputs.faces, inputs.offsets) / EXPRESSION_SCALE).astype(dtype)
-
-
-def encode_positions_and_offsets(
-    inputs: DriverInputs, dtype: DTypeLike = jnp.float32
-) -> Float[Array, "*b S S 45"]:
-    """All channels of the paper's driver map."""
-    return jnp.concatenate([encode_positions(inputs, dtype), encode_offsets(inputs, dtype)], axis=-1)
+    Attributes of vertices are interpolated, then encoded at the pixel.
+    """
+    fragments, parts = inputs.fragments, []
+    if positions:
+        # Under differentiation only three numbers a pixel are kept. The cosine of a zero is one.
+        encode = jax.checkpoint(
+            lambda p: jnp.where(fragments.covered[..., None], positional_encoding(p), 0.0).astype(dtype)
+        )
+        parts.append(encode(interpolate(fragments, inputs.faces, inputs.canonical)))
+    if offsets:
+        displacement = interpolate(fragments, inputs.faces, inputs.offsets)
+        parts.append((displacement / EXPRESSION_SCALE).astype(dtype))
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1)
 
 
 def flame_vector(inputs: DriverInputs, dtype: DTypeLike = jnp.float32) -> Float[Array, "*b n_expr+12"]:

@@ -73,7 +73,6 @@ def driver_map(
     Raises:
       ValueError: unknown arm, an arm without a map, or coefficients that are not the head's.
     """
-    _check_has_map(arm)
     points = camera_from_world(world_vertices(head, identity, coefficients), camera)
     vertices = ndc_from_camera(points, camera, crop)
     batch = vertices.shape[:-2]
@@ -107,7 +106,9 @@ def map_of_mesh(
     Raises:
       ValueError: unknown arm, or an arm without a map.
     """
-    _check_has_map(arm)
+    if not find_arm(arm).spatial:
+        maps = ", ".join(name for name, entry in ARMS.items() if entry.spatial)
+        raise ValueError(f"arm {arm!r} has no driver map; arms with one: {maps}")
     encode, batch = find_arm(arm).encode, vertices.shape[:-2]
     face = nearest_faces(vertices, inputs.faces, size)
 
@@ -122,9 +123,3 @@ def map_of_mesh(
     frames = jax.tree.map(lambda x: x.reshape(-1, *x.shape[len(batch) :]), frames)
     maps = lax.map(lambda frame: shade(*frame), frames)
     return maps.reshape(*batch, *maps.shape[1:])
-
-
-def _check_has_map(arm: str) -> None:
-    if not find_arm(arm).spatial:
-        maps = ", ".join(name for name, entry in ARMS.items() if entry.spatial)
-        raise ValueError(f"arm {arm!r} has no driver map; arms with one: {maps}")

@@ -7,19 +7,14 @@ other module knows the arms, so a new one is a function and an entry here.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
-from loki_jax.driver.encoding import (
-    DriverInputs,
-    encode_offsets,
-    encode_positions,
-    encode_positions_and_offsets,
-    flame_vector,
-)
-from loki_jax.driver.preview import preview_offsets, preview_positions, preview_positions_and_offsets
+from loki_jax.driver.encoding import DriverInputs, encode_map, flame_vector
+from loki_jax.driver.preview import preview_map
 from loki_jax.face.asset import HeadAsset
 
 DEFAULT_ARM = "full"
@@ -44,9 +39,9 @@ class DriverArm(NamedTuple):
 
 
 ARMS = {
-    "full": DriverArm(45, encode_positions_and_offsets, preview_positions_and_offsets),
-    "no_posenc": DriverArm(3, encode_offsets, preview_offsets),
-    "no_deform": DriverArm(42, encode_positions, preview_positions),
+    "full": DriverArm(45, encode_map, preview_map),
+    "no_posenc": DriverArm(3, partial(encode_map, positions=False), partial(preview_map, positions=False)),
+    "no_deform": DriverArm(42, partial(encode_map, offsets=False), partial(preview_map, offsets=False)),
     "flame_vector": DriverArm(lambda head: head.n_expression + 12, flame_vector, None, spatial=False),
 }
 

@@ -122,10 +122,7 @@ def _share_of_pairs(vertices, outline: _Outline, face, depth, along: int):
     """
     centres = centre_table(face.shape[-1], 1, 2, face.shape[-1])
     # In pixels from the first centre, positive towards the second: u along the pair, v across.
-    frame_of = (
-        (along, centres[:, None, :-1]),
-        (1 - along, centres[:, :, None]),
-    )
+    frame_of = ((along, centres[:, None, :-1]), (1 - along, centres[:, :, None]))
     pick = jax.vmap(lambda table, index: table[index])
 
     def on_pairs(vertices, corner):

@@ -178,11 +178,7 @@ def _search(triangles: Float[Array, "N F 9"], plan: _Plan, cull: bool, perspecti
         tiles, faces = _pairs(bins, start, plan)
         new_depth, new_face = _shade_tiles(table, tiles, faces, n_faces, plan)
         closer = (new_depth < depth) | ((new_depth == depth) & (new_face < face))
-        return (
-            start + plan.window,
-            jnp.where(closer, new_depth, depth),
-            jnp.where(closer, new_face, face),
-        )
+        return (start + plan.window, jnp.where(closer, new_depth, depth), jnp.where(closer, new_face, face))
 
     state = (
         jnp.int32(0),

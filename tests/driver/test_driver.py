@@ -57,7 +57,7 @@ def test_golden_driver_maps(golden, size):
     shown = raster.clear_hidden_faces(found, faces, mask)
     np.testing.assert_array_equal(np.asarray(shown.face >= 0)[sure], fragments["mask"][sure])
     inputs = driver.DriverInputs(faces=faces, canonical=canonical, offsets=offsets, fragments=shown)
-    image = np.asarray(driver.encode_positions_and_offsets(inputs))
+    image = np.asarray(driver.encode_map(inputs))
     assert image.shape == (n_frames, size, size, 45)
     encoded = load(golden, f"driver_map_{size}_posenc42")["spatial_cond_0_42"]
     expected = encoded.reshape(n_frames, size // 4, size // 4, 42)  # every fourth pixel
