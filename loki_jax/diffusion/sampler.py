@@ -105,7 +105,7 @@ def ddim_alphas(
 
 
 def estimates(
-    x: Float[Array, "*b"], prediction: Float[Array, "*b"], alpha: Float[Array, ""], kind: str
+    x: Float[Array, "*b"], prediction: Float[Array, "*b"], alpha: Float[Array, "*#b"], kind: str
 ) -> tuple[Float[Array, "*b"], Float[Array, "*b"]]:
     """Clean latents and noise implied by an "epsilon", "v" or "x0" prediction at signal power `alpha`."""
     signal, sigma = jnp.sqrt(alpha), jnp.sqrt(1 - alpha)

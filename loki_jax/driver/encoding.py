@@ -110,8 +110,10 @@ def encode_map(
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1)
 
 
-def flame_vector(inputs: DriverInputs, dtype: DTypeLike = jnp.float32) -> Float[Array, "*b n_expr+12"]:
+def flame_vector(inputs: DriverInputs, dtype: DTypeLike = jnp.float32) -> Float[Array, "*b C"]:
     """Expression, head rotation, neck, jaw and eyes as one float32 vector a frame, whatever `dtype`.
+
+    C = n_expr + 12 numbers in metres and radians.
 
     Raises:
       ValueError: the number of expression coefficients is not the head's.

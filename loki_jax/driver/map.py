@@ -35,7 +35,7 @@ def ndc_vertices(
     identity: Identity,
     coefficients: Coefficients,
     camera: Camera,
-    crop: Float[Array, "*b 4"],
+    crop: Float[Array, "*#b 4"],
 ) -> Float[Array, "*b V_all 3"]:
     """The posed mesh in the rasteriser's coordinates for a crop box x0, y0, x1, y1 in pixels."""
     world = world_vertices(head, identity, coefficients)
@@ -47,7 +47,7 @@ def driver_map(
     identity: Identity,
     coefficients: Coefficients,
     camera: Camera,
-    crop: Float[Array, "*b 4"],
+    crop: Float[Array, "*#b 4"],
     size: int,
     arm: str = DEFAULT_ARM,
     dtype: DTypeLike = jnp.float32,

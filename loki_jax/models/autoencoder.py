@@ -74,7 +74,7 @@ class _Encoder(nn.Module):
     dtype: Dtype
 
     @nn.compact
-    def __call__(self, x: Float[Array, "n s s 3"]) -> Float[Array, "n h w out"]:
+    def __call__(self, x: Float[Array, "n height width 3"]) -> Float[Array, "n h w out"]:
         h = Conv3x3(self.widths[0], dtype=self.dtype, name="conv_in")(x)
         for level, width in enumerate(self.widths):
             for i in range(self.num_res_blocks):
@@ -97,7 +97,7 @@ class _Decoder(nn.Module):
     dtype: Dtype
 
     @nn.compact
-    def __call__(self, z: Float[Array, "n h w c"]) -> Float[Array, "n s s 3"]:
+    def __call__(self, z: Float[Array, "n h w c"]) -> Float[Array, "n height width 3"]:
         h = Conv3x3(self.widths[-1], dtype=self.dtype, name="conv_in")(z)
         h = _Middle(self.widths[-1], self.groups, self.backend, self.dtype, name="middle")(h)
         for level, width in reversed(list(enumerate(self.widths))):
@@ -140,7 +140,7 @@ class AutoencoderKL(nn.Module):
         self.post_quant = dense(self.latent_channels, None, self.dtype)
 
     def encode(
-        self, images: Float[Array, "n s s 3"]
+        self, images: Float[Array, "n height width 3"]
     ) -> tuple[Float[Array, "n h w c"], Float[Array, "n h w c"]]:
         """Mean and log-variance of the scaled latents, float32.
 
@@ -156,12 +156,12 @@ class AutoencoderKL(nn.Module):
         logvar = jnp.clip(logvar, DETERMINISTIC_LOGVAR, 20.0)
         return mean * self.scale, logvar + 2 * math.log(self.scale)
 
-    def decode(self, latents: Float[Array, "n h w c"]) -> Float[Array, "n s s 3"]:
+    def decode(self, latents: Float[Array, "n h w c"]) -> Float[Array, "n height width 3"]:
         """Images in about [-1, 1], float32, of scaled latents."""
         codes = (latents / self.scale).astype(self.dtype)
         return self.decoder(self.post_quant(codes)).astype(jnp.float32)
 
-    def __call__(self, images: Float[Array, "n s s 3"]) -> Float[Array, "n s s 3"]:
+    def __call__(self, images: Float[Array, "n height width 3"]) -> Float[Array, "n height width 3"]:
         """Reconstruction from the posterior mean; touches every parameter (for `init`)."""
         return self.decode(self.encode(images)[0])
 
@@ -186,7 +186,7 @@ class PixelAutoencoder(nn.Module):
         return 3 * self.patch**2
 
     def encode(
-        self, images: Float[Array, "n s s 3"]
+        self, images: Float[Array, "n height width 3"]
     ) -> tuple[Float[Array, "n h w c"], Float[Array, "n h w c"]]:
         """The scaled latents and a constant log-variance of -30.
 
@@ -201,14 +201,14 @@ class PixelAutoencoder(nn.Module):
         z = z.transpose(0, 1, 3, 2, 4, 5).reshape(n, height // p, width // p, p * p * colours) * self.scale
         return z, jnp.full_like(z, DETERMINISTIC_LOGVAR)
 
-    def decode(self, latents: Float[Array, "n h w c"]) -> Float[Array, "n s s 3"]:
+    def decode(self, latents: Float[Array, "n h w c"]) -> Float[Array, "n height width 3"]:
         """The images of scaled latents."""
         n, h, w, _ = latents.shape
         p = self.patch
         x = (latents / self.scale).reshape(n, h, w, p, p, 3).transpose(0, 1, 3, 2, 4, 5)
         return x.reshape(n, h * p, w * p, 3)
 
-    def __call__(self, images: Float[Array, "n s s 3"]) -> Float[Array, "n s s 3"]:
+    def __call__(self, images: Float[Array, "n height width 3"]) -> Float[Array, "n height width 3"]:
         """The images again (for `init`)."""
         return self.decode(self.encode(images)[0])
 

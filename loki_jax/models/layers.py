@@ -12,7 +12,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Num
 
 Dtype = Any
 
@@ -169,7 +169,7 @@ def upsample_nearest(x: Float[Array, "n h w c"]) -> Float[Array, "n 2*h 2*w c"]:
     return x.reshape(n, 2 * h, 2 * w, c)
 
 
-def timestep_embedding(timesteps: Float[Array, " n"], dim: int) -> Float[Array, "n dim"]:
+def timestep_embedding(timesteps: Num[Array, " n"], dim: int) -> Float[Array, "n dim"]:
     """Sinusoidal embedding [cos, sin] of diffusion times, wavelengths 2 pi to 2 pi 10^4; float32."""
     half = dim // 2
     frequencies = jnp.exp(-jnp.log(10000.0) * jnp.arange(half, dtype=jnp.float32) / half)

@@ -73,7 +73,7 @@ def rasterize(
     return locate(vertices, faces, face, perspective_correct=perspective_correct)
 
 
-def downsample(image: Float[Array, "*b H W C"], factor: int = 2) -> Float[Array, "*b H/f W/f C"]:
+def downsample(image: Float[Array, "*b H W C"], factor: int = 2) -> Float[Array, "*b h w C"]:
     """Mean over blocks of factor x factor pixels.
 
     Raises:
@@ -89,7 +89,7 @@ def downsample(image: Float[Array, "*b H W C"], factor: int = 2) -> Float[Array,
 def render(
     vertices: Float[Array, "*b V 3"],
     faces: Int[Array, "F 3"],
-    attributes: Float[Array, "*b V C"],
+    attributes: Float[Array, "*#b V C"],
     size: int,
     *,
     cull: bool = True,

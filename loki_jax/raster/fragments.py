@@ -63,7 +63,7 @@ def locate(
 
 
 def interpolate(
-    fragments: Fragments, faces: Int[Array, "F 3"], attributes: Float[Array, "*b V C"]
+    fragments: Fragments, faces: Int[Array, "F 3"], attributes: Float[Array, "*#b V C"]
 ) -> Float[Array, "*b S S C"]:
     """Attributes of vertices at every pixel, zero on the background.
 

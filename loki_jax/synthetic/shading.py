@@ -33,7 +33,7 @@ def vertex_normals(vertices: Float[Array, "*b V 3"], faces: Int[Array, "F 3"]) -
     return total * jax.lax.rsqrt(jnp.sum(total * total, axis=-1, keepdims=True) + 1e-24)
 
 
-def lambert(normals: Float[Array, "*b V 3"], light: Float[Array, "*b 3"]) -> Float[Array, "*b V"]:
+def lambert(normals: Float[Array, "*b V 3"], light: Float[Array, "*#b 3"]) -> Float[Array, "*b V"]:
     """Share of a lamp's light that a surface receives, in [0, 1]; `light` is the unit vector to the lamp."""
     facing = jnp.einsum("...vi,...i->...v", normals, light, precision=_HIGHEST)
     return jnp.maximum(facing, 0.0)
@@ -51,12 +51,12 @@ def plain_shade(
 def shade_mesh(
     vertices: Float[Array, "*b V 3"],
     faces: Int[Array, "F 3"],
-    colour: Float[Array, "*b V C"],
+    colour: Float[Array, "*#b V C"],
     camera: Camera,
-    crop: Float[Array, "*b 4"],
+    crop: Float[Array, "*#b 4"],
     size: int,
     supersample: int = 2,
-    background: Float[Array, "*b fine fine C"] | float = 0.0,
+    background: Float[Array, "*#b fine fine C"] | float = 0.0,
 ) -> Float[Array, "*b S S C"]:
     """A mesh with the given colours of its vertices over a background.
 
@@ -87,7 +87,7 @@ def render(
     identity: Identity,
     coefficients: Coefficients,
     camera: Camera,
-    crop: Float[Array, "*b 4"],
+    crop: Float[Array, "*#b 4"],
     appearance: Appearance,
     size: int,
     supersample: int = 2,
