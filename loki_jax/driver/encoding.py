@@ -51,20 +51,20 @@ class DriverInputs(NamedTuple):
 
     head: HeadAsset | None = None
     coefficients: Coefficients | None = None
-    faces: Int[Array, "F 3"] | None = None
+    faces: Int[Array | np.ndarray, "F 3"] | None = None
     canonical: Float[Array, "V 3"] | None = None
     points: Float[Array, "*b V 3"] | None = None
     offsets: Float[Array, "*b V 3"] | None = None
     fragments: Fragments | None = None
 
 
-def canonical_positions(vertices: Float[Array, "V 3"]) -> Float[Array, "V 3"]:
+def canonical_positions(vertices: Float[Array | np.ndarray, "V 3"]) -> Float[Array, "V 3"]:
     """Template vertices minus their mean, over the largest (signed) coordinate of all. No unit."""
     centred = vertices - jnp.mean(vertices, axis=0)
     return centred / jnp.max(centred)
 
 
-def positional_encoding(positions: Float[Array, "*b 3"]) -> Float[Array, "*b 42"]:
+def positional_encoding(positions: Float[Array | np.ndarray, "*b 3"]) -> Float[Array, "*b 42"]:
     """Per axis sin(2^k p), then cos(2^k p), k = 0..6, without a factor pi (method, section 5).
 
     Within 2e-7 of the float64 value for |p| below 100. One elementwise function of position and channel,

@@ -24,7 +24,7 @@ from ml_collections import ConfigDict
 from loki_jax.models.encoder import ConditioningEncoder, VectorEncoder
 from loki_jax.models.unet import UNet
 
-Features = tuple[Float[Array, "b n d"], ...]
+Features = tuple[Float[Array, "b _ _"], ...]
 
 
 class Generation(nn.Module):

@@ -194,9 +194,9 @@ class UNet(nn.Module):
         x: Float[Array, "b t h w c"],
         timesteps: Int[Array, "b t"],
         condition: Float[Array, "b t h w c0"] | None = None,
-        reference: tuple[Float[Array, "b n d"], ...] | None = None,
+        reference: tuple[Float[Array, "b _ _"], ...] | None = None,
         context: Float[Array, "b l e"] | None = None,
-    ) -> tuple[Float[Array, "b t h w out"], tuple[Float[Array, "b tn d"], ...]]:
+    ) -> tuple[Float[Array, "b t h w out"], tuple[Float[Array, "b _ _"], ...]]:
         """Predicts noise (or v) and returns the tokens that entered each self-attention.
 
         Args:

@@ -28,8 +28,8 @@ _LONGEST_WALK = 64  # faces between two neighbouring pixel centres that are sear
 def antialias(
     image: Float[Array, "*b S S C"],
     fragments: Fragments,
-    vertices: Float[Array, "*b V 3"],
-    faces: Int[Array, "F 3"],
+    vertices: Float[Array | np.ndarray, "*b V 3"],
+    faces: Int[Array | np.ndarray, "F 3"],
 ) -> Float[Array, "*b S S C"]:
     """Blend the pixels on both sides of every silhouette by where it passes between their centres.
 
@@ -109,7 +109,7 @@ def _taken_shares(vertices, faces, face, depth):
 class _Outline(NamedTuple):
     """Faces with what lies across their edges; edge k is the one opposite to corner k."""
 
-    faces: Int[Array, "F 3"]
+    faces: Int[Array | np.ndarray, "F 3"]
     neighbour: Int[Array, "F 3"]  # the other face at the edge; -1: none, or several
     silhouette: Bool[Array, "N F 3"]
 
@@ -194,7 +194,7 @@ def _walk(on_pairs, outline: _Outline, face, depth):
     return state[3:]
 
 
-def _outline(vertices: Float[Array, "N V 3"], faces: Int[Array, "F 3"]) -> _Outline:
+def _outline(vertices: Float[Array, "N V 3"], faces: Int[Array | np.ndarray, "F 3"]) -> _Outline:
     """Neighbours, and the edges that have all their drawable faces on one side of them."""
     n_faces = faces.shape[0]
     x, y, z = (vertices[..., axis][:, faces] for axis in range(3))

@@ -22,6 +22,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from loki_jax.raster.antialias import antialias
@@ -42,8 +43,8 @@ class Rendering(NamedTuple):
 
 
 def rasterize(
-    vertices: Float[Array, "*b V 3"],
-    faces: Int[Array, "F 3"],
+    vertices: Float[Array | np.ndarray, "*b V 3"],
+    faces: Int[Array | np.ndarray, "F 3"],
     size: int,
     cull: bool = True,
     *,
@@ -87,14 +88,14 @@ def downsample(image: Float[Array, "*b H W C"], factor: int = 2) -> Float[Array,
 
 
 def render(
-    vertices: Float[Array, "*b V 3"],
-    faces: Int[Array, "F 3"],
-    attributes: Float[Array, "*#b V C"],
+    vertices: Float[Array | np.ndarray, "*b V 3"],
+    faces: Int[Array | np.ndarray, "F 3"],
+    attributes: Float[Array | np.ndarray, "*#b V C"],
     size: int,
     *,
     cull: bool = True,
     perspective_correct: bool = False,
-    vertex_mask: Bool[Array, " V"] | None = None,
+    vertex_mask: Bool[Array | np.ndarray, " V"] | None = None,
     smooth_silhouettes: bool = False,
     supersample: int = 1,
 ) -> Rendering:

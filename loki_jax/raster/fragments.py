@@ -39,8 +39,8 @@ class Fragments(NamedTuple):
 
 
 def locate(
-    vertices: Float[Array, "*b V 3"],
-    faces: Int[Array, "F 3"],
+    vertices: Float[Array | np.ndarray, "*b V 3"],
+    faces: Int[Array | np.ndarray, "F 3"],
     face: Int[Array, "*b S S"],
     *,
     perspective_correct: bool = False,
@@ -63,7 +63,9 @@ def locate(
 
 
 def interpolate(
-    fragments: Fragments, faces: Int[Array, "F 3"], attributes: Float[Array, "*#b V C"]
+    fragments: Fragments,
+    faces: Int[Array | np.ndarray, "F 3"],
+    attributes: Float[Array | np.ndarray, "*#b V C"],
 ) -> Float[Array, "*b S S C"]:
     """Attributes of vertices at every pixel, zero on the background.
 
@@ -96,7 +98,7 @@ def interpolate(
 
 
 def clear_hidden_faces(
-    fragments: Fragments, faces: Int[Array, "F 3"], vertex_mask: Bool[Array, " V"]
+    fragments: Fragments, faces: Int[Array | np.ndarray, "F 3"], vertex_mask: Bool[Array | np.ndarray, " V"]
 ) -> Fragments:
     """Turn pixels whose face has no vertex in `vertex_mask` into background.
 

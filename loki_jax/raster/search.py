@@ -37,8 +37,8 @@ class _Plan(NamedTuple):
 
 
 def nearest_faces(
-    vertices: Float[Array, "*b V 3"],
-    faces: Int[Array, "F 3"],
+    vertices: Float[Array | np.ndarray, "*b V 3"],
+    faces: Int[Array | np.ndarray, "F 3"],
     size: int,
     cull: bool = True,
     *,

@@ -35,12 +35,12 @@ class Appearance:
         over the crop (+x left, +y up); slow waves are plain gradients.
     """
 
-    albedo: Float[Array, "*b V 3"]
-    light: Float[Array, "*b 3"]
-    ambient: Float[Array, "*b 3"]
-    diffuse: Float[Array, "*b 3"]
-    background: Float[Array, "*b 2 3"]
-    background_wave: Float[Array, "*b 3"]
+    albedo: Float[Array | np.ndarray, "*b V 3"]
+    light: Float[Array | np.ndarray, "*b 3"]
+    ambient: Float[Array | np.ndarray, "*b 3"]
+    diffuse: Float[Array | np.ndarray, "*b 3"]
+    background: Float[Array | np.ndarray, "*b 2 3"]
+    background_wave: Float[Array | np.ndarray, "*b 3"]
 
 
 @dataclasses.dataclass(frozen=True)

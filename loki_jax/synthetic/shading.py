@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from loki_jax.face.asset import HeadAsset
@@ -20,7 +21,9 @@ from loki_jax.synthetic.appearance import Appearance
 _HIGHEST = jax.lax.Precision.HIGHEST
 
 
-def vertex_normals(vertices: Float[Array, "*b V 3"], faces: Int[Array, "F 3"]) -> Float[Array, "*b V 3"]:
+def vertex_normals(
+    vertices: Float[Array, "*b V 3"], faces: Int[Array | np.ndarray, "F 3"]
+) -> Float[Array, "*b V 3"]:
     """Unit normals: the mean of the adjacent faces' normals, weighted by their area.
 
     They point out of a mesh whose faces are counter-clockwise seen from outside; zero without a face.
@@ -40,7 +43,7 @@ def lambert(normals: Float[Array, "*b V 3"], light: Float[Array, "*#b 3"]) -> Fl
 
 
 def plain_shade(
-    vertices: Float[Array, "*b V 3"], faces: Int[Array, "F 3"], light: tuple[float, float, float]
+    vertices: Float[Array, "*b V 3"], faces: Int[Array | np.ndarray, "F 3"], light: tuple[float, float, float]
 ) -> Float[Array, "*b V"]:
     """Grey of a white mesh in [0.25, 1]: one lamp in the direction `light`, a quarter from everywhere."""
     direction = jnp.asarray(light)
@@ -50,7 +53,7 @@ def plain_shade(
 
 def shade_mesh(
     vertices: Float[Array, "*b V 3"],
-    faces: Int[Array, "F 3"],
+    faces: Int[Array | np.ndarray, "F 3"],
     colour: Float[Array, "*#b V C"],
     camera: Camera,
     crop: Float[Array, "*#b 4"],
