@@ -28,12 +28,12 @@ class Fragments(NamedTuple):
       depth: interpolated depth (infinite on the background).
     """
 
-    face: Int[Array, "*b S S"]
-    bary: Float[Array, "*b S S 3"]
-    depth: Float[Array, "*b S S"]
+    face: Int[Array | np.ndarray, "*b S S"]
+    bary: Float[Array | np.ndarray, "*b S S 3"]
+    depth: Float[Array | np.ndarray, "*b S S"]
 
     @property
-    def covered(self) -> Bool[Array, "*b S S"]:
+    def covered(self) -> Bool[Array | np.ndarray, "*b S S"]:
         """Pixels that show a face."""
         return self.face >= 0
 
