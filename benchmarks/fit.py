@@ -86,15 +86,16 @@ def scipy_functions(layout):
     @jax.jit
     def residuals(problem, y):
         n_shape = len(problem.shape_prior)
-        error = lm_solver._residual(problem, layout, y[:n_shape], y[None, n_shape:])[0]
+        error = lm_solver.residuals(problem, layout, y[:n_shape], y[None, n_shape:])[0]
         return jnp.concatenate([jax.vmap(robust)(error, *parts(problem)).ravel(), priors(problem) * y])
 
     @jax.jit
     def jacobian(problem, y):
         n_shape = len(problem.shape_prior)
-        error, by_frame, by_shape = model._linearise(problem, layout, y[:n_shape], y[None, n_shape:])
-        by_error = jax.vmap(jax.jacfwd(robust))(error[0], *parts(problem))
-        by_unknown = jnp.concatenate([by_shape[0], by_frame[0]], axis=-1)
+        linearise = model.frame_linearisation(problem, layout, y[:n_shape])
+        predicted, by_shape, by_frame = linearise(y[n_shape:])
+        by_error = jax.vmap(jax.jacfwd(robust))(predicted - problem.observed[0], *parts(problem))
+        by_unknown = jnp.concatenate([by_shape, by_frame], axis=-1)
         data = jnp.einsum("nij,njp->nip", by_error, by_unknown, precision="highest").reshape(-1, len(y))
         return jnp.concatenate([data, jnp.diag(priors(problem))])
 
@@ -107,7 +108,9 @@ def solver(frames: int, scipy_frames: int, rounds: int) -> dict:
     true, camera = true_clip(head, 0, frames)
     points, confidence = observe(head, true, camera, 0.5, 0)
     size, focal = (FRAME_SIZE, FRAME_SIZE), float(camera.intrinsics[0])
-    problem, layout, start, _ = fit._prepare(head, points, confidence, size, focal, DEFAULT_SETTINGS, 25.0)
+    problem, layout, start, _ = fit.make_problem(
+        head, points, confidence, size, focal, DEFAULT_SETTINGS, 25.0
+    )
     no_shape = np.zeros(head.n_shape, np.float32)
     limits = DEFAULT_SETTINGS.iterations, np.float32(DEFAULT_SETTINGS.tolerance)
 

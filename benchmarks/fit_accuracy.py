@@ -31,7 +31,8 @@ from loki_jax.face.camera import camera_from_world, project
 from loki_jax.face.skinning import landmark_positions, make_identity, world_vertices
 from loki_jax.face.types import Camera, Coefficients
 from loki_jax.fitting.fit import DEFAULT_SETTINGS, fit_landmarks, make_camera
-from loki_jax.fitting.problem import LANDMARK_SET, FitSettings
+from loki_jax.fitting.points import LANDMARK_SET
+from loki_jax.fitting.problem import FitSettings
 from loki_jax.metrics.hef import head_expression_follow
 from loki_jax.metrics.hpf import head_pose_follow, head_rotation
 from loki_jax.synthetic.appearance import sample_shape

@@ -1,3 +1,5 @@
+"""Unpack the landmark models into the cache (or check those that are there)."""
+
 from __future__ import annotations
 
 import argparse

@@ -28,7 +28,7 @@ from loki_jax.face.flame import head_from_flame
 from loki_jax.face.ict import head_from_ict
 from loki_jax.fitting.landmarker import Landmarker
 from loki_jax.fitting.model_files import LandmarkError, cached_models, fetch_models
-from loki_jax.fitting.problem import LANDMARK_SET
+from loki_jax.fitting.points import LANDMARK_SET
 from loki_jax.io import atomic_path
 
 

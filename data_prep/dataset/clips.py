@@ -37,11 +37,12 @@ from loki_jax.face.asset import HeadAsset, load_head
 from loki_jax.face.builtin import builtin_head
 from loki_jax.face.crop import crop_and_resize
 from loki_jax.face.ict import head_from_ict
-from loki_jax.fitting.clips import CROP_FACTOR, FittedClip, cut_track, fit_track, steady_run
+from loki_jax.fitting.clips import CROP_FACTOR, FittedClip, fit_track
 from loki_jax.fitting.landmarker import Landmarker
-from loki_jax.fitting.problem import LANDMARK_SET, FitError, FitSettings
+from loki_jax.fitting.points import LANDMARK_SET
+from loki_jax.fitting.problem import FitError, FitSettings
 from loki_jax.fitting.refine import refine
-from loki_jax.fitting.tracking import clip_landmarks
+from loki_jax.fitting.tracking import clip_landmarks, cut_track, steady_run
 from loki_jax.video.reader import VideoReader
 from loki_jax.video.writer import write_video
 

@@ -31,7 +31,7 @@ from scipy.sparse.csgraph import connected_components, dijkstra
 from scipy.spatial import cKDTree
 
 from data_prep.landmarks.marks import mark, mirror_pairs
-from loki_jax.face import builtin
+from data_prep.landmarks.surface import locate
 from loki_jax.face.asset import HeadAsset, HeadAssetError, Landmarks, save_head
 from loki_jax.face.builtin import builtin_head
 from loki_jax.face.camera import camera_from_world, ndc_from_camera
@@ -40,7 +40,7 @@ from loki_jax.face.skinning import head_vertices, make_identity, mesh_faces, wor
 from loki_jax.face.types import Camera, Coefficients
 from loki_jax.fitting.landmarker import Landmarker
 from loki_jax.fitting.model_files import LandmarkError, fetch_models
-from loki_jax.fitting.problem import LANDMARK_SET
+from loki_jax.fitting.points import LANDMARK_SET
 from loki_jax.raster.api import rasterize
 from loki_jax.synthetic.appearance import Appearance, sample_appearance
 from loki_jax.synthetic.shading import render
@@ -268,7 +268,7 @@ def embed(head: HeadAsset, landmarker: Landmarker | None = None) -> Landmarks:
         if abs(wanted[index, 0]) > 0.004:
             near &= centres[:, 0] * wanted[index, 0] > 0
         candidates = surface.skin[near] if near.any() else surface.skin
-        found, weights = builtin.locate(vertices, faces[candidates], wanted[index][None])
+        found, weights = locate(vertices, faces[candidates], wanted[index][None])
         face[index], bary[index] = candidates[found[0]], weights[0]
     # The known ones are exact: all of them, or those on contours where the networks have seen the rest.
     exact = ~np.isin(known, MEDIAPIPE_OF_IBUG[:17])
@@ -412,7 +412,7 @@ def _lay_iris(head, vertices, faces, joint: str, first: int, face, bary) -> None
     slope = np.arcsin(min(_IRIS_RADIUS / radius, 0.8))
     for k, aim in enumerate(aims):
         direction = np.array([*(np.sin(slope) * np.array(aim)), np.cos(slope) if k else 1.0])
-        found, weights = builtin.locate(vertices, faces[front], (centre + radius * direction)[None])
+        found, weights = locate(vertices, faces[front], (centre + radius * direction)[None])
         face[first + k], bary[first + k] = front[found[0]], weights[0]
 
 

@@ -18,7 +18,7 @@ from loki_jax.face.ict import MEDIAPIPE_OF_IBUG
 from loki_jax.face.skinning import landmark_positions, make_identity, mesh_faces, world_vertices
 from loki_jax.face.types import Camera, Coefficients
 from loki_jax.fitting.clips import FittedClip
-from loki_jax.fitting.problem import LANDMARK_SET
+from loki_jax.fitting.points import LANDMARK_SET
 from loki_jax.synthetic.shading import plain_shade, shade_mesh
 
 _PUPILS = 468, 473

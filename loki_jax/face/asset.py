@@ -6,11 +6,15 @@ format; nothing downstream knows where a head came from. Method, section 3.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
 import json
 import os
+import re
+import warnings
 import zipfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import jax
@@ -21,9 +25,12 @@ from loki_jax.io import atomic_path, file_sha256
 
 FORMAT_VERSION = 1
 
+# How much an .npz file may unpack to: so many times its own size, or so many bytes.
+_LARGEST_RATIO, _ALWAYS_ALLOWED = 64, 1 << 26
+
 
 class HeadAssetError(ValueError):
-    """A head asset file is missing, damaged or inconsistent; the message names file and mend."""
+    """A head asset file is missing, damaged or inconsistent; the message names the file and the remedy."""
 
 
 @jax.tree_util.register_dataclass
@@ -116,19 +123,28 @@ _ARRAYS = {
 }
 
 _TEXT = ("name", "licence", "provenance")
-
 _NAMES = ("joint_names", "shape_names", "expression_names")
 
 
 def validate_head(head: HeadAsset, source: str) -> None:
-    """Raise `HeadAssetError` unless all shapes and indices of `head` fit together."""
+    """Check that all shapes, indices and names of `head` fit together.
 
-    def need(ok: bool, what: str) -> None:
+    Args:
+      source: the file or model, for the message.
+
+    Raises:
+      HeadAssetError: they do not.
+    """
+
+    def need(ok: bool | np.bool_, what: str) -> None:
         if not ok:
             raise HeadAssetError(
                 f"{source}: {what}. Rebuild the asset with `python -m data_prep.head_asset`."
             )
 
+    texts = [getattr(head, field) for field in _TEXT]
+    names = [name for field in _NAMES for name in getattr(head, field)]
+    need(all(isinstance(text, str) for text in texts + names), "names and licence must be text")
     n_vertices, n_joints = len(head.template), len(head.parents)
     shapes = {
         "template": (n_vertices, 3),
@@ -167,29 +183,75 @@ def validate_head(head: HeadAsset, source: str) -> None:
         "skinning_weights rows do not sum to 1",
     )
     need(-1 <= head.lip_vertex < n_vertices, f"lip_vertex {head.lip_vertex} does not exist")
-    for field in _ARRAYS:
-        value = np.asarray(getattr(head, field))
-        if value.dtype == np.float32 and field != "expression_bounds":
-            need(bool(np.isfinite(value).all()), f"{field} holds values that are not finite")
+    for field, dtype in _ARRAYS.items():
+        if dtype == np.float32:
+            value = np.asarray(getattr(head, field))
+            fine = ~np.isnan(value) if field == "expression_bounds" else np.isfinite(value)
+            need(bool(fine.all()), f"{field} holds values that are not finite")
     for key, marks in head.landmarks.items():
         need(
             marks.bary.shape == (len(marks.face), 3)
-            and (len(marks.face) == 0 or np.asarray(marks.face).max() < len(faces)),
+            and (len(marks.face) == 0 or np.asarray(marks.face).max() < len(faces))
+            and bool(np.isfinite(np.asarray(marks.bary)).all()),
             f"landmark set {key!r} does not fit the faces",
         )
 
 
-def save_head(path: str | os.PathLike, head: HeadAsset) -> str:
-    """Write `head` to `path` atomically and return the SHA-256 of the file."""
-    validate_head(head, str(path))
-    arrays = {field: np.asarray(getattr(head, field), dtype) for field, dtype in _ARRAYS.items()}
-    for key, marks in head.landmarks.items():
-        arrays[f"landmarks_{key}_face"] = np.asarray(marks.face, np.int32)
-        arrays[f"landmarks_{key}_bary"] = np.asarray(marks.bary, np.float32)
-    meta = {"format_version": FORMAT_VERSION, "units": "metres", "lip_vertex": head.lip_vertex}
-    meta |= {field: getattr(head, field) for field in (*_TEXT, *_NAMES)}
-    arrays["meta_json"] = np.asarray(json.dumps(meta))
-    # Written member by member with a fixed date, so that equal heads give equal files.
+@contextlib.contextmanager
+def reading(path: str | os.PathLike, what: str, remedy: str) -> Iterator[None]:
+    """Turn whatever the block raises into a `HeadAssetError` that names the file and the remedy.
+
+    A damaged file can make zipfile, NumPy, JSON and pickle raise nearly anything; all of it means the same.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of NumPy, about headers and dtypes of old or damaged files
+            yield
+    except HeadAssetError:
+        raise
+    except Exception as error:
+        raise HeadAssetError(
+            f"{path}: not a readable {what} ({type(error).__name__}: {error}). {remedy}"
+        ) from error
+
+
+def read_npz(path: str | os.PathLike) -> dict[str, np.ndarray]:
+    """Arrays of an `.npz` file by name, without pickles.
+
+    No more is allocated than the size of the file makes plausible, whatever its headers declare. A damaged
+    file can raise any exception: call it within `reading`.
+    """
+    limit = max(_LARGEST_RATIO * os.path.getsize(path), _ALWAYS_ALLOWED)
+    arrays = {}
+    with zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
+        declared = sum(member.file_size for member in members)
+        if declared > limit:
+            raise ValueError(f"it would unpack to {declared} bytes")
+        for member in members:
+            # Other methods unpack a block of any size at once.
+            if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                raise ValueError(f"{member.filename} is compressed by an unknown method")
+            with archive.open(member) as file:
+                content = file.read(member.file_size)
+            arrays[member.filename.removesuffix(".npy")] = _parse_npy(content)
+    return arrays
+
+
+def _parse_npy(content: bytes) -> np.ndarray:
+    """The array of an `.npy` file. `np.load` would allocate what the header declares before it reads on."""
+    stream = io.BytesIO(content)
+    version = np.lib.format.read_magic(stream)
+    if version == (1, 0):
+        shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(stream)
+    else:
+        shape, fortran_order, dtype = np.lib.format.read_array_header_2_0(stream)
+    flat = np.frombuffer(content, dtype, offset=stream.tell())
+    return flat.reshape(shape, order="F" if fortran_order else "C").copy()
+
+
+def write_npz(path: str | os.PathLike, arrays: Mapping[str, np.ndarray]) -> None:
+    """Write arrays atomically, member by member with a fixed date, so that equal arrays give equal files."""
     with atomic_path(path) as partial, zipfile.ZipFile(partial, "w", zipfile.ZIP_DEFLATED) as archive:
         for key in sorted(arrays):
             member = io.BytesIO()
@@ -197,6 +259,27 @@ def save_head(path: str | os.PathLike, head: HeadAsset) -> str:
             info = zipfile.ZipInfo(f"{key}.npy", date_time=(1980, 1, 1, 0, 0, 0))
             info.compress_type = zipfile.ZIP_DEFLATED
             archive.writestr(info, member.getvalue())
+
+
+def save_head(
+    path: str | os.PathLike, head: HeadAsset, labels: Mapping[str, np.ndarray] | None = None
+) -> str:
+    """Write `head` to `path` atomically and return the SHA-256 of the file.
+
+    Args:
+      labels: further arrays to store, which `load_head` ignores.
+
+    Raises:
+      HeadAssetError: the head is inconsistent.
+    """
+    validate_head(head, str(path))
+    arrays = {field: np.asarray(getattr(head, field), dtype) for field, dtype in _ARRAYS.items()}
+    for key, marks in head.landmarks.items():
+        arrays[f"landmarks_{key}_face"] = np.asarray(marks.face, np.int32)
+        arrays[f"landmarks_{key}_bary"] = np.asarray(marks.bary, np.float32)
+    meta = {"format_version": FORMAT_VERSION, "units": "metres", "lip_vertex": head.lip_vertex}
+    meta |= {field: getattr(head, field) for field in (*_TEXT, *_NAMES)}
+    write_npz(path, arrays | dict(labels or {}) | {"meta_json": np.asarray(json.dumps(meta))})
     return file_sha256(path)
 
 
@@ -211,13 +294,13 @@ def load_head(path: str | os.PathLike) -> HeadAsset:
         raise HeadAssetError(
             f"{path}: no such head asset. Make one with `python -m data_prep.head_asset builtin|flame|ict`."
         )
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            stored = {key: archive[key] for key in archive.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise HeadAssetError(
-            f"{path}: not a readable head asset ({error}). Rebuild it with `python -m data_prep.head_asset`."
-        ) from error
+    with reading(path, "head asset", "Rebuild it with `python -m data_prep.head_asset`."):
+        head = _head_of_arrays(path, read_npz(path))
+        validate_head(head, str(path))
+    return head
+
+
+def _head_of_arrays(path: Path, stored: dict[str, np.ndarray]) -> HeadAsset:
     missing = [key for key in (*_ARRAYS, "meta_json") if key not in stored]
     if missing:
         raise HeadAssetError(
@@ -230,19 +313,20 @@ def load_head(path: str | os.PathLike) -> HeadAsset:
             f"{path}: head asset format {meta.get('format_version')}, this version reads {FORMAT_VERSION}. "
             "Rebuild it with `python -m data_prep.head_asset`."
         )
-    sets = sorted(
-        key[len("landmarks_") : -len("_face")]
-        for key in stored
-        if key.startswith("landmarks_") and key.endswith("_face")
-    )
-    head = HeadAsset(
-        **{field: np.asarray(stored[field], dtype) for field, dtype in _ARRAYS.items()},
+
+    def array(key: str, dtype: type) -> np.ndarray:
+        return stored[key].astype(dtype, casting="same_kind", copy=False)
+
+    sets = [match[1] for key in sorted(stored) if (match := re.fullmatch("landmarks_(.*)_face", key))]
+    return HeadAsset(
+        **{field: array(field, dtype) for field, dtype in _ARRAYS.items()},
         landmarks={
-            key: Landmarks(stored[f"landmarks_{key}_face"], stored[f"landmarks_{key}_bary"]) for key in sets
+            key: Landmarks(
+                array(f"landmarks_{key}_face", np.int32), array(f"landmarks_{key}_bary", np.float32)
+            )
+            for key in sets
         },
         lip_vertex=int(meta["lip_vertex"]),
         **{field: meta[field] for field in _TEXT},
         **{field: tuple(meta[field]) for field in _NAMES},
     )
-    validate_head(head, str(path))
-    return head

@@ -1,4 +1,4 @@
-"""From world to camera, pixels, crop boxes and the rasteriser's coordinates (method, sections 3, 4)."""
+"""From world to camera axes, pixels and the rasteriser's coordinates (method, sections 3 and 4)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ _HIGHEST = jax.lax.Precision.HIGHEST
 
 # Turns the world's axes (y up, z towards the viewer) into OpenCV's (y down, z away).
 _OPENCV_FROM_WORLD = np.array([1.0, -1.0, -1.0], np.float32)
-
 _SMALLEST_DEPTH = 1e-8
 
 
@@ -51,3 +50,10 @@ def ndc_from_camera(
     depth = points[..., 2:]
     focal = jnp.mean(camera.intrinsics[..., :2], axis=-1)[..., None, None]
     return jnp.concatenate([position, depth / jnp.mean(depth, axis=-2, keepdims=True) * focal], axis=-1)
+
+
+def ndc_from_world(
+    points: Float[Array, "*b V 3"], camera: Camera, crop: Float[Array, "*b 4"]
+) -> Float[Array, "*b V 3"]:
+    """`ndc_from_camera` of mesh vertices in the world frame, metres."""
+    return ndc_from_camera(camera_from_world(points, camera), camera, crop)

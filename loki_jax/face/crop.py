@@ -1,3 +1,5 @@
+"""Crop boxes around projected heads, and the pixels of a box (method, section 4)."""
+
 from __future__ import annotations
 
 import functools
@@ -6,19 +8,27 @@ import math
 import jax.numpy as jnp
 import numpy as np
 import scipy.sparse
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Bool, Float, Real, UInt8
 
 
 def crop_box(
-    pixels: Float[Array, "*b n 2"], scale: float = 1.2, integer: bool = False
+    pixels: Float[Array, "*b n 2"],
+    scale: float = 1.2,
+    integer: bool = False,
+    mask: Bool[Array, " n"] | None = None,
 ) -> Float[Array, "*b 4"]:
     """Square box (x0, y0, x1, y1) around projected points, `scale` times their longer extent.
 
-    `integer=True` truncates as the public code does (method, section 4), which makes boxes jump by a
-    pixel from frame to frame; the default does not. For one box a clip, merge the time axis into
-    `n` first.
+    For one box a clip, merge the time axis into `n` first.
+
+    Args:
+      integer: truncate as the public code does (method, section 4), which makes boxes jump by a pixel from
+        frame to frame.
+      mask: the points that count; default all.
     """
-    low, high = jnp.min(pixels, axis=-2), jnp.max(pixels, axis=-2)
+    where = None if mask is None else mask[:, None]
+    low = jnp.min(pixels, axis=-2, where=where, initial=jnp.inf)
+    high = jnp.max(pixels, axis=-2, where=where, initial=-jnp.inf)
     if integer:
         low, high = jnp.trunc(low), jnp.trunc(high)
         centre = jnp.floor((low + high) / 2)
@@ -60,7 +70,7 @@ def _resampling_matrix(start: float, stop: float, size: int, n_pixels: int) -> s
 
 def crop_and_resize(
     image: UInt8[np.ndarray, "h w c"] | Float[np.ndarray, "h w c"],
-    box: Float[np.ndarray, " 4"],
+    box: Real[np.ndarray, " 4"],
     size: int,
     fill: float = 255.0,
 ) -> UInt8[np.ndarray, "size size c"] | Float[np.ndarray, "size size c"]:
@@ -82,7 +92,7 @@ def crop_and_resize(
     height, width, channels = image.shape
     across = _resampling_matrix(box[0], box[2], size, width)
     down = _resampling_matrix(box[1], box[3], size, height)
-    # Relative to the fill, all that lies outside the image is zero.
+    # Relative to the fill, everything outside the image is zero.
     framed = np.pad(image.astype(np.float32) - fill, ((0, 1), (0, 1), (0, 0)))
     rows = (down @ framed.reshape(height + 1, -1)).reshape(size, width + 1, channels)
     out = across @ rows.transpose(1, 0, 2).reshape(width + 1, -1)

@@ -1,7 +1,7 @@
 """FLAME model files as head assets (method, section 3).
 
 FLAME is distributed as Python pickles, a format that can run any program. They are read here by an
-unpickler that knows NumPy arrays, SciPy sparse matrices (rebuilt from their parts, whatever SciPy
+unpickler that accepts NumPy arrays, SciPy sparse matrices (rebuilt from their parts, whatever SciPy
 wrote them), chumpy arrays (chumpy itself is not needed) and plain containers. It refuses everything
 else before anything is called.
 """
@@ -9,30 +9,25 @@ else before anything is called.
 from __future__ import annotations
 
 import codecs
+import io
 import os
 import pickle
-import warnings
+import pickletools
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float
 
-from loki_jax.face.asset import HeadAsset, HeadAssetError, Landmarks, validate_head
+from loki_jax.face.asset import HeadAsset, HeadAssetError, Landmarks, read_npz, reading, validate_head
 from loki_jax.io import file_sha256
 
 _SPARSE_FORMATS = ("csc", "csr", "coo")
-
 _FLAME_VERTICES = 5023
-
 _FLAME_LIP_VERTEX = 3533
-
 _N_SHAPE_AXES, _N_EXPRESSION_AXES = 300, 100
-
 _JOINTS = ("root", "neck", "jaw", "left_eye", "right_eye")
-
 _PARENTS = (-1, 0, 1, 1, 1)
-
 _N_MEDIAPIPE, _N_IBUG, _N_IBUG_CONTOUR = 478, 68, 17
 
 _LICENCE = (
@@ -55,15 +50,15 @@ class _Inert:
 
 
 class _Chumpy(_Inert):
-    """Stand-in of `chumpy.Ch`, whose value is the member `x`."""
+    """Takes the place of `chumpy.Ch`, whose value is the member `x`."""
 
 
 class _ChumpySelect(_Inert):
-    """Stand-in of `chumpy.reordering.Select`: elements `idxs` of `a`."""
+    """Takes the place of `chumpy.reordering.Select`: elements `idxs` of `a`."""
 
 
 class _Sparse(_Inert):
-    """Stand-in of a compressed SciPy matrix; `layout` is set by subclasses."""
+    """Takes the place of a SciPy sparse matrix; subclasses set `layout`."""
 
     layout = ""
 
@@ -72,7 +67,7 @@ _SPARSE = {name: type(f"_Sparse_{name}", (_Sparse,), {"layout": name}) for name 
 
 
 def _restore_object(cls: type, base: type, state: Any) -> Any:
-    """`copyreg._reconstructor` for the stand-ins alone."""
+    """`copyreg._reconstructor` for the inert classes alone."""
     if not (isinstance(cls, type) and issubclass(cls, _Inert)):
         raise pickle.UnpicklingError(f"asks to rebuild an object of {cls!r}")
     return cls()
@@ -83,10 +78,6 @@ def _encode(text: str, encoding: str) -> bytes:
     if encoding != "latin1":
         raise pickle.UnpicklingError(f"asks for the codec {encoding!r}")
     return codecs.encode(text, "latin1")
-
-
-class _RefusedGlobal(Exception):
-    pass
 
 
 def _allowed_globals() -> dict[tuple[str, str], Any]:
@@ -117,13 +108,17 @@ def _allowed_globals() -> dict[tuple[str, str], Any]:
 class _AllowListUnpickler(pickle.Unpickler):
     """Resolves only `_allowed_globals`."""
 
-    def __init__(self, file: Any):
-        super().__init__(file, encoding="latin1")
+    def __init__(self, path: Path, content: bytes):
+        super().__init__(io.BytesIO(content), encoding="latin1")
+        self._path = path
         self._allowed = _allowed_globals()
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in self._allowed:
-            raise _RefusedGlobal(f"{module}.{name}")
+            raise HeadAssetError(
+                f"{self._path}: unsafe pickle, it asks to load {module}.{name}, which no head model needs. "
+                "Nothing was run. Get the model from its distributor."
+            )
         return self._allowed[module, name]
 
     def persistent_load(self, pid: Any) -> Any:
@@ -141,20 +136,13 @@ def load_trusted_pickle(path: str | os.PathLike) -> Any:
         raise HeadAssetError(
             f"{path}: no such file. Download the model from its distributor and give its path."
         )
-    try:
-        with open(path, "rb") as file, warnings.catch_warnings():
-            # Old pickles spell dtypes in ways that newer NumPy releases frown upon.
-            warnings.simplefilter("ignore")
-            return _AllowListUnpickler(file).load()
-    except _RefusedGlobal as refused:
-        raise HeadAssetError(
-            f"{path}: unsafe pickle, it asks to load {refused}, which no head model needs. Nothing was run. "
-            "Get the model from its distributor."
-        ) from None
-    except Exception as error:  # A damaged pickle can raise nearly anything; all of it means the same.
-        raise HeadAssetError(
-            f"{path}: not a readable pickle ({type(error).__name__}: {error}). Download the file again."
-        ) from error
+    with reading(path, "pickle", "Download the file again."):
+        content = path.read_bytes()
+        # The unpickler allocates its memo up to the largest index.
+        for opcode, argument, _ in pickletools.genops(content):
+            if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and argument > len(content):
+                raise pickle.UnpicklingError(f"memo index {argument}")
+        return _AllowListUnpickler(path, content).load()
 
 
 def _dense(value: Any, what: str) -> np.ndarray:
@@ -190,10 +178,9 @@ def _read_array_file(path: str | os.PathLike, what: str) -> dict[str, np.ndarray
     path = Path(path)
     if not path.is_file():
         raise HeadAssetError(f"{path}: no such file ({what}).")
-    try:
+    with reading(path, f"{what} file", "Download it again."):
         if path.suffix == ".npz":
-            with np.load(path, allow_pickle=False) as file:
-                return {key: file[key] for key in file.files}
+            return read_npz(path)
         if path.suffix == ".npy":
             return {"": np.load(path, allow_pickle=False)}
         if path.suffix == ".txt":
@@ -201,10 +188,6 @@ def _read_array_file(path: str | os.PathLike, what: str) -> dict[str, np.ndarray
         value = load_trusted_pickle(path)
         items = value.items() if isinstance(value, dict) else [("", value)]
         return {str(key): _dense(entry, str(key)) for key, entry in items}
-    except HeadAssetError:
-        raise
-    except Exception as error:
-        raise HeadAssetError(f"{path}: not a readable {what} file ({error}).") from error
 
 
 def _read_blink(path: str | os.PathLike, n_vertices: int) -> Float[np.ndarray, "V 3"]:
@@ -274,6 +257,36 @@ def _read_landmarks(path: str | os.PathLike, n_faces: int) -> dict[str, Landmark
     return {name: Landmarks(all_faces, all_bary)}
 
 
+def _model_arrays(path: Path, model: Any) -> dict[str, np.ndarray]:
+    """The arrays of an unpickled FLAME model, their shapes and the joint tree checked."""
+    wanted = ("v_template", "f", "shapedirs", "posedirs", "J_regressor", "weights", "kintree_table")
+    if not isinstance(model, dict) or any(key not in model for key in wanted):
+        missing = [key for key in wanted if not isinstance(model, dict) or key not in model]
+        raise HeadAssetError(f"{path}: not a FLAME model, it lacks {', '.join(missing)}.")
+    arrays = {key: _dense(model[key], key) for key in wanted}
+    n_vertices, n_faces = len(arrays["v_template"]), len(arrays["f"])
+    n_axes = _N_SHAPE_AXES + _N_EXPRESSION_AXES
+    expected = {
+        "v_template": (n_vertices, 3),
+        "f": (n_faces, 3),
+        "shapedirs": (n_vertices, 3, n_axes),
+        "posedirs": (n_vertices, 3, 9 * (len(_JOINTS) - 1)),
+        "J_regressor": (len(_JOINTS), n_vertices),
+        "weights": (n_vertices, len(_JOINTS)),
+        "kintree_table": (2, len(_JOINTS)),
+    }
+    for key, shape in expected.items():
+        if arrays[key].shape != shape:
+            raise HeadAssetError(
+                f"{path}: {key} has shape {arrays[key].shape}, FLAME's is {shape}. Use the full FLAME model."
+            )
+    # The root's parent is written as 2^32 - 1 in some integer type or other.
+    parents = tuple(int(p) for p in arrays["kintree_table"][0].astype(np.int64).astype(np.int32))
+    if parents != _PARENTS:
+        raise HeadAssetError(f"{path}: joint parents are {parents}, FLAME's are {_PARENTS}.")
+    return arrays
+
+
 def head_from_flame(
     path: str | os.PathLike,
     blink: str | os.PathLike | None = None,
@@ -306,78 +319,52 @@ def head_from_flame(
     """
     path = Path(path)
     model = load_trusted_pickle(path)
-    wanted = ("v_template", "f", "shapedirs", "posedirs", "J_regressor", "weights", "kintree_table")
-    if not isinstance(model, dict) or any(key not in model for key in wanted):
-        missing = [key for key in wanted if not isinstance(model, dict) or key not in model]
-        raise HeadAssetError(f"{path}: not a FLAME model, it lacks {', '.join(missing)}.")
-    try:
-        arrays = {key: _dense(model[key], key) for key in wanted}
-    except Exception as error:
-        raise HeadAssetError(f"{path}: not a readable FLAME model ({error}).") from error
-
-    n_vertices, n_faces = len(arrays["v_template"]), len(arrays["f"])
-    n_axes = _N_SHAPE_AXES + _N_EXPRESSION_AXES
-    expected = {
-        "v_template": (n_vertices, 3),
-        "f": (n_faces, 3),
-        "shapedirs": (n_vertices, 3, n_axes),
-        "posedirs": (n_vertices, 3, 9 * (len(_JOINTS) - 1)),
-        "J_regressor": (len(_JOINTS), n_vertices),
-        "weights": (n_vertices, len(_JOINTS)),
-        "kintree_table": (2, len(_JOINTS)),
-    }
-    for key, shape in expected.items():
-        if arrays[key].shape != shape:
+    with reading(path, "FLAME model", "Download the file again."):
+        arrays = _model_arrays(path, model)
+        n_vertices, n_faces = len(arrays["v_template"]), len(arrays["f"])
+        if not 0 < n_shape <= _N_SHAPE_AXES or not 0 < n_expression <= _N_EXPRESSION_AXES:
             raise HeadAssetError(
-                f"{path}: {key} has shape {arrays[key].shape}, FLAME's is {shape}. Use the full FLAME model."
+                f"{path}: asked for {n_shape} shape and {n_expression} expression axes; "
+                f"FLAME has {_N_SHAPE_AXES} and {_N_EXPRESSION_AXES}."
             )
-    # The root's parent is written as 2^32 - 1 in some integer type or other.
-    parents = tuple(int(p) for p in arrays["kintree_table"][0].astype(np.int64).astype(np.int32))
-    if parents != _PARENTS:
-        raise HeadAssetError(f"{path}: joint parents are {parents}, FLAME's are {_PARENTS}.")
-    if not 0 < n_shape <= _N_SHAPE_AXES or not 0 < n_expression <= _N_EXPRESSION_AXES:
-        raise HeadAssetError(
-            f"{path}: asked for {n_shape} shape and {n_expression} expression axes; "
-            f"FLAME has {_N_SHAPE_AXES} and {_N_EXPRESSION_AXES}."
-        )
-    if lip_vertex >= n_vertices:
-        raise HeadAssetError(
-            f"{path}: no lip vertex {lip_vertex} among {n_vertices} vertices. Give `lip_vertex` "
-            f"(it is {_FLAME_LIP_VERTEX} in FLAME's {_FLAME_VERTICES}), or -1 for no inner mouth."
-        )
+        if lip_vertex >= n_vertices:
+            raise HeadAssetError(
+                f"{path}: no lip vertex {lip_vertex} among {n_vertices} vertices. Give `lip_vertex` "
+                f"(it is {_FLAME_LIP_VERTEX} in FLAME's {_FLAME_VERTICES}), or -1 for no inner mouth."
+            )
 
-    directions = np.moveaxis(arrays["shapedirs"].astype(np.float32), -1, 0)
-    expression = directions[_N_SHAPE_AXES : _N_SHAPE_AXES + n_expression].copy()
-    expression_names = [f"flame_expression_{i:03d}" for i in range(n_expression)]
-    bounds = np.tile(np.array([-np.inf, np.inf], np.float32), (n_expression, 1))
-    if blink is not None:
-        expression[-1] = _read_blink(blink, n_vertices)
-        expression_names[-1] = "blink"
-    weights = arrays["weights"].astype(np.float32)
-    shown = weights[:, 0] < 0.5 if mask is None else _read_mask(mask, n_vertices, mask_region)
-    head = HeadAsset(
-        template=arrays["v_template"].astype(np.float32),
-        faces=arrays["f"].astype(np.int32),
-        shape_basis=directions[:n_shape].copy(),
-        expression_basis=expression,
-        pose_correctives=np.moveaxis(arrays["posedirs"].astype(np.float32), -1, 0).copy(),
-        joint_regressor=arrays["J_regressor"].astype(np.float32),
-        parents=np.asarray(parents, np.int32),
-        skinning_weights=weights,
-        render_mask=shown,
-        inner_mouth=np.zeros(n_vertices, bool),
-        shape_sigma=np.ones(n_shape, np.float32),
-        expression_sigma=np.ones(n_expression, np.float32),
-        expression_bounds=bounds,
-        landmarks={} if landmarks is None else _read_landmarks(landmarks, n_faces),
-        name="flame",
-        joint_names=_JOINTS,
-        shape_names=tuple(f"flame_shape_{i:03d}" for i in range(n_shape)),
-        expression_names=tuple(expression_names),
-        licence=_LICENCE,
-        provenance=f"{path.name}, sha256 {file_sha256(path)}"
-        + (f", blink {Path(blink).name}" if blink else ""),
-        lip_vertex=lip_vertex,
-    )
-    validate_head(head, str(path))
+        directions = np.moveaxis(arrays["shapedirs"].astype(np.float32), -1, 0)
+        expression = directions[_N_SHAPE_AXES : _N_SHAPE_AXES + n_expression].copy()
+        expression_names = [f"flame_expression_{i:03d}" for i in range(n_expression)]
+        bounds = np.tile(np.array([-np.inf, np.inf], np.float32), (n_expression, 1))
+        if blink is not None:
+            expression[-1] = _read_blink(blink, n_vertices)
+            expression_names[-1] = "blink"
+        weights = arrays["weights"].astype(np.float32)
+        shown = weights[:, 0] < 0.5 if mask is None else _read_mask(mask, n_vertices, mask_region)
+        head = HeadAsset(
+            template=arrays["v_template"].astype(np.float32),
+            faces=arrays["f"].astype(np.int32),
+            shape_basis=directions[:n_shape].copy(),
+            expression_basis=expression,
+            pose_correctives=np.moveaxis(arrays["posedirs"].astype(np.float32), -1, 0).copy(),
+            joint_regressor=arrays["J_regressor"].astype(np.float32),
+            parents=np.asarray(_PARENTS, np.int32),
+            skinning_weights=weights,
+            render_mask=shown,
+            inner_mouth=np.zeros(n_vertices, bool),
+            shape_sigma=np.ones(n_shape, np.float32),
+            expression_sigma=np.ones(n_expression, np.float32),
+            expression_bounds=bounds,
+            landmarks={} if landmarks is None else _read_landmarks(landmarks, n_faces),
+            name="flame",
+            joint_names=_JOINTS,
+            shape_names=tuple(f"flame_shape_{i:03d}" for i in range(n_shape)),
+            expression_names=tuple(expression_names),
+            licence=_LICENCE,
+            provenance=f"{path.name}, sha256 {file_sha256(path)}"
+            + (f", blink {Path(blink).name}" if blink else ""),
+            lip_vertex=lip_vertex,
+        )
+        validate_head(head, str(path))
     return head

@@ -8,13 +8,12 @@ each eyeball, which none of its gaze shapes moves (they shape the lids alone).
 from __future__ import annotations
 
 import os
-import zipfile
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float, Int
 
-from loki_jax.face.asset import HeadAsset, HeadAssetError, Landmarks, validate_head
+from loki_jax.face.asset import HeadAsset, HeadAssetError, Landmarks, read_npz, reading, validate_head
 from loki_jax.io import file_sha256
 
 _METRES_PER_UNIT = 0.01
@@ -29,27 +28,20 @@ MEDIAPIPE_OF_IBUG = np.array(
 )
 
 _N_MEDIAPIPE = 478
-
 _PUPILS = {468: "eyeball_r", 473: "eyeball_l"}
-
 _JOINTS = ("root", "neck", "left_eye", "right_eye")
-
 _EYEBALLS = {"left_eye": "eyeball_l", "right_eye": "eyeball_r"}
 
 # In ICT units (0.01 m), read off the neutral mesh: the base of the skull; and the band over which the
 # neck joint takes over from the root, along an axis tilted so that the chin belongs to the head while
 # the nape at the same height still bends.
 _NECK_JOINT = np.array([0.0, -5.5, -1.0])
-
 _ROOT_JOINT = np.array([0.0, -16.0, -2.0])
-
 _NECK_TILT = 0.35
-
 _NECK_BAND = (-13.0, -5.0)
 
 # ARKit weights are activations from 0 to 1, most of them near 0 at any moment.
 _EXPRESSION_SIGMA = 0.3
-
 _KEYS = ("neutral", "faces", "identity_modes", "expr_deltas", "expr_names", "landmarks68", "region_id")
 
 
@@ -112,11 +104,13 @@ def head_from_ict(path: str | os.PathLike) -> HeadAsset:
     path = Path(path)
     if not path.is_file():
         raise HeadAssetError(f"{path}: no such file. Give the ICT-FaceKit arrays (.npz).")
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            data = {key: file[key] for key in file.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise HeadAssetError(f"{path}: not a readable .npz file ({error}).") from error
+    with reading(path, "file of ICT-FaceKit arrays", "Download it again."):
+        head = _head_of_arrays(path, read_npz(path))
+        validate_head(head, str(path))
+    return head
+
+
+def _head_of_arrays(path: Path, data: dict[str, np.ndarray]) -> HeadAsset:
     missing = [key for key in (*_KEYS, "region_names") if key not in data]
     if missing:
         raise HeadAssetError(f"{path}: not the ICT-FaceKit arrays, lacks {', '.join(missing)}.")
@@ -165,7 +159,7 @@ def head_from_ict(path: str | os.PathLike) -> HeadAsset:
             marks.face[number], marks.bary[number] = pupil
 
     scale = np.float32(_METRES_PER_UNIT)
-    head = HeadAsset(
+    return HeadAsset(
         template=(points * _METRES_PER_UNIT).astype(np.float32),
         faces=faces,
         shape_basis=data["identity_modes"].astype(np.float32) * scale,
@@ -187,5 +181,3 @@ def head_from_ict(path: str | os.PathLike) -> HeadAsset:
         licence=str(data.get("license_text", "MIT (ICT-FaceKit, USC Institute for Creative Technologies)")),
         provenance=f"{path.name}, sha256 {file_sha256(path)}; {data.get('meta', '')}",
     )
-    validate_head(head, str(path))
-    return head

@@ -1,4 +1,4 @@
-"""Cross-identity substitution of coefficients (method, section 9): a pure function, nothing learned."""
+"""Cross-identity retargeting of coefficients (method, section 9): a pure function, nothing learned."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from loki_jax.face.types import Camera, Coefficients
 _HIGHEST = jax.lax.Precision.HIGHEST
 
 
-def _product(*matrices: Float[Array, "*b 3 3"]) -> Float[Array, "*b 3 3"]:
+def _product(*matrices: Float[Array, "... 3 3"]) -> Float[Array, "... 3 3"]:
     result = matrices[0]
     for matrix in matrices[1:]:
         result = jnp.einsum("...ij,...jk->...ik", result, matrix, precision=_HIGHEST)
@@ -27,21 +27,21 @@ def head_rotation(coefficients: Coefficients) -> Float[Array, "*b 3 3"]:
 
 
 def size_ratio(
-    head: HeadAsset, reference_shape: Float[Array, "*b n_shape"], driver_shape: Float[Array, "*b n_shape"]
+    head: HeadAsset, reference_betas: Float[Array, "*b n_shape"], driver_betas: Float[Array, "*b n_shape"]
 ) -> Float[Array, " *b"]:
     """Size of the reference's neutral head over the driver's.
 
     The size is the root mean square distance of the render-mask vertices from their mean.
     """
 
-    def size(shape):
-        vertices = make_identity(head, shape).vertices[..., : head.template.shape[0], :]
+    def size(betas):
+        vertices = make_identity(head, betas).vertices[..., : head.template.shape[0], :]
         weight = jnp.asarray(head.render_mask, vertices.dtype)[:, None]
         weight = weight / jnp.sum(weight)
         centre = jnp.sum(weight * vertices, axis=-2, keepdims=True)
         return jnp.sqrt(jnp.sum(weight * (vertices - centre) ** 2, axis=(-2, -1)))
 
-    return size(reference_shape) / size(driver_shape)
+    return size(reference_betas) / size(driver_betas)
 
 
 def retarget(
@@ -54,11 +54,11 @@ def retarget(
     driver_camera: Camera | None = None,
     reference_camera: Camera | None = None,
 ) -> Coefficients:
-    """Coefficients that let the reference perform the driver's clip.
+    """Coefficients with which the reference follows the driver's clip.
 
-    Shape comes from the reference; expression, jaw, eyes and neck from the driver. In mode
-    "absolute" so do rotation and translation. In mode "relative", with H = R(rot) R(neck), the head
-    turns by the driver's increments, composed on the left, from the reference's own pose:
+    `betas` come from the reference; expression, jaw, eyes and neck from the driver. In mode "absolute"
+    rotation and translation come from the driver too. In mode "relative", with H = R(rot) R(neck), the
+    head turns by the driver's increments, composed on the left, from the reference's own pose:
     H_t = (H_drv,t H_drv,0^-1) H_ref, rot_t = H_t R(neck_t)^-1, and
     tra_t = tra_ref + scale (tra_drv,t - tra_drv,0).
 
@@ -77,14 +77,14 @@ def retarget(
       ValueError: unknown mode, or only one camera given.
     """
     if mode not in ("relative", "absolute"):
-        raise ValueError(f"unknown mode {mode!r} of substitution: use 'relative' or 'absolute'")
+        raise ValueError(f"unknown mode {mode!r} of retargeting: use 'relative' or 'absolute'")
     if (driver_camera is None) != (reference_camera is None):
         raise ValueError("give both cameras or none: increments pass from one camera's axes to the other's")
-    shape = jnp.broadcast_to(
-        reference.shape[..., None, :], (*driver.rot.shape[:-1], reference.shape.shape[-1])
+    betas = jnp.broadcast_to(
+        reference.betas[..., None, :], (*driver.rot.shape[:-1], reference.betas.shape[-1])
     )
     if mode == "absolute":
-        return driver._replace(betas=shape)
+        return driver._replace(betas=betas)
 
     if origin is None:
         origin = Coefficients(*(field[..., 0, :] for field in driver))
@@ -108,4 +108,4 @@ def retarget(
     head = _product(turned, head_rotation(reference)[..., None, :, :])
     rot = rotvec_from_matrix(_product(head, jnp.swapaxes(matrix_from_rotvec(driver.neck), -1, -2)))
     tra = reference.tra[..., None, :] + jnp.asarray(scale, jnp.float32)[..., None, None] * moved
-    return driver._replace(betas=shape, rot=rot, tra=tra)
+    return driver._replace(betas=betas, rot=rot, tra=tra)

@@ -23,11 +23,8 @@ from loki_jax.face.rotation import matrix_from_rotvec
 from loki_jax.face.types import Coefficients
 
 _HIGHEST = jax.lax.Precision.HIGHEST
-
 _MOUTH_RINGS, _MOUTH_SECTORS = 10, 20
-
 _MOUTH_SETBACK = 0.005  # metres behind the lip vertex, method, section 3
-
 _ROTATION_OF_JOINT = {"neck": "neck", "jaw": "jaw", "left_eye": "eyes", "right_eye": "eyes"}
 
 

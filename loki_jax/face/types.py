@@ -4,7 +4,7 @@ Frames and units everywhere in the package (method, section 3): metres and radia
 frame has +x to the subject's left, +y up and +z out of the face; `x_world = R(rot) x + tra`; the
 camera frame is OpenCV's (+x right, +y down, +z away from the camera), reached from the world by
 diag(1, -1, -1) and then the extrinsics. Pixels have their origin at the top-left corner of the
-image, so the centre of the first pixel lies at (0.5, 0.5).
+image, so the centre of the first pixel is at (0.5, 0.5).
 """
 
 from __future__ import annotations

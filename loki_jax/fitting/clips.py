@@ -1,6 +1,6 @@
 """From frames to a fitted head: landmarks, fit and crop box in one call, for clips and portraits.
 
-What `data_prep.build` does with every clip and `loki_jax.animate` with its two inputs.
+The user level of `loki_jax.fitting`: `fit_image` and `fit_video`.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from loki_jax.face.camera import camera_from_world, project
 from loki_jax.face.crop import crop_box
 from loki_jax.face.skinning import make_identity, mesh_render_mask, world_vertices
 from loki_jax.face.types import Camera, Coefficients
-from loki_jax.fitting.fit import DEFAULT_SETTINGS, FitResult, fit_landmarks, pad_frames
+from loki_jax.fitting.fit import DEFAULT_SETTINGS, FitResult, fit_landmarks
 from loki_jax.fitting.landmarker import Landmarker
 from loki_jax.fitting.model_files import fetch_models
-from loki_jax.fitting.problem import FitSettings
+from loki_jax.fitting.problem import FitSettings, pad_frames
 from loki_jax.fitting.tracking import Track, clip_landmarks, image_landmarks
 from loki_jax.video.reader import read_image, read_video, resample_to_fps
 
@@ -48,7 +48,7 @@ class FittedClip(NamedTuple):
     fps: Fraction
     track: Track
     fit: FitResult
-    crop: Float[np.ndarray, 4]
+    crop: Float[np.ndarray, " 4"]
     name: str
 
 
@@ -69,7 +69,14 @@ def fit_image(
     settings: FitSettings = DEFAULT_SETTINGS,
     name: str | None = None,
 ) -> FittedClip:
-    """Fit a portrait, given as a file or as an RGB array; fields have one frame.
+    """Fit a portrait, given as a file or as an RGB array; fields of the result have one frame.
+
+    Args:
+      landmarker: default `default_landmarker()`.
+      face: which face, largest first; default the only or by far the largest one.
+      focal: focal length in pixels; default that of `settings.fov`.
+      crop_factor: side of the crop box over the longer side of the projected head.
+      name: what error messages call the image.
 
     Raises:
       MediaError, LandmarkError, FitError: the picture cannot be read, has no (single) face, or the
@@ -108,10 +115,12 @@ def fit_video(
 
     Args:
       fps: of an array its frame rate (required); of a file the rate to resample to (None: its own).
+      landmarker, face, focal, crop_factor, settings, name: as for `fit_image`.
 
     Raises:
       MediaError, LandmarkError, FitError: the file cannot be read, shows no face, or the head has no
         landmarks.
+      ValueError: an array without `fps`.
     """
     is_array = isinstance(video, np.ndarray)
     name = name or ("clip" if is_array else str(video))
@@ -130,33 +139,9 @@ def fit_video(
     )
 
 
-def steady_run(track: Track, longest_gap: int = 2) -> tuple[int, int]:
-    """[start, stop) of the longest run of frames that show the face, without jump.
-
-    Gaps of up to `longest_gap` frames are bridged. A jump is a shift of the face by more than half its
-    size from one frame to the next: a cut, or another person.
-    """
-    present = np.flatnonzero(track.score >= 0.5)
-    if len(present) == 0:
-        return 0, 0
-    face = track.points[present, :468, :2]
-    centre, size = face.mean(1), np.ptp(face, axis=1).max(1)
-    shift = np.linalg.norm(np.diff(centre, axis=0), axis=1) / np.minimum(size[1:], size[:-1])
-    growth = np.abs(np.log(size[1:] / size[:-1]))
-    breaks = (np.diff(present) > longest_gap + 1) | (shift > 0.5) | (growth > np.log(1.5))
-    runs = np.split(present, np.flatnonzero(breaks) + 1)
-    longest = max(runs, key=len)
-    return int(longest[0]), int(longest[-1]) + 1
-
-
-def cut_track(track: Track, start: int, stop: int) -> Track:
-    """Frames [start, stop) of a track."""
-    return Track(track.points[start:stop], track.confidence[start:stop], track.score[start:stop], track.faces)
-
-
 def clip_crop_box(
     head: HeadAsset, coefficients: Coefficients, camera: Camera, factor: float = CROP_FACTOR
-) -> Float[np.ndarray, 4]:
+) -> Float[np.ndarray, " 4"]:
     """One square box around the projected head over all frames, `factor` times its longer side.
 
     The head are the vertices of the render mask; shoulders and neck base do not widen the box.
@@ -191,7 +176,8 @@ def _extent(head: HeadAsset, coefficients: Coefficients, camera: Camera) -> tupl
         coefficients, camera = values
         identity = make_identity(head, coefficients.betas)
         pixels = project(camera_from_world(world_vertices(head, identity, coefficients), camera), camera)
-        return jnp.min(jnp.where(mask, pixels, jnp.inf), 0), jnp.max(jnp.where(mask, pixels, -jnp.inf), 0)
+        low = jnp.min(pixels, axis=0, where=mask, initial=jnp.inf)
+        return low, jnp.max(pixels, axis=0, where=mask, initial=-jnp.inf)
 
     return jax.lax.map(frame, (coefficients, camera))
 

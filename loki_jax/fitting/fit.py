@@ -1,3 +1,5 @@
+"""Head coefficients of a clip from its landmarks: prepares the problem, solves it, measures the errors."""
+
 from __future__ import annotations
 
 from typing import NamedTuple
@@ -12,18 +14,15 @@ from loki_jax.face.camera import camera_from_world, project
 from loki_jax.face.rotation import matrix_from_rotvec, rotvec_from_matrix
 from loki_jax.face.skinning import landmark_positions, make_identity, world_vertices
 from loki_jax.face.types import Camera, Coefficients
+from loki_jax.fitting.points import FACE_OVAL, IRISES, LANDMARK_SET, N_POINTS, OUTER_EYE_CORNERS
 from loki_jax.fitting.problem import (
-    FACE_OVAL,
     HIGHEST,
-    IRISES,
-    LANDMARK_SET,
-    N_POINTS,
-    OUTER_EYE_CORNERS,
     FitError,
     FitSettings,
     Layout,
     Problem,
     landmark_head,
+    pad_frames,
 )
 from loki_jax.fitting.solver import optimise
 
@@ -110,8 +109,8 @@ def make_camera(image_size: tuple[int, int], focal: float | None = None, fov: fl
 
 def fit_landmarks(
     head: HeadAsset,
-    points: Float[np.ndarray, "N 478 _"],
-    confidence: Float[np.ndarray, "N 478"],
+    points: Float[np.ndarray, "..."],
+    confidence: Float[np.ndarray, "..."],
     image_size: tuple[int, int],
     *,
     focal: float | None = None,
@@ -121,8 +120,8 @@ def fit_landmarks(
     """Fit `head` to the landmarks of a clip (one frame: a portrait).
 
     Args:
-      points: x, y (and z, not used) in pixels.
-      confidence: 0..1; frames without a face are 0 throughout and are filled in by smoothness.
+      points: (N, 478, 2 or 3): x, y (and z, not used) in pixels.
+      confidence: (N, 478), 0..1; frames without a face are 0 throughout and are filled in by smoothness.
       image_size: (height, width) in pixels.
       focal: focal length in pixels; None: from `settings.fov`.
       fps: frame rate; the smoothness of `settings` is stated for 25 frames a second.
@@ -137,28 +136,29 @@ def fit_landmarks(
             "Rebuild the asset with `python -m data_prep.head_asset`."
         )
     if points.ndim != 3 or points.shape[1] != N_POINTS or points.shape[2] not in (2, 3) or len(points) == 0:
-        raise FitError(f"landmarks have shape {points.shape}, expected (N, {_N_POINTS}, 2 or 3) with N > 0")
+        raise FitError(f"landmarks have shape {points.shape}, expected (N, {N_POINTS}, 2 or 3) with N > 0")
     if confidence.shape != points.shape[:2]:
         raise FitError(f"confidence has shape {confidence.shape}, expected {points.shape[:2]}")
     finite = np.isfinite(points[..., :2]).all(-1) & np.isfinite(confidence)
     confidence = np.where(finite, np.clip(confidence, 0, 1), 0)
     points = np.where(finite[..., None], points[..., :2], 0)
-    problem, layout, start, seen = _prepare(head, points, confidence, image_size, focal, settings, fps)
-    shape, x, cost, steps = optimise(
-        problem,
-        layout,
-        np.zeros(head.n_shape, np.float32),
-        start,
-        settings.iterations,
-        np.float32(settings.tolerance),
-    )
+    problem, layout, start, seen = make_problem(head, points, confidence, image_size, focal, settings, fps)
+    mean_shape, tolerance = np.zeros(head.n_shape, np.float32), np.float32(settings.tolerance)
+    shape, x, cost, steps = optimise(problem, layout, mean_shape, start, settings.iterations, tolerance)
     n_frames = len(points)
     shape, x = np.asarray(shape), np.asarray(x)[:n_frames]
     coefficients = layout.coefficients(x, np.broadcast_to(shape, (n_frames, len(shape))))
-    return _result(head, coefficients, problem.camera, points, confidence, seen, int(steps), float(cost))
+    reprojection = reprojection_error(head, coefficients, problem.camera, points)
+    reprojection = np.where(seen[:, None] & (confidence > 0), reprojection, np.nan)
+    error = np.full(n_frames, np.nan, np.float32)
+    error[seen] = inner_face_error(reprojection[seen], points[seen])
+    # Half of the confidence is lost at an error of 5 % of the outer eye corners' distance.
+    trust = np.where(seen, confidence.max(1) / (1 + (np.nan_to_num(error) / 0.05) ** 2), 0)
+    trust = trust.astype(np.float32)
+    return FitResult(coefficients, problem.camera, reprojection, error, trust, int(steps), float(cost))
 
 
-def _prepare(
+def make_problem(
     head: HeadAsset,
     points: Float[np.ndarray, "N 478 2"],
     confidence: Float[np.ndarray, "N 478"],
@@ -177,7 +177,7 @@ def _prepare(
             f"{head.name!r}). Use a clip with a visible face."
         )
     n_frames = len(points)
-    observed = pad_frames(_fill_gaps(points[:, indices], confidence[:, indices], seen))
+    observed = pad_frames(_fill_gaps(points[:, indices], seen))
     # Just enough to hold interpolated frames, which nothing else would keep from drifting.
     confidence_used = np.where(seen[:, None], confidence[:, indices], 0.02)
 
@@ -209,31 +209,17 @@ def _prepare(
         weight=pad_frames(confidence_used.astype(np.float32)) * real[:, None],
         sigma=(np.asarray(scale)[:, None] * metres).astype(np.float32),
         real=real,
-        # A landmark that lies off the head's own one does so in every frame: more frames show more
+        # A landmark that is off the head's own one is so in every frame: more frames show more
         # views of the shape, but do not make the landmarks more exact.
         shape_prior=n_frames * np.asarray(head.shape_sigma, np.float32) ** -2.0,
         huber=np.float32(settings.huber),
-        **_per_frame_terms(head, layout, settings, 25.0 / fps),
+        **frame_terms(head, layout, settings, 25.0 / fps),
     )
     return problem, layout, start, seen
 
 
-def padded_length(frames: int) -> int:
-    """The length that a clip is padded to: 1, 16 or a larger power of two, so that few are compiled."""
-    return 1 if frames == 1 else max(16, 1 << (frames - 1).bit_length())
-
-
-def pad_frames(values: Float[np.ndarray, "N ..."]) -> Float[np.ndarray, "M ..."]:
-    """Repeat the last frame up to `padded_length`, so that few lengths are compiled."""
-    values = np.asarray(values)
-    return np.concatenate([values, np.repeat(values[-1:], padded_length(len(values)) - len(values), axis=0)])
-
-
 def reprojection_error(
-    head: HeadAsset,
-    coefficients: Coefficients,
-    camera: Camera,
-    points: Float[np.ndarray, "N 478 _"],
+    head: HeadAsset, coefficients: Coefficients, camera: Camera, points: Float[np.ndarray, "N 478 _"]
 ) -> Float[np.ndarray, "N 478"]:
     """Distance in pixels of every landmark from the whole head's; NaN for those the head lacks."""
     padded = Coefficients(*(pad_frames(field) for field in coefficients))
@@ -265,8 +251,8 @@ def _project_landmarks(
     return jax.lax.map(frame, coefficients)
 
 
-def _per_frame_terms(head: HeadAsset, layout: Layout, settings: FitSettings, interval: float) -> dict:
-    """Priors, smoothness and bounds of a frame's unknowns, in the order of `_Layout`."""
+def frame_terms(head: HeadAsset, layout: Layout, settings: FitSettings, interval: float) -> dict:
+    """Priors, smoothness and bounds of a frame's unknowns, in the order of `Layout`."""
     n = layout.n_expression
     free, none = np.zeros(6), np.full(6, np.inf)
 
@@ -296,7 +282,7 @@ def _per_frame_terms(head: HeadAsset, layout: Layout, settings: FitSettings, int
 
 
 def _fill_gaps(
-    observed: Float[np.ndarray, "N n 2"], confidence: Float[np.ndarray, "N n"], seen: Bool[np.ndarray, " N"]
+    observed: Float[np.ndarray, "N n 2"], seen: Bool[np.ndarray, " N"]
 ) -> Float[np.ndarray, "N n 2"]:
     """Frames without landmarks get interpolated ones, so that their pose starts somewhere sensible."""
     times = np.flatnonzero(seen)
@@ -305,13 +291,3 @@ def _fill_gaps(
     flat = observed.reshape(len(observed), -1)
     columns = [np.interp(np.arange(len(flat)), times, flat[times, c]) for c in range(flat.shape[1])]
     return np.stack(columns, axis=-1).reshape(observed.shape).astype(np.float32)
-
-
-def _result(head, coefficients, camera, points, confidence, seen, steps, cost) -> FitResult:
-    reprojection = reprojection_error(head, coefficients, camera, points)
-    reprojection = np.where(seen[:, None] & (confidence > 0), reprojection, np.nan)
-    error = np.full(len(points), np.nan, np.float32)
-    error[seen] = inner_face_error(reprojection[seen], points[seen])
-    # Half of the confidence is lost at an error of 5 % of the outer eye corners' distance.
-    trust = np.where(seen, confidence.max(1) / (1 + (np.nan_to_num(error) / 0.05) ** 2), 0)
-    return FitResult(coefficients, camera, reprojection, error, trust.astype(np.float32), steps, cost)

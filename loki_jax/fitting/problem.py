@@ -1,22 +1,20 @@
 """Head coefficients from landmarks: one robust, jointly solved problem for a whole clip.
 
-Unknowns are one shape for the clip and, for each frame, expression, rigid motion and, where the head
-has the joints, jaw and eyes; the neck stays at rest, because landmarks of the face alone cannot
-tell it from the head's rotation. What is minimised, with r the landmark errors over their standard
-deviation:
+The unknowns are one shape for the clip and, for each frame, expression, rigid motion and, where the head
+has the joints, jaw and eyes. The neck stays at rest: landmarks of the face alone cannot distinguish it from
+the head's rotation. The cost, with r the landmark errors over their standard deviation, is
 
     sum_t sum_k c_tk huber(|r_tk|) + priors(shape, expression_t, jaw_t, eyes_t)
         + sum_t |second difference in time of frame t's unknowns / smoothness|^2 / 2
 
-Levenberg-Marquardt with bounds. Its normal equations are an arrow (shape against frames) plus a band
-in time: conjugate gradients, preconditioned by the exact Cholesky solution of the arrow, cost linear
-in the number of frames. Everything is float32 in one jitted function; clips are padded to a few
-lengths so that it is compiled rarely. Method, sections 3 and 8.
+`solver` minimises it. Everything is float32; clips are padded to a few lengths, so that few are compiled.
+Method, sections 3 and 8.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -28,27 +26,13 @@ from loki_jax.face.asset import HeadAsset
 from loki_jax.face.camera import camera_from_world, project
 from loki_jax.face.skinning import Identity, head_vertices, make_identity, world_vertices
 from loki_jax.face.types import Camera, Coefficients
-
-LANDMARK_SET = "mediapipe478"
-
-N_POINTS = 478
-
-OUTER_EYE_CORNERS = (33, 263)
-
-# The face oval of the MediaPipe mesh: where it lies on the head depends on the head model, and under
-# rotation the network slides it along the silhouette.
-FACE_OVAL = (
-    *(10, 338, 297, 332, 284, 251, 389, 356, 454, 323, 361, 288, 397, 365, 379, 378, 400, 377, 152),
-    *(148, 176, 149, 150, 136, 172, 58, 132, 93, 234, 127, 162, 21, 54, 103, 67, 109),
-)
-
-IRISES = tuple(range(468, 478))
+from loki_jax.fitting.points import LANDMARK_SET
 
 HIGHEST = jax.lax.Precision.HIGHEST
 
 
 class FitError(ValueError):
-    """Landmarks and head do not fit together, or too few landmarks were seen; names the mend."""
+    """Landmarks and head do not fit together, or too few landmarks were seen; names the remedy."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +79,7 @@ class Layout(NamedTuple):
         return self.n_expression + 6 + 3 * self.jaw + 3 * self.eyes
 
     def coefficients(self, x: Float[Array, "*b p"], shape: Float[Array, "*b s"]) -> Coefficients:
+        """Coefficients of a frame's unknowns and the clip's shape; what the layout lacks is 0."""
         still = 0 * x[..., :3]
         rest = [x[..., i : i + 3] for i in range(self.n_expression, self.size, 3)]
         rot, tra = rest[:2]
@@ -106,8 +91,15 @@ class Layout(NamedTuple):
 class Problem(NamedTuple):
     """Everything but the unknowns. N frames, n landmarks, p unknowns a frame, s of the shape.
 
-    `head` has one vertex for each landmark. `weight` is confidence over variance in 1 / pixel^2,
-    `real` 0 marks padding.
+    Attributes:
+      head: one vertex for each landmark, then the joints (`landmark_head`).
+      observed, sigma: landmarks and their standard deviations, pixels.
+      weight: confidence; 0 in padded frames.
+      real: 1 for frames of the clip, 0 for padding.
+      frame_prior, shape_prior: 1 / variance of the unknowns.
+      smoothness: 1 / variance of the second difference of a frame's unknowns.
+      lower, upper: bounds of a frame's unknowns.
+      huber: errors beyond so many standard deviations count linearly.
     """
 
     head: HeadAsset
@@ -116,20 +108,31 @@ class Problem(NamedTuple):
     weight: Float[Array, "N n"]
     sigma: Float[Array, "N n"]
     real: Float[Array, " N"]
-    frame_prior: Float[Array, " p"]  # 1 / variance
+    frame_prior: Float[Array, " p"]
     shape_prior: Float[Array, " s"]
-    smoothness: Float[Array, " p"]  # 1 / variance of the second difference
+    smoothness: Float[Array, " p"]
     lower: Float[Array, " p"]
     upper: Float[Array, " p"]
     huber: Float[Array, ""]
 
 
+def padded_length(frames: int) -> int:
+    """The length that a clip is padded to: 1, 16 or a larger power of two, so that few are compiled."""
+    return 1 if frames == 1 else max(16, 1 << (frames - 1).bit_length())
+
+
+def pad_frames(values: Float[np.ndarray, "N ..."]) -> Float[np.ndarray, "M ..."]:
+    """Repeat the last frame up to `padded_length`, so that few lengths are compiled."""
+    values = np.asarray(values)
+    return np.concatenate([values, np.repeat(values[-1:], padded_length(len(values)) - len(values), axis=0)])
+
+
 def landmark_head(head: HeadAsset, indices: np.ndarray, name: str = LANDMARK_SET) -> HeadAsset:
     """A head that consists of landmarks only: vertex i is landmark `indices[i]` of the set `name`.
 
-    It takes the same coefficients, and its vertices are the landmarks (exactly where a landmark lies
-    on one vertex; skinning weights are interpolated where it lies inside a face). The joints need
-    the whole mesh: they ride along as further vertices that the joint regressor selects.
+    It takes the same coefficients, and its vertices are the landmarks (exactly where a landmark is
+    on one vertex; skinning weights are interpolated where it is inside a face). The joints need
+    the whole mesh: they are further vertices, which the joint regressor selects.
     """
     marks = head.landmarks[name]
     corners = np.asarray(head.faces)[np.asarray(marks.face)[indices]]
@@ -166,7 +169,9 @@ def landmark_head(head: HeadAsset, indices: np.ndarray, name: str = LANDMARK_SET
     )
 
 
-def project_frame(problem: Problem, layout: Layout, vertices, x) -> Float[Array, "n 2"]:
+def project_frame(
+    problem: Problem, layout: Layout, vertices: Float[Array, "n_all 3"], x: Float[Array, " p"]
+) -> Float[Array, "n 2"]:
     """Pixels of the landmarks of one frame, given the identity's neutral landmark vertices."""
     coefficients = layout.coefficients(x, jnp.zeros(problem.head.n_shape))
     identity = Identity(vertices, jnp.zeros((len(problem.head.joint_names), 3)))
@@ -187,6 +192,9 @@ def _small_head(head: HeadAsset, weights, regressor, correctives) -> HeadAsset:
         skinning_weights=weights,
         inner_mouth=jnp.zeros(n, bool),
         render_mask=jnp.ones(n, bool),
+        shape_sigma=jnp.zeros(0),
+        expression_sigma=jnp.zeros(0),
+        expression_bounds=jnp.zeros((0, 2)),
     )
 
 
@@ -214,18 +222,15 @@ def _correctives(head: HeadAsset, n: int, coefficients: Coefficients) -> Float[A
     return head_vertices(small, at_origin, coefficients._replace(expression=jnp.zeros(0)))
 
 
-def _linearise(problem: Problem, layout: Layout, shape, x):
-    """Residuals (N, n, 2) in pixels and their Jacobians for a frame's unknowns and for the shape."""
-    predicted, by_shape, by_frame = jax.vmap(frame_linearisation(problem, layout, shape))(x)
-    return predicted - problem.observed, by_frame, by_shape
+def frame_linearisation(problem: Problem, layout: Layout, shape: Float[Array, " s"]) -> Callable:
+    """A function of one frame's unknowns that returns pixels and Jacobians.
 
-
-def frame_linearisation(problem: Problem, layout: Layout, shape):
-    """A function of one frame's unknowns: pixels (n, 2) and their Jacobians for the shape and for it.
-
-    With M_j the joints' maps, a landmark lies at sum_j w_j M_j (p, 1) for its unposed place p. Only the
+    With M_j the joints' maps, a landmark is at sum_j w_j M_j (p, 1) for its unposed place p. Only the
     few entries of M_j are left to automatic differentiation; the rest are products of small matrices,
     several times faster than pushing tangents through the skinning.
+
+    Returns:
+      x (p,) -> predicted pixels (n, 2), their Jacobian for the shape (n, 2, s) and for x (n, 2, p).
     """
     head, n = problem.head, problem.observed.shape[1]
     n_shape, n_expression, n_joints = head.n_shape, layout.n_expression, len(head.joint_names)
@@ -256,11 +261,11 @@ def frame_linearisation(problem: Problem, layout: Layout, shape):
         joints = unposed[n:].reshape(-1)
         joint_maps = maps(motion, joints)
         by_motion, by_joints = jax.jacfwd(maps, argnums=(0, 1))(motion, joints)
-        put_global = unposed[:n] + add_correctives(motion)
-        put_global = jnp.concatenate([put_global, jnp.ones((n, 1))], axis=-1)
+        placed = unposed[:n] + add_correctives(motion)
+        placed = jnp.concatenate([placed, jnp.ones((n, 1))], axis=-1)
         blended = product("nj,jm->nm", weights, joint_maps).reshape(n, 3, 4)
         tra = unpack(motion).tra
-        world = sum(blended[..., k] * put_global[:, k, None] for k in range(4)) + tra
+        world = sum(blended[..., k] * placed[:, k, None] for k in range(4)) + tra
         # Pixels by world coordinates (n, 2, 3), and by the landmark's own unposed place.
         predicted, push = jax.linearize(
             lambda w: project(camera_from_world(w, problem.camera), problem.camera), world
@@ -275,7 +280,7 @@ def frame_linearisation(problem: Problem, layout: Layout, shape):
         leverage = (weights[:, None, :, None] * by_world[:, :, None, :]).reshape(2 * n, -1)
         linear += product("rq,qb->rb", leverage, shift).reshape(n, 2, -1)
 
-        lever = (leverage.reshape(n, 2, -1, 1) * put_global[:, None, None, :]).reshape(2 * n, -1)
+        lever = (leverage.reshape(n, 2, -1, 1) * placed[:, None, None, :]).reshape(2 * n, -1)
         rigid = product("rq,qp->rp", lever, by_motion.reshape(12 * n_joints, -1)).reshape(n, 2, -1)
         rigid = rigid.at[..., 3:6].add(by_world)  # the layout's motion begins with rot, tra
         if has_correctives:

@@ -3,12 +3,12 @@
 For a clip one colour a vertex and one lighting (spherical harmonics up to degree 2, Ramamoorthi and
 Hanrahan 2001, section 3, on the normals in the world frame) are estimated from frames spread over it. Then
 each frame's head is moved, six numbers, until its render through the rasteriser looks like the frame, in the
-sense of `loki_jax.fitting.photometric.contrast_features`; the landmark fit is the prior. Gauss-Newton; the
+sense of `loki_jax.fitting.contrast`; the landmark fit is the prior. Gauss-Newton; the
 Jacobian is that of the render (forward mode through the interpolation; outlines are left out). A frame keeps
 its landmark pose where the picture gets no closer. Shape, expression, jaw and eyes stay as they are.
 
-It helps where landmarks tremble: frames are compared with one texture of the clip, not with one another's
-landmarks. It cannot know a constant offset, because the texture comes from the same poses.
+It helps where landmarks tremble, because all frames are compared with one texture of the clip. It cannot
+correct a constant offset, because the texture comes from the same poses.
 """
 
 from __future__ import annotations
@@ -23,19 +23,18 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from loki_jax.face.asset import HeadAsset
-from loki_jax.face.camera import camera_from_world, ndc_from_camera
+from loki_jax.face.camera import ndc_from_world
 from loki_jax.face.crop import crop_and_resize
 from loki_jax.face.rotation import matrix_from_rotvec, rotvec_from_matrix
 from loki_jax.face.skinning import make_identity, mesh_faces, mesh_render_mask, world_vertices
 from loki_jax.face.types import Camera, Coefficients
 from loki_jax.fitting.clips import FittedClip
-from loki_jax.fitting.fit import pad_frames, reprojection_error
-from loki_jax.fitting.photometric import contrast_features
+from loki_jax.fitting.contrast import contrast_features, huber_cost, huber_weight, noise_level, repetitions
+from loki_jax.fitting.fit import reprojection_error
+from loki_jax.fitting.problem import HIGHEST, pad_frames
 from loki_jax.raster.api import rasterize
 from loki_jax.raster.fragments import interpolate
 from loki_jax.synthetic.shading import vertex_normals
-
-HIGHEST = jax.lax.Precision.HIGHEST
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +61,7 @@ class PhotometricSettings:
     model_error: float = 0.1
 
 
-class Look(NamedTuple):
+class ClipAppearance(NamedTuple):
     """Colours of one clip: `albedo` of every vertex, whether it was seen, and the light's coefficients."""
 
     albedo: Float[Array, "V 3"]
@@ -83,10 +82,10 @@ def harmonics(normals: Float[Array, "*b 3"]) -> Float[Array, "*b 9"]:
     )  # fmt: skip
 
 
-def _steadiness(head: HeadAsset) -> Float[Array, " V_all"]:
+def steadiness(head: HeadAsset) -> Float[Array, " V_all"]:
     """1 for surface that only the head's motion moves, 1/2 where expressions move it by about a millimetre.
 
-    A slightly wrong expression would otherwise be taken for the head's motion. Eyeballs do not count.
+    A slightly wrong expression would otherwise be taken for the head's motion. Eyeballs have 0.
     """
     reach = jnp.sum((head.expression_basis * head.expression_sigma[:, None, None]) ** 2, axis=(0, 2))
     steady = 1 / (1 + reach / 1e-3**2)
@@ -95,10 +94,6 @@ def _steadiness(head: HeadAsset) -> Float[Array, " V_all"]:
             steady *= head.skinning_weights[:, head.joint(name)] < 0.5
     extra = mesh_render_mask(head).shape[0] - len(steady)  # an inner mouth
     return jnp.concatenate([steady * ~head.inner_mouth, jnp.zeros(extra)])
-
-
-def _screen(head: HeadAsset, world, camera: Camera, crop):
-    return ndc_from_camera(camera_from_world(world, camera), camera, crop)
 
 
 @jax.jit
@@ -112,7 +107,7 @@ def _samples(head: HeadAsset, coefficients: Coefficients, camera: Camera, crop, 
         coefficients, image = item
         world = world_vertices(head, make_identity(head, coefficients.betas), coefficients)
         normals = vertex_normals(world, faces)
-        ndc = _screen(head, world, camera, crop)
+        ndc = ndc_from_world(world, camera, crop)
         winner = rasterize(ndc, faces, size).face
         seen = (
             jnp.zeros(len(world))
@@ -123,7 +118,7 @@ def _samples(head: HeadAsset, coefficients: Coefficients, camera: Camera, crop, 
         colour = jnp.stack(
             [jax.scipy.ndimage.map_coordinates(image[..., c], [row, column], order=1) for c in range(3)], -1
         )
-        # The camera of a fit stands in the world's origin.
+        # The camera of a fit is at the world's origin.
         towards = -world / jnp.linalg.norm(world, axis=-1, keepdims=True)
         square = jnp.maximum(jnp.sum(normals * towards, -1), 0)
         return colour, harmonics(normals), jnp.where(shown, seen * square**2, 0)
@@ -132,8 +127,14 @@ def _samples(head: HeadAsset, coefficients: Coefficients, camera: Camera, crop, 
 
 
 @jax.jit
-def _solve_look(colour, basis, weight) -> Look:
-    """Albedo and light in turn, each by least squares given the other."""
+def solve_appearance(
+    colour: Float[Array, "n V 3"], basis: Float[Array, "n V 9"], weight: Float[Array, "n V"]
+) -> ClipAppearance:
+    """Albedo and light in turn, each by least squares given the other.
+
+    Args:
+      colour, basis, weight: of every frame and vertex the picture's colour, the harmonics and the weight.
+    """
     ambient = jnp.zeros((9, 3)).at[0].set(1 / 0.282095)
 
     def albedo_of(light):
@@ -155,7 +156,7 @@ def _solve_look(colour, basis, weight) -> Look:
         return jax.vmap(channel, in_axes=(-1, -1, -1), out_axes=-1)(albedo, colour, ambient)
 
     light = jax.lax.fori_loop(0, 3, improve, ambient)
-    return Look(albedo_of(light), weight.sum(0) > 0.05, light)
+    return ClipAppearance(albedo_of(light), weight.sum(0) > 0.05, light)
 
 
 def _centre(head: HeadAsset, coefficients: Coefficients) -> Float[Array, "3"]:
@@ -183,7 +184,7 @@ def trembling(values: Float[np.ndarray, "N k"]) -> Float[np.ndarray, " k"]:
     return 1.4826 * np.median(np.abs(np.diff(values, n=4, axis=0)), axis=0) / np.sqrt(70)
 
 
-def _fast_part(changes: Float[np.ndarray, "N k"], window: int) -> Float[np.ndarray, "N k"]:
+def fast_part(changes: Float[np.ndarray, "N k"], window: int) -> Float[np.ndarray, "N k"]:
     """What is left of `changes` without its moving average (shorter at the ends)."""
     kernel = np.ones(window)
     counts = np.convolve(np.ones(len(changes)), kernel, "same")[:, None]
@@ -201,13 +202,22 @@ def _moved(coefficients: Coefficients, centre, change) -> Coefficients:
 
 @functools.partial(jax.jit, static_argnames=("blur", "steps"))
 def _changes(
-    head, coefficients, camera, crop, look: Look, images, sigma, model_error, blur: float, steps: int
+    head,
+    coefficients,
+    camera,
+    crop,
+    appearance: ClipAppearance,
+    images,
+    sigma,
+    model_error,
+    blur: float,
+    steps: int,
 ) -> Float[Array, "N 6"]:
     """Turn and shift of each frame about its `_centre`; a step counts only if it lowers the cost."""
     faces = mesh_faces(head)
     size = images.shape[1]
-    trust = _steadiness(head)
-    usable = look.known & mesh_render_mask(head) & (trust > 0)
+    trust = steadiness(head)
+    usable = appearance.known & mesh_render_mask(head) & (trust > 0)
 
     def frame(item):
         start, image = item
@@ -217,10 +227,10 @@ def _changes(
         def picture(change):
             moved = _moved(start, centre, change)
             world = world_vertices(head, make_identity(head, start.betas), moved)
-            shade = jnp.matmul(harmonics(vertex_normals(world, faces)), look.light, precision=HIGHEST)
-            fragments = rasterize(_screen(head, world, camera, crop), faces, size)
-            drawn = interpolate(fragments, faces, look.albedo * jnp.maximum(shade, 0.05))
-            # Where there is no head the observed picture stands in: no difference, no edge.
+            shade = jnp.matmul(harmonics(vertex_normals(world, faces)), appearance.light, precision=HIGHEST)
+            fragments = rasterize(ndc_from_world(world, camera, crop), faces, size)
+            drawn = interpolate(fragments, faces, appearance.albedo * jnp.maximum(shade, 0.05))
+            # Outside the head the observed picture is used: no difference, no edge.
             inside = (fragments.face >= 0) & usable[faces[jnp.maximum(fragments.face, 0)]].all(-1)
             weight = inside * interpolate(fragments, faces, trust[:, None])[..., 0]
             return jnp.where(inside[..., None], drawn, image), jax.lax.stop_gradient(weight)
@@ -229,23 +239,18 @@ def _changes(
             drawn, weight = picture(change)
             return (contrast_features(drawn, blur) - observed) * jnp.sqrt(weight)[..., None]
 
-        # The median absolute difference tells the noise. Neighbouring pixels of a blurred picture repeat
-        # each other, and so do the colours; errors of the model stretch over whole features.
         first = difference(jnp.zeros(6))
-        there = jnp.any(first != 0, -1, keepdims=True)
-        spread = 1.48 * jnp.nanmedian(jnp.where(there, jnp.abs(first), jnp.nan))
-        noise = jnp.maximum(jnp.nan_to_num(spread), 0.03)
-        repeats = 3 * (1 + 4 * jnp.pi * blur**2) * (1 + (noise / model_error) ** 2)
+        noise = noise_level(first, jnp.any(first != 0, -1, keepdims=True))
+        repeats = repetitions(noise, blur, model_error, channels=3)
 
         def cost(change):
-            deviation = jnp.abs(difference(change)) / noise
-            robust = jnp.where(deviation < 1.5, 0.5 * deviation**2, 1.5 * deviation - 1.125)
+            robust = huber_cost(difference(change), noise)
             return jnp.sum(robust) / repeats + 0.5 * jnp.sum((change / sigma) ** 2)
 
         def step(_, change):
             residual = difference(change)
             slope = jax.jacfwd(difference)(change).reshape(-1, 6)
-            weight = jnp.minimum(1, 1.5 * noise / jnp.maximum(jnp.abs(residual), 1e-6)) / (noise**2 * repeats)
+            weight = huber_weight(residual, noise) / (noise**2 * repeats)
             weighted = slope * weight.reshape(-1, 1)
             normal = jnp.matmul(weighted.T, slope, precision=HIGHEST) + jnp.diag(1 / sigma**2)
             right = jnp.matmul(weighted.T, residual.reshape(-1), precision=HIGHEST) + change / sigma**2
@@ -260,9 +265,9 @@ def _changes(
 def refine(
     clip: FittedClip, head: HeadAsset, settings: PhotometricSettings = PhotometricSettings()
 ) -> FittedClip:
-    """The clip with `rot` and `tra` refined and its errors measured anew; as it is below 8 frames."""
+    """The clip with `rot` and `tra` refined and its errors measured again; unchanged below 8 frames."""
     n = len(clip.frames)
-    if n < 8:  # too few views: a texture would repeat the very poses it shall correct
+    if n < 8:  # too few views: a texture would repeat the poses that it is to correct
         return clip
     fit = clip.fit
     images = np.stack([crop_and_resize(frame, clip.crop, settings.size) for frame in clip.frames])
@@ -279,12 +284,12 @@ def refine(
     current = original
     for _ in range(settings.rounds):
         some = Coefficients(*(field[chosen] for field in current))
-        look = _solve_look(*_samples(head, some, camera, crop, images[chosen]))
+        appearance = solve_appearance(*_samples(head, some, camera, crop, images[chosen]))
         changes = _changes(
-            head, original, camera, crop, look, images, sigma, settings.model_error, settings.blur,
+            head, original, camera, crop, appearance, images, sigma, settings.model_error, settings.blur,
             settings.steps,
         )  # fmt: skip
-        fast = _fast_part(np.asarray(changes)[:n], settings.window)
+        fast = fast_part(np.asarray(changes)[:n], settings.window)
         current = jax.tree.map(np.asarray, _apply(head, original, pad_frames(fast)))
     # Frames without a face have no picture to follow.
     lost = (fit.confidence <= 0)[:, None]

@@ -1,16 +1,22 @@
+"""Levenberg-Marquardt with bounds for the problem of `loki_jax.fitting.problem`.
+
+The normal equations are an arrow (shape against frames) plus a band in time. They are solved by conjugate
+gradients, preconditioned by the exact Cholesky solution of the arrow; the cost is linear in the number of
+frames. All of it is one jitted function. Method, section 8.
+"""
+
 from __future__ import annotations
 
 import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from loki_jax.face.skinning import make_identity
 from loki_jax.fitting.problem import HIGHEST, Layout, Problem, frame_linearisation, project_frame
 
 _ACTIVE_SET_ROUNDS = 4
-
 _CPU_CHUNK = 4  # frames linearised at a time where the cache is small
 
 
@@ -53,7 +59,10 @@ def _smoothing(problem: Problem, x: Float[Array, "N p"]) -> Float[Array, "N p"]:
     )
 
 
-def _residual(problem: Problem, layout: Layout, shape, x) -> Float[Array, "N n 2"]:
+def residuals(
+    problem: Problem, layout: Layout, shape: Float[Array, " s"], x: Float[Array, "N p"]
+) -> Float[Array, "N n 2"]:
+    """Landmark errors in pixels for a shape and the unknowns of every frame."""
     vertices = make_identity(problem.head, shape).vertices
     predicted = jax.vmap(lambda x: project_frame(problem, layout, vertices, x))(x)
     return predicted - problem.observed
@@ -188,8 +197,23 @@ def _step(problem: Problem, layout: Layout, shape, x, damping):
 
 
 @functools.partial(jax.jit, static_argnames=("layout", "iterations"))
-def optimise(problem: Problem, layout: Layout, shape, x, iterations: int, tolerance):
-    """Levenberg-Marquardt from (shape, x); returns both, the cost and the number of steps."""
+def optimise(
+    problem: Problem,
+    layout: Layout,
+    shape: Float[Array, " s"],
+    x: Float[Array, "N p"],
+    iterations: int,
+    tolerance: Float[Array, ""],
+) -> tuple[Float[Array, " s"], Float[Array, "N p"], Float[Array, ""], Int[Array, ""]]:
+    """Levenberg-Marquardt from (shape, x) within the bounds.
+
+    Args:
+      iterations: upper limit of steps.
+      tolerance: stop when a step lowers the cost by less than this part.
+
+    Returns:
+      shape and x at the minimum, the cost there and the number of steps.
+    """
 
     def proceed(state):
         _, _, _, _, step, done = state
@@ -200,7 +224,7 @@ def optimise(problem: Problem, layout: Layout, shape, x, iterations: int, tolera
         cost, step_s, step_x = _step(problem, layout, shape, x, damping)
         new_shape = shape + step_s
         new_x = jnp.clip(x + step_x, problem.lower, problem.upper)
-        new_cost = _cost(problem, _residual(problem, layout, new_shape, new_x), new_shape, new_x)
+        new_cost = _cost(problem, residuals(problem, layout, new_shape, new_x), new_shape, new_x)
         better = new_cost < cost  # false for NaN
         small = better & (cost - new_cost < tolerance * cost)
         # Steps that fail against heavy damping mean that float32 has nothing left to give.

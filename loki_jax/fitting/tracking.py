@@ -1,3 +1,5 @@
+"""One face followed through a clip, or found in a portrait: the landmarks of every frame."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -6,8 +8,9 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from loki_jax.fitting.landmarker import N_POINTS, FaceBox, Landmarker, Region, box_overlap
+from loki_jax.fitting.landmarker import FaceBox, Landmarker, Region, box_overlap
 from loki_jax.fitting.model_files import LandmarkError
+from loki_jax.fitting.points import N_POINTS
 
 
 class Track(NamedTuple):
@@ -49,7 +52,7 @@ def image_landmarks(
             f"{name}: {_describe(faces)}. Choose one with `--face INDEX`, or crop the picture."
         )
     chosen = faces[_face_index(face, faces, name)]
-    points, confidence, score = _settle(landmarker, image, landmarker.face_region(chosen))
+    points, confidence, score = _precise_points(landmarker, image, landmarker.face_region(chosen))
     if score < 0.5:
         raise LandmarkError(
             f"{name}: something like a face was found, but no landmarks on it (score {score:.2f}). "
@@ -68,8 +71,8 @@ def clip_landmarks(
     """Landmarks of one face through a clip.
 
     The face is chosen on `probes` frames spread over the clip: the largest steady one, or number
-    `face` of them. From a frame that shows it, it is followed forwards and backwards, each frame
-    looking where the points of the frame before lay, and detected anew where it is lost.
+    `face` of them. From a frame that shows it, it is followed forwards and backwards: the region of each
+    frame comes from the points of the frame before. Where it is lost it is detected again.
 
     Raises:
       LandmarkError: no face in any probed frame, or no face of that index.
@@ -94,7 +97,7 @@ def clip_landmarks(
     points = np.zeros((len(frames), N_POINTS, 3), np.float32)
     confidence = np.zeros((len(frames), N_POINTS), np.float32)
     score = np.zeros(len(frames), np.float32)
-    points[start], confidence[start], score[start] = _settle(
+    points[start], confidence[start], score[start] = _precise_points(
         landmarker, frames[start], landmarker.face_region(first)
     )
     for order in (range(start + 1, len(frames)), range(start - 1, -1, -1)):
@@ -106,6 +109,30 @@ def clip_landmarks(
                 points[index], confidence[index], score[index] = found
                 last = points[index]
     return Track(points, confidence, score, len(tracks))
+
+
+def steady_run(track: Track, longest_gap: int = 2) -> tuple[int, int]:
+    """[start, stop) of the longest run of frames that show the face, without jump.
+
+    Gaps of up to `longest_gap` frames are bridged. A jump is a shift of the face by more than half its
+    size from one frame to the next: a cut, or another person.
+    """
+    present = np.flatnonzero(track.score >= 0.5)
+    if len(present) == 0:
+        return 0, 0
+    face = track.points[present, :468, :2]
+    centre, size = face.mean(1), np.ptp(face, axis=1).max(1)
+    shift = np.linalg.norm(np.diff(centre, axis=0), axis=1) / np.minimum(size[1:], size[:-1])
+    growth = np.abs(np.log(size[1:] / size[:-1]))
+    breaks = (np.diff(present) > longest_gap + 1) | (shift > 0.5) | (growth > np.log(1.5))
+    runs = np.split(present, np.flatnonzero(breaks) + 1)
+    longest = max(runs, key=len)
+    return int(longest[0]), int(longest[-1]) + 1
+
+
+def cut_track(track: Track, start: int, stop: int) -> Track:
+    """Frames [start, stop) of a track."""
+    return Track(track.points[start:stop], track.confidence[start:stop], track.score[start:stop], track.faces)
 
 
 def _follow(landmarker: Landmarker, image: np.ndarray, last: np.ndarray, found_before: bool):
@@ -122,12 +149,12 @@ def _follow(landmarker: Landmarker, image: np.ndarray, last: np.ndarray, found_b
     if not candidates:
         return None
     best = max(candidates, key=lambda face: box_overlap(face.box, box))
-    points, confidence, score = _settle(landmarker, image, landmarker.face_region(best))
+    points, confidence, score = _precise_points(landmarker, image, landmarker.face_region(best))
     return (points, confidence, score) if score >= 0.5 else None
 
 
-def _settle(landmarker: Landmarker, image: np.ndarray, region: Region):
-    # The detector's region is coarse: look again where the points turned out to be.
+def _precise_points(landmarker: Landmarker, image: np.ndarray, region: Region):
+    # The detector's region is coarse: search again around the points found.
     points, confidence, score = landmarker.points_in(image, region)
     for _ in range(2):
         if score < 0.5:

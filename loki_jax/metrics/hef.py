@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from loki_jax.face.asset import HeadAsset
-from loki_jax.face.camera import camera_from_world, ndc_from_camera, project
+from loki_jax.face.camera import camera_from_world, ndc_from_world, project
 from loki_jax.face.crop import crop_box
 from loki_jax.face.skinning import (
     expression_offsets,
@@ -33,7 +33,7 @@ class HeadExpressionFollow(NamedTuple):
 
     Attributes:
       distance: mean over frames; None without a common frame.
-      uncovered: mean share of the target's masked pixels that the swapped mesh leaves bare, where
+      uncovered: mean share of the target's masked pixels that the swapped mesh does not cover, where
         the target's expression is compared with 0 (method, section 11, row 15).
       n_frames: number of frames compared.
       per_frame: distance of every compared frame.
@@ -47,7 +47,7 @@ class HeadExpressionFollow(NamedTuple):
 
 def masked_l1(
     prediction: Float[Array, "*b h w c"], target: Float[Array, "*b h w c"], mask: Bool[Array, "*b h w"]
-) -> Float[Array, "*b"]:
+) -> Float[Array, " *b"]:
     """Mean absolute difference over the channels, then over the pixels of `mask`; 0 if it is empty."""
     difference = jnp.abs(prediction - target).mean(-1)
     total = jnp.where(mask, difference, 0).sum((-2, -1))
@@ -81,7 +81,7 @@ def offset_distance(
     faces: Int[Array, "F 3"],
     render_mask: Bool[Array, " V"],
     size: int,
-) -> tuple[Float[Array, "*b"], Float[Array, "*b"]]:
+) -> tuple[Float[Array, " *b"], Float[Array, " *b"]]:
     """HEF of posed meshes: the distance and the uncovered share of each frame.
 
     Args:
@@ -101,15 +101,13 @@ def _frame_distances(head, identity, target, swapped, camera, size, integer_box)
 
     def one(item):
         target, swapped, camera = item
-        points = camera_from_world(world_vertices(head, identity, target), camera)
-        pixels = project(points, camera)
-        # Vertices outside the mask must not widen the box: they take the place of one inside.
-        box = crop_box(jnp.where(mask[:, None], pixels, pixels[jnp.argmax(mask)]), integer=integer_box)
-        swapped_points = camera_from_world(world_vertices(head, identity, swapped), camera)
+        vertices = world_vertices(head, identity, target)
+        pixels = project(camera_from_world(vertices, camera), camera)
+        box = crop_box(pixels, integer=integer_box, mask=mask)
         return offset_distance(
-            ndc_from_camera(points, camera, box),
+            ndc_from_world(vertices, camera, box),
             expression_offsets(head, identity, target),
-            ndc_from_camera(swapped_points, camera, box),
+            ndc_from_world(world_vertices(head, identity, swapped), camera, box),
             expression_offsets(head, identity, swapped),
             faces,
             mask,
@@ -128,7 +126,7 @@ def head_expression_follow(
     n_frames: int | None = None,
     integer_box: bool = False,
 ) -> HeadExpressionFollow:
-    """Head-expression follow of a prediction behind a target; lower is better (method, section 10).
+    """Head-expression follow: how well a prediction follows a target; lower is better (method, section 10).
 
     Two renders of the expression-offset map are compared: the target's mesh, and the target's mesh
     with the prediction's expression, jaw and eyes. Pose, neck, shape and camera are the target's in
@@ -137,7 +135,7 @@ def head_expression_follow(
     Args:
       head: the head both sets of coefficients belong to.
       prediction: fields (n_pred, ...).
-      target: fields (n_target, ...); `shape` may be (n_shape,), shared by all frames.
+      target: fields (n_target, ...); `betas` may be (n_shape,), shared by all frames.
       camera: the target's, fields (n_target, ...) or unbatched.
       size: edge of the square renders in pixels.
       n_frames: at most so many frames; default all common ones.
@@ -156,10 +154,10 @@ def head_expression_follow(
     length = length if n_frames is None else min(length, n_frames)
     if length == 0:
         return HeadExpressionFollow(None, None, 0, np.zeros(0))
-    shape = jnp.asarray(target.betas)
-    shape = shape if shape.ndim == 1 else shape[0]
-    identity = make_identity(head, shape)
-    target = target._replace(betas=jnp.broadcast_to(shape, (len(target.expression), *shape.shape)))
+    betas = jnp.asarray(target.betas)
+    betas = betas if betas.ndim == 1 else betas[0]
+    identity = make_identity(head, betas)
+    target = target._replace(betas=jnp.broadcast_to(betas, (len(target.expression), *betas.shape)))
     target = jax.tree.map(lambda x: jnp.asarray(x)[:length], target)
     swapped = target._replace(
         **{field: jnp.asarray(getattr(prediction, field))[:length] for field in ("expression", "jaw", "eyes")}

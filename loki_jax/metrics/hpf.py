@@ -36,25 +36,25 @@ def head_rotation(rot: Float[np.ndarray, "n 3"], neck: Float[np.ndarray, "n 3"] 
 
 
 def head_pose_follow(
-    pred_rot: Float[np.ndarray, "n_pred 3"],
-    target_rot: Float[np.ndarray, "n_target 3"],
-    pred_neck: Float[np.ndarray, "n_pred 3"] | None = None,
-    target_neck: Float[np.ndarray, "n_target 3"] | None = None,
+    pred_rot: Float[np.ndarray, "..."],
+    target_rot: Float[np.ndarray, "..."],
+    pred_neck: Float[np.ndarray, "..."] | None = None,
+    target_neck: Float[np.ndarray, "..."] | None = None,
     n_frames: int | None = None,
-    pred_valid: Bool[np.ndarray, " n_pred"] | None = None,
-    target_valid: Bool[np.ndarray, " n_target"] | None = None,
+    pred_valid: Bool[np.ndarray, "..."] | None = None,
+    target_valid: Bool[np.ndarray, "..."] | None = None,
 ) -> HeadPoseFollow:
-    """Head-pose follow of a prediction behind a target, in degrees; lower is better.
+    """Head-pose follow: how well a prediction follows a target, in degrees; lower is better.
 
     With R_t = R(rot_t) R(neck_t) and D_t = R_t R_0^T, the mean over t of the geodesic angle between
     D_pred and D_target (method, section 10).
 
     Args:
-      pred_rot, target_rot: rotation vectors, radians.
-      pred_neck, target_neck: neck rotation vectors; None is no bend.
+      pred_rot, target_rot: (n_pred, 3) and (n_target, 3), rotation vectors, radians.
+      pred_neck, target_neck: those of the neck, of the same shapes; None is no bend.
       n_frames: number of frames asked for; default the target's.
-      pred_valid, target_valid: frames that were tracked; default all. Frame 0 is the first frame
-        tracked in both.
+      pred_valid, target_valid: (n_pred,) and (n_target,), frames that were tracked; default all. Frame 0 is
+        the first frame tracked in both.
 
     Raises:
       ValueError: an array is not (n, 3), or its lengths disagree.

@@ -11,8 +11,8 @@ _WINDOW, _SIGMA = 11, 1.5  # Wang et al. 2004
 
 
 def psnr(
-    prediction: Shaped[Array, "*b h w c"], target: Shaped[Array, "*b h w c"], max_value: float = 255.0
-) -> Float[Array, "*b"]:
+    prediction: Shaped[Array, "*b h w c"], target: Shaped[Array, "..."], max_value: float = 255.0
+) -> Float[Array, " *b"]:
     """Peak signal-to-noise ratio of each image, dB; infinite for equal images.
 
     Args:
@@ -27,8 +27,8 @@ def psnr(
 
 
 def ssim(
-    prediction: Shaped[Array, "*b h w c"], target: Shaped[Array, "*b h w c"], max_value: float = 255.0
-) -> Float[Array, "*b"]:
+    prediction: Shaped[Array, "*b h w c"], target: Shaped[Array, "..."], max_value: float = 255.0
+) -> Float[Array, " *b"]:
     """Structural similarity of each image: 11 x 11 Gaussian window of sigma 1.5, mean over channels.
 
     Windows lie wholly inside the image (Wang et al. 2004; K1 = 0.01, K2 = 0.03).

@@ -17,8 +17,7 @@ from jaxtyping import Array, Float
 
 from loki_jax.face import builtin
 from loki_jax.face.asset import HeadAsset
-from loki_jax.face.builtin import BuiltinMesh, bump, smoothstep
-from loki_jax.face.builtin_axes import hairline
+from loki_jax.face.builtin import BuiltinMesh, bump, hairline, smoothstep
 
 
 @jax.tree_util.register_dataclass

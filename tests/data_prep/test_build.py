@@ -23,11 +23,11 @@ from loki_jax.face.rotation import geodesic_angle, matrix_from_rotvec
 from loki_jax.face.skinning import make_identity, mesh_render_mask, world_vertices
 from loki_jax.face.types import Coefficients
 from loki_jax.fitting import clips as face_track
-from loki_jax.fitting.clips import clip_crop_box, fit_image, fit_video, steady_run
+from loki_jax.fitting.clips import clip_crop_box, fit_image, fit_video
 from loki_jax.fitting.fit import make_camera
 from loki_jax.fitting.model_files import LandmarkError
 from loki_jax.fitting.problem import FitError
-from loki_jax.fitting.tracking import Track
+from loki_jax.fitting.tracking import Track, steady_run
 from loki_jax.video.reader import MediaError, read_video
 from loki_jax.video.writer import write_video
 from tests.data_prep.fake_fit import tree

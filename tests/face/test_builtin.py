@@ -11,6 +11,7 @@ from loki_jax.face.asset import load_head, save_head
 from loki_jax.face.builtin import builtin_head, builtin_mesh
 from loki_jax.face.skinning import head_vertices, landmark_positions, make_identity
 from loki_jax.face.types import Coefficients
+from tools.builtin_head.mesh import lid_vertices, mirror_vertices
 
 
 @pytest.fixture(scope="module")
@@ -99,14 +100,14 @@ def test_faces_are_neither_flat_nor_inside_out(head, mesh):
 
 
 def test_template_and_faces_are_exactly_symmetric(mesh):
-    partner = builtin.mirror_vertices(mesh)
+    partner = mirror_vertices(mesh)
     np.testing.assert_array_equal(mesh.vertices[partner], mesh.vertices * [-1, 1, 1])
     mirrored = {tuple(sorted(f)) for f in partner[mesh.faces].tolist()}
     assert mirrored == {tuple(sorted(f)) for f in mesh.faces.tolist()}
 
 
 def test_left_and_right_expressions_mirror_each_other(head, mesh):
-    partner = builtin.mirror_vertices(mesh)
+    partner = mirror_vertices(mesh)
     pairs = [n for n in head.expression_names if n.endswith("Left")]
     assert len(pairs) >= 12
     for name in pairs:
@@ -144,8 +145,8 @@ def test_blink_closes_the_lids_on_the_eyeball(head, mesh):
     """Upper and lower lid meet, and no lid vertex is inside the ball, open or closed, for any identity."""
     rng = np.random.default_rng(1)
     # From the upper lid to the lower one at the same place, corners left out.
-    upper = builtin.lid_vertices(mesh, left=True)[1:10]
-    lower = builtin.lid_vertices(mesh, left=True)[:10:-1]
+    upper = lid_vertices(mesh, left=True)[1:10]
+    lower = lid_vertices(mesh, left=True)[:10:-1]
     lids = np.flatnonzero(
         (mesh.part == builtin.SKIN) & (mesh.eye_ring >= 0) & (mesh.eye_ring <= 2) & (mesh.left > 0)
     )

@@ -1,4 +1,4 @@
-"""Cross-identity substitution: a perfect result follows the driver exactly."""
+"""Cross-identity retargeting: a perfect result follows the driver exactly."""
 
 import dataclasses
 
@@ -37,7 +37,7 @@ def head_pose_follow(prediction, target):
     return np.rad2deg(2 * np.arccos(np.minimum(dot, 1))).mean()
 
 
-def test_relative_substitution_has_no_head_pose_error():
+def test_relative_retargeting_has_no_head_pose_error():
     driver, reference = random_coefficients(0, FRAMES), random_coefficients(1)
     result = retarget(driver, reference, "relative")
     assert head_pose_follow(result, driver) < 2e-2  # arccos near 1 turns float32 into 1e-2 degrees
@@ -48,7 +48,7 @@ def test_relative_substitution_has_no_head_pose_error():
     assert np.abs(np.asarray(wrong @ wrong[0].T) - d(driver)).max() > 0.1
 
 
-def test_relative_substitution_starts_at_the_reference():
+def test_relative_retargeting_starts_at_the_reference():
     driver, reference = random_coefficients(2, FRAMES), random_coefficients(3)
     result = retarget(driver, reference, "relative", scale=1.3)
     np.testing.assert_allclose(head_rotation(result)[0], head_rotation(reference), atol=2e-6)
@@ -59,7 +59,7 @@ def test_relative_substitution_starts_at_the_reference():
     np.testing.assert_array_equal(result.betas, np.tile(reference.betas, (FRAMES, 1)))
 
 
-def test_absolute_substitution_keeps_the_drivers_pose():
+def test_absolute_retargeting_keeps_the_drivers_pose():
     driver, reference = random_coefficients(4, FRAMES), random_coefficients(5)
     result = retarget(driver, reference, "absolute")
     for field in ("expression", "rot", "tra", "neck", "jaw", "eyes"):

@@ -30,7 +30,7 @@ def test_posed_heads_match_smplx_live(models):
     given = random_coefficients(4)
     expected = theirs_of(
         theirs,
-        betas=given.shape,
+        betas=given.betas,
         expression=given.expression,
         global_orient=given.rot,
         transl=given.tra,
@@ -39,11 +39,11 @@ def test_posed_heads_match_smplx_live(models):
         leye_pose=given.eyes,
         reye_pose=given.eyes,
     )
-    draw = jax.jit(lambda given: head_vertices(head, make_identity(head, given.shape), given))
+    draw = jax.jit(lambda given: head_vertices(head, make_identity(head, given.betas), given))
     found = np.asarray(draw(given))
     assert found.shape == (4, N_VERTICES + 200, 3)
     np.testing.assert_allclose(found[:, :N_VERTICES], expected, atol=TOLERANCE)
-    neutral = np.asarray(make_identity(head, given.shape[0]).vertices)[:N_VERTICES]
+    neutral = np.asarray(make_identity(head, given.betas[0]).vertices)[:N_VERTICES]
     assert np.abs(expected - neutral).max() > 0.02
 
 
@@ -54,10 +54,10 @@ def test_all_five_joints_match_smplx_live(models):
     names = ("global_orient", "neck_pose", "jaw_pose", "leye_pose", "reye_pose")
     poses = {name: turns[:, k] for k, name in enumerate(names)}
     nowhere = np.zeros((2, 3))
-    expected = theirs_of(theirs, betas=given.shape, expression=given.expression, transl=nowhere, **poses)
+    expected = theirs_of(theirs, betas=given.betas, expression=given.expression, transl=nowhere, **poses)
     found = jax.jit(
         lambda shape, expression, turns: skin(
             head, make_identity(head, shape), expression, matrix_from_rotvec(turns)
         )
-    )(given.shape, given.expression, jnp.asarray(turns))
+    )(given.betas, given.expression, jnp.asarray(turns))
     np.testing.assert_allclose(found[:, :N_VERTICES], expected, atol=TOLERANCE)

@@ -9,7 +9,7 @@ from loki_jax.face.camera import camera_from_world, project
 from loki_jax.face.skinning import landmark_positions, make_identity, world_vertices
 from loki_jax.face.types import Coefficients
 from loki_jax.fitting.fit import make_camera
-from loki_jax.fitting.landmarker import FaceBox, Region
+from loki_jax.fitting.landmarker import FaceBox, Landmarker, Region
 
 N = 16
 HEIGHT, WIDTH = 96, 128
@@ -21,7 +21,7 @@ def true_coefficients(head) -> Coefficients:
     time = np.arange(N) / 25
     still = np.zeros((N, 3), np.float32)
     return Coefficients(
-        shape=np.zeros((N, head.n_shape), np.float32),
+        betas=np.zeros((N, head.n_shape), np.float32),
         expression=np.zeros((N, head.n_expression), np.float32),
         rot=np.stack([0.1 * np.sin(5 * time), 0.4 * np.sin(4 * time), 0 * time], 1).astype(np.float32),
         tra=np.tile(np.array([0.0, 0.06, -1.2], np.float32), (N, 1)),
@@ -34,12 +34,12 @@ def true_coefficients(head) -> Coefficients:
 def true_points(head, true) -> np.ndarray:
     """(N, 478, 3) landmarks in pixels of frames of HEIGHT x WIDTH."""
     camera = make_camera((HEIGHT, WIDTH))
-    world = world_vertices(head, make_identity(head, jnp.asarray(true.shape)), true)
+    world = world_vertices(head, make_identity(head, jnp.asarray(true.betas)), true)
     pixels = project(camera_from_world(landmark_positions(head, world, "mediapipe478"), camera), camera)
     return np.concatenate([np.asarray(pixels), np.zeros((N, 478, 1))], axis=-1).astype(np.float32)
 
 
-class KnownFace:
+class KnownFace(Landmarker):
     """The networks' interface. A frame's grey value says which points it shows, 8 (index + 1); black and
     white frames show nobody."""
 

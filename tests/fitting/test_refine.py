@@ -11,7 +11,14 @@ from data_prep.report import jitter_degrees
 from loki_jax.face.builtin import builtin_head
 from loki_jax.fitting.clips import FittedClip, clip_crop_box
 from loki_jax.fitting.fit import fit_landmarks
-from loki_jax.fitting.refine import _fast_part, _solve_look, _steadiness, harmonics, refine, trembling
+from loki_jax.fitting.refine import (
+    fast_part,
+    harmonics,
+    refine,
+    solve_appearance,
+    steadiness,
+    trembling,
+)
 from loki_jax.fitting.tracking import Track
 from loki_jax.metrics.hpf import head_pose_follow, head_rotation
 from loki_jax.synthetic.appearance import sample_appearance
@@ -34,19 +41,19 @@ def test_harmonics_are_orthonormal_on_the_sphere():
     np.testing.assert_allclose((basis * weight[:, None]).T @ basis, np.eye(9), atol=2e-5)
 
 
-def test_look_explains_colours_it_was_made_from():
+def test_appearance_explains_colours_it_was_made_from():
     rng = np.random.default_rng(1)
     albedo = rng.uniform(0.3, 0.8, (200, 3))
-    # Every vertex turns from frame to frame, so that light and colour can be told apart.
+    # Every vertex turns from frame to frame, so that light and colour can be distinguished.
     basis = np.stack([np.asarray(harmonics(jnp.asarray(random_directions(200, seed)))) for seed in range(12)])
     light = np.zeros((9, 3))
     light[0], light[2], light[3] = 3.0, 0.6, -0.4
     colour = albedo * np.einsum("nvh,hc->nvc", basis, light)
     weight = np.ones((12, 200))
     weight[:, :20] = 0
-    look = _solve_look(*(jnp.asarray(a, jnp.float32) for a in (colour, basis, weight)))
-    assert not np.asarray(look.known)[:20].any() and np.asarray(look.known)[20:].all()
-    found = np.asarray(look.albedo) * np.einsum("nvh,hc->nvc", basis, np.asarray(look.light))
+    found = solve_appearance(*(jnp.asarray(a, jnp.float32) for a in (colour, basis, weight)))
+    assert not np.asarray(found.known)[:20].any() and np.asarray(found.known)[20:].all()
+    found = np.asarray(found.albedo) * np.einsum("nvh,hc->nvc", basis, np.asarray(found.light))
     still = np.abs(colour - colour.mean(0))[:, 20:].mean()
     assert np.abs(found - colour)[:, 20:].mean() < 0.25 * still
 
@@ -54,11 +61,11 @@ def test_look_explains_colours_it_was_made_from():
 def test_only_fast_changes_are_kept():
     slow = np.linspace(0, 1, 60)[:, None] * [1.0, -2.0]
     fast = 0.1 * (-1.0) ** np.arange(60)[:, None]
-    kept = _fast_part(slow + fast, 9)
+    kept = fast_part(slow + fast, 9)
     np.testing.assert_allclose(kept[8:-8], np.broadcast_to(fast, kept.shape)[8:-8], atol=0.02)
 
 
-def test_noise_is_told_from_motion():
+def test_noise_is_distinguished_from_motion():
     time = np.arange(200) / 25
     swing = np.stack([20 * np.sin(2 * np.pi * time), 5 * time], -1)
     noise = 0.1 * np.random.default_rng(2).standard_normal(swing.shape)
@@ -68,7 +75,7 @@ def test_noise_is_told_from_motion():
 
 def test_the_face_that_moves_counts_less():
     head = builtin_head()
-    steady = np.asarray(_steadiness(head))
+    steady = np.asarray(steadiness(head))
     marks = head.landmarks["mediapipe478"]
     at = lambda index: steady[np.asarray(head.faces)[marks.face[index]]].mean()
     assert at(4) > 2 * at(14) and at(9) > at(14)  # nose tip and forehead against the lower lip

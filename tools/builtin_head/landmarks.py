@@ -1,8 +1,8 @@
-"""Place MediaPipe's 478 face landmarks on the built-in head, and write the result as package data.
+"""Place MediaPipe's 478 face landmarks on the built-in head, for `tools.builtin_head.generate`.
 
     python -m tools.builtin_head.landmarks [--wheel mediapipe.whl] [--out FILE.npz] [--sheet FILE.png]
 
-Run once by the authors after the mesh is final; users get the file with the package. The mean head is
+Run once by the authors after the mesh is final; users get the result with the package. The mean head is
 rendered in several colourings, poses and mouth openings; the landmark networks mark each render; every
 mark is carried back to the surface it lies on; the median over all renders, made symmetric, is the
 landmark. Lid and lip contours are then laid exactly on the mesh's own contours (upper and lower apart),
@@ -35,9 +35,9 @@ from data_prep.landmarks.marks import (
     mark,
     mirror_pairs,
 )
-from loki_jax.face import builtin
+from data_prep.landmarks.surface import locate
 from loki_jax.face.asset import HeadAsset
-from loki_jax.face.builtin import BuiltinMesh, builtin_head, builtin_mesh
+from loki_jax.face.builtin import EYE, EYE_RADIUS, EYEBALL, IRIS_DEGREES, SKIN, BuiltinMesh
 from loki_jax.face.camera import camera_from_world, ndc_from_camera
 from loki_jax.face.skinning import make_identity, world_vertices
 from loki_jax.face.types import Camera, Coefficients
@@ -46,6 +46,8 @@ from loki_jax.fitting.model_files import LandmarkError, fetch_models
 from loki_jax.raster.api import rasterize
 from loki_jax.synthetic.appearance import sample_appearance
 from loki_jax.synthetic.clips import render_frames
+from tools.builtin_head.generate import MEDIAPIPE_FILE, generate_head
+from tools.builtin_head.mesh import build_mesh, lid_vertices, lip_vertices, mirror_vertices
 
 _SIZE = 512
 
@@ -78,7 +80,7 @@ def _camera() -> Camera:
 
 def _surface_points(mesh: BuiltinMesh, faces: np.ndarray, bary: np.ndarray, pixels: np.ndarray) -> np.ndarray:
     """Template positions (n, 3) of the skin nearest to each pixel (n, 2) of a rasterised view."""
-    skin_face = (mesh.part[mesh.faces] == builtin.SKIN).all(-1)
+    skin_face = (mesh.part[mesh.faces] == SKIN).all(-1)
     rows, columns = np.nonzero((faces >= 0) & skin_face[np.maximum(faces, 0)])
     _, nearest = cKDTree(np.stack([columns + 0.5, rows + 0.5], -1)).query(pixels)
     face, weight = faces[rows[nearest], columns[nearest]], bary[rows[nearest], columns[nearest]]
@@ -127,7 +129,7 @@ def _along(mesh: BuiltinMesh, chain: np.ndarray, fractions: np.ndarray):
     """Landmarks at fractions of the length of a chain of mesh vertices: exactly on its edges."""
     length = np.linalg.norm(np.diff(mesh.vertices[chain], axis=0), axis=-1)
     at = np.concatenate([[0.0], np.cumsum(length)]) / length.sum()
-    skin = np.flatnonzero((mesh.part[mesh.faces] == builtin.SKIN).all(-1))
+    skin = np.flatnonzero((mesh.part[mesh.faces] == SKIN).all(-1))
     face, bary = [], []
     for fraction in fractions:
         k = int(np.clip(np.searchsorted(at, fraction, side="right") - 1, 0, len(chain) - 2))
@@ -143,14 +145,14 @@ def _along(mesh: BuiltinMesh, chain: np.ndarray, fractions: np.ndarray):
 
 def _on_midline(mesh: BuiltinMesh, points: np.ndarray):
     """Landmarks on the edges of the skin's front midline nearest to the given points."""
-    on = (mesh.left == 0) & (mesh.part == builtin.SKIN) & (mesh.phi == 0)
+    on = (mesh.left == 0) & (mesh.part == SKIN) & (mesh.phi == 0)
     candidates = np.flatnonzero(on[mesh.faces].sum(-1) == 2)
     corners = mesh.vertices[mesh.faces[candidates]]
     # Only the edge matters: pull the third corner onto it.
     edge = on[mesh.faces[candidates]]
     anchor = corners[np.arange(len(edge)), np.argmax(edge, axis=1)]
     flat = np.where(edge[..., None], corners, anchor[:, None])
-    index, bary = builtin.locate(flat.reshape(-1, 3), np.arange(3 * len(flat)).reshape(-1, 3), points)
+    index, bary = locate(flat.reshape(-1, 3), np.arange(3 * len(flat)).reshape(-1, 3), points)
     third, first = np.argmin(edge, axis=1)[index], np.argmax(edge, axis=1)[index]
     rows = np.arange(len(points))
     bary[rows, first] += bary[rows, third]
@@ -168,21 +170,21 @@ def _fractions(points: np.ndarray, row: tuple[int, ...]) -> np.ndarray:
 
 def embed(head: HeadAsset, landmarker: Landmarker, seeds: range = range(24), keep: int = 8):
     """Face indices (478,) and barycentrics (478, 3) of MediaPipe's landmarks, and a marked render."""
-    mesh = builtin_mesh()
+    mesh = build_mesh()
     observed, irises, sheet = _observe(head, mesh, landmarker, seeds, keep)
     points = np.median(observed[:, :468], axis=0)
     pairs = mirror_pairs(points)
     points = 0.5 * (points + points[pairs] * [-1, 1, 1])
     # The whole face is laid on one side and mirrored, so that both sides are exact mirror images.
-    skin = np.flatnonzero((mesh.part[mesh.faces] == builtin.SKIN).all(-1))
+    skin = np.flatnonzero((mesh.part[mesh.faces] == SKIN).all(-1))
     face = np.zeros(_N, int)
     bary = np.zeros((_N, 3))
-    near_face, bary[:468] = builtin.locate(mesh.vertices, mesh.faces[skin], points)
+    near_face, bary[:468] = locate(mesh.vertices, mesh.faces[skin], points)
     face[:468] = skin[near_face]
     # Means of surface points lie a little inside the surface: midline marks must not slip sideways.
     middle = np.flatnonzero(pairs == np.arange(468))
     face[middle], bary[middle] = _on_midline(mesh, points[middle])
-    partner = builtin.mirror_vertices(mesh)
+    partner = mirror_vertices(mesh)
     by_corners = {tuple(sorted(corners)): f for f, corners in enumerate(mesh.faces.tolist())}
 
     def mirror(index, source):
@@ -194,7 +196,7 @@ def embed(head: HeadAsset, landmarker: Landmarker, seeds: range = range(24), kee
         mirror(index, pairs[index])
 
     # Contours: laid on the left half, mirrored to the right.
-    ring = builtin.lid_vertices(mesh, left=True)
+    ring = lid_vertices(mesh, left=True)
     half = len(ring) // 2
     for row, right, chain in (
         (LID_LEFT_UPPER, LID_RIGHT_UPPER, ring[: half + 1]),
@@ -207,8 +209,8 @@ def embed(head: HeadAsset, landmarker: Landmarker, seeds: range = range(24), kee
     for row, tag in (
         (LIP_OUTER_UPPER, 3), (LIP_OUTER_LOWER, -3), (LIP_INNER_UPPER, 1), (LIP_INNER_LOWER, -1),
     ):  # fmt: skip
-        corner = builtin.lip_vertices(mesh, 1)[-1]
-        chain = builtin.lip_vertices(mesh, tag)
+        corner = lip_vertices(mesh, 1)[-1]
+        chain = lip_vertices(mesh, tag)
         chain = chain[mesh.vertices[chain, 0] >= 0]
         if chain[-1] != corner:
             chain = np.append(chain, corner)
@@ -224,9 +226,9 @@ def embed(head: HeadAsset, landmarker: Landmarker, seeds: range = range(24), kee
     # Irises: the pupil's centre and four points on the iris's edge, in the networks' own order.
     iris_marks = irises.mean(0)
     for first, left in ((IRIS_RIGHT, False), (IRIS_LEFT, True)):
-        ball = np.flatnonzero((mesh.part == builtin.EYEBALL) & (mesh.left == (1 if left else -1)))
+        ball = np.flatnonzero((mesh.part == EYEBALL) & (mesh.left == (1 if left else -1)))
         pole = ball[mesh.depth[ball] == 0][0]
-        centre = builtin.EYE * ([1, 1, 1] if left else [-1, 1, 1])
+        centre = EYE * ([1, 1, 1] if left else [-1, 1, 1])
         face[first], bary[first] = next(
             (f, (corners == pole).astype(float)) for f, corners in enumerate(mesh.faces) if pole in corners
         )
@@ -235,9 +237,9 @@ def embed(head: HeadAsset, landmarker: Landmarker, seeds: range = range(24), kee
         for k in range(1, 5):
             dx, dy = five[k] - five[0]  # image axes: x right is the subject's left, y down
             aim = np.array([np.sign(dx), 0.0]) if abs(dx) > abs(dy) else np.array([0.0, -np.sign(dy)])
-            t = np.deg2rad(builtin.IRIS_DEGREES)
-            target = centre + builtin.EYE_RADIUS * np.array([*(np.sin(t) * aim), np.cos(t)])
-            near, weights = builtin.locate(mesh.vertices, mesh.faces[on_ball], target[None])
+            t = np.deg2rad(IRIS_DEGREES)
+            target = centre + EYE_RADIUS * np.array([*(np.sin(t) * aim), np.cos(t)])
+            near, weights = locate(mesh.vertices, mesh.faces[on_ball], target[None])
             face[first + k], bary[first + k] = on_ball[near[0]], weights[0]
     return face.astype(np.int32), np.round(bary, 5).astype(np.float32), sheet
 
@@ -264,12 +266,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--out",
         type=Path,
-        default=Path(builtin.__file__).with_name("builtin_mediapipe478.npz"),
+        default=MEDIAPIPE_FILE,
         help="file to write",
     )
     parser.add_argument("--sheet", type=Path, help="also write a render with the landmarks drawn on it")
     args = parser.parse_args(argv)
-    head = builtin_head()
+    head = generate_head(build_mesh())
     try:
         face, bary, sheet = embed(head, Landmarker(fetch_models(args.wheel)))
     except LandmarkError as error:
