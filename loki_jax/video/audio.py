@@ -1,3 +1,5 @@
+"""The audio of a driving clip in the videos made from it."""
+
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -6,7 +8,7 @@ from pathlib import Path
 
 import av
 
-from loki_jax.video.reader import MediaError, check_file
+from loki_jax.video.files import MediaError, check_file
 
 # Audio codecs that an MP4 file may hold as they are; others are encoded again as AAC.
 _COPIED_AUDIO = ("aac", "mp3", "ac3", "alac")
@@ -101,4 +103,5 @@ class AudioTrack:
             ) from error
 
     def close(self) -> None:
+        """Close the source."""
         self._container.close()

@@ -1,8 +1,8 @@
-"""Video and image files: exact frame rates in, exact frame rates out, audio kept, nothing half-written.
+"""Video files in: exact frame rates, and pictures as a person would see them.
 
-Frames are (H, W, 3) uint8 RGB arrays as a person would see them: rotation flags are applied, pixels are
-made square, alpha is laid over white (the colour of the padding outside crops), wider bit depths are
-reduced to 8 bits. High dynamic range is refused: without tone mapping its colours would be wrong.
+Frames are (H, W, 3) uint8 RGB: rotation flags are applied, pixels are made square, alpha is laid over white,
+wider bit depths are reduced to 8 bits. High dynamic range is refused: without tone mapping its colours would
+be wrong.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import av
 import numpy as np
 from av.video.reformatter import Colorspace
 from jaxtyping import Int, UInt8
-from PIL import Image, ImageOps, UnidentifiedImageError
+
+from loki_jax.video.files import MediaError, check_file, over_white
 
 _STANDARD_RATES = tuple(
     Fraction(*rate)
@@ -39,10 +40,6 @@ _MATRICES = {
 _HDR_TRANSFERS = {16: "PQ (HDR10, Dolby Vision)", 18: "HLG"}
 
 
-class MediaError(ValueError):
-    """A video or image file cannot be read or written; the message names the file and the mend."""
-
-
 @dataclasses.dataclass(frozen=True)
 class Video:
     """A decoded video.
@@ -58,13 +55,6 @@ class Video:
     fps: Fraction
     has_audio: bool
     path: Path
-
-
-def check_file(path: Path, kind: str) -> None:
-    if not path.is_file():
-        raise MediaError(f"{path}: no such {kind} file. Check the path.")
-    if path.stat().st_size == 0:
-        raise MediaError(f"{path}: the {kind} file is empty (0 bytes). Copy or download it again.")
 
 
 def _frame_rate(stream: av.VideoStream, path: Path) -> Fraction:
@@ -102,12 +92,6 @@ def _quarter_turns(frame: av.VideoFrame) -> tuple[int, bool]:
     return int(turns), bool(mirrored)
 
 
-def _over_white(rgba: np.ndarray) -> np.ndarray:
-    """Composite (H, W, 4) uint8 over white."""
-    alpha = rgba[..., 3:].astype(np.uint16)
-    return ((rgba[..., :3] * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
-
-
 def _to_rgb(frame: av.VideoFrame, width: int | None = None) -> UInt8[np.ndarray, "H W 3"]:
     """The picture upright; `width` is that of the stored picture with square pixels, if it has others."""
     # Untagged video: BT.709 from 720 lines on, BT.601 below, as players assume.
@@ -117,7 +101,7 @@ def _to_rgb(frame: av.VideoFrame, width: int | None = None) -> UInt8[np.ndarray,
     if width is not None:
         options |= {"width": width, "height": frame.height}
     if any(component.is_alpha for component in frame.format.components):
-        image = _over_white(frame.to_ndarray(format="rgba", **options))
+        image = over_white(frame.to_ndarray(format="rgba", **options))
     else:
         image = frame.to_ndarray(format="rgb24", **options)
     turns, mirrored = _quarter_turns(frame)
@@ -125,18 +109,17 @@ def _to_rgb(frame: av.VideoFrame, width: int | None = None) -> UInt8[np.ndarray,
     return np.ascontiguousarray(image[:, ::-1] if mirrored else image)
 
 
-def _refuse_hdr(path: Path, retarget_clip: int) -> None:
-    if int(retarget_clip) in _HDR_TRANSFERS:
+def _refuse_hdr(path: Path, transfer: int) -> None:
+    if int(transfer) in _HDR_TRANSFERS:
         raise MediaError(
             f"{path}: high dynamic range, transfer {_HDR_TRANSFERS[int(transfer)]}, is not read. Convert "
-            "it to "
-            "standard range first (`ffmpeg -i IN -vf zscale=t=linear:npl=100,tonemap=hable,"
+            "it to standard range first (`ffmpeg -i IN -vf zscale=t=linear:npl=100,tonemap=hable,"
             "zscale=p=bt709:t=bt709:m=bt709,format=yuv420p OUT.mp4`)."
         )
 
 
 def _square_width(stream: av.VideoStream) -> int | None:
-    """Width in square pixels of a stream whose pixels are not square; None if they are or nothing is said."""
+    """Width in square pixels of a stream whose pixels are not square; None if they are or unstated."""
     aspect = stream.sample_aspect_ratio or stream.codec_context.sample_aspect_ratio
     if not aspect or aspect <= 0 or aspect == 1:
         return None
@@ -224,8 +207,7 @@ class VideoReader:
             if self._stream.codec_context is None:
                 raise MediaError(
                     f"{self.path}: damaged, or of a kind that cannot be decoded: its video track names no "
-                    "known "
-                    "codec. Copy it again, or convert it (`ffmpeg -i IN -c:v libx264 OUT.mp4`)."
+                    "known codec. Copy it again, or convert it (`ffmpeg -i IN -c:v libx264 OUT.mp4`)."
                 )
             self._stream.thread_type = "AUTO"
             _refuse_hdr(self.path, self._stream.codec_context.color_trc)
@@ -244,6 +226,7 @@ class VideoReader:
         self.close()
 
     def close(self) -> None:
+        """Close the file."""
         self._container.close()
 
     def _missing_frames(self, count: int, end: Fraction | None) -> int:
@@ -352,31 +335,3 @@ def resample_to_fps(video: Video, fps: Fraction) -> Video:
     """`video` at another frame rate: frames repeated or left out, never blended."""
     indices = resample_indices(len(video.frames), video.fps, fps)
     return dataclasses.replace(video, frames=video.frames[indices], fps=Fraction(fps))
-
-
-def read_image(path: str | os.PathLike) -> UInt8[np.ndarray, "H W 3"]:
-    """Read a picture upright (EXIF), as 8-bit RGB; of an animation the first frame.
-
-    Raises:
-      MediaError: no such file, empty, truncated, or not a picture.
-    """
-    path = Path(path)
-    check_file(path, "image")
-    try:
-        with Image.open(path) as opened:
-            opened.load()
-            picture = ImageOps.exif_transpose(opened)
-            if picture.mode.startswith("I") or picture.mode == "F":
-                # 16-bit grey; Pillow's own conversion clips it to white instead of scaling.
-                wide = np.asarray(picture, np.float64)
-                scale = 1.0 if wide.max() <= 255 else 255 / 65535
-                grey = np.clip(np.round(wide * scale), 0, 255).astype(np.uint8)
-                return np.repeat(grey[..., None], 3, axis=-1)
-            if picture.has_transparency_data:
-                return _over_white(np.asarray(picture.convert("RGBA")))
-            return np.array(picture.convert("RGB"))
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise MediaError(
-            f"{path}: not a readable picture, or truncated ({error}). "
-            "Copy it again or save it as PNG or JPEG."
-        ) from error

@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from loki_jax.video import reader as video
-from loki_jax.video.reader import MediaError, read_image, read_video
-from loki_jax.video.writer import write_video
+from loki_jax import video
+from loki_jax.video import MediaError, read_image, read_video, write_video
 
 NTSC = Fraction(30000, 1001)
 
