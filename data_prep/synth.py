@@ -1,3 +1,11 @@
+"""Synthetic talking heads with known truth: random identities of the built-in head, speech-like motion.
+
+    python -m data_prep.synth --out DIR [--identities 64] [--clips-per-identity 2] [--frames 32..64]
+    python -m data_prep.synth --preview sheet.png
+
+writes a dataset (docs/data.md) whose coefficients are exact, rendered by `loki_jax.synthetic`.
+"""
+
 from __future__ import annotations
 
 import argparse

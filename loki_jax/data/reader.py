@@ -21,6 +21,7 @@ from loki_jax.data.schema import (
     COEFFICIENT_FEATURES,
     HEAD_FILE,
     METADATA_FILE,
+    REBUILD_ADVICE,
     SCHEMA_VERSION,
     Clip,
     ClipInfo,
@@ -101,7 +102,7 @@ class Dataset:
             if split not in self.metadata.records:
                 raise DatasetError(
                     f"{self.path}: has no split {split!r}, only {', '.join(self.metadata.records)}. "
-                    f"{_REBUILD}"
+                    f"{REBUILD_ADVICE}"
                 )
             self._sources[split] = tfds.builder_from_directory(self.path).as_data_source(
                 split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
@@ -122,7 +123,7 @@ class Dataset:
         except Exception as error:  # the readers raise many types; the file is what the reader needs to know
             raise DatasetError(
                 f"{self.path}: records {list(records)} of split {split!r} are damaged ({error}). "
-                f"Copy the shards again. {_REBUILD}"
+                f"Copy the shards again. {REBUILD_ADVICE}"
             ) from error
 
     def stored_clip(self, clip: ClipInfo) -> Clip:
@@ -175,12 +176,12 @@ class Dataset:
 def _read_json(path: Path) -> Any:
     if not path.is_file():
         raise DatasetError(
-            f"{path}: no such file, so {path.parent} is not a complete loki_jax dataset. {_REBUILD}"
+            f"{path}: no such file, so {path.parent} is not a complete loki_jax dataset. {REBUILD_ADVICE}"
         )
     try:
         return json.loads(path.read_text())
     except ValueError as error:
-        raise DatasetError(f"{path}: not readable as JSON ({error}). {_REBUILD}") from error
+        raise DatasetError(f"{path}: not readable as JSON ({error}). {REBUILD_ADVICE}") from error
 
 
 def read_metadata(path: str | os.PathLike) -> Metadata:
@@ -191,17 +192,17 @@ def read_metadata(path: str | os.PathLike) -> Metadata:
     """
     path = Path(path)
     if not path.is_dir():
-        raise DatasetError(f"{path}: no such dataset folder. Check `data.path`. {_REBUILD}")
+        raise DatasetError(f"{path}: no such dataset folder. Check `data.path`. {REBUILD_ADVICE}")
     if not (path / "dataset_info.json").is_file():
         raise DatasetError(
-            f"{path}: holds no dataset_info.json. `data.path` must be the folder that holds it. {_REBUILD}"
+            f"{path}: holds no dataset_info.json. `data.path` must be the folder that holds it. {REBUILD_ADVICE}"
         )
     stored = _read_json(path / METADATA_FILE)
     version = stored.get("schema_version") if isinstance(stored, dict) else None
     if version != SCHEMA_VERSION:
         raise DatasetError(
             f"{path / METADATA_FILE}: schema version {version}, this loki_jax reads {SCHEMA_VERSION}. "
-            f"{_REBUILD}"
+            f"{REBUILD_ADVICE}"
         )
     try:
         metadata = Metadata(**stored)
@@ -211,7 +212,7 @@ def read_metadata(path: str | os.PathLike) -> Metadata:
             shards={name: tuple(entry) for name, entry in metadata.shards.items()},
         )
     except (TypeError, AttributeError) as error:
-        raise DatasetError(f"{path / METADATA_FILE}: damaged ({error}). {_REBUILD}") from error
+        raise DatasetError(f"{path / METADATA_FILE}: damaged ({error}). {REBUILD_ADVICE}") from error
 
 
 def open_dataset(path: str | os.PathLike, head_sha256: str | None = None) -> Dataset:
@@ -231,21 +232,21 @@ def open_dataset(path: str | os.PathLike, head_sha256: str | None = None) -> Dat
     for name, (_, size) in metadata.shards.items():
         file = path / name
         if not file.is_file():
-            raise DatasetError(f"{file}: shard is missing. Copy it again. {_REBUILD}")
+            raise DatasetError(f"{file}: shard is missing. Copy it again. {REBUILD_ADVICE}")
         if file.stat().st_size != size:
             raise DatasetError(
                 f"{file}: has {file.stat().st_size} bytes, {size} were written: truncated or changed. "
-                f"Copy it again. {_REBUILD}"
+                f"Copy it again. {REBUILD_ADVICE}"
             )
     head_file = path / HEAD_FILE
     if not head_file.is_file():
-        raise DatasetError(f"{head_file}: the dataset's head asset is missing. Copy it again. {_REBUILD}")
+        raise DatasetError(f"{head_file}: the dataset's head asset is missing. Copy it again. {REBUILD_ADVICE}")
     found = file_sha256(head_file)
     if found != metadata.head_sha256:
         raise DatasetError(
             f"{head_file}: SHA-256 {found[:12]}... is not the head of this dataset "
             f"({metadata.head_sha256[:12]}...): its coefficients mean nothing for another head. "
-            f"Restore the original file. {_REBUILD}"
+            f"Restore the original file. {REBUILD_ADVICE}"
         )
     if head_sha256 is not None and head_sha256 != metadata.head_sha256:
         raise DatasetError(
@@ -256,5 +257,5 @@ def open_dataset(path: str | os.PathLike, head_sha256: str | None = None) -> Dat
     try:
         clips = tuple(ClipInfo(**(row | {"fps": Fraction(*row["fps"])})) for row in rows)
     except (TypeError, KeyError, ValueError) as error:
-        raise DatasetError(f"{path / CLIPS_FILE}: damaged ({error}). {_REBUILD}") from error
+        raise DatasetError(f"{path / CLIPS_FILE}: damaged ({error}). {REBUILD_ADVICE}") from error
     return Dataset(path, metadata, clips)

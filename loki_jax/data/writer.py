@@ -72,7 +72,7 @@ class _SplitWriter:
         self.payload: list[int] = []
 
     def _partial(self, shard: int) -> Path:
-        return self._folder / f"{_NAME}-{self._split}.array_record-{shard:05d}"
+        return self._folder / f"loki-{self._split}.array_record-{shard:05d}"
 
     @property
     def records(self) -> int:

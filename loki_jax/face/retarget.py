@@ -81,7 +81,7 @@ def retarget(
     if (driver_camera is None) != (reference_camera is None):
         raise ValueError("give both cameras or none: increments pass from one camera's axes to the other's")
     shape = jnp.broadcast_to(
-        reference.shape[..., None, :], (*driver.rot.shape[:-1], reference.shape.shape[-1])
+        reference.betas[..., None, :], (*driver.rot.shape[:-1], reference.betas.shape[-1])
     )
     if mode == "absolute":
         return driver._replace(betas=shape)

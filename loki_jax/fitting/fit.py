@@ -137,7 +137,7 @@ def fit_landmarks(
             "Rebuild the asset with `python -m data_prep.head_asset`."
         )
     if points.ndim != 3 or points.shape[1] != N_POINTS or points.shape[2] not in (2, 3) or len(points) == 0:
-        raise FitError(f"landmarks have shape {points.shape}, expected (N, {_N_POINTS}, 2 or 3) with N > 0")
+        raise FitError(f"landmarks have shape {points.shape}, expected (N, {N_POINTS}, 2 or 3) with N > 0")
     if confidence.shape != points.shape[:2]:
         raise FitError(f"confidence has shape {confidence.shape}, expected {points.shape[:2]}")
     finite = np.isfinite(points[..., :2]).all(-1) & np.isfinite(confidence)
