@@ -307,7 +307,7 @@ def _track_clips(frames, head, shape, appearance, camera, crop, prior):
         identity = make_identity(head, shape)
         rot, tra = start_pose(head, identity, jax.tree.map(lambda x: x[0], camera), crop[0])
         sigma = Coefficients(
-            shape=jnp.zeros(head.n_shape),
+            betas=jnp.zeros(head.n_shape),
             expression=prior.expression * jnp.asarray(head.expression_sigma),
             rot=jnp.full(3, prior.rot),
             tra=jnp.full(3, prior.tra),
