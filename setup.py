@@ -30,6 +30,7 @@ CORE = [
     "einops>=0.8",
     "jaxtyping>=0.3",
     "tqdm>=4.66",
+    "tyro>=1.0",
     "tensorboardX>=2.6.2",
     "matplotlib>=3.9",
     "av>=15.0",

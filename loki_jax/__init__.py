@@ -14,11 +14,19 @@ if TYPE_CHECKING:
     from loki_jax.face.asset import load_head
     from loki_jax.face.builtin import builtin_head
     from loki_jax.face.retarget import retarget
+    from loki_jax.face.skinning import make_identity
     from loki_jax.metrics.hef import head_expression_follow
     from loki_jax.metrics.hpf import head_pose_follow
-    from loki_jax.pipeline import LokiPipeline
+    from loki_jax.pipeline import LokiPipeline, retarget_clip
     from loki_jax.raster.api import rasterize
-    from loki_jax.sources import DrivingClip, Portrait, fit_clip, fit_portrait
+    from loki_jax.sources import (
+        DrivingClip,
+        Portrait,
+        fit_clip,
+        fit_portrait,
+        load_driving_clip,
+        load_portrait,
+    )
     from loki_jax.training.checkpoint import load_checkpoint
 
 __version__ = "0.1.0"
@@ -34,14 +42,19 @@ _MODULES = {
     "head_expression_follow": "metrics.hef",
     "head_pose_follow": "metrics.hpf",
     "load_checkpoint": "training.checkpoint",
+    "load_driving_clip": "sources",
     "load_head": "face.asset",
+    "load_portrait": "sources",
+    "make_identity": "face.skinning",
     "rasterize": "raster.api",
     "retarget": "face.retarget",
+    "retarget_clip": "pipeline",
 }
 
 __all__ = [
     "DrivingClip", "LokiPipeline", "Portrait", "builtin_head", "driver_map", "fit_clip", "fit_portrait",
-    "head_expression_follow", "head_pose_follow", "load_checkpoint", "load_head", "rasterize", "retarget",
+    "head_expression_follow", "head_pose_follow", "load_checkpoint", "load_driving_clip", "load_head",
+    "load_portrait", "make_identity", "rasterize", "retarget", "retarget_clip",
 ]  # fmt: skip
 
 
