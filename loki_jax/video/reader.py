@@ -268,6 +268,10 @@ class VideoReader:
                     end = max(end or Fraction(0), time + 1 / self.source_fps)
                 yield time, frame
         except (av.error.FFmpegError, OSError) as error:
+            if count == 0 and self._container.format.name == "webp_pipe":
+                raise MediaError(
+                    f"{self.path}: a WebP animation cannot be decoded. Convert it to MP4 or GIF first."
+                ) from error
             raise MediaError(
                 f"{self.path}: damaged after {count} frames ({error}). Copy or download it again."
             ) from error

@@ -1,11 +1,12 @@
 """Video and image files: every property is checked on files that PyAV or Pillow made for the test."""
 
+import struct
 from fractions import Fraction
 
 import av
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageCms
 
 from loki_jax import video
 from loki_jax.video import MediaError, read_image, read_video, write_video
@@ -383,6 +384,75 @@ def test_images_come_upright_and_as_rgb(tmp_path):
     np.testing.assert_array_equal(read_image(tmp_path / "palette.gif"), np.asarray(palette.convert("RGB")))
     Image.fromarray(base).convert("CMYK").save(tmp_path / "print.jpg", quality=95)
     assert np.abs(read_image(tmp_path / "print.jpg").astype(int) - base).mean() < 4
+
+
+def wide_gamut_profile():
+    """An ICC profile (version 2, matrix and curves) with the primaries of Display P3 and a gamma of 2.2."""
+    fixed = lambda *values: struct.pack(f">{len(values)}i", *(round(65536 * v) for v in values))
+    xyz = lambda *values: b"XYZ \0\0\0\0" + fixed(*values)
+    # Adapted to D50, as ICC wants them.
+    columns = {b"rXYZ": (0.51512, 0.24120, -0.00105), b"gXYZ": (0.29198, 0.69225, 0.04189),
+               b"bXYZ": (0.15710, 0.06657, 0.78407), b"wtpt": (0.95045, 1.0, 1.08905)}  # fmt: skip
+    tags = {name: xyz(*values) for name, values in columns.items()}
+    tags |= {name: b"curv\0\0\0\0" + struct.pack(">IHH", 1, round(2.2 * 256), 0)
+             for name in (b"rTRC", b"gTRC", b"bTRC")}  # fmt: skip
+    tags[b"desc"] = b"desc\0\0\0\0" + struct.pack(">I", 5) + b"wide\0" + bytes(79)
+    tags[b"cprt"] = b"text\0\0\0\0none\0\0\0\0"
+    offset, table, data = 128 + 4 + 12 * len(tags), struct.pack(">I", len(tags)), b""
+    for name, content in tags.items():
+        table += name + struct.pack(">II", offset + len(data), len(content))
+        data += content
+    header = struct.pack(
+        ">I4sI4s4s4s12s4s",
+        offset + len(data),
+        b"none",
+        0x02400000,
+        b"mntr",
+        b"RGB ",
+        b"XYZ ",
+        bytes(12),
+        b"acsp",
+    )
+    header = header.ljust(68, b"\0") + fixed(0.9642, 1.0, 0.8249)
+    return header.ljust(128, b"\0") + table + data
+
+
+def test_colour_profiles_are_converted(tmp_path):
+    # Display P3's (200, 100, 60) is more saturated in sRGB. Expected: P3 matrix to XYZ, inverse sRGB matrix
+    # (IEC 61966-2-1), sRGB's transfer function; worked out below in float64.
+    linear = (np.array([200, 100, 60]) / 255) ** 2.2
+    p3 = np.array([[0.51512, 0.29198, 0.15710], [0.24120, 0.69225, 0.06657], [-0.00105, 0.04189, 0.78407]])
+    srgb_d50 = np.array(
+        [[0.43607, 0.38515, 0.14307], [0.22249, 0.71687, 0.06061], [0.01392, 0.09708, 0.71410]]
+    )
+    light = np.linalg.solve(srgb_d50, p3 @ linear)
+    expected = 255 * np.where(light > 0.0031308, 1.055 * np.abs(light) ** (1 / 2.4) - 0.055, 12.92 * light)
+    colours = Image.new("RGB", (8, 8), (200, 100, 60))
+    for name, picture in (("p3.png", colours), ("p3.webp", colours), ("alpha.png", colours.convert("RGBA"))):
+        options = {"lossless": True} if name.endswith("webp") else {}
+        picture.save(tmp_path / name, icc_profile=wide_gamut_profile(), **options)
+        np.testing.assert_allclose(read_image(tmp_path / name)[3, 3], expected, atol=2)
+    assert expected[0] > 206  # far from the stored number
+    # sRGB itself, and a profile that cannot be read, leave the numbers alone.
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    for profile in (srgb, b"not a profile"):
+        colours.save(tmp_path / "same.png", icc_profile=profile)
+        np.testing.assert_array_equal(read_image(tmp_path / "same.png")[3, 3], (200, 100, 60))
+
+
+def test_float_tiff_and_animations(tmp_path):
+    ramp = np.linspace(0, 1, 48 * 64, dtype=np.float32).reshape(48, 64)
+    for scale in (1, 255, 65535):
+        Image.fromarray(ramp * scale).save(tmp_path / "float.tiff")
+        grey = read_image(tmp_path / "float.tiff")[..., 0]
+        np.testing.assert_allclose(grey, 255 * ramp, atol=0.51)
+    steps = [Image.new("RGB", (64, 48), (level,) * 3) for level in (40, 120, 200)]
+    for name in ("moving.webp", "moving.gif", "moving.png"):
+        steps[0].save(tmp_path / name, save_all=True, append_images=steps[1:], duration=40)
+        assert np.abs(read_image(tmp_path / name).astype(int) - 40).max() <= 2
+    assert [int(frame[0, 0, 0]) for frame in read_video(tmp_path / "moving.gif").frames] == [40, 120, 200]
+    with pytest.raises(MediaError, match="WebP animation"):
+        read_video(tmp_path / "moving.webp")
 
 
 def test_unreadable_images_give_one_clear_error(tmp_path):
