@@ -304,6 +304,17 @@ class VideoReader:
             yield image
 
 
+def first_picture_time(path: str | os.PathLike) -> Fraction:
+    """When the first picture is shown, in seconds of the file's own clock; 0 where pictures have no times.
+
+    Raises:
+      MediaError: as `VideoReader`.
+    """
+    with VideoReader(path) as reader:
+        time, _ = next(reader._decoded())
+    return time or Fraction(0)
+
+
 def read_video(path: str | os.PathLike, max_frames: int | None = None) -> Video:
     """Decode a video, or its first `max_frames` frames, into memory.
 

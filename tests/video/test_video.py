@@ -2,6 +2,7 @@
 
 import struct
 from fractions import Fraction
+from pathlib import Path
 
 import av
 import numpy as np
@@ -12,6 +13,7 @@ from loki_jax import video
 from loki_jax.video import MediaError, read_image, read_video, write_video
 
 NTSC = Fraction(30000, 1001)
+FILES = Path(__file__).parent / "files"
 
 
 def numbered_frames(count, height=48, width=64):
@@ -221,6 +223,62 @@ def test_audio_stays_in_time(tmp_path, codec, suffix, rate):
     assert abs(true_onset - 1.0) < 0.03
     assert abs(onset - true_onset) < 0.03  # less than a frame
     assert read_video(out).fps == NTSC and len(read_video(out).frames) == 60
+
+
+def onset(path):
+    wave, rate, start, _ = decode_audio(path)
+    return start + np.argmax(np.abs(wave) > 0.2) / rate
+
+
+@pytest.mark.parametrize(
+    ("codec", "suffix", "kept", "first"),
+    [
+        ("libopus", ".mkv", "aac", 0.3),
+        ("pcm_s16le", ".mkv", "aac", 0.3),
+        ("libmp3lame", ".mkv", "mp3", 0.3),
+        ("libmp3lame", ".flv", "mp3", 0.3),
+        ("aac", ".flv", "aac", 0.3),
+        ("aac", ".ts", "aac", 0.3),
+        ("libopus", ".mp4", "aac", 0),
+        ("libopus", ".mkv", "aac", 0.007),
+        ("libmp3lame", ".avi", "mp3", 0),  # AVI has no time stamps: every track starts at 0
+    ],
+)
+def test_audio_is_timed_from_the_first_picture(tmp_path, codec, suffix, kept, first):
+    rate = 44100 if suffix == ".flv" else 48000
+    stamps = None if suffix == ".avi" else [Fraction(first) + Fraction(i, 25) for i in range(50)]
+    driver = make_driver(
+        tmp_path / f"driver{suffix}", 50, Fraction(25), audio=codec, rate=rate, click=1.0 + first,
+        stamps=stamps,
+    )  # fmt: skip
+    out = tmp_path / "out.mp4"
+    clip = read_video(driver)
+    write_video(out, clip.frames, clip.fps, audio_from=driver)
+    with av.open(str(out)) as container:
+        assert container.streams.audio[0].codec_context.codec.canonical_name == kept
+    assert abs(onset(out) - 1.0) < 0.04
+    assert read_video(out).fps == 25 and len(read_video(out).frames) == 50
+
+
+def test_the_default_audio_track_is_taken(tmp_path):
+    driver = FILES / "twoaudio.mp4"  # a silent track first, then the default one with a beep at 1 s
+    clip = read_video(driver)
+    write_video(tmp_path / "out.mp4", clip.frames, clip.fps, audio_from=driver)
+    assert abs(onset(tmp_path / "out.mp4") - 1.0) < 0.04
+
+
+def test_damaged_audio_costs_a_warning_and_never_the_video(tmp_path):
+    driver = make_driver(tmp_path / "driver.mkv", 60, audio="flac")
+    data = bytearray(driver.read_bytes())
+    with av.open(str(driver)) as container:
+        packets = [p for p in container.demux(container.streams.audio[0]) if p.size]
+    for packet in packets[10:14]:
+        data[packet.pos + 16 : packet.pos + packet.size] = bytes(packet.size - 16)
+    driver.write_bytes(data)
+    out = tmp_path / "out.mp4"
+    with pytest.warns(UserWarning, match="audio"):
+        write_video(out, numbered_frames(60), NTSC, audio_from=driver)
+    assert len(read_video(out).frames) == 60 and abs(onset(out) - 1.0) < 0.04
 
 
 def test_audio_copied_without_loss_is_bit_identical(tmp_path):
