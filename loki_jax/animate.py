@@ -49,9 +49,11 @@ def animate(options: AnimateOptions) -> None:
     from loki_jax.pictures import panel_frames
     from loki_jax.pipeline import LokiPipeline
     from loki_jax.sources import load_driving_clip, load_portrait
-    from loki_jax.video import VideoWriter
+    from loki_jax.video import VideoWriter, check_output
 
     panel_path = options.out.with_name(f"{options.out.stem}_panel{options.out.suffix}")
+    for path in (options.out, panel_path):
+        check_output(path, [options.reference, options.driver, options.checkpoint])
     pipeline = LokiPipeline.from_checkpoint(options.checkpoint)
     sampling = pipeline.sampling(options.steps, options.guidance, options.mode)
     portrait = load_portrait(options.reference, pipeline.head, pipeline.size)

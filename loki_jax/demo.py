@@ -151,6 +151,8 @@ def demo(options: DemoOptions) -> dict[str, Any]:
 
     if options.steps < 1:
         raise ValueError(f"--steps {options.steps} must be at least 1")
+    if options.out.exists() and not options.out.is_dir():
+        raise ValueError(f"{options.out}: is a file. --out names a folder.")
     began = last = time.monotonic()
     timing = {}
 

@@ -94,6 +94,8 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
         raise ValueError(
             "--truth render needs --reference DATASET_FOLDER:CLIP_ID, a head of known appearance"
         )
+    if options.out.exists() and not options.out.is_dir():
+        raise ValueError(f"{options.out}: is a file. --out names a folder.")
     head = _choose_head(options)
     video = read_video(options.video)
     frames = video.frames

@@ -1,5 +1,6 @@
 """The animate program on clips of a dataset, with a tiny model of random parameters."""
 
+import os
 from fractions import Fraction
 
 import jax
@@ -11,7 +12,7 @@ from loki_jax.animate import main
 from loki_jax.face.builtin import builtin_head
 from loki_jax.metrics.hpf import head_pose_follow
 from loki_jax.networks import build_networks, random_params
-from loki_jax.pipeline import retarget_clip
+from loki_jax.pipeline import LokiPipeline, retarget_clip
 from loki_jax.sources import load_driving_clip, load_portrait, split_clip_source
 from loki_jax.training.model_file import Checkpoint, save_model_file
 from loki_jax.video import is_tagged_synthetic, read_video
@@ -120,3 +121,28 @@ def test_bad_input_is_one_clear_error(folder, clips, model, change, message, cap
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message in error and error.count("\n") == 1
     assert not list(folder.glob("*bad*"))
+
+
+def test_no_input_is_replaced_and_the_output_is_checked_first(tmp_path, clips, monkeypatch, capsys):
+    monkeypatch.setattr(LokiPipeline, "from_checkpoint", lambda _: pytest.fail("work before the check"))
+    (tmp_path / "folder.mp4").mkdir()
+    for name in ("driver.mp4", "clip_panel.mp4", "portrait.mp4"):
+        (tmp_path / name).write_bytes(b"the user's")
+    (tmp_path / "link.mp4").symlink_to("driver.mp4")
+    blocked = tmp_path / "blocked"
+    blocked.mkdir(mode=0o500)
+    cases = [
+        ("driver.mp4", clips[0], "driver.mp4", "is the input"),
+        ("portrait.mp4", tmp_path / "portrait.mp4", "driver.mp4", "is the input"),
+        ("clip.mp4", clips[0], "clip_panel.mp4", "is the input"),
+        ("driver.mp4", clips[0], "link.mp4", "is the input"),
+        ("folder.mp4", clips[0], "driver.mp4", "is a folder"),
+        ("out.avi", clips[0], "driver.mp4", "unknown kind"),
+        ("none/out.mp4", clips[0], "driver.mp4", "does not exist"),
+    ]
+    if os.geteuid():  # no folder is closed to root
+        cases.append(("blocked/out.mp4", clips[0], "driver.mp4", "cannot be written"))
+    for out, reference, driver, message in cases:
+        assert run("demo", str(reference), str(tmp_path / driver), tmp_path / out) == 1
+        assert message in capsys.readouterr().err
+    assert (tmp_path / "driver.mp4").read_bytes() == b"the user's"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import tempfile
 from collections.abc import Iterable
 from fractions import Fraction
 from pathlib import Path
@@ -23,11 +24,44 @@ _BT709, _LIMITED_RANGE = 1, 1
 
 _CONTAINERS = (".mp4", ".m4v", ".mov", ".mkv")
 
+_FIRST_WRITE = 1 << 20  # bytes that must find room before any work
+
+
+def check_output(path: str | os.PathLike, inputs: Iterable[str | os.PathLike] = ()) -> None:
+    """Check that a video can be written to `path` and that this replaces none of the inputs.
+
+    Programs call it before any work. `VideoWriter` does too.
+
+    Raises:
+      MediaError: unknown suffix, no such folder, a folder of that name, an input, or no place to write.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in _CONTAINERS:
+        raise MediaError(
+            f"{path}: unknown kind of video file {path.suffix!r}. Name it .mp4 (or {', '.join(_CONTAINERS)})."
+        )
+    if not path.parent.is_dir():
+        raise MediaError(f"{path}: the folder {path.parent} does not exist. Make it first.")
+    if path.is_dir():
+        raise MediaError(f"{path}: is a folder. Name a file.")
+    for source in inputs:
+        if path.exists() and os.path.exists(source) and path.samefile(source):
+            raise MediaError(f"{path}: is the input {source}, which would be replaced. Choose another name.")
+    try:
+        with tempfile.TemporaryFile(dir=path.parent) as file:
+            file.write(bytes(_FIRST_WRITE))
+    except OSError as error:
+        raise _unwritable(path, error) from error
+
+
+def _unwritable(path: Path, error: OSError) -> MediaError:
+    return MediaError(f"{path}: cannot be written ({error.strerror or error}). Choose another folder.")
+
 
 class VideoWriter:
     """Writes H.264 (yuv420p, BT.709) frame by frame; the file appears when the writer closes without error.
 
-    Use as a context manager: on an exception nothing is left behind. Arguments as for `write_video`.
+    Use as a context manager: on an exception nothing is left behind. Arguments and errors: `write_video`.
     """
 
     def __init__(
@@ -40,16 +74,10 @@ class VideoWriter:
         crf: int = 16,
     ):
         self.path = Path(path)
-        if self.path.suffix.lower() not in _CONTAINERS:
-            raise MediaError(
-                f"{self.path}: unknown kind of video file {self.path.suffix!r}. "
-                f"Name it .mp4 (or {', '.join(_CONTAINERS)})."
-            )
-        if not self.path.parent.is_dir():
-            raise MediaError(f"{self.path}: the folder {self.path.parent} does not exist. Make it first.")
         self.fps = Fraction(fps)
         if self.fps <= 0:
             raise ValueError(f"fps is {fps}, expected a positive rational")
+        check_output(self.path, [] if audio_from is None else [audio_from])
         self._partial = self.path.with_name(f".{self.path.stem}.{os.getpid()}.partial{self.path.suffix}")
         self._crf = crf
         self._shape: tuple[int, ...] | None = None
@@ -60,7 +88,7 @@ class VideoWriter:
         try:
             self._container = av.open(str(self._partial), "w", options=options)
         except (av.error.FFmpegError, OSError) as error:
-            raise MediaError(f"{self.path}: cannot be written ({error}). Choose another folder.") from error
+            raise _unwritable(self.path, error) from error
         try:
             if synthetic:
                 self._container.metadata["comment"] = SYNTHETIC_TAG
@@ -96,6 +124,9 @@ class VideoWriter:
         self._stream.width, self._stream.height = width + width % 2, height + height % 2
         self._stream.pix_fmt = "yuv420p"
         self._stream.options = {"crf": str(self._crf), "preset": "medium"}
+        if width < 256:
+            # x264's macroblock tree reads past short rows, which makes equal frames unequal files.
+            self._stream.options["x264-params"] = "mbtree=0"
         codec = self._stream.codec_context
         codec.time_base = 1 / self.fps
         codec.colorspace = codec.color_primaries = codec.color_trc = _BT709
@@ -115,24 +146,31 @@ class VideoWriter:
         picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(even), format="rgb24")
         picture = picture.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709)
         picture.pts, picture.time_base = self._count, 1 / self.fps
-        for packet in self._stream.encode(picture):
-            self._container.mux(packet)
+        self._encode(picture)
         self._count += 1
         if self._audio is not None:
             self._audio.advance(self._count / self.fps)
+
+    def _encode(self, picture: av.VideoFrame | None) -> None:
+        try:
+            self._container.mux(self._stream.encode(picture))
+        except (av.error.FFmpegError, OSError) as error:
+            raise _unwritable(self.path, error) from error
 
     def close(self) -> None:
         """Finish the file and give it its name."""
         try:
             if self._count == 0:
                 raise MediaError(f"{self.path}: no frame to write. Check the input: it gave none.")
-            for packet in self._stream.encode(None):
-                self._container.mux(packet)
+            self._encode(None)
             if self._audio is not None:
                 self._audio.close()
                 self._audio = None
-            self._container.close()
-            os.replace(self._partial, self.path)
+            try:
+                self._container.close()
+                os.replace(self._partial, self.path)
+            except (av.error.FFmpegError, OSError) as error:
+                raise _unwritable(self.path, error) from error
         except BaseException:
             self._discard()
             raise
@@ -160,7 +198,8 @@ def write_video(
       crf: x264's quality, lower is better; 16 is visually lossless.
 
     Raises:
-      MediaError: the path cannot be written, there is no frame, or the audio cannot be read.
+      MediaError: the path cannot be written or is `audio_from` (`check_output`), there is no frame, or the
+        audio cannot be read.
     """
     with VideoWriter(path, fps, audio_from=audio_from, synthetic=synthetic, crf=crf) as writer:
         for frame in frames:

@@ -1,6 +1,9 @@
 """Video and image files: every property is checked on files that PyAV or Pillow made for the test."""
 
+import errno
+import os
 import struct
+import tempfile
 from fractions import Fraction
 from pathlib import Path
 
@@ -344,6 +347,32 @@ def test_unusable_output_names_are_refused(tmp_path):
         write_video(tmp_path / "clip.avi", numbered_frames(1), Fraction(25))
     with pytest.raises(MediaError, match="does not exist"):
         write_video(tmp_path / "no" / "clip.mp4", numbered_frames(1), Fraction(25))
+
+
+def test_a_full_disk_is_one_clear_error(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(MediaError, match="cannot be written .*No space left"):
+        with video.VideoWriter(tmp_path / "clip.mp4", Fraction(25)) as writer:
+            for frame in numbered_frames(3):
+                writer.write(frame)
+            monkeypatch.setattr(os, "replace", full)
+    monkeypatch.setattr(tempfile, "TemporaryFile", full)
+    with pytest.raises(MediaError, match="cannot be written .*No space left"):
+        video.check_output(tmp_path / "clip.mp4")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("width", [64, 256])
+def test_equal_frames_make_equal_files(tmp_path, width):
+    noise = np.random.default_rng(0).integers(0, 256, (12, 8, width // 8, 3), dtype=np.uint8)
+    frames = np.stack([Image.fromarray(f).resize((width, 64), Image.Resampling.BICUBIC) for f in noise])
+    contents = set()
+    for index in range(6):
+        write_video(tmp_path / f"{index}.mp4", frames, Fraction(25))
+        contents.add((tmp_path / f"{index}.mp4").read_bytes())
+    assert len(contents) == 1
 
 
 def test_unreadable_videos_give_one_clear_error(tmp_path):
