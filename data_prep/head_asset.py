@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from loki_jax.face.ict import head_from_ict
 from loki_jax.fitting.landmarker import Landmarker
 from loki_jax.fitting.model_files import LandmarkError, cached_models, fetch_models
 from loki_jax.fitting.problem import LANDMARK_SET
+from loki_jax.io import atomic_path
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -48,13 +48,8 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def _write_image(path: Path, image: UInt8[np.ndarray, "height width 3"]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
+    with atomic_path(path) as partial:
         Image.fromarray(image).save(partial, format="PNG")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _embedded(head: HeadAsset, wheel: str | None) -> HeadAsset:

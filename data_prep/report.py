@@ -27,6 +27,7 @@ from PIL import Image
 
 from loki_jax.data.reader import Dataset, decode_image, open_dataset
 from loki_jax.data.schema import ClipInfo, DatasetError
+from loki_jax.io import atomic_path
 from loki_jax.metrics.hpf import head_rotation
 
 _SUMMARY = "summary.json"
@@ -348,13 +349,8 @@ def make_report(path: Path, page: Path, overlays: str = "auto") -> tuple[list[Cl
     head = dataset.head()
     clips = [report_clip(dataset, head, info, by_clip.get(info.clip_id, {})) for info in dataset.clips]
     text = render_page(dataset, clips, summary, page, overlays)
-    page.parent.mkdir(parents=True, exist_ok=True)
-    partial = page.with_name(f".{page.name}.{os.getpid()}.partial")
-    try:
+    with atomic_path(page) as partial:
         partial.write_text(text)
-        os.replace(partial, page)
-    finally:
-        partial.unlink(missing_ok=True)
     return clips, summary
 
 

@@ -39,27 +39,30 @@ _loki_setup_locked() {
     fi
     python=$venv/bin/python
 
+    # Exact versions: one file for Python 3.11, one for newer ones. The link is for installing more by hand.
+    local pins=constraints-3.13.txt
+    if "$python" -c 'import sys; sys.exit(sys.version_info >= (3, 12))'; then
+        pins=constraints.txt
+    fi
+    ln -sf "../$pins" "$venv/constraints.txt"
+    pins=$root/$pins
+
     local stamp=$venv/.loki-setup-$profile wanted
-    wanted=$(cat "$root/setup.py" "$root/pyproject.toml" "$root/constraints.txt" | "$python" -c \
+    wanted=$(cat "$root/setup.py" "$root/pyproject.toml" "$pins" | "$python" -c \
         'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read() + sys.argv[1].encode()).hexdigest())' \
         "$profile $root $("$python" --version)")
     if [[ -f $stamp && $(<"$stamp") == "$wanted" ]]; then
         return 0
     fi
 
-    local pip=("$python" -m pip install --quiet --disable-pip-version-check -c "$root/constraints.txt")
+    local pip=("$python" -m pip install --quiet --disable-pip-version-check -c "$pins")
     if [[ $profile == test ]]; then
         # First and by its exact version: asked for by another package, pip may choose a build with
-        # several GB of CUDA libraries. LOKI_TORCH_INDEX names an index with CPU builds, where wanted:
-        # https://download.pytorch.org/whl/cpu
+        # several GB of CUDA libraries. pip's own variables (PIP_INDEX_URL, PIP_FIND_LINKS) lead to CPU builds.
         echo "set-up: installing torch (only the tests compare with it)"
         local torch
-        torch=$(grep '^torch==' "$root/constraints.txt") || return
-        if [[ -n ${LOKI_TORCH_INDEX:-} ]]; then
-            "${pip[@]}" --index-url "$LOKI_TORCH_INDEX" --extra-index-url https://pypi.org/simple "$torch" || return
-        else
-            "${pip[@]}" "$torch" || return
-        fi
+        torch=$(grep '^torch==' "$pins") || return
+        "${pip[@]}" "$torch" || return
     fi
     echo "set-up: installing loki_jax[$extras] into .venv (some minutes the first time)"
     # setuptools warns of every editable installation; nothing to act on.
@@ -69,7 +72,7 @@ _loki_setup_locked() {
 
 _loki_find_python() {
     local candidate
-    # 3.11 first: the pinned versions were tested together there.
+    # 3.11 first: CI runs it.
     for candidate in ${PYTHON:+"$PYTHON"} python3.11 python3.12 python3.13 python3 python; do
         if command -v "$candidate" >/dev/null &&
             "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then

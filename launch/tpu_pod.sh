@@ -140,7 +140,7 @@ case $action in
         run git -C "$root" archive --format=tar.gz --output="$scratch/loki_jax.tar.gz" HEAD
         run gcloud compute tpus tpu-vm scp "$scratch/loki_jax.tar.gz" "$name:loki_jax.tar.gz" "${place[@]}" --worker=all
         # launch/setup.sh finds a Python and makes .venv; libtpu comes with the tpu extra.
-        on all 'set -e; mkdir -p loki_jax && tar -xzf loki_jax.tar.gz -C loki_jax && cd loki_jax && ./launch/demo.sh --setup && .venv/bin/python -m pip install --quiet -c constraints.txt -e ".[tpu]"'
+        on all 'set -e; mkdir -p loki_jax && tar -xzf loki_jax.tar.gz -C loki_jax && cd loki_jax && ./launch/demo.sh --setup && .venv/bin/python -m pip install --quiet -c .venv/constraints.txt -e ".[tpu]"'
         ;;
     train)
         on all "cd loki_jax && ./launch/tpu_pod.sh worker-train$(printf ' %q' "$@")"

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     )
     from loki_jax.training.checkpoint import load_checkpoint
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _MODULES = {
     "DrivingClip": "sources",

@@ -40,7 +40,7 @@ from ml_collections import ConfigDict
 
 from loki_jax.driver.registry import driver_channels
 from loki_jax.face.asset import HeadAssetError, load_head
-from loki_jax.io import file_sha256
+from loki_jax.io import atomic_path, file_sha256, remove, stale_siblings
 from loki_jax.training.checkpoint import load_checkpoint
 from loki_jax.training.config import CheckpointError, config_from_json, config_to_json
 from loki_jax.training.model_file import save_model_file
@@ -50,7 +50,6 @@ from loki_jax.weights.flax_msgpack import write_msgpack
 from loki_jax.weights.match import KeyMatch, match_keys
 from loki_jax.weights.tensors import Tensors, WeightsError
 from loki_jax.weights.write import (
-    atomic_path,
     cast,
     to_ours,
     to_theirs,
@@ -171,6 +170,10 @@ def convert(args: argparse.Namespace) -> None:
     dtype = "float32" if target in ("orbax", "workdir") else args.dtype
     if dtype is not None:
         params = cast(params, dtype)
+    if args.out.exists():
+        raise WeightsError(f"{args.out}: exists already. Choose another --out, or remove it.")
+    for stale in stale_siblings(args.out):
+        remove(stale)
     with atomic_path(args.out) as partial:
         if target == "orbax":
             write_orbax(partial, params)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -13,6 +12,8 @@ from jaxtyping import Array, Float, UInt8
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
+
+from loki_jax.io import atomic_path
 
 _FREQUENCIES = 7  # of the positional encoding, per axis (method, section 5)
 
@@ -219,9 +220,6 @@ def format_table(metrics: Mapping[str, Any]) -> str:
 
 def _save(figure: Figure, path: str | os.PathLike, dpi: int) -> None:
     """Write a figure as PNG; a reader never sees half a file."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
     FigureCanvasAgg(figure)
-    figure.savefig(partial, dpi=dpi, format="png")
-    os.replace(partial, path)
+    with atomic_path(path) as partial:
+        figure.savefig(partial, dpi=dpi, format="png")

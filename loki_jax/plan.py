@@ -15,7 +15,6 @@ Any key of the config can be given as `--config.key=value`, as for training.
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from loki_jax.face.builtin import builtin_head
+from loki_jax.io import write_json
 from loki_jax.planning import predict
 from loki_jax.planning.compiled import compile_step, format_compiled
 from loki_jax.planning.memory import ATTENTION_BACKENDS
@@ -84,14 +84,6 @@ def attention_backend(wanted: str | None, model: ConfigDict, chip: Chip) -> str:
     if chip.kinds[0].startswith("TPU"):
         return "splash"
     return "cudnn" if model.dtype in ("bfloat16", "float16") else "chunked"
-
-
-def write_json(path: Path, value: object) -> None:
-    """Write `value` beside `path` and rename, so that no half-written file is left."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(value, indent=1, default=float) + "\n")
-    partial.rename(path)
 
 
 def plan(config, title: str) -> None:

@@ -28,6 +28,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from loki_jax.io import atomic_path
 from loki_jax.training.logging import read_metrics
 
 
@@ -211,12 +212,8 @@ def save_figure(figure: Figure, path: Path) -> None:
         )
     if not path.absolute().parent.is_dir():
         raise PlotError(f"{path}: no such folder {path.parent}. Make it first.")
-    partial = path.with_name(f".{path.name}.partial")
-    try:
+    with atomic_path(path) as partial:
         figure.savefig(partial, format=kind)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def plot(argv: list[str] | None = None) -> None:

@@ -1,10 +1,15 @@
-"""Where the tests find shared reference data; each fixture skips where its data is missing."""
+"""Where the tests find reference data; fixtures of data outside the repository skip where it is missing.
+
+Nothing of the package is imported before a fixture needs it, so that pytest's options can act on its imports.
+"""
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
+ICT_HEAD = "heads/ict_head5k.npz"
 
 
 def _shared(name: str) -> Path:
@@ -17,6 +22,12 @@ def _shared(name: str) -> Path:
 @pytest.fixture(scope="session")
 def golden() -> Path:
     """Folder with the reference vectors of the public implementations."""
+    return Path(__file__).parent / "golden"
+
+
+@pytest.fixture(scope="session")
+def whole_golden() -> Path:
+    """Folder with the complete set that `golden` was cut from."""
     return _shared("golden")
 
 
@@ -29,4 +40,31 @@ def real_clips() -> Path:
 @pytest.fixture(scope="session")
 def ict_head_path() -> Path:
     """The ICT-FaceKit arrays (never committed)."""
-    return _shared("heads/ict_head5k.npz")
+    return _shared(ICT_HEAD)
+
+
+@pytest.fixture(
+    scope="session", params=["stand-in", "real"] if (SHARED / ICT_HEAD).exists() else ["stand-in"]
+)
+def ict_path(request, tmp_path_factory) -> Path:
+    """The built-in head in the layout of the ICT-FaceKit arrays; where the real arrays are, these too."""
+    if request.param == "real":
+        return SHARED / ICT_HEAD
+    from tests.face.ict_layout import builtin_in_ict_layout
+
+    path = tmp_path_factory.mktemp("ict") / "ict.npz"
+    np.savez(path, **builtin_in_ict_layout())
+    return path
+
+
+@pytest.fixture(scope="session")
+def landmarker():
+    """The landmark networks, from the user's cache or fetched into it by pip."""
+    pytest.importorskip("ai_edge_litert", reason="needs the prep extra (ai-edge-litert)")
+    from loki_jax.fitting.landmarker import Landmarker
+    from loki_jax.fitting.model_files import LandmarkError, fetch_models
+
+    try:
+        return Landmarker(fetch_models())
+    except LandmarkError as error:
+        pytest.skip(f"needs the landmark models: {error}")

@@ -41,7 +41,7 @@ from loki_jax.data.writer import recover, write_dataset
 from loki_jax.face.asset import HeadAsset, HeadAssetError
 from loki_jax.fitting.model_files import LandmarkError
 from loki_jax.fitting.problem import FitError
-from loki_jax.io import file_sha256
+from loki_jax.io import atomic_path, file_sha256
 from loki_jax.video.reader import MediaError
 
 SUMMARY_FILE = "summary.json"
@@ -477,7 +477,8 @@ def _latents(clip: PlannedClip, images: Sequence[bytes], folder: Path, encoder: 
             path.unlink(missing_ok=True)
     mean, logvar = encode_clip(encoder, images)
     arrays = {"mean": mean.view(np.uint16), "logvar": logvar.view(np.uint16)}
-    clip_file.write_durably(path, lambda file: np.savez(file, **arrays))
+    with atomic_path(path, durable=True) as partial, partial.open("wb") as file:
+        np.savez(file, **arrays)
     return mean, logvar
 
 

@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
 
 from loki_jax.data.schema import COEFFICIENT_FEATURES
 from loki_jax.face.types import Camera, Coefficients
+from loki_jax.io import atomic_path
 
 _FILE = "{file}"  # stands for the clip's path in stored reasons, which may be another one next time
 
@@ -41,19 +41,6 @@ class ClipData(NamedTuple):
     confidence: Float[np.ndarray, " N"]
     images: list[bytes]
     row: dict[str, Any]
-
-
-def write_durably(path: Path, write: Callable[[BinaryIO], None]) -> None:
-    """Let `write` fill a hidden file beside `path` and give it its name once it is on the disk."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def remove_partials(folder: Path) -> None:
@@ -94,7 +81,8 @@ def save_clip(folder: Path, key: str, clip: ClipData) -> None:
         "images": np.frombuffer(b"".join(clip.images), np.uint8),
         "row": np.asarray(json.dumps(clip.row)),
     }
-    write_durably(clip_path(folder, key), lambda file: np.savez(file, **arrays))
+    with atomic_path(clip_path(folder, key), durable=True) as partial:
+        np.savez(partial, **arrays)
 
 
 def load_clip(folder: Path, key: str) -> ClipData | None:
@@ -124,8 +112,8 @@ def load_clip(folder: Path, key: str) -> ClipData | None:
 
 def save_rejection(folder: Path, key: str, reason: str, path: Path) -> None:
     """Store why the clip at `path` was rejected."""
-    text = json.dumps({"reason": reason.replace(str(path), _FILE)})
-    write_durably(rejection_path(folder, key), lambda file: file.write(text.encode()))
+    with atomic_path(rejection_path(folder, key), durable=True) as partial:
+        partial.write_text(json.dumps({"reason": reason.replace(str(path), _FILE)}))
 
 
 def load_rejection(folder: Path, key: str, path: Path) -> str | None:

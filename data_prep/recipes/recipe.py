@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import csv
 import functools
-import io
 import os
 import shlex
 import subprocess
@@ -24,8 +23,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data_prep.dataset.clip_file import remove_partials, write_durably
+from data_prep.dataset.clip_file import remove_partials
 from data_prep.dataset.workers import Died, WorkerError, run_parallel
+from loki_jax.io import atomic_path
 from loki_jax.video.reader import MediaError, VideoReader
 from loki_jax.video.writer import write_video
 
@@ -225,11 +225,10 @@ def make_cutter(job: Job) -> Callable[[WantedVideo], list[tuple[str, str]]]:
 
 def write_table(path: Path, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Write a CSV file, whole or not at all."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(header)
-    writer.writerows(rows)
-    write_durably(path, lambda file: file.write(text.getvalue().encode()))
+    with atomic_path(path, durable=True) as partial, partial.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(header)
+        writer.writerows(rows)
 
 
 def run_recipe(

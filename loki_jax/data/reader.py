@@ -195,7 +195,8 @@ def read_metadata(path: str | os.PathLike) -> Metadata:
         raise DatasetError(f"{path}: no such dataset folder. Check `data.path`. {REBUILD_ADVICE}")
     if not (path / "dataset_info.json").is_file():
         raise DatasetError(
-            f"{path}: holds no dataset_info.json. `data.path` must be the folder that holds it. {REBUILD_ADVICE}"
+            f"{path}: holds no dataset_info.json. `data.path` must be the folder that holds it. "
+            f"{REBUILD_ADVICE}"
         )
     stored = _read_json(path / METADATA_FILE)
     version = stored.get("schema_version") if isinstance(stored, dict) else None
@@ -240,7 +241,9 @@ def open_dataset(path: str | os.PathLike, head_sha256: str | None = None) -> Dat
             )
     head_file = path / HEAD_FILE
     if not head_file.is_file():
-        raise DatasetError(f"{head_file}: the dataset's head asset is missing. Copy it again. {REBUILD_ADVICE}")
+        raise DatasetError(
+            f"{head_file}: the dataset's head asset is missing. Copy it again. {REBUILD_ADVICE}"
+        )
     found = file_sha256(head_file)
     if found != metadata.head_sha256:
         raise DatasetError(

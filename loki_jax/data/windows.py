@@ -177,7 +177,7 @@ class _ReadWindow(grain.transforms.Map):
         raise DatasetError(
             f"{self._dataset.path}: {_MAX_DRAWS} windows drawn in a row hold records that cannot be read: "
             + "; ".join(names)
-            + f". Copy the shards again from where they were made."
+            + f". {ADVICE}"
         )
 
     def _element(self, chosen: _Window) -> dict[str, Any]:
@@ -237,7 +237,7 @@ def read_fault(dataset: Dataset, split: str, record: int, with_images: bool = Tr
     """
     file, _ = locate_record(dataset, split, record)
     if not (dataset.path / file).is_file():
-        raise DatasetError(f"{dataset.path / file}: shard is gone. Copy the shards again from where they were made.")
+        raise DatasetError(f"{dataset.path / file}: shard is gone. {ADVICE}")
     try:
         _checked(*dataset.read(split, [record], with_images), dataset)
     except DatasetError as error:

@@ -13,12 +13,11 @@ Neither writing nor reading imports TensorFlow. `docs/data.md` describes every f
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
 import json
 import os
-import re
-import shutil
 from collections.abc import Callable, Iterable, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -49,6 +48,7 @@ from loki_jax.data.schema import (
     record_features,
 )
 from loki_jax.face.asset import HeadAsset, save_head
+from loki_jax.io import atomic_path, remove, stale_siblings, sync
 
 
 def encode_image(image: UInt8[np.ndarray, "S S 3"], image_format: str, jpeg_quality: int = 95) -> bytes:
@@ -72,7 +72,7 @@ class _SplitWriter:
         self.payload: list[int] = []
 
     def _partial(self, shard: int) -> Path:
-        return self._folder / f"loki-{self._split}.array_record-{shard:05d}"
+        return self._folder / f"{NAME_PATTERN}-{self._split}.array_record-{shard:05d}"
 
     @property
     def records(self) -> int:
@@ -232,54 +232,13 @@ def recover(path: str | os.PathLike) -> None:
     successor never arrived. Folders of processes that still run are left alone.
     """
     path = Path(path)
-    pattern = re.compile(re.escape(f".{path.name}.") + r"(\d+)\.(partial|old)")
-    if not path.absolute().parent.is_dir():
-        return
-    for entry in sorted(path.absolute().parent.iterdir()):
-        match = pattern.fullmatch(entry.name)
-        if match is None or _is_running(int(match[1])):
-            continue
-        if match[2] == "old" and not path.exists():
-            entry.rename(path)
+    for old in stale_siblings(path, "old"):
+        if path.exists():
+            remove(old)
         else:
-            shutil.rmtree(entry, ignore_errors=True)
-
-
-def _is_running(pid: int) -> bool:
-    if pid == os.getpid():
-        return True
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        pass  # another user's process
-    return True
-
-
-def _flush(folder: Path) -> None:
-    """Ask the system to write the folder's files to the disk now."""
-    for file in (*(entry for entry in folder.rglob("*") if entry.is_file()), folder):
-        descriptor = os.open(file, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def _publish(partial: Path, path: Path) -> None:
-    """Move the finished folder to its place; an old dataset there is removed only afterwards.
-
-    A kill between the two moves leaves both folders under hidden names: `recover` puts the old one back.
-    """
-    _flush(partial)
-    old = None
-    if path.exists():
-        old = path.with_name(f".{path.name}.{os.getpid()}.old")
-        path.rename(old)
-    partial.rename(path)
-    if old is not None:
-        shutil.rmtree(old)
+            old.rename(path)
+    for partial in stale_siblings(path):
+        remove(partial)
 
 
 def write_dataset(
@@ -321,10 +280,13 @@ def write_dataset(
     _check_target(path, overwrite)
     path.parent.mkdir(parents=True, exist_ok=True)
     recover(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.mkdir()
-    writers: dict[str, _SplitWriter] = {}
-    try:
+    old = path.with_name(f".{path.name}.{os.getpid()}.old")
+    with atomic_path(path) as partial, contextlib.ExitStack() as stack:
+        partial.mkdir()
+        writers = {
+            split: stack.enter_context(contextlib.closing(_SplitWriter(partial, split, shard_bytes)))
+            for split in SPLITS
+        }
         head_sha256 = save_head(partial / HEAD_FILE, head)
         rows: list[ClipInfo] = []
         features = None
@@ -347,7 +309,7 @@ def write_dataset(
                     head.n_shape, head.n_expression, image_size, stored_format, latent_shape
                 )
             latents = _latents(clip, latent_shape, length)
-            writer = writers.setdefault(clip.split, _SplitWriter(partial, clip.split, shard_bytes))
+            writer = writers[clip.split]
             row = ClipInfo(
                 clip_index=len(rows),
                 clip_id=clip.clip_id,
@@ -380,11 +342,9 @@ def write_dataset(
             raise DatasetError(f"{path}: no clip to write. Check the input clips: none was usable.")
 
         shards: dict[str, tuple[int, int]] = {}
-        for split in SPLITS:
-            if split in writers:
-                files = writers[split].finish()
-                for file, count in zip(files, writers[split].lengths, strict=True):
-                    shards[file.name] = (count, file.stat().st_size)
+        for writer in writers.values():
+            for file, count in zip(writer.finish(), writer.lengths, strict=True):
+                shards[file.name] = (count, file.stat().st_size)
         metadata = Metadata(
             schema_version=SCHEMA_VERSION,
             code_version=loki_jax.__version__,
@@ -396,7 +356,7 @@ def write_dataset(
             latent_shape=latent_shape,
             n_shape=head.n_shape,
             n_expression=head.n_expression,
-            records={split: writers[split].records for split in SPLITS if split in writers},
+            records={split: writer.records for split, writer in writers.items() if writer.records},
             shards=shards,
         )
         _write_tfds_info(partial, features, writers)
@@ -404,14 +364,12 @@ def write_dataset(
         (partial / CLIPS_FILE).write_text(_rows_to_json(rows))
         if finish is not None:
             finish(partial, rows, metadata)
-        if path.exists() and not any(path.iterdir()):
-            path.rmdir()
-        _publish(partial, path)
-        return metadata
-    finally:
-        for writer in writers.values():
-            writer.close()
-        shutil.rmtree(partial, ignore_errors=True)
+        sync(partial)
+        if path.exists() and any(path.iterdir()):
+            # A kill between this move and the next leaves both folders: `recover` puts the old one back.
+            path.rename(old)
+    remove(old)
+    return metadata
 
 
 def _serialize(features: tfds.features.FeaturesDict, record: dict[str, Any]) -> bytes:
@@ -445,12 +403,12 @@ def _write_tfds_info(
     splits = [
         tfds.core.SplitInfo(
             name=split,
-            shard_lengths=list(writers[split].lengths),
-            num_bytes=sum(writers[split].payload),
+            shard_lengths=list(writer.lengths),
+            num_bytes=sum(writer.payload),
             filename_template=template.replace(split=split),
         )
-        for split in SPLITS
-        if split in writers
+        for split, writer in writers.items()
+        if writer.records
     ]
     info.set_splits(tfds.core.splits.SplitDict(splits))
     info.write_to_directory(folder)

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from loki_jax.io import file_sha256
+from loki_jax.io import atomic_path, file_sha256
 
 FORMAT_VERSION = 1
 
@@ -190,20 +190,13 @@ def save_head(path: str | os.PathLike, head: HeadAsset) -> str:
     meta |= {field: getattr(head, field) for field in (*_TEXT, *_NAMES)}
     arrays["meta_json"] = np.asarray(json.dumps(meta))
     # Written member by member with a fixed date, so that equal heads give equal files.
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with zipfile.ZipFile(partial, "w", zipfile.ZIP_DEFLATED) as archive:
-            for key in sorted(arrays):
-                member = io.BytesIO()
-                np.lib.format.write_array(member, arrays[key], allow_pickle=False)
-                info = zipfile.ZipInfo(f"{key}.npy", date_time=(1980, 1, 1, 0, 0, 0))
-                info.compress_type = zipfile.ZIP_DEFLATED
-                archive.writestr(info, member.getvalue())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with atomic_path(path) as partial, zipfile.ZipFile(partial, "w", zipfile.ZIP_DEFLATED) as archive:
+        for key in sorted(arrays):
+            member = io.BytesIO()
+            np.lib.format.write_array(member, arrays[key], allow_pickle=False)
+            info = zipfile.ZipInfo(f"{key}.npy", date_time=(1980, 1, 1, 0, 0, 0))
+            info.compress_type = zipfile.ZIP_DEFLATED
+            archive.writestr(info, member.getvalue())
     return file_sha256(path)
 
 

@@ -220,8 +220,10 @@ def _parents(head: HeadAsset) -> tuple[int, ...]:
 
     The tree is decided by the joint names (FLAME's), so that no traced value steers Python.
     """
-    if not isinstance(head.parents, jax.core.Tracer):
+    try:
         return tuple(int(parent) for parent in np.asarray(head.parents))
+    except jax.errors.TracerArrayConversionError:
+        pass
     known = {"root": -1, "neck": "root", "jaw": "neck", "left_eye": "neck", "right_eye": "neck"}
     names = head.joint_names
     if not set(names) <= set(known) or "root" not in names:

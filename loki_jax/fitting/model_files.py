@@ -8,6 +8,8 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+from loki_jax.io import atomic_path
+
 WHEEL = "mediapipe==0.10.21"
 
 _PIP_DOWNLOAD = (
@@ -102,15 +104,9 @@ def _unpack(wheel: Path, folder: Path) -> None:
                 f"{wheel}: {member} has SHA-256 {found}, expected {digest}. Fetch the wheel of {WHEEL} "
                 f"again with `pip {' '.join(_PIP_DOWNLOAD)}`."
             )
-    folder.mkdir(parents=True, exist_ok=True)
     for member in _MODELS:
-        target = folder / Path(member).name
-        partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-        try:
+        with atomic_path(folder / Path(member).name) as partial:
             partial.write_bytes(contents[member])
-            os.replace(partial, target)
-        finally:
-            partial.unlink(missing_ok=True)
 
 
 def _has_sha256(path: Path, digest: str) -> bool:

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, jaxprs_in_params
-from jax.sharding import AbstractMesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, NamedSharding
 
 from loki_jax.models.attention import attend
 from loki_jax.planning.work import PARTS, part_of
@@ -258,7 +258,7 @@ def peak_bytes(
 
 def abstract_mesh(data: int, fsdp: int) -> AbstractMesh:
     """The training mesh without devices: enough for shardings and shard shapes."""
-    return AbstractMesh((data, fsdp), ("data", "fsdp"))
+    return AbstractMesh((data, fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
 
 
 def device_bytes(tree: Any, shardings: Any) -> int:

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +12,7 @@ from safetensors.flax import save_file
 
 from loki_jax.face.asset import HeadAsset
 from loki_jax.face.builtin import builtin_head
+from loki_jax.io import atomic_path
 from loki_jax.training.config import (
     CheckpointError,
     config_from_json,
@@ -53,13 +53,8 @@ def save_model_file(path: Path, checkpoint: Checkpoint) -> None:
         "head_geometry": _geometry_digest(checkpoint.head),
         "step": str(checkpoint.step),
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
+    with atomic_path(path) as partial:
         save_file(tensors, str(partial), metadata=metadata)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _geometry_digest(head: HeadAsset) -> str:

@@ -26,6 +26,7 @@ from safetensors.flax import load_file, save_file
 
 from loki_jax.face.asset import HeadAsset, load_head, save_head
 from loki_jax.face.types import Camera, Coefficients
+from loki_jax.io import write_json
 from loki_jax.networks import build_networks
 from loki_jax.training.checkpoint import restore_as_numpy
 from loki_jax.training.config import CheckpointError, config_from_json, config_to_json
@@ -83,9 +84,7 @@ def write_snapshot(
             "device": jax.devices()[0].device_kind, "figures": {k: repr(v) for k, v in figures.items()},
             "windows": windows, "config": json.loads(config_to_json(config)),
         }  # fmt: skip
-        partial = folder / ".dump.json.partial"
-        partial.write_text(json.dumps(info, indent=1))
-        os.replace(partial, folder / "dump.json")
+        write_json(folder / "dump.json", info)
     return folder
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import json
 import os
 import platform
 import subprocess
@@ -20,7 +19,7 @@ from ml_collections import ConfigDict
 
 import loki_jax
 from loki_jax.face.asset import HeadAsset, load_head, save_head
-from loki_jax.io import file_sha256
+from loki_jax.io import atomic_path, file_sha256, write_json
 from loki_jax.training.config import CheckpointError, config_differences, config_from_json, config_to_json
 from loki_jax.training.distributed import wait_for_all
 
@@ -55,9 +54,8 @@ def prepare_workdir(workdir: Path, config: ConfigDict, head: HeadAsset) -> None:
         workdir.mkdir(parents=True, exist_ok=True)
         if not head_file.is_file():
             save_head(head_file, head)
-        partial = workdir / ".config.json.partial"
-        partial.write_text(config_to_json(config))
-        os.replace(partial, config_file)
+        with atomic_path(config_file) as partial:
+            partial.write_text(config_to_json(config))
     wait_for_all("workdir written")
 
 
@@ -151,7 +149,5 @@ def record_start(workdir: Path, description: dict[str, Any]) -> Path:
     folder = workdir / "starts"
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{1 + len(list(folder.glob('[0-9]*.json'))):03d}.json"
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(description, indent=1, default=list) + "\n")
-    os.replace(partial, path)
+    write_json(path, description)
     return path

@@ -8,12 +8,14 @@ import tempfile
 from collections.abc import Iterable
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
 from av.video.reformatter import Colorspace
 from jaxtyping import UInt8
 
+from loki_jax.io import atomic_path
 from loki_jax.video.audio import AudioTrack
 from loki_jax.video.files import MediaError, check_file
 from loki_jax.video.reader import VideoReader
@@ -78,18 +80,19 @@ class VideoWriter:
         if self.fps <= 0:
             raise ValueError(f"fps is {fps}, expected a positive rational")
         check_output(self.path, [] if audio_from is None else [audio_from])
-        self._partial = self.path.with_name(f".{self.path.stem}.{os.getpid()}.partial{self.path.suffix}")
         self._crf = crf
         self._shape: tuple[int, ...] | None = None
         self._count = 0
         self._audio: AudioTrack | None = None
         # use_metadata_tags lets MP4 keep keys beyond the standard ones; faststart suits the web.
         options = {} if self.path.suffix.lower() == ".mkv" else {"movflags": "+faststart+use_metadata_tags"}
-        try:
-            self._container = av.open(str(self._partial), "w", options=options)
-        except (av.error.FFmpegError, OSError) as error:
-            raise _unwritable(self.path, error) from error
-        try:
+        with contextlib.ExitStack() as stack:
+            partial = stack.enter_context(atomic_path(self.path))
+            try:
+                self._container = av.open(str(partial), "w", options=options)
+            except (av.error.FFmpegError, OSError) as error:
+                raise _unwritable(self.path, error) from error
+            stack.callback(self._close_quietly)
             if synthetic:
                 self._container.metadata["comment"] = SYNTHETIC_TAG
                 self._container.metadata["synthetic"] = "true"
@@ -99,26 +102,22 @@ class VideoWriter:
                     has_audio = reader.has_audio
                 if has_audio:
                     self._audio = AudioTrack(Path(audio_from), self._container)
-        except BaseException:
-            self._discard()
-            raise
+                    stack.callback(self._audio.close)
+            self._open = stack.pop_all()  # what ends with `close`, or with an exception
 
     def __enter__(self) -> VideoWriter:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error: Any) -> None:
         if kind is None:
             self.close()
         else:
-            self._discard()
+            self._open.__exit__(kind, *error)
 
-    def _discard(self) -> None:
-        if self._audio is not None:
-            self._audio.close()
-        # A container without a written header may fail to close; the file goes in any case.
+    def _close_quietly(self) -> None:
+        # A container without a written header may fail to close; it is not kept.
         with contextlib.suppress(av.error.FFmpegError, OSError, ValueError):
             self._container.close()
-        self._partial.unlink(missing_ok=True)
 
     def _start(self, height: int, width: int) -> None:
         self._stream.width, self._stream.height = width + width % 2, height + height % 2
@@ -160,20 +159,13 @@ class VideoWriter:
     def close(self) -> None:
         """Finish the file and give it its name."""
         try:
-            if self._count == 0:
-                raise MediaError(f"{self.path}: no frame to write. Check the input: it gave none.")
-            self._encode(None)
-            if self._audio is not None:
-                self._audio.close()
-                self._audio = None
-            try:
+            with self._open:
+                if self._count == 0:
+                    raise MediaError(f"{self.path}: no frame to write. Check the input: it gave none.")
+                self._encode(None)
                 self._container.close()
-                os.replace(self._partial, self.path)
-            except (av.error.FFmpegError, OSError) as error:
-                raise _unwritable(self.path, error) from error
-        except BaseException:
-            self._discard()
-            raise
+        except (av.error.FFmpegError, OSError) as error:
+            raise _unwritable(self.path, error) from error
 
 
 def write_video(

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import struct
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import jax
@@ -58,25 +54,6 @@ def cast(tensors: Tensors, dtype: str) -> Tensors:
     return Tensors(
         {name: info._replace(dtype=target.name) for name, info in tensors.infos.items()}, read, tensors.files
     )
-
-
-@contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
-    """A name beside `path` to write to; it becomes `path` if all goes well and vanishes otherwise.
-
-    Raises:
-      WeightsError: `path` exists.
-    """
-    if path.exists():
-        raise WeightsError(f"{path}: exists already. Choose another --out, or remove it.")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    _remove(partial)
-    try:
-        yield partial
-        os.rename(partial, path)
-    finally:
-        _remove(partial)
 
 
 def write_safetensors(path: Path, tensors: Tensors, metadata: dict[str, str]) -> None:
@@ -142,10 +119,3 @@ def _dtype(info: TensorInfo) -> np.dtype:
 
 def _itemsize(info: TensorInfo) -> int:
     return _dtype(info).itemsize
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)

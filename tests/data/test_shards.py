@@ -106,9 +106,11 @@ class Hide:
 sys.meta_path[:] = [Hide(finder) for finder in sys.meta_path]
 sys.path.insert(0, sys.argv[2])
 from tests.data.clips import SIZE, make_clip, small_head
-from loki_jax.data import pipeline, records
-records.write_dataset(sys.argv[1], small_head(), [make_clip(0, 6, latents=True)], SIZE)
-batch = next(pipeline.iterate(pipeline.make_dataset(sys.argv[1], 4, 2, seed=0)))
+from loki_jax.data.iterator import iterate
+from loki_jax.data.windows import make_dataset
+from loki_jax.data.writer import write_dataset
+write_dataset(sys.argv[1], small_head(), [make_clip(0, 6, latents=True)], SIZE)
+batch = next(iterate(make_dataset(sys.argv[1], 4, 2, seed=0)))
 assert batch["frames"].shape == (2, 4, SIZE, SIZE, 3)
 import tensorflow_datasets as tfds  # plain, as somebody without this package reads it
 source = tfds.builder_from_directory(sys.argv[1]).as_data_source("train")

@@ -70,7 +70,7 @@ def test_a_batch_holds_what_the_records_hold(shards):
     assert shapes["crop"] == ((3, T, 4), "float32") and shapes["confidence"] == ((3, T), "float32")
     assert shapes["camera"].extrinsics == ((3, T, 4, 4), "float32")
     assert shapes["coefficients"].expression == ((3, T, 6), "float32")
-    assert shapes["reference_coefficients"].shape == ((3, 4), "float32")
+    assert shapes["reference_coefficients"].betas == ((3, 4), "float32")
     for b in range(3):
         clip = dataset.clips[batch["clip_index"][b]]
         start = batch["frame_index"][b, 0]
@@ -198,7 +198,8 @@ READER = """
 import json, multiprocessing, sys
 import jax
 from absl import app
-from loki_jax.data.windows import iterate, make_dataset
+from loki_jax.data.iterator import iterate
+from loki_jax.data.windows import make_dataset
 
 # stdin: a list of jobs, see read_in_a_program; a line of JSON for each job.
 def main(argv):

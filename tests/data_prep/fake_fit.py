@@ -19,12 +19,12 @@ SIZE = 16
 
 
 def make_fake_fit(fit_log=None):
-    """`log`: a file that gets a line for every clip that is fitted."""
+    """`fit_log`: a file that gets a line for every clip that is fitted."""
 
     def fit(clip, folder):
         content = clip.path.read_bytes()
-        if log is not None:
-            with Path(log).open("a") as file:
+        if fit_log is not None:
+            with Path(fit_log).open("a") as file:
                 file.write(f"{clip.path.name}\n")
         if content.startswith(b"bad"):
             raise RejectedClip(f"{clip.path}: bad")

@@ -10,8 +10,6 @@ from data_prep.landmarks.embed import LIDS, check_embedding, embed, main, measur
 from loki_jax.face.asset import HeadAsset, HeadAssetError, Landmarks, load_head, save_head
 from loki_jax.face.builtin import builtin_head
 from loki_jax.face.ict import MEDIAPIPE_OF_IBUG, head_from_ict
-from loki_jax.fitting.landmarker import Landmarker
-from loki_jax.fitting.model_files import cached_models
 
 
 def positions(head: HeadAsset, marks: Landmarks) -> np.ndarray:
@@ -92,22 +90,20 @@ def test_a_head_without_any_landmarks_is_refused(bare, tmp_path, capsys):
     assert "iBUG" in capsys.readouterr().err
 
 
-def test_ict_by_closest_points(ict_head_path, tmp_path):
+def test_ict_by_closest_points(ict_path, tmp_path):
     out = tmp_path / "ict.npz"
-    assert main([str(ict_head_path), "--no-networks", "--out", str(out)]) == 0
+    assert main([str(ict_path), "--no-networks", "--out", str(out)]) == 0
     head = load_head(out)
     assert (head.landmarks["mediapipe478"].face >= 0).all() and "closest points" in head.provenance
-    assert head.licence == head_from_ict(ict_head_path).licence
+    assert head.licence == head_from_ict(ict_path).licence
     right, left, mouth = check_embedding(head, head.landmarks["mediapipe478"])
     assert right.least < 0.15 and left.least < 0.15 and mouth.most > 0.5
 
 
 @pytest.mark.slow
-def test_ict_by_the_networks(ict_head_path):
-    if (models := cached_models()) is None:
-        pytest.skip("needs the cached landmark models (python -m data_prep.fetch_models)")
-    head = head_from_ict(ict_head_path)
-    found = embed_landmarks.embed(head, Landmarker(models))
+def test_ict_by_the_networks(ict_path, landmarker):
+    head = head_from_ict(ict_path)
+    found = embed_landmarks.embed(head, landmarker)
     check_embedding(head, found)
     distance = np.linalg.norm(positions(head, found) - positions(head, embed(head)), axis=-1)
     # Two ways to the same landmarks: a few millimetres apart, and not the same.

@@ -8,8 +8,7 @@ from loki_jax.face.asset import HeadAssetError, load_head, save_head
 from loki_jax.face.ict import head_from_ict
 from loki_jax.face.skinning import expression_offsets, head_vertices, landmark_positions, make_identity
 from loki_jax.face.types import Coefficients
-
-REGIONS = ["face", "head_neck", "mouth_socket", "eyeball_l", "eyeball_r"]
+from tests.face.ict_layout import REGIONS
 
 
 def ball(centre, radius, rings=7, sectors=10):

@@ -161,15 +161,6 @@ def test_clip_without_face_is_refused():
 
 
 @pytest.fixture(scope="module")
-def networks() -> lm.Landmarker:
-    pytest.importorskip("ai_edge_litert", reason="needs the prep extra (ai-edge-litert)")
-    try:
-        return lm.Landmarker(fetch_models())
-    except LandmarkError as error:
-        pytest.skip(f"needs the landmark models: {error}")
-
-
-@pytest.fixture(scope="module")
 def portrait() -> np.ndarray:
     """The astronaut Eileen Collins (NASA, public domain), face and shoulders; comes with scikit-image."""
     data = pytest.importorskip("skimage.data", reason="needs scikit-image (the eval extra) for a portrait")
@@ -177,8 +168,8 @@ def portrait() -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def found(networks, portrait) -> Track:
-    return image_landmarks(networks, portrait)
+def found(landmarker, portrait) -> Track:
+    return image_landmarks(landmarker, portrait)
 
 
 def eye_width(points: np.ndarray) -> float:
@@ -203,49 +194,49 @@ def test_portrait_points_lie_where_a_face_has_them(found, portrait):
 
 
 @pytest.mark.parametrize("degrees", [-25, 25])
-def test_points_turn_with_the_picture(networks, portrait, found, degrees):
+def test_points_turn_with_the_picture(landmarker, portrait, found, degrees):
     centre = (portrait.shape[1] / 2, portrait.shape[0] / 2)
     matrix = cv2.getRotationMatrix2D(centre, degrees, 1.0)
     turned = cv2.warpAffine(portrait, matrix, portrait.shape[1::-1], borderMode=cv2.BORDER_REPLICATE)
-    points = image_landmarks(networks, turned).points[0]
+    points = image_landmarks(landmarker, turned).points[0]
     expected = found.points[0, :, :2] @ matrix[:, :2].T + matrix[:, 2]
     error = np.linalg.norm(points[:, :2] - expected, axis=1).mean() / eye_width(points)
     assert error < 0.04
 
 
-def test_points_mirror_with_the_picture(networks, portrait, found):
-    points = image_landmarks(networks, np.ascontiguousarray(portrait[:, ::-1])).points[0]
+def test_points_mirror_with_the_picture(landmarker, portrait, found):
+    points = image_landmarks(landmarker, np.ascontiguousarray(portrait[:, ::-1])).points[0]
     for left, right in ((33, 263), (61, 291), (468, 473), (159, 386), (1, 1)):
         mirrored = (portrait.shape[1] - points[left, 0], points[left, 1])
         assert np.linalg.norm(mirrored - found.points[0, right, :2]) < 0.05 * eye_width(points)
 
 
-def test_small_face_in_a_large_picture(networks, portrait, found):
+def test_small_face_in_a_large_picture(landmarker, portrait, found):
     canvas = np.full((1200, 1600, 3), 200, np.uint8)
     small = cv2.resize(portrait, (144, 128), interpolation=cv2.INTER_AREA)
     canvas[700:828, 1100:1244] = small
-    points = image_landmarks(networks, canvas).points[0]
+    points = image_landmarks(landmarker, canvas).points[0]
     expected = found.points[0, :, :2] * 0.5 + (1100, 700)
     assert np.linalg.norm(points[:, :2] - expected, axis=1).mean() < 0.06 * eye_width(points)
 
 
-def test_two_faces_need_a_choice(networks, portrait):
+def test_two_faces_need_a_choice(landmarker, portrait):
     pair = np.concatenate([portrait, portrait[:, ::-1]], axis=1)
     with pytest.raises(LandmarkError, match=r"pair.png: 2 faces \(0: .* px at .*1: .*`--face INDEX`"):
-        image_landmarks(networks, pair, name="pair.png")
-    centres = [image_landmarks(networks, pair, face=i).points[0, 1, 0] for i in (0, 1)]
+        image_landmarks(landmarker, pair, name="pair.png")
+    centres = [image_landmarks(landmarker, pair, face=i).points[0, 1, 0] for i in (0, 1)]
     assert abs(centres[0] - centres[1]) > portrait.shape[1] / 2
     with pytest.raises(LandmarkError, match="no face number 2"):
-        image_landmarks(networks, pair, face=2)
+        image_landmarks(landmarker, pair, face=2)
 
 
-def test_picture_without_face(networks):
+def test_picture_without_face(landmarker):
     noise = np.random.default_rng(0).integers(0, 255, (200, 300, 3), np.uint8)
     with pytest.raises(LandmarkError, match="wall.jpg: no face found in this 300 x 200 image"):
-        image_landmarks(networks, noise, name="wall.jpg")
+        image_landmarks(landmarker, noise, name="wall.jpg")
 
 
-def test_clip_of_a_moving_face(networks, portrait, found):
+def test_clip_of_a_moving_face(landmarker, portrait, found):
     """Sub-pixel motion of the picture comes back as motion of the points."""
     shifts = np.stack([np.linspace(0, 12, 7), np.linspace(0, -5, 7)], 1)
     frames = [
@@ -254,7 +245,7 @@ def test_clip_of_a_moving_face(networks, portrait, found):
         )
         for x, y in shifts
     ]
-    track = clip_landmarks(networks, frames)
+    track = clip_landmarks(landmarker, frames)
     moved = (track.points[:, :, :2] - track.points[:1, :, :2]).mean(1)
     np.testing.assert_allclose(moved, shifts, atol=0.5)
     assert (track.score > 0.9).all()

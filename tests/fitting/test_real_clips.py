@@ -9,17 +9,12 @@ from data_prep.landmarks.embed import with_landmarks
 from data_prep.report import jitter_degrees
 from loki_jax.face.ict import head_from_ict
 from loki_jax.fitting.fit import fit_landmarks
-from loki_jax.fitting.landmarker import Landmarker
-from loki_jax.fitting.model_files import cached_models
 from loki_jax.fitting.tracking import clip_landmarks
 from loki_jax.video.reader import read_video, resample_to_fps
 
 
 @pytest.mark.slow
-def test_real_clips(ict_head_path, real_clips):
-    if (models := cached_models()) is None:
-        pytest.skip("needs the cached landmark models (python -m data_prep.fetch_models)")
-    landmarker = Landmarker(models)
+def test_real_clips(ict_head_path, real_clips, landmarker):
     head, _ = with_landmarks(head_from_ict(ict_head_path), landmarker)
     clips = sorted(real_clips.glob("*.mp4"))
     assert len(clips) >= 10

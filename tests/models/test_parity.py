@@ -1,10 +1,11 @@
 """Forward and backward parity with the public PyTorch networks, every parameter random."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax.traverse_util import flatten_dict
 
 from loki_jax.models.autoencoder import AutoencoderKL
 from loki_jax.models.encoder import ConditioningEncoder
@@ -17,40 +18,36 @@ from loki_jax.weights.ldm_names import (
     transformer_table,
     unet_table,
 )
-from tests.models.weights import channels_last, error, quick_jit, recipe_params, recipe_weight
+from tests.golden.make import NETWORKS, digest
+from tests.models.weights import (
+    channels_last,
+    error,
+    quick_jit,
+    recipe_driver_map,
+    recipe_input,
+    recipe_state,
+)
 
 # The reference branch was only recorded in torch's float32, so its own rounding comes on top.
 FLOAT32_TOLERANCE = 2e-4
 
 
-def shapes_of(module, *args, **kwargs):
-    shapes = jax.eval_shape(lambda key: module.init(key, *args, **kwargs)["params"], jax.random.key(0))
-    return flatten_dict(shapes, sep="/")
+@pytest.mark.parametrize("network", NETWORKS)
+def test_weights_are_those_of_the_public_run(golden, network):
+    state = recipe_state(golden, network)
+    assert digest(state) == json.loads((golden / "weights.json").read_text())[network]["sha256"]
 
 
 # ------------------------------------------------------------------------- conditioning encoder
 
 
-@pytest.fixture(scope="module")
-def encoder_case(golden):
+def test_conditioning_encoder(golden):
     data = np.load(golden / "conditioning_encoder.npz")
     encoder = ConditioningEncoder(stem=32, widths=(32, 64, 64), out=64)
     table = encoder_table(encoder)
-    state = {name: data[f"state/{name}"] for name, _ in table.values()}
-    x = jnp.asarray(channels_last(data["input"]))
-    return data, encoder, table, params_from_ldm(state, table), x
-
-
-def test_recipe_rebuilds_the_weights(encoder_case):
-    data, encoder, table, params, x = encoder_case
-    rebuilt = recipe_params(table, shapes_of(encoder, x), seed=1234)
-    for path, value in flatten_dict(params, sep="/").items():
-        np.testing.assert_array_equal(flatten_dict(rebuilt, sep="/")[path], value, err_msg=path)
-
-
-def test_conditioning_encoder(encoder_case):
-    data, encoder, table, params, x = encoder_case
-    cotangent = jnp.asarray(channels_last(data["cotangent"]))
+    params = params_from_ldm(recipe_state(golden, "encoder"), table)
+    x = jnp.asarray(channels_last(recipe_input("input", (2, 45, 64, 64), seed=1234)))
+    cotangent = jnp.asarray(channels_last(recipe_input("cotangent", (2, 64, 8, 8), seed=1234)))
 
     @quick_jit
     def run(params, x):
@@ -82,10 +79,11 @@ def test_transformer(golden, public_mode, mode, backend):
         frames=4, groups=32, head_channels=16, mode=mode, context_dim=None, backend=backend, dtype=jnp.float32
     )
     table = transformer_table(mode, cross_attention=False)
-    params = params_from_ldm({name: data[f"state/{name}"] for name, _ in table.values()}, table)
+    params = params_from_ldm(recipe_state(golden, f"attention_{public_mode}"), table)
+    drawn = lambda name, *shape: recipe_input(f"{public_mode}/{name}", shape, seed=77)
     apply = lambda params, x, reference: transformer.apply({"params": params}, x, reference)
-    x, reference = jnp.asarray(channels_last(data["x"])), jnp.asarray(data["ref_kv"])
-    cotangent = jnp.asarray(channels_last(data["cotangent"]))
+    x, reference = jnp.asarray(channels_last(drawn("x", 8, 32, 6, 6))), jnp.asarray(drawn("ref", 2, 36, 32))
+    cotangent = jnp.asarray(channels_last(drawn("cot", 8, 32, 6, 6)))
 
     @quick_jit
     def run(params, x, reference):
@@ -117,23 +115,17 @@ def unet_case(golden):
     reference = UNet(**sizes, context_dim=64)
     encoder = ConditioningEncoder(stem=32, widths=(32, 32, 32), out=32)
     io = np.load(golden / "unet_tiny_io.npz")
-    x = jnp.asarray(channels_last(io["x"]))
-    z = jnp.asarray(channels_last(io["ref_z"]))
-    context = jnp.asarray(io["null_context"])
-    driver = jnp.asarray(np.load(golden / "unet_tiny_spatial_cond.npz")["spatial_cond"])
+    drawn = lambda name, *shape: jnp.asarray(recipe_input(name, shape, seed=20240))
+    x = channels_last(drawn("x", 1, 4, 4, 16, 16))
+    z = channels_last(drawn("ref_z", 1, 4, 16, 16))
+    context = drawn("null_context", 1, 7, 64)
+    driver = jnp.asarray(recipe_driver_map())
     timesteps = jnp.asarray(io["timesteps"])
-    seed = 20240
+    state = recipe_state(golden, "generation")
     params = {
-        "unet": recipe_params(unet_table(generation), shapes_of(generation, x, timesteps), seed, "gen/"),
-        "encoder": recipe_params(
-            encoder_table(encoder, "cond_encoder."), shapes_of(encoder, driver[0]), seed, "gen/"
-        ),
-        "reference": recipe_params(
-            unet_table(reference),
-            shapes_of(reference, z[:, None], jnp.zeros((1, 1), int), context=context),
-            seed,
-            "ref/",
-        ),
+        "unet": params_from_ldm(state, unet_table(generation)),
+        "encoder": params_from_ldm(state, encoder_table(encoder, "cond_encoder.")),
+        "reference": params_from_ldm(recipe_state(golden, "reference"), unet_table(reference)),
     }
 
     @quick_jit
@@ -150,13 +142,6 @@ def unet_case(golden):
         return generation.apply({"params": params["unet"]}, x, timesteps, condition, features)
 
     return io, dict(x=x, z=z, driver=driver, timesteps=timesteps), encode, refer, denoise
-
-
-def test_unet_weights_are_the_recipe(golden):
-    data = np.load(golden / "unet_tiny_gen_params_00of06.npz")
-    for name in [n for n in data.files if n != "meta_json"]:
-        rebuilt = recipe_weight(f"gen/{name}", data[name].shape, 20240)
-        np.testing.assert_array_equal(rebuilt, data[name], err_msg=name)
 
 
 def test_unet_forward(golden, unet_case):
@@ -206,13 +191,13 @@ def test_autoencoder(golden):
     scale = 0.18215
     vae = AutoencoderKL(widths=(32, 32, 64, 64), num_res_blocks=1, scale=scale)
     table = autoencoder_table(vae)
-    params = params_from_ldm({name: data[f"state/{name}"] for name, _ in table.values()}, table)
-    image = jnp.asarray(channels_last(data["image"]))
+    params = params_from_ldm(recipe_state(golden, "autoencoder"), table)
+    image = jnp.asarray(channels_last(recipe_input("img", (1, 3, 48, 48), seed=4242, scale=0.5)))
     mean, logvar = quick_jit(lambda x: vae.apply({"params": params}, x, method="encode"))(image)
     # The interface speaks diffusion latents: the VAE's codes times `scale`.
     assert error(mean / scale, channels_last(data["mean"])) < 5e-5
     assert error(logvar - 2 * np.log(scale), channels_last(data["logvar"])) < 5e-5
     assert error(jnp.exp(0.5 * logvar) / scale, channels_last(data["std"])) < 5e-5
-    z = scale * jnp.asarray(channels_last(data["z"]))
+    z = scale * jnp.asarray(channels_last(recipe_input("z", (1, 4, 6, 6), seed=4242)))
     decoded = quick_jit(lambda z: vae.apply({"params": params}, z, method="decode"))(z)
     assert error(decoded, channels_last(data["decoded"])) < 5e-5

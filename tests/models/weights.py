@@ -1,12 +1,12 @@
-"""The seeded weights behind the reference vectors, and comparison in their measure of error."""
+"""The seeded weights and inputs behind the reference vectors, and their measure of error."""
 
+import json
+from pathlib import Path
 from zlib import crc32
 
 import jax
 import ml_dtypes
 import numpy as np
-
-from loki_jax.weights.ldm_names import params_from_ldm, to_ldm
 
 
 def quick_jit(function):
@@ -14,32 +14,48 @@ def quick_jit(function):
     return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0})
 
 
+def _normal(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
+    rng = np.random.Generator(np.random.PCG64([seed, crc32(name.encode())]))
+    return rng.standard_normal(int(np.prod(shape)), dtype=np.float32).reshape(shape)
+
+
+def _on_bfloat16_grid(array: np.ndarray) -> np.ndarray:
+    return array.astype(ml_dtypes.bfloat16).astype(np.float32)
+
+
+def recipe_input(name: str, shape: tuple[int, ...], seed: int, scale: float = 1.0) -> np.ndarray:
+    """One input of the reference networks: normal numbers that depend on name, shape and seed alone."""
+    return _on_bfloat16_grid(np.float32(scale) * _normal(name, shape, seed))
+
+
 def recipe_weight(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
     """One weight of the reference networks; depends on nothing but its name, shape and the seed."""
-    rng = np.random.Generator(np.random.PCG64([seed, crc32(name.encode())]))
-    draw = rng.standard_normal(int(np.prod(shape)), dtype=np.float32).reshape(shape)
+    draw = _normal(name, shape, seed)
     if len(shape) > 1:
-        draw = draw * np.float32(1 / np.sqrt(np.prod(shape[1:])))
-        if ".to_q." in name or ".to_k." in name:
-            draw = draw * np.float32(1.5)
+        gain = 1.5 if ".to_q." in name or ".to_k." in name else 1.0
+        draw = draw * np.float32(gain / np.sqrt(np.prod(shape[1:])))
     elif name.endswith("weight"):
         draw = 1 + np.float32(0.1) * draw
     else:
         draw = np.float32(0.1) * draw
-    return draw.astype(ml_dtypes.bfloat16).astype(np.float32)
+    return _on_bfloat16_grid(draw)
 
 
-def recipe_params(table, shapes, seed: int, prefix: str = ""):
-    """Nested parameters with the recipe's weights.
+def recipe_state(golden: Path, network: str) -> dict[str, np.ndarray]:
+    """State dict of one reference network of `weights.json`, under the names of the public code."""
+    recipe = json.loads((golden / "weights.json").read_text())[network]
+    return {
+        name: recipe_weight(recipe["prefix"] + name, tuple(shape), recipe["seed"])
+        for name, shape in recipe["shapes"].items()
+    }
 
-    `shapes` are our parameters' shapes (a flat dict by path); every one of them must be in the table.
-    """
-    assert shapes.keys() == table.keys()
-    state = {}
-    for path, (name, layout) in table.items():
-        shape = to_ldm(np.empty(shapes[path].shape, np.bool_), layout).shape
-        state[name] = recipe_weight(prefix + name, shape, seed)
-    return params_from_ldm(state, table)
+
+def recipe_driver_map() -> np.ndarray:
+    """The driver map (1, 4, 128, 128, 45) of `unet_tiny`: multiples of 1/8 in a disc, zero outside."""
+    noise = recipe_input("spatial_cond", (1, 4, 128, 128, 45), 20240)
+    y, x = np.mgrid[:128, :128] / 128
+    disc = (x - 0.45) ** 2 + (y - 0.5) ** 2 < 0.38**2
+    return np.where(disc[..., None], np.clip(np.round(noise * 8) / 8, -2, 2), np.float32(0))
 
 
 def error(actual, expected) -> float:

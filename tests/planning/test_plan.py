@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from configs import ablations, demo, hdtf
 from loki_jax.face.builtin import builtin_head
-from loki_jax.plan import attention_backend, parse_mesh, write_json
+from loki_jax.plan import attention_backend, parse_mesh
 from loki_jax.planning.collectives import Collective, parse_collectives, seconds, sent_bytes
 from loki_jax.planning.memory import abstract_mesh, activations, peak_bytes
 from loki_jax.planning.predict import PartTime, step_time
@@ -347,12 +347,6 @@ def test_attention_backend_of_a_chip():
     assert attention_backend("chunked", model, chip_named("v5p")) == "chunked"
     model.dtype = "float32"
     assert attention_backend(None, model, chip_named("h100")) == "chunked"
-
-
-def test_json_is_written_whole(tmp_path):
-    write_json(tmp_path / "a" / "plan.json", {"x": jnp.float32(1.5)})
-    assert json.loads((tmp_path / "a" / "plan.json").read_text()) == {"x": 1.5}
-    assert [p.name for p in (tmp_path / "a").iterdir()] == ["plan.json"]
 
 
 def test_shard_sizes_need_no_devices():

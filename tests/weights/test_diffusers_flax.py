@@ -4,6 +4,8 @@ Their feed-forward has the tanh form of GELU and their transformers normalise wi
 PyTorch models, which we follow, have the exact GELU and 1e-6. Set to theirs, our blocks agree closely.
 """
 
+from importlib.util import find_spec
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -20,6 +22,10 @@ from tests.models.weights import error, quick_jit
 from tests.weights.tiny import save_config, save_null_prompt, tiny_config
 
 pytestmark = pytest.mark.slow  # importing diffusers alone takes longer than most test files
+
+if find_spec("diffusers") is None:
+    pytest.skip("needs diffusers (the convert extra)", allow_module_level=True)
+pytest.importorskip("torch")
 
 # diffusers' Flax models have these fixed.
 NOT_IN_FLAX = ("norm_num_groups", "norm_eps", "act_fn", "center_input_sample")
@@ -48,8 +54,8 @@ def random_like(shapes, seed):
 @pytest.fixture(scope="module")
 def saved(network, tmp_path_factory):
     """A folder that `save_pretrained` of both Flax models wrote, with models and parameters."""
-    diffusers = pytest.importorskip("diffusers")
-    pytest.importorskip("torch")
+    import diffusers
+
     folder = tmp_path_factory.mktemp("flax")
     configs = diffusers_configs(network)
     models = {}

@@ -5,6 +5,7 @@ Slow, and with two copies of the UNet the largest tests there are: about 9 GB of
 
 import gc
 import json
+from importlib.util import find_spec
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,8 @@ from tests.models.weights import error, recipe_weight
 
 pytestmark = pytest.mark.slow
 
+if find_spec("diffusers") is None:
+    pytest.skip("needs diffusers (the convert extra)", allow_module_level=True)
 torch = pytest.importorskip("torch")
 
 
@@ -65,7 +68,8 @@ def nhwc(x):
 
 @torch.inference_mode()
 def test_unet_at_full_width(network):
-    diffusers = pytest.importorskip("diffusers")
+    import diffusers
+
     model = random_model(diffusers.UNet2DConditionModel, diffusers_configs(network)["unet"])
     params = our_params(model, diffusers_unet_table(network.loki.reference))
     rng = np.random.default_rng(0)
@@ -83,7 +87,8 @@ def test_unet_at_full_width(network):
 def test_generation_unet_of_a_public_checkpoint_at_full_width(network, golden):
     """The recipe's weights under the public code's names; with one frame and no reference, the generation
     branch is Stable Diffusion's UNet whose cross-attention adds nothing."""
-    diffusers = pytest.importorskip("diffusers")
+    import diffusers
+
     prefix = "model.diffusion_model."
     keys = json.loads((golden / "keys" / "loki_unet_keys.json").read_text())
     shapes = {prefix + name.removeprefix(prefix): tuple(shape) for name, shape in keys.items()}
@@ -117,7 +122,8 @@ def test_generation_unet_of_a_public_checkpoint_at_full_width(network, golden):
 
 @torch.inference_mode()
 def test_vae_at_full_width(network):
-    diffusers = pytest.importorskip("diffusers")
+    import diffusers
+
     model = random_model(diffusers.AutoencoderKL, diffusers_configs(network)["vae"])
     autoencoder, scale = network.autoencoder, network.autoencoder.scale
     params = our_params(model, diffusers_autoencoder_table(autoencoder))

@@ -12,7 +12,14 @@ from loki_jax.face.builtin import builtin_head
 from loki_jax.networks import build_networks, denoise, encode_condition, reference_features
 from loki_jax.training.checkpoint import load_checkpoint
 from loki_jax.training.config import config_to_json
-from tests.models.weights import channels_last, error, quick_jit
+from tests.models.weights import (
+    channels_last,
+    error,
+    quick_jit,
+    recipe_driver_map,
+    recipe_input,
+    recipe_state,
+)
 
 pytest.importorskip("torch")
 
@@ -32,18 +39,19 @@ def golden_config():
     return config
 
 
+PREFIXES = {
+    "generation": "model.diffusion_model.",
+    "reference": "ref_extractor.unet.",
+    "autoencoder": "first_stage_model.",
+}
+
+
 def public_state(golden):
     """The state dict that the public trainer would have saved."""
-    state = {}
-    for branch, prefix in (("gen", "model.diffusion_model."), ("ref", "ref_extractor.unet.")):
-        files = sorted(golden.glob(f"unet_tiny_{branch}_params_*.npz"))
-        assert len(files) == 6
-        for file in files:
-            state |= {prefix + name: array for name, array in np.load(file).items() if name != "meta_json"}
-    for name, array in np.load(golden / "vae_tiny.npz").items():
-        if name.startswith("state/"):
-            state["first_stage_model." + name.removeprefix("state/")] = array
-    return state
+    return {
+        prefix + name: array
+        for network, prefix in PREFIXES.items() for name, array in recipe_state(golden, network).items()
+    }  # fmt: skip
 
 
 def test_public_checkpoint_predicts_what_the_public_code_does(golden, tmp_path):
@@ -63,7 +71,8 @@ def test_public_checkpoint_predicts_what_the_public_code_does(golden, tmp_path):
     checkpoint = load_checkpoint(tmp_path / "run")
     networks = build_networks(checkpoint.config, checkpoint.head)
     io = np.load(golden / "unet_tiny_io.npz")
-    driver = jnp.asarray(np.load(golden / "unet_tiny_spatial_cond.npz")["spatial_cond"])
+    driver = jnp.asarray(recipe_driver_map())
+    drawn = lambda name, *shape: recipe_input(name, shape, seed=20240)
 
     @quick_jit
     def predict(params, x, timesteps, driver, latent):
@@ -71,12 +80,14 @@ def test_public_checkpoint_predicts_what_the_public_code_does(golden, tmp_path):
         return denoise(networks, params, x, timesteps, encode_condition(networks, params, driver), features)
 
     # The recorded context has 7 tokens, not a prompt's 77.
-    params = jax.tree.map(jnp.asarray, checkpoint.params | {"null_prompt": io["null_context"]})
-    eps = predict(params, channels_last(io["x"]), io["timesteps"], driver, channels_last(io["ref_z"]))
+    params = jax.tree.map(jnp.asarray, checkpoint.params | {"null_prompt": drawn("null_context", 1, 7, 64)})
+    x, latent = channels_last(drawn("x", 1, 4, 4, 16, 16)), channels_last(drawn("ref_z", 1, 4, 16, 16))
+    eps = predict(params, x, io["timesteps"], driver, latent)
     assert error(eps, channels_last(io["f64ref/eps"])) < 5e-5
 
     vae = np.load(golden / "vae_tiny.npz")
+    image = channels_last(recipe_input("img", (1, 3, 48, 48), seed=4242, scale=0.5))
     mean, _ = quick_jit(lambda params, x: networks.autoencoder.apply({"params": params}, x, method="encode"))(
-        params["autoencoder"], channels_last(vae["image"])
+        params["autoencoder"], image
     )
     assert error(mean / checkpoint.config.model.autoencoder.scale, channels_last(vae["mean"])) < 5e-5

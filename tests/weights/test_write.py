@@ -9,7 +9,7 @@ import pytest
 from loki_jax.weights import sources
 from loki_jax.weights.flax_msgpack import write_msgpack
 from loki_jax.weights.tensors import TensorInfo, Tensors, WeightsError
-from loki_jax.weights.write import atomic_path, cast, write_orbax, write_safetensors
+from loki_jax.weights.write import cast, write_orbax, write_safetensors
 
 COUNT, SIZE = 8, 2**18  # tensors of 1 MiB
 
@@ -51,21 +51,6 @@ def test_one_tensor_at_a_time(tmp_path, kind):
         np.testing.assert_array_equal(back.read(name), int(name.partition("/")[2]))
     leftovers = {p.name for p in tmp_path.iterdir()} - {path.name, "warm"}
     assert not leftovers
-
-
-def test_whole_or_nothing(tmp_path):
-    target = tmp_path / "deep" / "out"
-    with pytest.raises(ZeroDivisionError), atomic_path(target) as partial:
-        partial.mkdir()
-        (partial / "half").write_text("half")
-        raise ZeroDivisionError
-    assert not list(target.parent.iterdir())
-    with atomic_path(target) as partial:
-        partial.write_text("whole")
-    assert [p.name for p in target.parent.iterdir()] == ["out"]
-    with pytest.raises(WeightsError, match="out: exists already"), atomic_path(target):
-        pass
-    assert target.read_text() == "whole"
 
 
 def test_cast():
