@@ -88,7 +88,7 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
     from loki_jax.pictures import plot_per_frame
     from loki_jax.pipeline import retarget_clip
     from loki_jax.sources import fit_clip, load_driving_clip
-    from loki_jax.video import MediaError, read_video
+    from loki_jax.video import MediaError, read_video, resample_to_fps
 
     if options.truth == "render" and options.reference is None:
         raise ValueError(
@@ -100,7 +100,8 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
     video = read_video(options.video)
     frames = video.frames
     known = None if options.reference is None else known_appearance(options.reference, head)
-    driver = load_driving_clip(options.driver, head, LARGEST_FIT)
+    # Frames are compared at equal times, whatever the rates of the files.
+    driver = load_driving_clip(options.driver, head, LARGEST_FIT).at_rate(video.fps)
 
     # ----------------------------------------------------------------------------- pose and expression
     if known is not None:
@@ -136,7 +137,7 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
             coefficients = retarget_clip(head, driver, known[0], options.mode)
             truth = rendered_truth(head, coefficients, *known, frames.shape[1])
         else:
-            truth = read_video(options.truth).frames
+            truth = resample_to_fps(read_video(options.truth), video.fps).frames
         if truth.shape[1:] != frames.shape[1:]:
             raise MediaError(
                 f"{options.truth}: frames of {truth.shape[1:3]}, {options.video} has {frames.shape[1:3]}."

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Bool, Float, PyTree, UInt8
+from jaxtyping import Bool, Float, Int, PyTree, UInt8
 
 from loki_jax.data.reader import Dataset, open_dataset
 from loki_jax.data.schema import ClipInfo, DatasetError, Frame
@@ -18,6 +18,7 @@ from loki_jax.face.asset import HeadAsset
 from loki_jax.face.crop import crop_and_resize
 from loki_jax.face.types import Camera, Coefficients
 from loki_jax.fitting.clips import fit_image, fit_video
+from loki_jax.video import resample_indices
 
 
 class Portrait(NamedTuple):
@@ -60,14 +61,18 @@ class DrivingClip(NamedTuple):
     name: str
 
     def cut(self, start: int, stop: int) -> DrivingClip:
-        """Frames [start, stop) alone; the audio stays with the whole clip."""
-        part = lambda x: x[start:stop]
-        return self._replace(
-            frames=part(self.frames),
-            valid=part(self.valid),
-            coefficients=jax.tree.map(part, self.coefficients),
-            source=None,
-        )
+        """Frames [start, stop) alone, without audio."""
+        return self._take(slice(start, stop))._replace(source=None)
+
+    def at_rate(self, fps: Fraction) -> DrivingClip:
+        """The clip at another frame rate: at each time its nearest frame."""
+        if fps == self.fps:
+            return self
+        return self._take(resample_indices(len(self.frames), self.fps, fps))._replace(fps=Fraction(fps))
+
+    def _take(self, index: slice | Int[np.ndarray, " m"]) -> DrivingClip:
+        coefficients = jax.tree.map(lambda x: x[index], self.coefficients)
+        return self._replace(frames=self.frames[index], valid=self.valid[index], coefficients=coefficients)
 
 
 def stack_trees(trees: Sequence[PyTree]) -> PyTree:

@@ -1,6 +1,7 @@
 """The evaluate program and the demo's rows, on rendered clips whose answer is known."""
 
 import json
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -99,6 +100,21 @@ def test_program_reads_a_video_back(folder, clips, pair, capsys):
     with Image.open(out / "per_frame.png") as plot:
         assert plot.size[1] > 400
     assert "HPF (degrees)" in capsys.readouterr().out
+
+
+def test_videos_of_another_rate_are_compared_in_time(folder, clips, pair):
+    driver = pair.driver.at_rate(Fraction(25, 2))
+    assert driver.fps == Fraction(25, 2) and len(driver.frames) == FRAMES // 2
+    np.testing.assert_array_equal(driver.coefficients.rot, pair.driver.coefficients.rot[::2])
+    half, out = folder / "half.mp4", folder / "half"
+    whole = folder / "whole.mp4"
+    write_video(half, pair.truth[::2], driver.fps, crf=4)
+    write_video(whole, pair.truth, pair.driver.fps, crf=4)
+    arguments = ["--video", half, "--driver", clips[1], "--reference", clips[0], "--truth", whole,
+                 "--hef-size", "64", "--out", out]  # fmt: skip
+    assert main([str(argument) for argument in arguments]) == 0
+    result = json.loads((out / "metrics.json").read_text())
+    assert result["frames"] == FRAMES // 2 and result["hpf"] < 2 and result["psnr"] > 35
 
 
 @pytest.mark.parametrize(

@@ -64,6 +64,8 @@ def _frame_rate(stream: av.VideoStream, path: Path) -> Fraction:
             f"{path}: states no frame rate. Write it again with one (`ffmpeg -i IN -r 25 OUT.mp4`)."
         )
     rate = Fraction(rate)
+    if stream.base_rate and abs(rate / stream.base_rate - 1) > Fraction(1, 20):
+        return _nominal_rate(stream, path) or rate
     # Containers with coarse time stamps report averages such as 5994000/200001: take the standard
     # rate if the two differ by less than half a frame over the whole clip.
     if rate.denominator > 1001:
@@ -72,6 +74,19 @@ def _frame_rate(stream: av.VideoStream, path: Path) -> Fraction:
         if abs(nearest - rate) * seconds < Fraction(1, 2):
             return nearest
     return rate
+
+
+def _nominal_rate(stream: av.VideoStream, path: Path) -> Fraction | None:
+    """The rate at which most of a variable-rate video runs; at its mean rate a pause would slow motion down."""
+    with av.open(str(path)) as container:
+        packets = container.demux(container.streams[stream.index])
+        stamps = sorted(p.pts for p in packets if p.pts is not None and p.size)
+    interval = np.median(np.diff(stamps)) if len(stamps) > 2 else 0
+    if interval <= 0:
+        return None
+    rate = 1 / (Fraction(float(interval)) * stream.time_base)
+    nearest = min(_STANDARD_RATES, key=lambda standard: abs(standard - rate))
+    return nearest if abs(nearest / rate - 1) < Fraction(1, 50) else rate.limit_denominator(1001)
 
 
 def _quarter_turns(frame: av.VideoFrame) -> tuple[int, bool]:
@@ -167,7 +182,8 @@ class VideoReader:
 
     Args:
       path: the file.
-      fps: rate to read at, each time its nearest frame; None: the file's own. `source_fps` is the file's.
+      fps: rate to read at, each time its nearest frame; None: the file's own, which is `source_fps`; of
+        variable-rate video the rate at which most of it runs.
       start, stop: only the frames shown in [start, stop), in seconds from the first one; stop None: to
         the end. A stop beyond the end is no error.
 
@@ -232,6 +248,11 @@ class VideoReader:
     def _missing_frames(self, count: int, end: Fraction | None) -> int:
         """How many frames the headers promise beyond the `count` decoded ones; `end` is when these end."""
         if self._stream.frames:
+            if self._stream.frames > count and "mov" in self._container.format.name:
+                # An edit list may hide frames that are there.
+                with av.open(str(self.path), options={"ignore_editlist": "1"}) as whole:
+                    packets = whole.demux(whole.streams[self._stream.index])
+                    count = max(count, sum(packet.size > 0 for packet in packets))
             return self._stream.frames - count
         # Only a duration is known. Variable-rate video has fewer frames than that at its nominal rate, so
         # times are compared; some containers count from zero and some from the first frame.
@@ -265,7 +286,8 @@ class VideoReader:
                 if self._stop is not None and at + half > self._stop:
                     break
                 if time is not None:
-                    end = max(end or Fraction(0), time + 1 / self.source_fps)
+                    shown = max(1 / self.source_fps, (frame.duration or 0) * frame.time_base)
+                    end = max(end or Fraction(0), time + shown)
                 yield time, frame
         except (av.error.FFmpegError, OSError) as error:
             if count == 0 and self._container.format.name == "webp_pipe":
@@ -281,7 +303,6 @@ class VideoReader:
             )
         if part:
             return
-        # Edit lists may hide a few frames that the container counts.
         missing = self._missing_frames(count, end)
         if missing > max(2, count // 20):
             raise MediaError(

@@ -200,6 +200,29 @@ def test_variable_rate_is_put_on_an_even_grid(tmp_path):
     assert abs(len(shown) / float(clip.fps) - 1.8) <= 1.5 / float(clip.fps)
 
 
+def test_a_pause_does_not_slow_the_motion_down(tmp_path):
+    # 2.4 s of motion at 25 frames a second, a pause of 20 s, five more frames: 3 a second on average.
+    times = [Fraction(i, 25) for i in range(60)] + [Fraction(112, 5) + Fraction(i, 25) for i in range(5)]
+    for suffix in (".mp4", ".mkv"):
+        clip = read_video(
+            make_driver(tmp_path / f"pause{suffix}", 65, Fraction(25), audio=None, stamps=times)
+        )
+        assert clip.fps == 25 and len(clip.frames) == 565
+        shown = [frame_number(frame) for frame in clip.frames]
+        np.testing.assert_allclose(shown[:60], range(60), atol=0.5)
+        np.testing.assert_allclose(shown[-5:], range(60, 65), atol=0.5)
+
+
+def test_an_edit_list_hides_frames_of_a_whole_file(tmp_path):
+    whole = FILES / "editlist_cut_0.5s.mp4"  # 75 frames, of which the first 13 are hidden
+    assert read_video(whole).frames.shape == (62, 288, 360, 3)
+    data = bytearray(whole.read_bytes())
+    start = data.index(b"mdat")
+    (tmp_path / "cut.mp4").write_bytes(data[: start + (len(data) - start) // 2])
+    with pytest.raises(MediaError, match="truncated|damaged|not a readable"):
+        read_video(tmp_path / "cut.mp4")
+
+
 def test_max_frames_stops_early(tmp_path):
     path = tmp_path / "clip.mp4"
     write_video(path, numbered_frames(30), Fraction(25))
