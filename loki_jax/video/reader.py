@@ -77,7 +77,7 @@ def _frame_rate(stream: av.VideoStream, path: Path) -> Fraction:
 
 
 def _nominal_rate(stream: av.VideoStream, path: Path) -> Fraction | None:
-    """The rate at which most of a variable-rate video runs; at its mean rate a pause would slow motion down."""
+    """The rate at which most of a variable-rate video runs: at its mean rate, a pause slows motion down."""
     with av.open(str(path)) as container:
         packets = container.demux(container.streams[stream.index])
         stamps = sorted(p.pts for p in packets if p.pts is not None and p.size)
