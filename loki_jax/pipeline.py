@@ -6,7 +6,7 @@ import functools
 import math
 import os
 from collections.abc import Iterator
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -49,16 +49,12 @@ class Animator(Protocol):
     head: HeadAsset
     size: int
 
-    def windows(
-        self, portrait: Portrait, clip: DrivingClip, *, mode: str | None = None, seed: int = 0
-    ) -> Iterator[Window]:
+    def windows(self, portrait: Portrait, clip: DrivingClip, **options: Any) -> Iterator[Window]:
         """The animation, a few frames at a time."""
         ...
 
-    def __call__(
-        self, portrait: Portrait, clip: DrivingClip, *, mode: str | None = None, seed: int = 0
-    ) -> UInt8[np.ndarray, "n s s 3"]:
-        """All frames of the animation."""
+    def __call__(self, portrait: Portrait, clip: DrivingClip, **options: Any) -> UInt8[np.ndarray, "n s s 3"]:
+        """All frames of the animation; the options are those of `windows`."""
         ...
 
 
@@ -178,19 +174,9 @@ class LokiPipeline:
         )
         return (Window(*(part[0] for part in window)) for window in windows)
 
-    def __call__(
-        self,
-        portrait: Portrait,
-        clip: DrivingClip,
-        *,
-        steps: int | None = None,
-        guidance: float | None = None,
-        mode: str | None = None,
-        seed: int = 0,
-    ) -> UInt8[np.ndarray, "n s s 3"]:
-        """All frames of `windows`, with its arguments and errors: one for each frame of the clip, RGB."""
-        parts = self.windows(portrait, clip, steps=steps, guidance=guidance, mode=mode, seed=seed)
-        return np.concatenate([window.frames for window in parts])
+    def __call__(self, portrait: Portrait, clip: DrivingClip, **options: Any) -> UInt8[np.ndarray, "n s s 3"]:
+        """All frames of `windows`, with its options and errors: one for each frame of the clip, RGB."""
+        return np.concatenate([window.frames for window in self.windows(portrait, clip, **options)])
 
     def windows_of_batch(
         self,
