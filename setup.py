@@ -74,7 +74,7 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE", "NOTICE"],
     python_requires=">=3.11",
-    packages=find_packages(include=["loki_jax", "loki_jax.*", "data_prep", "data_prep.*"]),
+    packages=find_packages(include=["loki_jax", "loki_jax.*", "data_prep", "data_prep.*", "configs"]),
     package_data={
         # Head data and the shipped demo model.
         "loki_jax": ["assets/**/*", "face/*.npz", "py.typed"],

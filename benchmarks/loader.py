@@ -136,7 +136,7 @@ def measure(folder: Path, source: str, seconds: float) -> float:
             )
             for _ in range(2 + 3 * workers):  # what was read ahead while the processes started
                 next(iterator)
-            result = rate(lambda: next(iterator)["crop"].shape[0] * (WINDOW + 1), seconds)
+            result = rate(lambda: next(iterator).crop.shape[0] * (WINDOW + 1), seconds)
             iterator.close()
     if "tensorflow" in sys.modules:
         raise SystemExit("TensorFlow was imported")

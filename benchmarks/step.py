@@ -36,6 +36,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from configs import hdtf
+from loki_jax.data.schema import Batch
 from loki_jax.driver.registry import driver_channels
 from loki_jax.face.builtin import builtin_head
 from loki_jax.face.camera import camera_from_world, project
@@ -94,14 +95,14 @@ def make_batch(config, head, seed: int = 0) -> dict:
     pixels = project(camera_from_world(world_vertices(head, identity, coefficients), camera), camera)
     seen = np.asarray(mesh_render_mask(head))
     box = crop_box(pixels[:, :, seen].reshape(b, -1, 2))
-    batch = {
-        "frames": rng.integers(0, 256, (b, t, s, s, 3), np.uint8),
-        "reference": rng.integers(0, 256, (b, s, s, 3), np.uint8),
-        "coefficients": coefficients, "reference_coefficients": jax.tree.map(lambda x: x[:, 0], coefficients),
-        "camera": camera, "crop": np.broadcast_to(np.asarray(box)[:, None], (b, t, 4)),
-        "confidence": np.ones((b, t), np.float32), "clip_index": np.zeros(b, np.int32),
-        "frame_index": np.zeros((b, t), np.int32), "reference_index": np.zeros(b, np.int32),
-    }  # fmt: skip
+    batch = Batch(
+        frames=rng.integers(0, 256, (b, t, s, s, 3), np.uint8),
+        reference=rng.integers(0, 256, (b, s, s, 3), np.uint8),
+        coefficients=coefficients, reference_coefficients=jax.tree.map(lambda x: x[:, 0], coefficients),
+        camera=camera, crop=np.broadcast_to(np.asarray(box)[:, None], (b, t, 4)),
+        confidence=np.ones((b, t), np.float32), clip_index=np.zeros(b, np.int32),
+        frame_index=np.zeros((b, t), np.int32), reference_index=np.zeros(b, np.int32),
+    )  # fmt: skip
     return jax.tree.map(jnp.asarray, batch)
 
 
@@ -124,7 +125,7 @@ def our_calls(config, steps: int) -> tuple[dict, dict]:
 
     whole = lambda s: s.params | s.frozen
     draw = jax.jit(lambda c, camera, crop: driver_input(config, head, c, camera, crop))
-    put_global = (batch["coefficients"], batch["camera"], batch["crop"])
+    put_global = (batch.coefficients, batch.camera, batch.crop)
     driver = draw(*put_global)
     copy = jax.jit(jnp.copy)
     # A batch of 32 frames, whatever the step's own batch is (issue B, point 5).
@@ -154,7 +155,7 @@ def our_calls(config, steps: int) -> tuple[dict, dict]:
             spacing="leading",
         )
     )
-    latents, portrait = vae(whole(state), batch["frames"], batch["reference"])
+    latents, portrait = vae(whole(state), batch.frames, batch.reference)
     features = features_of(whole(state), portrait)
     one = lambda tree: jax.tree.map(lambda x: x[:1], tree)
     holder = {"state": state}
@@ -165,7 +166,7 @@ def our_calls(config, steps: int) -> tuple[dict, dict]:
         jax.block_until_ready(metrics)
 
     def sample_one():
-        z = vae(whole(holder["state"]), batch["frames"][:1], batch["reference"][:1])[1]
+        z = vae(whole(holder["state"]), batch.frames[:1], batch.reference[:1])[1]
         maps = draw(*one(put_global))
         return sample(whole(holder["state"]), features_of(whole(holder["state"]), z), maps, jax.random.key(1))
 
@@ -174,7 +175,7 @@ def our_calls(config, steps: int) -> tuple[dict, dict]:
         "driver map": ready(lambda: draw(*put_global)),
         "driver maps of 32 frames": ready(lambda: draw(*many)),
         "copy of these maps": ready(lambda: copy(many_maps)),
-        "VAE encode": ready(lambda: vae(whole(holder["state"]), batch["frames"], batch["reference"])),
+        "VAE encode": ready(lambda: vae(whole(holder["state"]), batch.frames, batch.reference)),
         "reference branch": ready(lambda: features_of(whole(holder["state"]), portrait)),
         "generation forward": ready(lambda: generation(whole(holder["state"]), latents, driver, features)),
         "train step": train_step,

@@ -70,7 +70,7 @@ def config_of(topology: Topology, shards: Path, steps: int):
     """The tiny config on a topology; batch 8, no clipping, every array of 64 numbers or more sharded."""
     count = topology.processes * topology.devices
     return tiny_config(
-        shards, steps=steps, batch_size=8, accumulate=topology.accumulate, optimizer__clip_norm=0.0,
+        shards, steps=steps, batch_size=8, grad_accum_steps=topology.accumulate, optimizer__clip_norm=0.0,
         sharding_min_size=64, checkpoint__every=1, checkpoint__keep_every=1, checkpoint__keep_best=0,
         init_from=str(start_file(shards)), model__norm_groups=NORM_GROUPS,
         mesh__data=count if topology.axis == "data" else 1,

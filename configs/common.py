@@ -10,7 +10,7 @@ def base_config() -> ConfigDict:
     c.seed = 0
     c.steps = 30_000
     c.batch_size = 16  # windows a step, over all devices
-    c.accumulate = 1  # parts a step's batch goes through in; saves memory, changes no number beyond rounding
+    c.grad_accum_steps = 1  # microbatches of a step; saves memory, changes no number beyond rounding
     c.deterministic = False  # True: GPU kernels that repeat bit for bit (slower; CPU and TPU always do)
     c.window = 16  # frames a window
     c.image_size = 512
@@ -135,6 +135,7 @@ def base_config() -> ConfigDict:
     c.faults.spike_window = 100  # steps the median is over
     # No step finished for so long: end with the exit code of a lost process. 0: wait for ever.
     c.faults.hang_seconds = 1800
+    c.faults.slow_seconds = 4 * 3600  # the same for a validation, samples or a checkpoint
 
     # Intervals in steps; all four are also due after the last step. 0: never.
     c.log = ConfigDict(dict(every=50))

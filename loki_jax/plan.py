@@ -7,7 +7,7 @@
 
 The step that `loki_jax.train` runs is traced from shapes alone: nothing is allocated, and it takes
 well under a minute. `--compile` also compiles it for as many simulated CPU devices as the mesh has,
-and prints what the compiler says of memory, operations and collectives beside the plan. That takes
+and prints what the compiler reports of memory, operations and collectives beside the plan. That takes
 minutes and about 4 GB at full size, whatever the number of devices.
 
 Any key of the config can be given as `--config.key=value`, as for training.
@@ -22,14 +22,16 @@ import jax
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
+from loki_jax.compile_cache import enable_compile_cache
 from loki_jax.face.builtin import builtin_head
 from loki_jax.io import write_json
 from loki_jax.planning import predict
 from loki_jax.planning.compiled import compile_step, format_compiled
 from loki_jax.planning.memory import ATTENTION_BACKENDS
-from loki_jax.planning.report import check_batch, format_plan, make_plan
+from loki_jax.planning.report import add_other_programs, check_batch, format_plan, make_plan
 from loki_jax.planning.sweep import draw_sweep, format_sweep, sweep
 from loki_jax.planning.work import make_subject
+from loki_jax.training.config import config_arguments, upgrade_config
 from loki_jax.training.flops import Chip, chip_named
 from loki_jax.training.logging import log
 
@@ -41,24 +43,14 @@ def define_flags() -> None:
     config_flags.DEFINE_config_file("config", None, "Configuration file, e.g. configs/hdtf.py.")
     flags.DEFINE_string("mesh", "data=8,fsdp=1", "Devices along each axis.")
     flags.DEFINE_list("chip", ["h200"], "h100 | h200 | a100-80 | v4 | v5e | v5p | v6e; several with --sweep.")
-    flags.DEFINE_integer("batch", None, "Windows a step over all devices; the config's where left out.")
-    flags.DEFINE_enum(
-        "attention", None, ATTENTION_BACKENDS, "Backend; the config's, and for 'auto' the chip's own."
-    )
+    flags.DEFINE_integer("batch", None, "Windows a step over all devices; default: the config's.")
+    flags.DEFINE_enum("attention", None, ATTENTION_BACKENDS, "Backend; default: the config's, or the chip's.")
     flags.DEFINE_bool("latents", False, "The shards hold latents: the step skips the VAE.")
-    flags.DEFINE_float(
-        "efficiency", predict.EFFICIENCY, "Share of the peak that matrix work is assumed to reach."
-    )
-    flags.DEFINE_float(
-        "network", None, "GB/s a chip can send out of its domain, where yours is not the table's."
-    )
-    flags.DEFINE_bool(
-        "compile", False, "Also compile the step for simulated devices and print what XLA says."
-    )
+    flags.DEFINE_float("efficiency", predict.EFFICIENCY, "Share of the peak that matrix work reaches.")
+    flags.DEFINE_float("network", None, "GB/s a chip can send out of its domain; default: the table's.")
+    flags.DEFINE_bool("compile", False, "Also compile the step for simulated devices: what XLA reports.")
     flags.DEFINE_string("json", None, "Also write everything to this file.")
-    flags.DEFINE_list(
-        "sweep", None, "Numbers of devices: a table of predicted weak scaling instead of one plan."
-    )
+    flags.DEFINE_list("sweep", None, "Numbers of devices: a table of predicted weak scaling, no single plan.")
     flags.DEFINE_integer("windows", 2, "Windows a device, with --sweep.")
     flags.DEFINE_string("out", None, "Picture of the sweep (.png).")
 
@@ -124,13 +116,14 @@ def plan(config, title: str) -> None:
         raise ValueError("--chip: several chips only with --sweep")
     (chip,) = chips
     data, fsdp = parse_mesh(FLAGS.mesh)
-    windows = check_batch(config.batch_size, data * fsdp, config.get("accumulate", 1))
+    windows = check_batch(config.batch_size, data * fsdp, config.grad_accum_steps)
     backend = attention_backend(FLAGS.attention, config.model, chip)
     log("tracing the step (seconds to a minute) ...")
     subject = make_subject(config, builtin_head())
     result = make_plan(
         subject, chip, data, fsdp, windows, backend, latents=FLAGS.latents, efficiency=FLAGS.efficiency
     )
+    add_other_programs(result, subject)
     print(format_plan(result, title))
     if FLAGS.compile:
         result["compiled"] = compile_step(subject, data, fsdp, FLAGS.latents)
@@ -143,13 +136,14 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unknown arguments: {' '.join(argv[1:])}")
     logging.set_verbosity(logging.WARNING)
+    enable_compile_cache()
     try:
         # Before anything touches a device: planning never uses a real one.
         jax.config.update("jax_platforms", "cpu")
         if FLAGS.compile:
             data, fsdp = parse_mesh(FLAGS.mesh)
             jax.config.update("jax_num_cpu_devices", data * fsdp)
-        plan(FLAGS.config, config_name())
+        plan(ConfigDict(upgrade_config(FLAGS.config.to_dict())), config_name())
     except ValueError as error:
         sys.exit(f"error: {error}")
 
@@ -162,4 +156,5 @@ def config_name() -> str:
 if __name__ == "__main__":
     define_flags()
     flags.mark_flags_as_required(["config"])
+    sys.argv = config_arguments(sys.argv)  # config_flags reads it, too
     app.run(main)

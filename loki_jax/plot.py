@@ -12,16 +12,17 @@ logarithmic; the picture says so. Validation losses and sample metrics are drawn
 
 from __future__ import annotations
 
-import argparse
 import math
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import matplotlib
 import numpy as np
+import tyro
 from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -33,7 +34,7 @@ from loki_jax.training.logging import read_metrics
 
 
 class PlotError(ValueError):
-    """A workdir has nothing to draw, or the picture cannot be written; the message names the mend."""
+    """A workdir has nothing to draw, or the picture cannot be written; the message names the remedy."""
 
 
 class Quantity(NamedTuple):
@@ -76,9 +77,7 @@ def read_run(workdir: str | os.PathLike, name: str | None = None) -> Run:
     if not path.is_dir():
         raise PlotError(f"{path}: no such folder. Give the --workdir of a run of loki_jax.train.")
     if not file.is_file():
-        raise PlotError(
-            f"{path}: holds no metrics.jsonl: no workdir of loki_jax.train, or its run has not begun."
-        )
+        raise PlotError(f"{path}: no metrics.jsonl: no workdir of loki_jax.train, or its run has not begun.")
     try:
         rows = read_metrics(file)
     except (KeyError, TypeError, UnicodeDecodeError) as error:
@@ -98,7 +97,7 @@ def read_run(workdir: str | os.PathLike, name: str | None = None) -> Run:
 
 
 def run_names(workdirs: Sequence[str | os.PathLike]) -> list[str]:
-    """Short names of the workdirs: as many last parts of each path as tell all apart."""
+    """Short names of the workdirs: as many last parts of each path as make them differ."""
     parts = [Path(workdir).absolute().parts for workdir in workdirs]
     for length in range(1, max(len(part) for part in parts) + 1):
         names = ["/".join(part[-length:]) for part in parts]
@@ -112,7 +111,7 @@ def smoothed(
 ) -> Float[np.ndarray, " n"]:
     """Exponential average whose weights halve every `half_life` steps, without a start-up bias.
 
-    The weights add up to one and go by steps, not by rows, which may lie unevenly. half_life 0 returns the
+    The weights add up to one and depend on steps, not on rows, which may be uneven. half_life 0 returns the
     values.
     """
     if half_life <= 0:
@@ -199,7 +198,7 @@ def _finish(axes: Axes, quantity: Quantity, longest: float, log: bool) -> None:
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Write the figure whole or not at all; the suffix decides on the format.
+    """Write the figure, atomically; the suffix decides on the format.
 
     Raises:
       PlotError: an unknown suffix, or no such folder.
@@ -216,38 +215,40 @@ def save_figure(figure: Figure, path: Path) -> None:
         figure.savefig(partial, format=kind)
 
 
-def plot(argv: list[str] | None = None) -> None:
-    """Run the program. Raises PlotError; nothing is written then."""
-    parser = argparse.ArgumentParser(
-        prog="python -m loki_jax.plot",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("workdirs", nargs="+", metavar="WORKDIR", help="--workdir of a run of loki_jax.train")
-    parser.add_argument("--out", required=True, type=Path, help="picture to write: .png, .pdf or .svg")
-    parser.add_argument(
-        "--smooth", type=float, metavar="STEPS",
-        help="half-life of the average (default: a fiftieth of the longest run; 0: none)",
-    )  # fmt: skip
-    args = parser.parse_args(argv)
-    if args.smooth is not None and not args.smooth >= 0:
-        raise PlotError(f"--smooth {args.smooth:g}: a number of steps, 0 or above")
-    names = run_names(args.workdirs)
-    runs = [read_run(workdir, name) for workdir, name in zip(args.workdirs, names, strict=True)]
-    save_figure(draw_runs(runs, args.smooth), args.out)
+@dataclass
+class Options:
+    """What `python -m loki_jax.plot` takes."""
+
+    workdirs: tyro.conf.Positional[tuple[Path, ...]]
+    """--workdir of one or several runs of loki_jax.train"""
+    out: Path
+    """picture to write: .png, .pdf or .svg"""
+    smooth: float | None = None
+    """half-life of the average in steps (default: a fiftieth of the longest run; 0: none)"""
+
+
+def plot(options: Options) -> None:
+    """Draw the runs and print their last values. Raises PlotError; nothing is written then."""
+    if options.smooth is not None and not options.smooth >= 0:
+        raise PlotError(f"--smooth {options.smooth:g}: a number of steps, 0 or above")
+    names = run_names(options.workdirs)
+    runs = [read_run(workdir, name) for workdir, name in zip(options.workdirs, names, strict=True)]
+    save_figure(draw_runs(runs, options.smooth), options.out)
     for run in runs:
         last = {key: (int(steps[-1]), values[-1]) for key, (steps, values) in run.curves.items()}
         found = ", ".join(f"{key} {value:.4g}" for key, (_, value) in last.items())
         print(f"{run.name}: step {max(step for step, _ in last.values()):,}: {found}")
-    print(f"wrote {args.out}")
+    print(f"wrote {options.out}")
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> int:
     try:
-        plot()
+        plot(tyro.cli(Options, args=argv, description=__doc__))
     except PlotError as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -2,53 +2,45 @@
 
     python -m loki_jax.train --config configs/demo.py --workdir runs/demo --config.data.path=shards
 
-Any key of the config can be given as `--config.key=value`. A run that stopped goes on from its last
-checkpoint when the same command is given again. The same command runs on one device or on many
+Any key of the config can be given as `--config.key=value`. The same command given again continues a run
+from its last checkpoint. The same command runs on one device or on many
 processes; docs/training.md says how they find each other, what the workdir holds, and the exit codes.
 
-The loop's order matters: the batch of step n is taken, the step is done, then parameters, optimiser,
-moving average and the iterator (which stands right after batch n) are saved together. A step's
-randomness is folded from the seed and n. So a resumed run repeats an undisturbed one exactly.
+The loop's order matters: take the batch of step n, do the step, then save parameters, optimiser, moving
+average and the iterator (right after batch n) together. A step's randomness is derived from the seed and
+n. So a resumed run repeats an undisturbed one exactly.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-import time
-from fractions import Fraction
+import sys
 from pathlib import Path
 
 import jax
 import numpy as np
 from absl import app, flags, logging
 from jax.sharding import NamedSharding, PartitionSpec
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
+from loki_jax.compile_cache import enable_compile_cache
 from loki_jax.networks import build_networks
 from loki_jax.training import checkpoint as ckpt
-from loki_jax.training.config import check_config
+from loki_jax.training.config import NonFiniteError, check_config, config_arguments, upgrade_config
 from loki_jax.training.distributed import ClusterError, find_cluster, join, on_tpu_vm, wait_for_all
-from loki_jax.training.faults import NonFiniteError, Preempted, StopRequest, Watchdog, leave
+from loki_jax.training.faults import Preempted, StopRequest, Watchdog, leave
 from loki_jax.training.flops import chip_of, work_of
-from loki_jax.training.init import abstract_state, initial_params
+from loki_jax.training.init import initial_params, sharded_state
 from loki_jax.training.inputs import open_inputs, start_reading
-from loki_jax.training.logging import MetricWriter, Progress, log, progress_line
-from loki_jax.training.monitor import StepMonitor, window_names
-from loki_jax.training.samples import (
-    can_follow,
-    follow,
-    make_pairs,
-    make_sampler,
-    sample_frames,
-    sample_sheet,
-)
-from loki_jax.training.sharding import global_batch, make_mesh, put_global, tree_shardings
+from loki_jax.training.logging import MetricWriter, Progress, log, log_duration, progress_line
+from loki_jax.training.monitor import Anomaly, StepMonitor, window_names
+from loki_jax.training.samples import check_sampling, make_pairs, make_sampler, write_samples
+from loki_jax.training.sharding import global_batch, make_mesh, put_global
 from loki_jax.training.snapshot import write_snapshot
-from loki_jax.training.state import create_state, make_optimizer
+from loki_jax.training.state import make_optimizer
 from loki_jax.training.step import make_eval_step, make_train_step
-from loki_jax.training.workdir import describe_run, record_start
-from loki_jax.video.writer import write_video
+from loki_jax.training.workdir import code_version, describe_run, prepare_workdir, record_start
 
 FLAGS = flags.FLAGS
 config_flags.DEFINE_config_file("config", None, "Configuration file, e.g. configs/demo.py.")
@@ -59,112 +51,93 @@ flags.DEFINE_integer("processes", None, "How many processes there are; with --co
 flags.DEFINE_integer("process_id", None, "Which of them this is, from 0; with --coordinator.")
 
 
-def train(config, workdir: Path) -> float:
+def train(config: ConfigDict, workdir: Path) -> float:
     """Run `config` to its last step in `workdir` and return the last training loss.
 
     Raises:
       DatasetError, HeadAssetError, CheckpointError, ValueError: the input does not fit; nothing is written.
-      NonFiniteError: too many updates in a row were skipped; a dump is written.
+      NonFiniteError: too many updates in a row were skipped (a debug snapshot is written), the last ones
+        were, or the state is not finite (it is not saved).
       Preempted: the process was asked to stop; a checkpoint is saved.
     """
     lead = jax.process_index() == 0
 
-    # ----------------------------------------------------------------------------------- input
+    # ------------------------------------------------------------------------------------ data
     check_config(config)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
     dataset, windows, held_out = open_inputs(config, mesh)
     iterator = start_reading(config, windows, mesh)
+    head = dataset.head()
 
     # ------------------------------------------------------------------------- model and state
-    head = dataset.head()
-    networks = build_networks(config, head)
-    optimizer = make_optimizer(config)
+    networks, optimizer = build_networks(config, head), make_optimizer(config)
+    check_sampling(config, networks.schedule)
     # A resumed run needs neither the weights it started from nor their memory.
     initial = None if ckpt.saved_steps(workdir) else initial_params(config, networks, head)
-    abstract = abstract_state(config, networks, optimizer)
-    shardings, unsharded = tree_shardings(abstract, mesh, config.sharding_rules, config.sharding_min_size)
-    abstract = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings
-    )
-
-    ckpt.prepare_workdir(workdir, config, head)
+    abstract, shardings, unsharded = sharded_state(config, networks, optimizer, mesh)
+    prepare_workdir(workdir, config, dataset, head)
     writer = MetricWriter(workdir, lead)
     count = {name: sum(x.size for x in jax.tree.leaves(tree)) for name, tree in abstract.params.items()}
     log(f"mesh {dict(mesh.shape)}, {jax.process_count()} processes, trained parameters {count}", lead)
     for name, shape in unsharded:
         log(f"not sharded: {name} {shape}", lead)
-
     manager = ckpt.open_manager(workdir, config.checkpoint)
-    first, skipped = 0, 0
     if initial is None:
-        state, run = ckpt.restore_state(manager, abstract, iterator)
-        state = state._replace(
-            step=put_global(state.step, shardings.step), frozen=ckpt.restore_frozen(workdir, abstract.frozen)
-        )
-        first, skipped = run["step"], run["skipped"]
+        state, run = ckpt.resume(workdir, manager, abstract, iterator)
+        first, skipped = run["step"], (run["skipped"], run.get("skipped_in_row", 0))
         log(f"resumed from step {first}", lead)
     else:
-        build = lambda params, frozen: create_state(params, frozen, optimizer, config.ema_decay > 0)
-        placed = [
-            put_global(x, s) for x, s in zip(initial, (shardings.params, shardings.frozen), strict=True)
-        ]
-        ckpt.save_frozen(workdir, placed[1])
-        state = jax.jit(build, out_shardings=shardings)(*placed)
-        del placed
+        state = ckpt.start(workdir, initial, optimizer, shardings, config.ema_decay > 0)
+        first, skipped = 0, (0, 0)
     del initial
-    code = ckpt.code_version()
+    code = code_version()
     if lead:
-        record_start(workdir, describe_run(config, mesh, Path(config.data.path), first))
+        record_start(workdir, describe_run(config, mesh, dataset, first))
     writer.event(first, "start", code=code, devices=jax.device_count(), processes=jax.process_count())
-
+    monitor = StepMonitor(config.faults, *skipped)
     if first >= config.steps:
         log(f"nothing to do: config.steps={config.steps}", lead)
+        monitor.check_end()
         return float("nan")
 
     # --------------------------------------------------------------------------------- compile
-    whole = NamedSharding(mesh, PartitionSpec())
-    placed_head = put_global(head, jax.tree.map(lambda _: whole, head))
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    device_head = put_global(head, jax.tree.map(lambda _: everywhere, head))
     validation = [global_batch(batch, mesh) for batch in held_out]
-    pairs = (
-        make_pairs(held_out[0], config.sample.pairs, head, dataset, config.sample.pose) if held_out else None
-    )
+    options = (config.sample.pairs, head, dataset, config.sample.pose, mesh)
+    pairs = make_pairs(validation[0], *options) if validation else None
     sample = make_sampler(config, networks, mesh)
     eval_step = jax.jit(make_eval_step(config, networks, mesh))
     train_step = jax.jit(
         make_train_step(config, networks, optimizer, mesh), donate_argnums=0, out_shardings=(shardings, None)
     )
-    began = time.monotonic()
-    traced = train_step.trace(state, global_batch(windows[0], mesh), placed_head)
-    train_step = traced.lower().compile()
+    with log_duration("compiling the train step", lead):
+        traced = train_step.trace(state, global_batch(windows[0], mesh), device_head)
+        train_step = traced.lower().compile()
     wait_for_all("compiled")
     flops, chip = work_of(traced.jaxpr).model, chip_of(jax.devices()[0])
     peak = f"{chip.name}, {chip.flops:.3g} FLOP/s" if chip else "no peak known, so no MFU"
-    log(f"compiled in {time.monotonic() - began:.0f} s; {flops:.3g} FLOP a step; chip: {peak}", lead)
-
-    def averaged(state):
-        return (state.params if state.ema is None else state.ema) | state.frozen
-
-    def report(anomalies):
-        for anomaly in anomalies:
-            names = window_names(anomaly.batch, dataset.clips)
-            log(f"{incident}; windows (clip, frame, reference): {[tuple(n.values()) for n in names]}", lead)
-            writer.event(anomaly.step, anomaly.kind, **anomaly.figures, windows=names)
-            if watch.stuck and anomaly.kind == "skipped":
-                folder = workdir / "dumps" / str(anomaly.step)
-                write_snapshot(
-                    folder, anomaly.step, anomaly.batch, state, config, head, names, anomaly.figures
-                )
-                raise NonFiniteError(
-                    f"{watch.in_row} updates in a row were not finite, the last of step "
-                    f"{incident.step}. Look into it with: python -m loki_jax.training.snapshot {folder}"
-                )
+    log(f"{flops:.3g} FLOP a step; chip: {peak}", lead)
 
     # ------------------------------------------------------------------------------------ loop
-    progress = Progress(
-        first, config.steps, config.batch_size, flops, chip.flops * mesh.size if chip else None
-    )
-    watch, watchdog = StepMonitor(config.faults, skipped), Watchdog(config.faults.hang_seconds)
+    progress = Progress(first, config.steps, config.batch_size, flops, chip and chip.flops * mesh.size)
+    watchdog = Watchdog(config.faults.hang_seconds, config.faults.slow_seconds)
+    averaged = lambda state: (state.params if state.ema is None else state.ema) | state.frozen
+    due = lambda step, every: every > 0 and (step % every == 0 or step == config.steps)
     loss = float("nan")
+
+    def report(anomalies: list[Anomaly]) -> None:
+        for anomaly in anomalies:
+            names = window_names(anomaly.batch, dataset.clips)
+            log(f"{anomaly}; windows (clip, frame, reference): {[tuple(n.values()) for n in names]}", lead)
+            writer.event(anomaly.step, anomaly.kind, **anomaly.figures, windows=names)
+            if monitor.stuck and anomaly.kind == "skipped":
+                folder = write_snapshot(workdir, anomaly, state, config, head, names)
+                raise NonFiniteError(
+                    f"{monitor.in_row} updates in a row were not finite, the last of step {anomaly.step}. "
+                    f"Look into it with: python -m loki_jax.training.snapshot {folder}"
+                )
+
     with contextlib.ExitStack() as stack:
         stack.callback(writer.close)
         stack.callback(watchdog.stop)
@@ -174,53 +147,54 @@ def train(config, workdir: Path) -> float:
         for step in range(first + 1, config.steps + 1):
             with progress.waiting():
                 batch = next(iterator)
-            state, metrics = train_step(state, batch, placed_head)
-            report(watch.follow(step, batch, metrics))
+            state, metrics = train_step(state, batch, device_head)
+            report(monitor.follow(step, batch, metrics))
             watchdog.beat()
-            if _due(step, config.log.every, config.steps):
-                report(watch.finish())
+
+            if due(step, config.log.every):
+                report(monitor.finish())
                 manager.check_for_errors()  # of a save under way, long before the next one
-                values = watch.means() | progress.report(step)
+                values = monitor.means() | progress.report(step)
                 loss = values.get("loss", loss)
                 writer.scalars(step, values)
                 log(progress_line(step, config.steps, values), lead)
+
             val_loss = None
-            if validation and _due(step, config.validation.every, config.steps):
-                losses = [eval_step(averaged(state), {}, b, placed_head, i) for i, b in enumerate(validation)]
-                val_loss = float(np.mean([float(x) for x in losses]))
+            if validation and due(step, config.validation.every):
+                with watchdog.slow(), log_duration(f"step {step} validation", lead):
+                    each = [
+                        eval_step(averaged(state), {}, b, device_head, i) for i, b in enumerate(validation)
+                    ]
+                    val_loss = float(np.mean([float(x) for x in each]))
                 writer.scalars(step, {"val_loss": val_loss})
                 log(f"step {step} validation loss {val_loss:.4f}", lead)
-            if pairs is not None and _due(step, config.sample.every, config.steps):
-                frames = sample(averaged(state), placed_head, pairs)
-                if lead:
-                    _show(writer, workdir, step, pairs, frames, head, dataset, config)
+
             stop = request.reached(step)
-            if stop or _due(step, config.checkpoint.every, config.steps):
-                report(watch.finish())
-                ckpt.save_state(manager, step, state, iterator, config, code, watch.skipped, val_loss)
+            if stop or due(step, config.checkpoint.every):
+                report(monitor.finish())
+                skipped = (monitor.skipped, monitor.in_row)
+                with watchdog.slow():  # waits for the write before
+                    ckpt.save_state(manager, step, state, iterator, config, code, skipped, val_loss)
             if stop:
                 manager.wait_until_finished()
                 writer.event(step, "stopped", reason="asked to stop")
                 raise Preempted(step)
-        report(watch.finish())
+
+            # After the checkpoint: pictures must not stop a run.
+            if pairs is not None and due(step, config.sample.every):
+                try:
+                    with watchdog.slow(), log_duration(f"step {step} samples", lead):
+                        frames = sample(averaged(state), device_head, pairs)
+                        if lead:
+                            write_samples(writer, workdir, step, pairs, frames, head, dataset, config)
+                except Exception as error:
+                    if jax.process_count() > 1 and isinstance(error, jax.errors.JaxRuntimeError):
+                        raise  # another process may be gone
+                    log(f"step {step}: no samples ({type(error).__name__}: {error}); training goes on")
+                    writer.event(step, "no samples", error=repr(error))
+        report(monitor.finish())
+        monitor.check_end()
     return loss
-
-
-def _show(writer, workdir, step, pairs, frames, head, dataset, config) -> None:
-    """Write the picture and the video of a sample, and measure how it follows where the config wants it."""
-    writer.image(step, "samples", sample_sheet(pairs, frames))
-    if config.sample.video:
-        (workdir / "samples").mkdir(exist_ok=True)
-        write_video(workdir / "samples" / f"{step:08d}.mp4", sample_frames(pairs, frames), Fraction(25))
-    if config.sample.follow and can_follow(head, dataset, pairs):
-        figures = follow(head, dataset, pairs, frames)
-        writer.scalars(step, figures)
-        log(f"step {step} " + "  ".join(f"{key} {value:.3f}" for key, value in figures.items()))
-
-
-def _due(step: int, every: int, last: int) -> bool:
-    """Whether something done every so many steps, and after the last, is due; 0 means never."""
-    return every > 0 and (step % every == 0 or step == last)
 
 
 def main(argv: list[str]) -> None:
@@ -228,12 +202,12 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unknown arguments: {' '.join(argv[1:])}")
     # Orbax and TFDS report every file they open; the progress lines are ours.
     logging.set_verbosity(logging.WARNING)
-    config, workdir = FLAGS.config, Path(FLAGS.workdir)
+    enable_compile_cache()
+    config, workdir = ConfigDict(upgrade_config(FLAGS.config.to_dict())), Path(FLAGS.workdir)
     if config.deterministic:
         # Read when jax first looks for devices, which is later than here.
-        os.environ["XLA_FLAGS"] = (
-            f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_deterministic_ops=true".strip()
-        )
+        flag = "--xla_gpu_deterministic_ops=true"
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
     try:
         cluster = find_cluster(os.environ, FLAGS.coordinator, FLAGS.processes, FLAGS.process_id, on_tpu_vm())
         if FLAGS.distributed and cluster is None:
@@ -248,4 +222,5 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     flags.mark_flags_as_required(["config", "workdir"])
+    sys.argv = config_arguments(sys.argv)  # config_flags reads it, too
     app.run(main)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from loki_jax.plot import PlotError, draw_runs, plot, read_run, run_names, smoothed
+from loki_jax.plot import Options, PlotError, draw_runs, main, plot, read_run, run_names, smoothed
 
 
 def write_run(path, steps=20, every=10, mfu=False, scale=1.0, cut=False):
@@ -35,7 +35,7 @@ def titles(figure):
 def test_a_picture_of_two_runs(tmp_path, capsys):
     runs = [write_run(tmp_path / "first"), write_run(tmp_path / "second", mfu=True, scale=2.0)]
     out = tmp_path / "curves.png"
-    plot([*map(str, runs), "--out", str(out)])
+    plot(Options(tuple(runs), out))
     picture = np.asarray(Image.open(out).convert("RGB"))
     assert picture.shape[0] > 300 and picture.shape[1] > 600 and picture.std() > 10
     said = capsys.readouterr().out.splitlines()
@@ -45,7 +45,7 @@ def test_a_picture_of_two_runs(tmp_path, capsys):
         and "mfu 0.4" in said[1]
     )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["curves.png", "first", "second"]
-    plot([str(runs[0]), "--out", str(tmp_path / "curves.svg")])
+    assert main([str(runs[0]), "--out", str(tmp_path / "curves.svg")]) == 0
     assert "<svg" in (tmp_path / "curves.svg").read_text()
 
 
@@ -109,11 +109,11 @@ def test_what_cannot_be_drawn(tmp_path):
     (young / "metrics.jsonl").write_text("")
     (broken / "metrics.jsonl").write_text('{"loss": 1.0}\n')
     for path, message in (
-        (tmp_path / "nowhere", "no such folder"), (empty, "holds no metrics.jsonl"),
+        (tmp_path / "nowhere", "no such folder"), (empty, "no metrics.jsonl"),
         (young, "holds no values yet"), (broken, "not a metrics file"),
     ):  # fmt: skip
         with pytest.raises(PlotError, match=message) as error:
-            plot([str(good), str(path), "--out", str(tmp_path / "x.png")])
+            plot(Options((good, path), tmp_path / "x.png"))
         assert str(path) in str(error.value)
     for out, message in (
         ("x.gif2", "use .png, .pdf or .svg"),
@@ -121,7 +121,7 @@ def test_what_cannot_be_drawn(tmp_path):
         ("no/x.png", "no such folder"),
     ):
         with pytest.raises(PlotError, match=message):
-            plot([str(good), "--out", str(tmp_path / out)])
+            plot(Options((good,), tmp_path / out))
     with pytest.raises(PlotError, match="--smooth -1"):
-        plot([str(good), "--out", str(tmp_path / "x.png"), "--smooth=-1"])
+        plot(Options((good,), tmp_path / "x.png", smooth=-1))
     assert not list(tmp_path.glob("*x*"))

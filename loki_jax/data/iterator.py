@@ -1,3 +1,5 @@
+"""Reads batches ahead, in threads or worker processes, and resumes exactly (method, section 8)."""
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -7,12 +9,13 @@ import grain
 import numpy as np
 from absl import logging
 
-from loki_jax.data.schema import DatasetError
-from loki_jax.data.windows import ADVICE, Batch, Batches, _take_apart, read_fault, record_name
+from loki_jax.data.reader import RecordError
+from loki_jax.data.schema import Batch, DatasetError
+from loki_jax.data.windows import Batches
 
 
 class BatchIterator(grain.DatasetIterator[Any]):
-    """What `iterate` returns. Batches, and the state after n of them, are the same for all its options.
+    """What `iterate` returns. Batches, and the state after n of them, do not depend on its options.
 
     The state is {"batches": taken so far, "unreadable": record numbers met so far}: of batches *taken*,
     whatever was read or sent ahead. "batches" is the same number on all processes, and a state may be
@@ -59,7 +62,6 @@ class BatchIterator(grain.DatasetIterator[Any]):
         elements = self._batches.elements.slice(slice(self._taken, None)).to_iter_dataset(options)
         if self._workers:
             elements = elements.mp_prefetch(grain.MultiprocessingOptions(num_workers=self._workers))
-        elements = elements.map(_take_apart)
         if self._to_device is not None:
             send = self._to_device
             elements = grain.experimental.ThreadPrefetchIterDataset(
@@ -76,18 +78,26 @@ class BatchIterator(grain.DatasetIterator[Any]):
                 continue
             self._unreadable.append(record)
             found = len(self._unreadable)
-            fault = read_fault(dataset, split, record) or "it could be read at a third try"
-            message = f"{record_name(dataset, split, record)} cannot be read: {fault}"
+            message = self._fault(record)
             if found > allowed:
                 self.close()
-                others = [record_name(dataset, split, other) for other in self._unreadable[:-1]]
+                others = [dataset.record_name(split, other) for other in self._unreadable[:-1]]
                 raise DatasetError(
                     f"{message}. That makes {found} of {total} records of split {split!r}; "
                     f"config.data.max_corrupt_share={self._batches.max_corrupt_share:g} allows {allowed}. "
-                    + ADVICE
+                    "Copy the shards again from where they were made."
                     + "".join(f"\n  also: {name}" for name in others[-8:])
                 )
             self._report(f"{message}. Its windows are replaced ({found} such records, {allowed} allowed).")
+
+    def _fault(self, record: int) -> str:
+        dataset, split = self._batches.dataset, self._batches.split
+        reason = "it could be read at a third try"
+        try:
+            dataset.read(split, [record])
+        except RecordError as error:
+            reason = error.reason
+        return f"{dataset.record_name(split, record)} cannot be read: {reason}"
 
     def get_state(self) -> dict[str, Any]:
         return {"batches": self._taken, "unreadable": list(self._unreadable)}
@@ -132,7 +142,7 @@ def iterate(
       to_device: applied to each batch in a thread of its own, ahead of the loop, so that copies to the
         device overlap with the step before (`jax.device_put` returns at once, and so does
         `training.sharding.global_batch`). It must not wait for other processes.
-      device_batches: batches that lie on the device beside the one in use; 2 is double buffering.
+      device_batches: batches on the device beside the one in use; 2 is double buffering.
       report: told of every unreadable record, with file, index and reason.
 
     The iterator raises DatasetError when more records are unreadable than `max_corrupt_share` of

@@ -1,3 +1,17 @@
+"""What a dataset holds: clips and their table, metadata, the features of a record, and training batches.
+
+A dataset is one folder, `data.path` of the configs:
+
+    dataset_info.json, features.json    TFDS's own description: any TFDS user can open the folder
+    loki-train.array_record-00000-of-00003 ...    one record a frame, clips one after another
+    metadata.json     schema version, sizes, head hash, size of every shard
+    clips.json        the clip table
+    head.npz          the head asset whose coefficients the records hold
+
+`writer` makes such a folder, `reader` opens it, `windows` and `iterator` make batches of it. None of them
+imports TensorFlow. `docs/data.md` describes every field. Method, section 8.
+"""
+
 from __future__ import annotations
 
 import dataclasses
@@ -9,23 +23,20 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 import tensorflow_datasets as tfds
-from jaxtyping import BFloat16, Float, UInt8
+from jaxtyping import Array, BFloat16, Float, Int32, UInt8
 
 from loki_jax.face.types import Camera, Coefficients
 
 SCHEMA_VERSION = 1
-
 SPLITS = ("train", "validation")
 
+DATASET_NAME = "loki"  # TFDS's name of the dataset, with which the names of shards begin
 HEAD_FILE = "head.npz"
-
 METADATA_FILE = "metadata.json"
-
 CLIPS_FILE = "clips.json"
 
-NAME_PATTERN = "loki"
-
-REBUILD_ADVICE = "Build it again with `python -m data_prep.build` or `python -m data_prep.synth`."
+# Names of the coefficients in a record, in the order of `Coefficients`. On disk `betas` is called "shape".
+COEFFICIENT_FEATURES = ("shape", *Coefficients._fields[1:])
 
 
 class DatasetError(ValueError):
@@ -46,7 +57,7 @@ class Clip:
       split: "train" or "validation".
       source: where the frames come from (file name, URL, "data_prep.synth").
       licence: licence of the frames.
-      coefficients: fields (N, n); `shape` may be (n_shape,), the same for all frames.
+      coefficients: fields (N, n); `betas` may be (n_shape,), the same for all frames.
       camera: intrinsics (4,) or (N, 4) in pixels of the uncropped frame; extrinsics (4, 4) or (N, 4, 4).
       crop: (4,) or (N, 4) box x0, y0, x1, y1 in pixels of the uncropped frame; the stored image is
         this box resized to image_size. One box a clip, except in data for the `official` variant.
@@ -129,7 +140,48 @@ class Frame(NamedTuple):
     confidence: float
 
 
-ROTATIONS = ("rot", "tra", "neck", "jaw", "eyes")
+class Batch(NamedTuple):
+    """Windows of T consecutive frames of one clip each, with a reference frame of the same clip.
+
+    NumPy arrays as read, `jax.Array` in the train step. B windows, S image size, (h, w, c) latent shape; a
+    single window lacks B. Images are None where only latents are read, latents where the shards hold none.
+
+    Attributes:
+      camera, crop: of the window's frames; the reference has the clip's, too.
+      confidence: quality of the fit in [0, 1].
+      clip_index: row of the clip table.
+      frame_index, reference_index: frame numbers within the clip.
+      frames, reference: RGB.
+      latent_mean, latent_logvar: moments of the VAE posterior, not multiplied by the scale factor.
+    """
+
+    coefficients: Coefficients  # (B, T, n)
+    reference_coefficients: Coefficients  # (B, n)
+    camera: Camera  # (B, T, ...)
+    crop: Float[Array, "*B T 4"]
+    confidence: Float[Array, "*B T"]
+    clip_index: Int32[Array, "*B"]
+    frame_index: Int32[Array, "*B T"]
+    reference_index: Int32[Array, "*B"]
+    frames: UInt8[Array, "*B T S S 3"] | None = None
+    reference: UInt8[Array, "*B S S 3"] | None = None
+    latent_mean: BFloat16[Array, "*B T h w c"] | None = None
+    latent_logvar: BFloat16[Array, "*B T h w c"] | None = None
+    reference_latent_mean: BFloat16[Array, "*B h w c"] | None = None
+    reference_latent_logvar: BFloat16[Array, "*B h w c"] | None = None
+
+
+def float_features(n_shape: int, n_expression: int) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of what a record holds as float32."""
+    return {
+        "shape": (n_shape,),
+        "expression": (n_expression,),
+        **{name: (3,) for name in COEFFICIENT_FEATURES[2:]},
+        "intrinsics": (4,),
+        "extrinsics": (4, 4),
+        "crop": (4,),
+        "confidence": (),
+    }
 
 
 def record_features(
@@ -140,22 +192,13 @@ def record_features(
     latent_shape: tuple[int, int, int] | None,
 ) -> tfds.features.FeaturesDict:
     """The TFDS features of a record; what is stored under which name."""
-
-    def floats(*shape: int) -> tfds.features.Tensor:
-        return tfds.features.Tensor(shape=shape, dtype=np.float32)
-
     features: dict[str, Any] = {
         "clip_id": tfds.features.Text(),
         "clip_index": tfds.features.Tensor(shape=(), dtype=np.int32),
         "frame_index": tfds.features.Tensor(shape=(), dtype=np.int32),
-        "shape": floats(n_shape),
-        "expression": floats(n_expression),
-        **{name: floats(3) for name in ROTATIONS},
-        "intrinsics": floats(4),
-        "extrinsics": floats(4, 4),
-        "crop": floats(4),
-        "confidence": floats(),
     }
+    for name, shape in float_features(n_shape, n_expression).items():
+        features[name] = tfds.features.Tensor(shape=shape, dtype=np.float32)
     if image_format is not None:
         features["image"] = tfds.features.Image(
             shape=(image_size, image_size, 3), encoding_format=image_format
@@ -166,10 +209,6 @@ def record_features(
                 shape=latent_shape, dtype=ml_dtypes.bfloat16, encoding="bytes"
             )
     return tfds.features.FeaturesDict(features)
-
-
-# Names of the coefficients in a record, in the order of `Coefficients`.
-COEFFICIENT_FEATURES = ("shape", *Coefficients._fields[1:])
 
 
 def assign_split(identity: str, validation_share: float = 0.02, seed: int = 0) -> str:

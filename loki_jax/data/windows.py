@@ -1,4 +1,4 @@
-"""The input pipeline: windows of consecutive frames with a reference frame, as Grain datasets.
+"""Windows of consecutive frames with a reference frame, as Grain datasets of batches.
 
 Order of operations (method, section 8):
 
@@ -14,8 +14,8 @@ Everything up to the slicing works on indices alone. `MapDataset` makes element 
 form global batch k, and the state of an iterator is the number of batches taken.
 
 A window that touches a record which cannot be read is replaced by another, again a function of the
-seed and the window alone. The element says which records those were; `BatchIterator` names and counts
-them in the order of the batches, and stops when they are more than the stated share.
+seed and the window alone. The element names those records; `BatchIterator` reports and counts them in the
+order of the batches, and stops when they are more than the stated share.
 """
 
 from __future__ import annotations
@@ -30,31 +30,15 @@ import grain
 import jax
 import numpy as np
 
-from loki_jax.data.reader import Dataset, open_dataset
-from loki_jax.data.schema import ClipInfo, DatasetError, Frame
-
-Batch = dict[str, Any]
-
-"""numpy arrays; B windows a process, T frames a window, S image size, (h, w, c) latent shape.
-
-frames (B,T,S,S,3) uint8, reference (B,S,S,3) uint8          where the dataset has images
-latent_mean, latent_logvar (B,T,h,w,c) bfloat16,
-reference_latent_mean, reference_latent_logvar (B,h,w,c)     where it has latents
-coefficients: Coefficients (B,T,...), reference_coefficients: Coefficients (B,...)
-camera: Camera (B,T,...); crop (B,T,4); confidence (B,T)
-clip_index (B,), frame_index (B,T), reference_index (B,)     int32; indices into the clip table and clip
-"""
+from loki_jax.data.reader import Dataset, RecordError, open_dataset, stack_frames
+from loki_jax.data.schema import Batch, ClipInfo, DatasetError, Frame
+from loki_jax.face.crop import crop_and_resize
 
 # Draws in a row that may meet an unreadable record before reading is given up.
 _MAX_DRAWS = 8
 
-# Key under which an element carries the unreadable records that it met: (_MAX_DRAWS,) int64, padded with -1.
-UNREADABLE = "unreadable"
 
-ADVICE = "Copy the shards again from where they were made."
-
-
-class _Slot(NamedTuple):
+class Slot(NamedTuple):
     """Where in a clip a window may start: frames first_start .. last_start, both included."""
 
     clip: ClipInfo
@@ -68,7 +52,7 @@ class _Window(NamedTuple):
     reference: int
 
 
-def window_slots(clips: Sequence[ClipInfo], window: int) -> list[_Slot]:
+def window_slots(clips: Sequence[ClipInfo], window: int) -> list[Slot]:
     """The windows of one epoch: floor(length / window) for each clip, none for clips that are shorter.
 
     The possible starts of a clip are cut into as many equal parts as it has windows, and an epoch
@@ -79,7 +63,7 @@ def window_slots(clips: Sequence[ClipInfo], window: int) -> list[_Slot]:
     for clip in clips:
         count, starts = clip.length // window, clip.length - window + 1
         bounds = [index * starts // count for index in range(count + 1)] if count else []
-        slots += [_Slot(clip, a, b - 1) for a, b in itertools.pairwise(bounds)]
+        slots += [Slot(clip, a, b - 1) for a, b in itertools.pairwise(bounds)]
     return slots
 
 
@@ -87,225 +71,198 @@ def window_slots(clips: Sequence[ClipInfo], window: int) -> list[_Slot]:
 class _DrawWindow(grain.transforms.RandomMap):
     """Slot -> window: start and reference frame drawn anew each epoch."""
 
-    fixed_reference: bool
+    slots: Sequence[Slot]
     seed: int
+    fixed_reference: bool = False
 
-    def random_map(self, slot: _Slot, rng: np.random.Generator) -> _Window:
+    def random_map(self, slot: Slot, rng: np.random.Generator) -> _Window:
         start = int(rng.integers(slot.first_start, slot.last_start + 1))
         if self.fixed_reference:
             # A function of the window alone (method, section 11, row 6: the `official` variant).
             rng = np.random.default_rng((self.seed, slot.clip.clip_index, start))
         return _Window(slot.clip, start, int(rng.integers(slot.clip.length)))
 
-
-@dataclasses.dataclass(frozen=True)
-class _Redraw:
-    """(window, attempt) -> the window that takes its place: any slot of the split, the same every time."""
-
-    slots: Sequence[_Slot]
-    draw: _DrawWindow
-
-    def __call__(self, chosen: _Window, attempt: int) -> _Window:
+    def replacement(self, window: _Window, attempt: int) -> _Window:
+        """The window used instead of an unreadable one: any of the split, the same every time."""
         rng = np.random.default_rng(
-            (self.draw.seed, chosen.clip.clip_index, chosen.start, chosen.reference, attempt)
+            (self.seed, window.clip.clip_index, window.start, window.reference, attempt)
         )
-        return self.draw.random_map(self.slots[int(rng.integers(len(self.slots)))], rng)
-
-
-class _Unreadable(Exception):
-    """The first record of a window that cannot be read."""
-
-    def __init__(self, record: int):
-        super().__init__(record)
-        self.record = record
+        return self.random_map(self.slots[int(rng.integers(len(self.slots)))], rng)
 
 
 class _ReadWindow(grain.transforms.Map):
-    """Window -> one element of a batch, with an optional cache of decoded frames in this process."""
+    """Window -> (`Batch` without the axis B, the unreadable records met on the way).
+
+    The records are (_MAX_DRAWS,) int64, padded with -1. A cache of this process may keep decoded frames.
+    """
 
     def __init__(
-        self, dataset: Dataset, split: str, window: int, cache_bytes: int, with_images: bool, redraw: _Redraw
-    ):
-        self._dataset, self._split, self._window = dataset, split, window
-        self._with_images, self._redraw = with_images, redraw
+        self, dataset: Dataset, split: str, window: int, draw: _DrawWindow, image_size: int | None,
+        cache_bytes: int,
+    ):  # fmt: skip
+        self._dataset, self._split, self._window, self._draw = dataset, split, window, draw
+        self._image_size = image_size
         self._cache: dict[int, Frame] = {}
         self._cache_left = cache_bytes
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_cache": {}}  # a worker process fills its own
 
+    def map(self, window: _Window) -> tuple[Batch, np.ndarray]:
+        unreadable = np.full(_MAX_DRAWS, -1, np.int64)
+        for attempt in range(_MAX_DRAWS):
+            try:
+                return self._element(window), unreadable
+            except RecordError as error:
+                unreadable[attempt] = error.record
+                window = self._draw.replacement(window, attempt)
+        names = [self._dataset.record_name(self._split, int(record)) for record in dict.fromkeys(unreadable)]
+        raise DatasetError(
+            f"{self._dataset.path}: {_MAX_DRAWS} windows drawn in a row hold records that cannot be read: "
+            f"{'; '.join(names)}. Copy the shards again from where they were made."
+        )
+
+    def _element(self, window: _Window) -> Batch:
+        first, indices = window.clip.first_record, range(window.start, window.start + self._window)
+        *frames, reference = self._read([first + index for index in (*indices, window.reference)])
+        found = [(frame.clip_index, frame.frame_index) for frame in (*frames, reference)]
+        if found != [(window.clip.clip_index, index) for index in (*indices, window.reference)]:
+            raise DatasetError(
+                f"{self._dataset.path}: clips.json does not fit the shards at clip {window.clip.clip_id!r}. "
+                "Copy the whole dataset folder again."
+            )
+        stacked = stack_frames(frames)
+        return Batch(
+            coefficients=stacked.coefficients,
+            reference_coefficients=reference.coefficients,
+            camera=stacked.camera,
+            crop=stacked.crop,
+            confidence=stacked.confidence.astype(np.float32),
+            clip_index=np.int32(window.clip.clip_index),
+            frame_index=stacked.frame_index.astype(np.int32),
+            reference_index=np.int32(window.reference),
+            frames=stacked.image,
+            reference=reference.image,
+            latent_mean=stacked.latent_mean,
+            latent_logvar=stacked.latent_logvar,
+            reference_latent_mean=reference.latent_mean,
+            reference_latent_logvar=reference.latent_logvar,
+        )
+
     def _read(self, records: list[int]) -> list[Frame]:
         frames = {record: self._cache[record] for record in records if record in self._cache}
         missing = [record for record in dict.fromkeys(records) if record not in frames]
         if missing:
-            # Frames are kept until the limit and never evicted: under uniform access that hits as
-            # often as any replacement policy.
-            for record, frame in zip(missing, self._read_files(missing), strict=True):
+            read = self._dataset.read(self._split, missing, with_image=self._image_size is not None)
+            for record, frame in zip(missing, map(self._resized, read), strict=True):
                 frames[record] = frame
+                # Frames are kept until the limit and never evicted: under uniform access that hits as
+                # often as any replacement policy.
                 size = sum(leaf.nbytes for leaf in jax.tree.leaves(frame) if isinstance(leaf, np.ndarray))
                 if size <= self._cache_left:
                     self._cache_left -= size
                     self._cache[record] = frame
         return [frames[record] for record in records]
 
-    def _read_files(self, records: list[int]) -> list[Frame]:
-        try:
-            return [
-                _checked(frame, self._dataset)
-                for frame in self._dataset.read(self._split, records, self._with_images)
-            ]
-        except DatasetError:
-            # One by one, to find the first that is bad. A second failure is what makes it unreadable:
-            # a busy network file system may refuse once.
-            for record in records:
-                if read_fault(self._dataset, self._split, record, self._with_images) is not None:
-                    raise _Unreadable(record) from None
-            return [
-                _checked(frame, self._dataset)
-                for frame in self._dataset.read(self._split, records, self._with_images)
-            ]
-
-    def map(self, chosen: _Window) -> dict[str, Any]:
-        unreadable = np.full(_MAX_DRAWS, -1, np.int64)
-        for attempt in range(_MAX_DRAWS):
-            try:
-                return self._element(chosen) | {UNREADABLE: unreadable}
-            except _Unreadable as fault:
-                unreadable[attempt] = fault.record
-                chosen = self._redraw(chosen, attempt)
-        names = [record_name(self._dataset, self._split, int(record)) for record in dict.fromkeys(unreadable)]
-        raise DatasetError(
-            f"{self._dataset.path}: {_MAX_DRAWS} windows drawn in a row hold records that cannot be read: "
-            + "; ".join(names)
-            + f". {ADVICE}"
-        )
-
-    def _element(self, chosen: _Window) -> dict[str, Any]:
-        first = chosen.clip.first_record
-        records = [first + chosen.start + offset for offset in range(self._window)]
-        *frames, reference = self._read([*records, first + chosen.reference])
-        found = [(frame.clip_index, frame.frame_index) for frame in (*frames, reference)]
-        indices = [*range(chosen.start, chosen.start + self._window), chosen.reference]
-        if found != [(chosen.clip.clip_index, index) for index in indices]:
-            raise DatasetError(
-                f"{self._dataset.path}: clips.json does not fit the shards at clip {chosen.clip.clip_id!r}. "
-                "Copy the whole dataset folder again."
-            )
-        stacked: Frame = jax.tree.map(lambda *leaves: np.stack(leaves), *frames)
-        element = {
-            "coefficients": stacked.coefficients,
-            "reference_coefficients": reference.coefficients,
-            "camera": stacked.camera,
-            "crop": stacked.crop,
-            "confidence": stacked.confidence.astype(np.float32),
-            "clip_index": np.int32(chosen.clip.clip_index),
-            "frame_index": stacked.frame_index.astype(np.int32),
-            "reference_index": np.int32(chosen.reference),
-        }
-        if reference.image is not None:
-            element |= {"frames": stacked.image, "reference": reference.image}
-        if reference.latent_mean is not None:
-            element |= {
-                "latent_mean": stacked.latent_mean,
-                "latent_logvar": stacked.latent_logvar,
-                "reference_latent_mean": reference.latent_mean,
-                "reference_latent_logvar": reference.latent_logvar,
-            }
-        return element
+    def _resized(self, frame: Frame) -> Frame:
+        if frame.image is None or len(frame.image) == self._image_size:
+            return frame
+        box = np.array([0, 0, len(frame.image), len(frame.image)])
+        return frame._replace(image=crop_and_resize(frame.image, box, self._image_size))
 
 
-def _checked(frame: Frame, dataset: Dataset) -> Frame:
-    """`frame`, if its arrays have the sizes the metadata promises (a damaged picture may not)."""
-    meta = dataset.metadata
-    image = None if frame.image is None else frame.image.shape
-    sizes = len(frame.coefficients.betas), len(frame.coefficients.expression)
-    if image not in (None, (meta.image_size, meta.image_size, 3)) or sizes != (
-        meta.n_shape,
-        meta.n_expression,
-    ):
-        raise DatasetError(
-            f"image of shape {image} with {sizes[0]} shape and {sizes[1]} expression coefficients"
-        )
-    return frame
+@dataclasses.dataclass(frozen=True)
+class Batches:
+    """This process's batches, by random access: `batches[k]`, `len(batches)`; `iterate` reads ahead.
 
-
-def read_fault(dataset: Dataset, split: str, record: int, with_images: bool = True) -> str | None:
-    """Why a record cannot be read, or None if it can.
-
-    Raises:
-      DatasetError: its shard is no longer there.
+    Attributes:
+      elements: Grain's dataset of pairs (batch, unreadable records met).
+      dataset, split: where they come from.
+      max_corrupt_share: share of the split's records that may be unreadable.
     """
-    file, _ = locate_record(dataset, split, record)
-    if not (dataset.path / file).is_file():
-        raise DatasetError(f"{dataset.path / file}: shard is gone. {ADVICE}")
-    try:
-        _checked(*dataset.read(split, [record], with_images), dataset)
-    except DatasetError as error:
-        return str(error.__cause__ or error)
-    return None
+
+    elements: grain.MapDataset
+    dataset: Dataset
+    split: str
+    max_corrupt_share: float
+
+    def __len__(self) -> int:
+        return len(self.elements)
+
+    def __getitem__(self, index: int) -> Batch:
+        """Batch `index`, with other windows in place of unreadable ones; these are not counted here."""
+        return self.elements[index][0]
 
 
-def locate_record(dataset: Dataset, split: str, record: int) -> tuple[str, int]:
-    """(shard file, index within it) of record number `record` of a split."""
-    for name, (count, _) in dataset.metadata.shards.items():
-        if f"-{split}." in name:
-            if record < count:
-                return name, record
-            record -= count
-    raise IndexError(f"{dataset.path}: split {split!r} ends {record + 1} records before the one asked for")
+@dataclasses.dataclass(frozen=True)
+class _Source:
+    """What both kinds of batches share; arguments and errors as for `make_dataset`."""
 
+    path: str | os.PathLike
+    split: str
+    window: int
+    batch: int
+    process_index: int
+    process_count: int
+    with_images: bool
+    image_size: int | None
+    cache_bytes: int
+    head_sha256: str | None
+    max_corrupt_share: float
 
-def record_name(dataset: Dataset, split: str, record: int) -> str:
-    """A record as a person looks for it: file, index in it, clip and frame."""
-    file, index = locate_record(dataset, split, record)
-    clip = next(clip for clip in dataset.clips_of(split) if record < clip.first_record + clip.length)
-    return f"{dataset.path / file} record {index} (clip {clip.clip_id!r}, frame {record - clip.first_record})"
+    def open(self) -> tuple[Dataset, list[Slot]]:
+        if not 0 <= self.process_index < self.process_count:
+            raise ValueError(
+                f"process_index {self.process_index} is not one of {self.process_count} processes"
+            )
+        if self.batch <= 0 or self.batch % self.process_count:
+            raise ValueError(
+                f"the global batch of {self.batch} windows cannot be shared evenly by "
+                f"{self.process_count} processes"
+            )
+        dataset = open_dataset(self.path, self.head_sha256)
+        self._check_size(dataset)
+        clips = dataset.clips_of(self.split)
+        slots = window_slots(clips, self.window)
+        if not slots:
+            longest = max((clip.length for clip in clips), default=0)
+            raise DatasetError(
+                f"{dataset.path}: split {self.split!r} has {len(clips)} clips, the longest of {longest} "
+                f"frames: none holds a window of {self.window}. Add longer clips or choose a shorter window "
+                "(`config.window`)."
+            )
+        return dataset, slots
 
+    def _check_size(self, dataset: Dataset) -> None:
+        metadata, wanted = dataset.metadata, self.image_size or dataset.metadata.image_size
+        if metadata.latent_shape is None and not self.with_images:
+            raise DatasetError(
+                f"{dataset.path}: holds no latents, only images. Read the images, or build it with latents."
+            )
+        if metadata.image_size < wanted or (
+            metadata.latent_shape is not None and metadata.image_size != wanted
+        ):
+            what = "frames" if metadata.latent_shape is None else "latents of frames"
+            raise DatasetError(
+                f"{dataset.path}: holds {what} of {metadata.image_size} pixels, the config wants {wanted}. "
+                f"Larger frames would be resized, smaller ones and latents cannot be. Rebuild with "
+                f"`--size {wanted}` or set `--config.image_size={metadata.image_size}`."
+            )
 
-def _local_batch(batch: int, process_index: int, process_count: int) -> int:
-    if not 0 <= process_index < process_count:
-        raise ValueError(f"process_index {process_index} is not one of {process_count} processes")
-    if batch <= 0 or batch % process_count:
-        raise ValueError(
-            f"the global batch of {batch} windows cannot be shared evenly by {process_count} processes"
-        )
-    return batch // process_count
-
-
-def _open_slots(
-    path: str | os.PathLike, split: str, window: int, with_images: bool, head_sha256: str | None
-) -> tuple[Dataset, list[_Slot]]:
-    dataset = open_dataset(path, head_sha256)
-    if dataset.metadata.latent_shape is None and not with_images:
-        raise DatasetError(
-            f"{dataset.path}: holds no latents, only images. Read the images, or build it with latents."
-        )
-    clips = dataset.clips_of(split)
-    slots = window_slots(clips, window)
-    if not slots:
-        longest = max((clip.length for clip in clips), default=0)
-        raise DatasetError(
-            f"{dataset.path}: split {split!r} has {len(clips)} clips, the longest of {longest} frames: none "
-            f"holds a window of {window}. Add longer clips or choose a shorter window (`config.window`)."
-        )
-    return dataset, slots
+    def batches(self, dataset: Dataset, windows: grain.MapDataset, draw: _DrawWindow) -> Batches:
+        size = (self.image_size or dataset.metadata.image_size) if self.with_images else None
+        read = _ReadWindow(dataset, self.split, self.window, draw, size, self.cache_bytes)
+        elements = windows.map(read).batch(self.batch // self.process_count, drop_remainder=True)
+        share = elements.slice(slice(self.process_index, None, self.process_count))
+        return Batches(share, dataset, self.split, self.max_corrupt_share)
 
 
 def make_dataset(
-    path: str | os.PathLike,
-    window: int,
-    batch: int,
-    seed: int,
-    process_index: int = 0,
-    process_count: int = 1,
-    *,
-    split: str = "train",
-    fixed_reference: bool = False,
-    cache_bytes: int = 0,
-    with_images: bool = True,
-    head_sha256: str | None = None,
+    path: str | os.PathLike, window: int, batch: int, seed: int, process_index: int = 0,
+    process_count: int = 1, *, split: str = "train", fixed_reference: bool = False, with_images: bool = True,
+    image_size: int | None = None, cache_bytes: int = 0, head_sha256: str | None = None,
     max_corrupt_share: float = 0.0,
-) -> Batches:
+) -> Batches:  # fmt: skip
     """Endless training batches of the dataset at `path`.
 
     Element k is this process's part of global batch k: together the processes' parts hold the same
@@ -321,98 +278,53 @@ def make_dataset(
       split: "train" or "validation".
       fixed_reference: the reference is a function of the window instead of drawn anew each epoch (the
         `official` variant).
-      cache_bytes: decoded frames kept in memory, per process; small datasets are then decoded once.
       with_images: False leaves images undecoded where latents are all that is needed.
+      image_size: side of the images in pixels; larger stored frames are reduced by an area filter. None: the
+        stored size.
+      cache_bytes: decoded frames kept in memory, per process; small datasets are then decoded once.
       head_sha256: hash of the head in use, compared with the dataset's.
       max_corrupt_share: share of the split's records that may be unreadable before `iterate` stops;
         each process counts the ones it meets.
 
     Raises:
-      DatasetError: the dataset is damaged, has no such split or no clip of `window` frames.
+      DatasetError: the dataset is damaged, has no such split, no clip of `window` frames, frames smaller than
+        `image_size`, or latents of another size.
       ValueError: `batch` does not divide by `process_count`.
     """
-    local = _local_batch(batch, process_index, process_count)
-    dataset, slots = _open_slots(path, split, window, with_images, head_sha256)
-    draw = _DrawWindow(fixed_reference, seed)
-    redraw = _Redraw(tuple(slots), draw)
-    elements = (
-        grain.MapDataset.source(slots)
-        .seed(seed)
-        .random_map(draw)
-        .shuffle()
-        .repeat()
-        .map(_ReadWindow(dataset, split, window, cache_bytes, with_images, redraw))
-        .batch(local, drop_remainder=True)
-        .slice(slice(process_index, None, process_count))
-    )
-    return Batches(elements, dataset, split, max_corrupt_share)
+    source = _Source(
+        path, split, window, batch, process_index, process_count, with_images, image_size, cache_bytes,
+        head_sha256, max_corrupt_share,
+    )  # fmt: skip
+    dataset, slots = source.open()
+    draw = _DrawWindow(tuple(slots), seed, fixed_reference)
+    windows = grain.MapDataset.source(slots).seed(seed).random_map(draw).shuffle().repeat()
+    return source.batches(dataset, windows, draw)
 
 
 def make_validation_dataset(
-    path: str | os.PathLike,
-    window: int,
-    batch: int,
-    seed: int = 0,
-    process_index: int = 0,
-    process_count: int = 1,
-    *,
-    split: str = "validation",
-    cache_bytes: int = 0,
-    with_images: bool = True,
-    head_sha256: str | None = None,
+    path: str | os.PathLike, window: int, batch: int, seed: int = 0, process_index: int = 0,
+    process_count: int = 1, *, split: str = "validation", with_images: bool = True,
+    image_size: int | None = None, cache_bytes: int = 0, head_sha256: str | None = None,
     max_corrupt_share: float = 0.0,
-) -> Batches:
+) -> Batches:  # fmt: skip
     """One pass over a split, the same every time: every clip's windows from frame 0 on, without overlap.
 
     The first window of each clip comes before the second of any, so that few batches show many
     identities. The reference of a window is drawn once from the seed. All batches are full: the last one is
     filled up from the beginning. Arguments and errors as for `make_dataset`.
     """
-    local = _local_batch(batch, process_index, process_count)
-    dataset, slots = _open_slots(path, split, window, with_images, head_sha256)
-    clips = list(dict.fromkeys(slot.clip.clip_index for slot in slots))
-    rows = [dataset.clips[index] for index in clips]
-    rounds = max(row.length // window for row in rows)
-    windows = [
-        _Window(row, k * window, int(np.random.default_rng((seed, row.clip_index, k)).integers(row.length)))
-        for k in range(rounds)
-        for row in rows
-        if (k + 1) * window <= row.length
-    ]
+    source = _Source(
+        path, split, window, batch, process_index, process_count, with_images, image_size, cache_bytes,
+        head_sha256, max_corrupt_share,
+    )  # fmt: skip
+    dataset, slots = source.open()
+    clips = [clip for clip in dataset.clips_of(split) if clip.length >= window]
+    windows = []
+    for k in range(max(clip.length // window for clip in clips)):
+        for clip in clips:
+            if (k + 1) * window <= clip.length:
+                rng = np.random.default_rng((seed, clip.clip_index, k))
+                windows.append(_Window(clip, k * window, int(rng.integers(clip.length))))
     full = -(-len(windows) // batch) * batch
-    redraw = _Redraw(tuple(slots), _DrawWindow(False, seed))
-    elements = (
-        grain.MapDataset.source([windows[i % len(windows)] for i in range(full)])
-        .map(_ReadWindow(dataset, split, window, cache_bytes, with_images, redraw))
-        .batch(local, drop_remainder=True)
-        .slice(slice(process_index, None, process_count))
-    )
-    return Batches(elements, dataset, split, max_corrupt_share)
-
-
-@dataclasses.dataclass(frozen=True)
-class Batches:
-    """This process's batches, by random access: `batches[k]`, `len(batches)`; `iterate` reads ahead.
-
-    Attributes:
-      elements: Grain's dataset; its elements also name the unreadable records they met.
-      dataset, split: where they come from.
-      max_corrupt_share: share of the split's records that may be unreadable.
-    """
-
-    elements: grain.MapDataset
-    dataset: Dataset
-    split: str
-    max_corrupt_share: float
-
-    def __len__(self) -> int:
-        return len(self.elements)
-
-    def __getitem__(self, index: int) -> Batch:
-        """Batch `index`, with other windows in place of unreadable ones; these are not counted here."""
-        return _take_apart(self.elements[index])[0]
-
-
-def _take_apart(element: dict[str, Any]) -> tuple[Batch, np.ndarray]:
-    """(the batch, the unreadable records it met)."""
-    return {key: value for key, value in element.items() if key != UNREADABLE}, np.array(element[UNREADABLE])
+    repeated = grain.MapDataset.source([windows[i % len(windows)] for i in range(full)])
+    return source.batches(dataset, repeated, _DrawWindow(tuple(slots), seed))

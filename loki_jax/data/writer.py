@@ -1,15 +1,4 @@
-"""The record schema: clips in, a TFDS dataset of ArrayRecord shards out, and back (method, section 8).
-
-A dataset is one folder, `data.path` of the configs:
-
-    dataset_info.json, features.json    TFDS's own description: any TFDS user can open the folder
-    loki-train.array_record-00000-of-00003 ...    one record a frame, clips one after another
-    metadata.json     schema version, sizes, head hash, size of every shard
-    clips.json        the clip table
-    head.npz          the head asset whose coefficients the records hold
-
-Neither writing nor reading imports TensorFlow. `docs/data.md` describes every field.
-"""
+"""Writes clips as a dataset: a TFDS folder of ArrayRecord shards that appears complete or not at all."""
 
 from __future__ import annotations
 
@@ -18,7 +7,7 @@ import dataclasses
 import io
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -35,16 +24,16 @@ import loki_jax
 from loki_jax.data.schema import (
     CLIPS_FILE,
     COEFFICIENT_FEATURES,
+    DATASET_NAME,
     HEAD_FILE,
     METADATA_FILE,
-    NAME_PATTERN,
-    ROTATIONS,
     SCHEMA_VERSION,
     SPLITS,
     Clip,
     ClipInfo,
     DatasetError,
     Metadata,
+    float_features,
     record_features,
 )
 from loki_jax.face.asset import HeadAsset, save_head
@@ -63,16 +52,20 @@ def encode_image(image: UInt8[np.ndarray, "S S 3"], image_format: str, jpeg_qual
 
 
 class _SplitWriter:
-    """Writes one split's records into shards of about `shard_bytes`; clips are not split up."""
+    """Writes one split's records into shards of about `shard_bytes`; clips are not split up.
+
+    Attributes:
+      lengths, payload: records and bytes of each shard so far.
+    """
 
     def __init__(self, folder: Path, split: str, shard_bytes: int):
-        self._folder, self._split, self._shard_bytes = folder, split, shard_bytes
+        self._stem, self._shard_bytes = folder / f"{DATASET_NAME}-{split}.array_record", shard_bytes
         self._writer = None
         self.lengths: list[int] = []
         self.payload: list[int] = []
 
-    def _partial(self, shard: int) -> Path:
-        return self._folder / f"{NAME_PATTERN}-{self._split}.array_record-{shard:05d}"
+    def _unfinished(self, shard: int) -> Path:
+        return self._stem.with_name(f"{self._stem.name}-{shard:05d}")
 
     @property
     def records(self) -> int:
@@ -83,7 +76,7 @@ class _SplitWriter:
             self.close()
             # One record a group: random access reads one frame; the payload is already compressed.
             self._writer = array_record_module.ArrayRecordWriter(
-                str(self._partial(len(self.lengths))), "group_size:1,uncompressed"
+                str(self._unfinished(len(self.lengths))), "group_size:1,uncompressed"
             )
             self.lengths.append(0)
             self.payload.append(0)
@@ -98,57 +91,50 @@ class _SplitWriter:
             self._writer.close()
             self._writer = None
 
-    def finish(self) -> list[Path]:
-        """Close and give the shards their final names, which hold their number."""
+    def finish(self) -> dict[str, tuple[int, int]]:
+        """Close, give the shards their final names, and return (records, size in bytes) of each."""
         self.close()
-        paths = []
-        for shard in range(len(self.lengths)):
-            path = self._folder / f"{self._partial(shard).name}-of-{len(self.lengths):05d}"
-            self._partial(shard).rename(path)
-            paths.append(path)
-        return paths
+        shards = {}
+        for shard, length in enumerate(self.lengths):
+            path = self._unfinished(shard)
+            path = path.rename(path.with_name(f"{path.name}-of-{len(self.lengths):05d}"))
+            shards[path.name] = (length, path.stat().st_size)
+        return shards
 
 
-def _clip_arrays(clip: Clip, head: HeadAsset) -> dict[str, np.ndarray]:
+def _error(clip: Clip, problem: str) -> DatasetError:
+    return DatasetError(f"clip {clip.clip_id!r} ({clip.source}): {problem}")
+
+
+def _float_arrays(clip: Clip, head: HeadAsset) -> dict[str, np.ndarray]:
     """All per-frame float arrays of a clip, broadcast to (N, ...) and checked."""
     length = len(np.asarray(clip.coefficients.expression))
-    expected = {
-        "shape": (length, head.n_shape),
-        "expression": (length, head.n_expression),
-        **{name: (length, 3) for name in ROTATIONS},
-        "intrinsics": (length, 4),
-        "extrinsics": (length, 4, 4),
-        "crop": (length, 4),
-        "confidence": (length,),
-    }
+    if length == 0:
+        raise _error(clip, "has no frames. Leave it out.")
     given = {
         **dict(zip(COEFFICIENT_FEATURES, clip.coefficients, strict=True)),
         **clip.camera._asdict(),
         "crop": clip.crop,
         "confidence": np.ones(length) if clip.confidence is None else clip.confidence,
     }
-    if length == 0:
-        raise DatasetError(f"clip {clip.clip_id!r} ({clip.source}) has no frames. Leave it out.")
     arrays = {}
-    for name, shape in expected.items():
-        value = np.asarray(given[name], np.float32)
+    for name, shape in float_features(head.n_shape, head.n_expression).items():
+        value, expected = np.asarray(given[name], np.float32), (length, *shape)
         may_repeat = name in ("shape", "intrinsics", "extrinsics", "crop")
-        if value.shape != shape and not (may_repeat and value.shape == shape[1:]):
-            raise DatasetError(
-                f"clip {clip.clip_id!r} ({clip.source}): {name} has shape {value.shape}, expected {shape} "
-                f"for {length} frames and the head {head.name!r}. Fit the clip with this head."
+        if value.shape != expected and not (may_repeat and value.shape == shape):
+            raise _error(
+                clip,
+                f"{name} has shape {value.shape}, expected {expected} for {length} frames and the head "
+                f"{head.name!r}. Fit the clip with this head.",
             )
         if not np.isfinite(value).all():
-            raise DatasetError(
-                f"clip {clip.clip_id!r} ({clip.source}): {name} holds values that are not finite. "
-                "Fit the clip again or leave it out."
+            raise _error(
+                clip, f"{name} holds values that are not finite. Fit the clip again or leave it out."
             )
-        arrays[name] = np.broadcast_to(value, shape)
+        arrays[name] = np.broadcast_to(value, expected)
     box = arrays["crop"]
-    if (box[:, 2] <= box[:, 0]).any() or (box[:, 3] <= box[:, 1]).any():
-        raise DatasetError(
-            f"clip {clip.clip_id!r} ({clip.source}): a crop box is empty. Crop the clip again."
-        )
+    if (box[:, 2:] <= box[:, :2]).any():
+        raise _error(clip, "a crop box is empty. Crop the clip again.")
     return arrays
 
 
@@ -157,65 +143,65 @@ def _latents(clip: Clip, latent_shape: tuple[int, int, int] | None, length: int)
     found = {name: None if value is None else tuple(np.shape(value)) for name, value in given.items()}
     expected = None if latent_shape is None else (length, *latent_shape)
     if any(shape != expected for shape in found.values()):
-        raise DatasetError(
-            f"clip {clip.clip_id!r} ({clip.source}): latents have shapes {found}, expected {expected} as in "
-            "the first clip. Encode all clips with the same VAE, or none."
+        raise _error(
+            clip,
+            f"latents have shapes {found}, expected {expected} as in the first clip. Encode all clips with "
+            "the same VAE, or none.",
         )
     return {} if expected is None else {k: np.asarray(v).astype(ml_dtypes.bfloat16) for k, v in given.items()}
 
 
 def _encoded_images(
     clip: Clip, length: int, image_size: int, image_format: str | None, jpeg_quality: int
-) -> Iterable[bytes | None]:
-    """The clip's images as encoded bytes, exactly `length` of them; None each without images."""
+) -> Iterator[dict[str, bytes]]:
+    """The image feature of each of `length` records, encoded; empty without images."""
     if (clip.images is None) != (image_format is None):
-        raise DatasetError(
-            f"clip {clip.clip_id!r} ({clip.source}): some clips have images and some have none. "
-            "Give images for all clips or for none."
+        raise _error(
+            clip, "some clips have images and some have none. Give images for all clips or for none."
         )
     if clip.images is None:
-        yield from [None] * length
+        yield from [{}] * length
         return
     count = 0
     for image in clip.images:
         count += 1
         if count > length:
             break
-        if isinstance(image, bytes):
-            yield image
-            continue
-        if np.shape(image) != (image_size, image_size, 3) or image.dtype != np.uint8:
-            raise DatasetError(
-                f"clip {clip.clip_id!r} ({clip.source}): frame {count - 1} is {image.dtype} {image.shape}, "
-                f"expected uint8 ({image_size}, {image_size}, 3). Crop and resize the frames first."
-            )
-        yield encode_image(image, image_format, jpeg_quality)
+        if not isinstance(image, bytes):
+            if np.shape(image) != (image_size, image_size, 3) or image.dtype != np.uint8:
+                raise _error(
+                    clip,
+                    f"frame {count - 1} is {image.dtype} {image.shape}, expected uint8 "
+                    f"({image_size}, {image_size}, 3). Crop and resize the frames first.",
+                )
+            image = encode_image(image, image_format, jpeg_quality)
+        yield {"image": image}
     if count != length:
-        raise DatasetError(
-            f"clip {clip.clip_id!r} ({clip.source}) has {length} frames of coefficients but "
-            f"{'more' if count > length else count} images. Fit and crop the same frames."
+        raise _error(
+            clip,
+            f"{length} frames of coefficients but {'more' if count > length else count} images. Fit and crop "
+            "the same frames.",
         )
 
 
 def _check_row(clip: Clip, seen_ids: set[str], split_of: dict[str, str]) -> None:
     if clip.split not in SPLITS:
-        raise DatasetError(f"clip {clip.clip_id!r}: split {clip.split!r} is none of {SPLITS}.")
+        raise _error(clip, f"split {clip.split!r} is none of {SPLITS}.")
     if clip.clip_id in seen_ids:
-        raise DatasetError(f"clip id {clip.clip_id!r} occurs twice. Give every clip its own id.")
+        raise _error(clip, "its id occurs twice. Give every clip its own id.")
     if split_of.setdefault(clip.identity, clip.split) != clip.split:
-        raise DatasetError(
-            f"identity {clip.identity!r} has clips in both splits. "
-            "Choose the split by identity (`assign_split`)."
+        raise _error(
+            clip,
+            f"identity {clip.identity!r} has clips in both splits. Choose the split by identity "
+            "(`assign_split`).",
         )
     if not isinstance(clip.fps, Fraction) or clip.fps <= 0:
-        raise DatasetError(f"clip {clip.clip_id!r}: fps {clip.fps!r} must be a positive fractions.Fraction.")
+        raise _error(clip, f"fps {clip.fps!r} must be a positive fractions.Fraction.")
     seen_ids.add(clip.clip_id)
 
 
 def _check_target(path: Path, overwrite: bool) -> None:
-    if not path.exists():
-        return
-    if path.is_dir() and not any(path.iterdir()):
+    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return
     if not overwrite:
         raise DatasetError(
@@ -283,32 +269,28 @@ def write_dataset(
     old = path.with_name(f".{path.name}.{os.getpid()}.old")
     with atomic_path(path) as partial, contextlib.ExitStack() as stack:
         partial.mkdir()
+        head_sha256 = save_head(partial / HEAD_FILE, head)
         writers = {
             split: stack.enter_context(contextlib.closing(_SplitWriter(partial, split, shard_bytes)))
             for split in SPLITS
         }
-        head_sha256 = save_head(partial / HEAD_FILE, head)
         rows: list[ClipInfo] = []
-        features = None
-        stored_format: str | None = None
-        latent_shape: tuple[int, int, int] | None = None
         seen_ids: set[str] = set()
         split_of: dict[str, str] = {}
+        stored_format = latent_shape = features = None
         for clip in clips:
             _check_row(clip, seen_ids, split_of)
-            arrays = _clip_arrays(clip, head)
-            length = len(arrays["expression"])
-            if features is None:  # the first clip says what a record holds
+            if features is None:  # the first clip decides what a record holds
                 stored_format = None if clip.images is None else image_format
                 latent_shape = None if clip.latent_mean is None else tuple(np.shape(clip.latent_mean)[1:])
                 if stored_format is None and latent_shape is None:
-                    raise DatasetError(
-                        f"clip {clip.clip_id!r} has neither images nor latents. Give one of them."
-                    )
+                    raise _error(clip, "has neither images nor latents. Give one of them.")
                 features = record_features(
                     head.n_shape, head.n_expression, image_size, stored_format, latent_shape
                 )
-            latents = _latents(clip, latent_shape, length)
+            floats = _float_arrays(clip, head)
+            length = len(floats["expression"])
+            arrays = floats | _latents(clip, latent_shape, length)
             writer = writers[clip.split]
             row = ClipInfo(
                 clip_index=len(rows),
@@ -324,27 +306,19 @@ def write_dataset(
                 extra=dict(clip.extra),
             )
             writer.start_clip()
-            images = _encoded_images(clip, length, image_size, stored_format, jpeg_quality)
-            for frame, image in enumerate(images):
-                record = {
-                    "clip_id": row.clip_id,
-                    "clip_index": np.int32(row.clip_index),
-                    "frame_index": np.int32(frame),
-                    **{name: value[frame] for name, value in (arrays | latents).items()},
-                }
-                if image is not None:
-                    record["image"] = image
-                writer.write(_serialize(features, record))
+            for frame, image in enumerate(
+                _encoded_images(clip, length, image_size, stored_format, jpeg_quality)
+            ):
+                names = {"clip_id": row.clip_id, "clip_index": row.clip_index, "frame_index": frame}
+                values = {name: array[frame] for name, array in arrays.items()}
+                writer.write(_serialize(features, names | values | image))
             rows.append(row)
             if progress is not None:
                 progress(row)
         if not rows:
             raise DatasetError(f"{path}: no clip to write. Check the input clips: none was usable.")
 
-        shards: dict[str, tuple[int, int]] = {}
-        for writer in writers.values():
-            for file, count in zip(writer.finish(), writer.lengths, strict=True):
-                shards[file.name] = (count, file.stat().st_size)
+        shards = writers["train"].finish() | writers["validation"].finish()
         metadata = Metadata(
             schema_version=SCHEMA_VERSION,
             code_version=loki_jax.__version__,
@@ -383,10 +357,10 @@ def _write_tfds_info(
 ) -> None:
     """`dataset_info.json` and `features.json`, which make the folder a TFDS dataset."""
     identity = tfds.core.DatasetIdentity(
-        name=NAME_PATTERN,
+        name=DATASET_NAME,
         version=tfds.core.Version(f"{SCHEMA_VERSION}.0.0"),
         data_dir=str(folder),
-        module_name=__name__,
+        module_name="loki_jax.data.records",  # as version 0.1.0 wrote it: equal clips give equal files
     )
     info = tfds.core.DatasetInfo(
         builder=identity,
@@ -397,13 +371,13 @@ def _write_tfds_info(
     info.set_file_format(tfds.core.FileFormat.ARRAY_RECORD)
     template = tfds.core.ShardedFileTemplate(
         data_dir=folder,
-        dataset_name=NAME_PATTERN,
+        dataset_name=DATASET_NAME,
         filetype_suffix=tfds.core.FileFormat.ARRAY_RECORD.file_suffix,
     )
     splits = [
         tfds.core.SplitInfo(
             name=split,
-            shard_lengths=list(writer.lengths),
+            shard_lengths=writer.lengths,
             num_bytes=sum(writer.payload),
             filename_template=template.replace(split=split),
         )
@@ -415,9 +389,6 @@ def _write_tfds_info(
 
 
 def _rows_to_json(rows: Sequence[ClipInfo]) -> str:
-    table = []
-    for row in rows:
-        entry = {field.name: getattr(row, field.name) for field in dataclasses.fields(row)}
-        entry["fps"] = [row.fps.numerator, row.fps.denominator]
-        table.append(json.dumps(entry))
-    return "[\n" + ",\n".join(table) + "\n]\n"
+    """One line a row."""
+    table = [vars(row) | {"fps": [row.fps.numerator, row.fps.denominator]} for row in rows]
+    return "[\n" + ",\n".join(map(json.dumps, table)) + "\n]\n"

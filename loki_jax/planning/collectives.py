@@ -45,14 +45,9 @@ def sent_bytes(collective: Collective) -> float:
 
 
 def expected_collectives(
-    state: TrainState,
-    shardings: TrainState,
-    data: int,
-    fsdp: int,
-    dtype_bytes: int,
-    frozen_read: list[bool],
-    parts: int = 1,
-) -> list[Collective]:
+    state: TrainState, shardings: TrainState, data: int, fsdp: int, dtype_bytes: int, frozen_read: list[bool],
+    microbatches: int = 1,
+) -> list[Collective]:  # fmt: skip
     """What data parallelism and sharded parameters need, if nothing else is exchanged.
 
     Sharded parameters are gathered in the computation's dtype, once for the forward and once for the
@@ -62,30 +57,29 @@ def expected_collectives(
     Args:
       dtype_bytes: of one number in the computation's dtype.
       frozen_read: whether a step reads each of the frozen arrays (the VAE's decoder it does not).
-      parts: in which the batch goes through (`config.accumulate`); each gathers and reduces anew.
+      microbatches: of a step; each gathers and reduces anew.
     """
-    sharded = whole = frozen = 0
-    sharded_count = whole_count = frozen_count = 0
-    for leaf, spec in zip(jax.tree.leaves(state.params), jax.tree.leaves(shardings.params), strict=True):
-        if spec.is_fully_replicated:
-            whole, whole_count = whole + leaf.size, whole_count + 1
-        else:
-            sharded, sharded_count = sharded + leaf.size, sharded_count + 1
-    for leaf, spec, read in zip(
-        jax.tree.leaves(state.frozen), jax.tree.leaves(shardings.frozen), frozen_read, strict=True
-    ):
-        if read and not spec.is_fully_replicated:
-            frozen, frozen_count = frozen + leaf.size * leaf.dtype.itemsize, frozen_count + 1
+    pairs = lambda part, specs: zip(jax.tree.leaves(part), jax.tree.leaves(specs), strict=True)
+    trained = list(pairs(state.params, shardings.params))
+    shards = [leaf.size for leaf, spec in trained if not spec.is_fully_replicated]
+    whole = [leaf.size for leaf, spec in trained if spec.is_fully_replicated]
+    frozen = [
+        leaf.size * leaf.dtype.itemsize
+        for (leaf, spec), read in zip(pairs(state.frozen, shardings.frozen), frozen_read, strict=True)
+        if read and not spec.is_fully_replicated
+    ]
     found = [
-        Collective("all-gather", "fsdp", fsdp, dtype_bytes * sharded, sharded_count, "parameters, forward"),
-        Collective("all-gather", "fsdp", fsdp, dtype_bytes * sharded, sharded_count, "parameters, backward"),
-        Collective("all-gather", "fsdp", fsdp, frozen, frozen_count, "frozen parameters in use"),
-        Collective("reduce-scatter", "fsdp", fsdp, 4 * sharded, sharded_count, "gradients of shards"),
-        Collective("all-reduce", "data", data, 4 * sharded // fsdp, sharded_count, "gradients of shards"),
-        Collective("all-reduce", "all", data * fsdp, 4 * whole, whole_count, "gradients of whole arrays"),
+        ("all-gather", "fsdp", fsdp, dtype_bytes * sum(shards), len(shards), "parameters, forward"),
+        ("all-gather", "fsdp", fsdp, dtype_bytes * sum(shards), len(shards), "parameters, backward"),
+        ("all-gather", "fsdp", fsdp, sum(frozen), len(frozen), "frozen parameters in use"),
+        ("reduce-scatter", "fsdp", fsdp, 4 * sum(shards), len(shards), "gradients of shards"),
+        ("all-reduce", "data", data, 4 * sum(shards) // fsdp, len(shards), "gradients of shards"),
+        ("all-reduce", "all", data * fsdp, 4 * sum(whole), len(whole), "gradients of whole arrays"),
     ]
     return [
-        c._replace(bytes=parts * c.bytes, count=parts * c.count) for c in found if c.group > 1 and c.bytes
+        Collective(kind, axis, group, microbatches * size, microbatches * count, what)
+        for kind, axis, group, size, count, what in found
+        if group > 1 and size
     ]
 
 
@@ -104,7 +98,7 @@ _BITS = {"pred": 8, "bf16": 16}
 def parse_collectives(hlo: str, n_devices: int) -> list[Collective]:
     """The collectives of a compiled program's text (`compiled.as_text()`), summed by kind and group.
 
-    What stands in a loop counts once. XLA for CPU has no reduce-scatter: it reduces the whole array
+    The body of a loop counts once. XLA for CPU has no reduce-scatter: it reduces the whole array
     everywhere and slices, so an all-reduce there may be a reduce-scatter on GPU and TPU.
     """
     sums: dict[tuple[str, int], list[int]] = {}
@@ -120,10 +114,7 @@ def parse_collectives(hlo: str, n_devices: int) -> list[Collective]:
         entry = sums.setdefault((kind, group), [0, 0])
         entry[0] += size
         entry[1] += 1
-    return [
-        Collective(kind, "?", group, size, count, "compiled")
-        for (kind, group), (size, count) in sorted(sums.items())
-    ]
+    return [Collective(kind, "?", group, *entry, "compiled") for (kind, group), entry in sorted(sums.items())]
 
 
 def _array_bytes(dtype: str, shape: str) -> int:

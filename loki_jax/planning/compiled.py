@@ -1,10 +1,8 @@
-"""What the compiler says of a step, from simulated devices on the CPU."""
+"""What the compiler reports of a step, from simulated devices on the CPU."""
 
 from __future__ import annotations
 
-import threading
 import time
-from contextlib import contextmanager
 
 import jax
 from ml_collections import ConfigDict
@@ -15,7 +13,7 @@ from loki_jax.planning.report import quantity
 from loki_jax.planning.work import Subject
 from loki_jax.training.flops import step_flops, work_of
 from loki_jax.training.init import abstract_batch
-from loki_jax.training.logging import duration, log
+from loki_jax.training.logging import log_duration
 from loki_jax.training.sharding import batch_sharding, make_mesh, tree_shardings
 from loki_jax.training.step import make_train_step
 
@@ -44,10 +42,10 @@ def compile_step(
         keep_unused=True,  # so that the bytes of all arguments can be compared
     )  # fmt: skip
     began = time.monotonic()
-    with progress("lowering"):
+    with log_duration("lowering"):
         traced = step.trace(subject.state, batch, subject.head)
         lowered = traced.lower()
-    with progress("compiling"):
+    with log_duration("compiling"):
         compiled = lowered.compile(COMPILER_OPTIONS)
     memory = compiled.memory_analysis()
     return {
@@ -65,27 +63,8 @@ def compile_step(
     }
 
 
-@contextmanager
-def progress(what: str, every: float = 15.0):
-    """Say on standard error how long `what` has been going on."""
-    done, began = threading.Event(), time.monotonic()
-
-    def tell() -> None:
-        while not done.wait(every):
-            log(f"{what}: {duration(time.monotonic() - began)}")
-
-    thread = threading.Thread(target=tell, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()
-        log(f"{what} took {time.monotonic() - began:.1f} s")
-
-
 def format_compiled(plan: dict) -> str:
-    """What the compiler said beside what was planned."""
+    """What the compiler reports beside what was planned."""
     found, memory = plan["compiled"], plan["memory"]
     show = lambda size: f"{quantity(size) + 'B':>10s}"
     planned = memory["resident"]

@@ -14,9 +14,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, jaxprs_in_params
-from jax.sharding import AbstractMesh, AxisType, NamedSharding
+from jax.sharding import AbstractMesh, AxisType
 
 from loki_jax.models.attention import attend
 from loki_jax.planning.work import PARTS, part_of
@@ -30,7 +29,7 @@ _BYTES_A_LOGIT = 12
 
 
 class Placement(NamedTuple):
-    """Where the arrays of one group of the train state lie.
+    """Where the arrays of one group of the train state are.
 
     Attributes:
       total: bytes of one whole copy.
@@ -47,7 +46,7 @@ class Placement(NamedTuple):
 
 
 def placements(
-    state: TrainState, shardings: TrainState, min_size: int, accumulate: int = 1
+    state: TrainState, shardings: TrainState, min_size: int, grad_accum_steps: int = 1
 ) -> dict[str, Placement]:
     """Placement of parameters, moving average, optimiser moments, gradients and frozen parameters."""
     groups = {
@@ -56,7 +55,7 @@ def placements(
         "optimiser moments": (state.opt_state, shardings.opt_state),
         # The step gives gradients the layout of their parameters.
         "gradients": (state.params, shardings.params),
-        **({"accumulated gradients": (state.params, shardings.params)} if accumulate > 1 else {}),
+        **({"accumulated gradients": (state.params, shardings.params)} if grad_accum_steps > 1 else {}),
         "frozen": (state.frozen, shardings.frozen),
     }
     return {name: _placement(*group, min_size) for name, group in groups.items()}
@@ -106,12 +105,12 @@ class Activations(NamedTuple):
     encode: int
 
 
-def activations(jaxpr: ClosedJaxpr, devices: int, parts: int = 1) -> Activations:
+def activations(jaxpr: ClosedJaxpr, devices: int, microbatches: int = 1) -> Activations:
     """Activations of a traced step (`work.trace_step`), per device.
 
     Args:
       devices: that share the global batch; the chunked backend sizes its blocks by the whole batch.
-      parts: in which the batch goes through (`config.accumulate`), one after another.
+      microbatches: of a step, one after another.
     """
     live = live_jaxpr(jaxpr)
     products = list(attention_products(live))
@@ -122,7 +121,7 @@ def activations(jaxpr: ClosedJaxpr, devices: int, parts: int = 1) -> Activations
     largest = dict.fromkeys(PARTS, 0.0)
     for op in operations(jaxpr):
         part = part_of(op.scope)
-        largest[part] = max(largest[part], op.bytes / parts)
+        largest[part] = max(largest[part], op.bytes / microbatches)
     return Activations(
         kept=kept, block=max(blocks, default=0),
         attention=attention_bytes(_largest_attention(products), devices),
@@ -133,7 +132,7 @@ def activations(jaxpr: ClosedJaxpr, devices: int, parts: int = 1) -> Activations
 def _kept(jaxpr: Jaxpr, logits: set) -> dict[str, int]:
     """Bytes of what forward equations produce and backward equations read, by part that produced them.
 
-    Where the whole step sits in a loop (accumulated gradients), its body is looked at.
+    Of a step with microbatches, the loop body is counted.
     """
     produced: dict[Any, str] = {}
     found: dict[str, int] = {}
@@ -227,12 +226,37 @@ def _chunk_logits(batch: int, n: int, m: int, width: int) -> int:
 
 
 def _bytes(aval: Any) -> int:
-    itemsize = getattr(aval.dtype, "itemsize", 0)
-    return (
-        int(np.prod(aval.shape, dtype=np.int64)) * itemsize
-        if not jnp.issubdtype(aval.dtype, jax.dtypes.extended)
-        else 0
-    )
+    extended = jnp.issubdtype(aval.dtype, jax.dtypes.extended)  # keys
+    return 0 if extended else math.prod(aval.shape) * aval.dtype.itemsize
+
+
+def live_bytes(jaxpr: Jaxpr, logits: set) -> int:
+    """The most bytes of intermediate arrays alive at a time, without attention's logits.
+
+    For programs without a backward pass (validation, sampling); calls and loop bodies count where they run.
+    """
+    last = {v: i for i, eqn in enumerate(jaxpr.eqns) for v in eqn.invars if not isinstance(v, Literal)}
+    last |= {v: len(jaxpr.eqns) for v in jaxpr.outvars if not isinstance(v, Literal)}
+    size = lambda v: 0 if v.aval.shape in logits else _bytes(v.aval)
+    alive: dict[Any, int] = {}
+    peak = 0
+    for i, equation in enumerate(jaxpr.eqns):
+        bodies = [getattr(body, "jaxpr", body) for body in jaxprs_in_params(equation.params)]
+        inner = max((live_bytes(body, logits) for body in bodies), default=0)
+        made = {v: size(v) for v in equation.outvars}
+        peak = max(peak, sum(alive.values()) + max(inner, sum(made.values())))
+        alive = {v: n for v, n in (alive | made).items() if last.get(v, -1) > i}
+    return peak
+
+
+def forward_bytes(jaxpr: ClosedJaxpr, devices: int, backend: str) -> int:
+    """Bytes that a traced program without a backward pass needs on a device beside its arguments."""
+    live = live_jaxpr(jaxpr)
+    products = list(attention_products(live))
+    largest = max(products, key=lambda p: math.prod(p.logits), default=None)
+    # Forward alone needs no gradients of logits: a third of both passes.
+    attention = attention_bytes(largest, devices)[backend] // 3
+    return live_bytes(live, {product.logits for product in products}) + attention
 
 
 # ------------------------------------------------------------------------------------------- peak
@@ -243,7 +267,7 @@ def peak_bytes(
 ) -> dict[str, int]:
     """Bytes at the two moments that need most: the frozen VAE, and the backward pass.
 
-    The backward pass is counted as if all gradients stood beside all kept activations; they meet
+    The backward pass is counted as if all gradients were held beside all kept activations; they meet
     nearly so where the part that is differentiated last keeps most.
 
     Args:
@@ -263,7 +287,5 @@ def abstract_mesh(data: int, fsdp: int) -> AbstractMesh:
 
 def device_bytes(tree: Any, shardings: Any) -> int:
     """Bytes of a tree of arrays or shapes on each device."""
-    part = lambda leaf, s: math.prod(s.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-    return sum(
-        jax.tree.leaves(jax.tree.map(part, tree, shardings, is_leaf=lambda x: isinstance(x, NamedSharding)))
-    )
+    leaves = zip(jax.tree.leaves(tree), jax.tree.leaves(shardings), strict=True)
+    return sum(math.prod(s.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf, s in leaves)

@@ -55,14 +55,9 @@ class StepTime(NamedTuple):
 
 
 def step_time(
-    work: dict[str, PartWork],
-    optimizer_bytes: float,
-    collectives: list[Collective],
-    chip: Chip,
-    data: int,
-    fsdp: int,
-    efficiency: float = EFFICIENCY,
-) -> StepTime:
+    work: dict[str, PartWork], optimizer_bytes: float, collectives: list[Collective], chip: Chip, data: int,
+    fsdp: int, efficiency: float = EFFICIENCY,
+) -> StepTime:  # fmt: skip
     """Predict a step from the work of one device.
 
     Args:

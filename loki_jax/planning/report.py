@@ -11,10 +11,10 @@ import numpy as np
 from loki_jax.planning import predict
 from loki_jax.planning.collectives import expected_collectives, sent_bytes
 from loki_jax.planning.memory import (
-    Activations,
     abstract_mesh,
     activations,
     batch_bytes,
+    forward_bytes,
     peak_bytes,
     placements,
 )
@@ -23,7 +23,9 @@ from loki_jax.planning.work import (
     Subject,
     frozen_read,
     parameters_by_part,
+    trace_sampling,
     trace_step,
+    trace_validation,
     work_by_part,
 )
 from loki_jax.training.flops import Chip
@@ -35,15 +37,15 @@ PAPER_PARAMETERS = {"generation branch": 822_878_788, "reference UNet": 865_910_
 X_PORTRAIT, HUNYUAN_PORTRAIT = 3.07e9, 1.99e9
 
 
-def check_batch(batch: int, devices: int, accumulate: int) -> int:
+def check_batch(batch: int, devices: int, microbatches: int) -> int:
     """Windows that each device holds. Raises ValueError, with a batch that fits, where it does not divide."""
-    if batch % (devices * accumulate):
-        per_device = max(batch // devices // accumulate, 1) * accumulate
-        parts = f" in {accumulate} parts" if accumulate > 1 else ""
+    if batch % (devices * microbatches):
+        per_device = max(batch // devices // microbatches, 1) * microbatches
+        parts = f" in {microbatches} microbatches" if microbatches > 1 else ""
         raise ValueError(
             f"a batch of {batch} windows does not divide over {devices} devices{parts}: "
             f"give --batch {per_device * devices} ({per_device} a device) "
-            f"or another multiple of {devices * accumulate}"
+            f"or another multiple of {devices * microbatches}"
         )
     return batch // devices
 
@@ -55,17 +57,9 @@ def local_plan(subject: Subject, windows: int, latents: bool) -> tuple[dict[str,
 
 
 def make_plan(
-    subject: Subject,
-    chip: Chip,
-    data: int,
-    fsdp: int,
-    windows: int,
-    backend: str,
-    *,
-    latents: bool = False,
-    efficiency: float = predict.EFFICIENCY,
-    local: tuple | None = None,
-) -> dict:
+    subject: Subject, chip: Chip, data: int, fsdp: int, windows: int, backend: str, *,
+    latents: bool = False, efficiency: float = predict.EFFICIENCY, local: tuple | None = None,
+) -> dict:  # fmt: skip
     """The plan of a step of `windows` windows a device on data x fsdp devices: plain data (bytes, seconds).
 
     Args:
@@ -77,10 +71,10 @@ def make_plan(
     shardings, _ = tree_shardings(
         state, abstract_mesh(data, fsdp), config.sharding_rules, config.sharding_min_size
     )
-    parts = config.get("accumulate", 1)
-    places = placements(state, shardings, config.sharding_min_size, parts)
-    on_device = {name: put_global.per_device for name, put_global in places.items()}
-    step: Activations = activations(jaxpr, devices, parts)
+    steps = config.grad_accum_steps
+    places = placements(state, shardings, config.sharding_min_size, steps)
+    on_device = {name: placement.per_device for name, placement in places.items()}
+    step = activations(jaxpr, devices, steps)
 
     local_config = config.copy_and_resolve_references()
     local_config.batch_size = windows
@@ -88,9 +82,10 @@ def make_plan(
     head = batch_bytes([np.asarray(leaf) for leaf in jax.tree.leaves(subject.head)])
     resident = sum(on_device.values()) - on_device["gradients"] + batch + head + state.step.dtype.itemsize
     item = jnp.dtype(config.model.dtype).itemsize
-    collectives = expected_collectives(state, shardings, data, fsdp, item, frozen_read(jaxpr, state), parts)
+    read = frozen_read(jaxpr, state)
+    collectives = expected_collectives(state, shardings, data, fsdp, item, read, steps)
     # The backward pass gathers what the forward pass did.
-    gathers = [c.bytes // parts for c in collectives if c.kind == "all-gather" and "backward" not in c.what]
+    gathers = [c.bytes // steps for c in collectives if c.kind == "all-gather" and "backward" not in c.what]
     peaks = {
         name: peak_bytes(resident, on_device["gradients"], step, name, sum(gathers))
         for name in step.attention
@@ -111,7 +106,7 @@ def make_plan(
         "trained": sorted(state.params), "paper_parameters": PAPER_PARAMETERS,
         "work_per_device": {name: part._asdict() for name, part in work.items()},
         "memory": {
-            "groups": {name: put_global._asdict() for name, put_global in places.items()},
+            "groups": {name: placement._asdict() for name, placement in places.items()},
             "batch": batch, "head": head, "resident": resident, "gathered": sum(gathers),
             "activations": step._asdict(),
             "peak_by_attention": peaks, "peak": peak, "usable": predict.USABLE_MEMORY * chip.memory,
@@ -134,6 +129,19 @@ def make_plan(
     }  # fmt: skip
 
 
+def add_other_programs(plan: dict, subject: Subject) -> None:
+    """Add what validation and sampling need on a device (bytes) to a plan: `memory["other_programs"]`."""
+    memory, devices, backend = plan["memory"], plan["devices"], plan["attention"]
+    validation = trace_validation(subject, plan["windows_per_device"], plan["latents"])
+    whole = [memory["groups"][name] for name in ("parameters", "frozen")]
+    copies = sum(group["total"] for group in whole if group["per_device"] < group["total"])
+    memory["other_programs"] = {
+        "validation": memory["resident"] + memory["gathered"] + forward_bytes(validation, devices, backend),
+        # Each device draws one pair with whole parameters.
+        "sampling": memory["resident"] + copies + forward_bytes(trace_sampling(subject), devices, backend),
+    }
+
+
 # -------------------------------------------------------------------------------------------- text
 
 
@@ -152,10 +160,8 @@ def format_plan(plan: dict, title: str) -> str:
 def parameter_table(parameters: dict[str, int]) -> list[tuple[str, int]]:
     """Rows of the paper's table: what is needed at inference, and its sum (the null prompt is an input)."""
     generation = parameters["generation UNet"] + parameters["conditioning encoder"]
-    rows = [
-        ("generation branch", generation),
-        ("reference UNet", parameters["reference UNet"]),
-        ("VAE", parameters["VAE"]),
+    rows = [("generation branch", generation)] + [
+        (name, parameters[name]) for name in ("reference UNet", "VAE")
     ]
     return [*rows, ("at inference", sum(count for _, count in rows))]
 
@@ -195,7 +201,7 @@ def quantity(value: float) -> str:
 def _work(plan: dict) -> str:
     devices = plan["devices"]
     lines = [
-        "OPERATIONS OF A STEP (a multiply-add is two; matrix work unless said otherwise)",
+        "OPERATIONS OF A STEP (a multiply-add is two; matrix work unless stated otherwise)",
         f"  {'part':24s} {'a device':>10s} {'of it attention':>16s} {'all devices':>12s} "
         f"{'elementwise, a device':>22s}",
     ]
@@ -235,6 +241,9 @@ def _memory(plan: dict) -> str:
         lines.append(
             row(f"peak with {name}", peak, f"  {verdict} in {quantity(memory['usable'])}B{used(name)}")
         )
+    for name, size in memory.get("other_programs", {}).items():
+        verdict = "fits" if size <= memory["usable"] else "does NOT fit"
+        lines.append(row(f"peak of {name}", size, f"  {verdict}"))
     lines.append(
         f"  ({predict.USABLE_MEMORY:.0%} of {chip['name']}'s {chip['memory'] / 1e9:.0f} GB; on GPUs set "
         f"XLA_PYTHON_CLIENT_MEM_FRACTION={predict.USABLE_MEMORY}, the default is 0.75)"

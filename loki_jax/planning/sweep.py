@@ -13,14 +13,9 @@ LAYOUTS = {"data": lambda n: (n, 1), "fsdp=8": lambda n: (n // 8, 8), "fsdp=all"
 
 
 def sweep(
-    subject: Subject,
-    chips: list[Chip],
-    counts: list[int],
-    windows: int,
-    backends: dict[str, str],
-    latents: bool,
-    efficiency: float,
-) -> list[dict]:
+    subject: Subject, chips: list[Chip], counts: list[int], windows: int, backends: dict[str, str],
+    latents: bool, efficiency: float,
+) -> list[dict]:  # fmt: skip
     """One row for each chip, layout and number of devices; the step is traced once.
 
     Efficiency is the time of a step without any network over the overlapped and the serial time.
@@ -34,16 +29,9 @@ def sweep(
                 if data < 1 or data * fsdp != n or (layout == "fsdp=all" and n == 8):
                     continue
                 plan = make_plan(
-                    subject,
-                    chip,
-                    data,
-                    fsdp,
-                    windows,
-                    backends[chip.name],
-                    latents=latents,
-                    efficiency=efficiency,
-                    local=local,
-                )
+                    subject, chip, data, fsdp, windows, backends[chip.name], latents=latents,
+                    efficiency=efficiency, local=local,
+                )  # fmt: skip
                 time, memory = plan["time"], plan["memory"]
                 rows.append({
                     "chip": chip.name, "layout": layout, "devices": n, "batch": plan["batch"],
@@ -102,12 +90,8 @@ def draw_sweep(rows: list[dict], path: Path) -> None:
         panel.grid(alpha=0.3)
     lowest = min(100 * r["serial_efficiency"] for r in rows)
     panels[0][0].set(ylabel="step without network / step, %", ylim=(max(0, lowest - 8), 101))
-    panels[0][-1].legend(
-        title="solid: nothing overlaps\ndotted: planned overlap",
-        fontsize=7,
-        title_fontsize=7,
-        loc="lower left",
-    )
+    title = "solid: nothing overlaps\ndotted: planned overlap"
+    panels[0][-1].legend(title=title, fontsize=7, title_fontsize=7, loc="lower left")
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)

@@ -6,20 +6,23 @@ compiled or allocated; a full-size trace takes seconds.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
 import optax
 from jax.extend.core import ClosedJaxpr, Literal
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from loki_jax.face.asset import HeadAsset
-from loki_jax.networks import Networks, build_networks
+from loki_jax.networks import Networks, build_networks, initial_noise
 from loki_jax.training.flops import Operation, live_jaxpr, operations
 from loki_jax.training.init import abstract_batch, abstract_state
+from loki_jax.training.samples import animate_pairs
 from loki_jax.training.sharding import make_mesh
 from loki_jax.training.state import TrainState, make_optimizer
-from loki_jax.training.step import make_train_step
+from loki_jax.training.step import make_eval_step, make_train_step
 
 # In the order in which a step does them.
 PARTS = (
@@ -71,14 +74,39 @@ def trace_step(subject: Subject, windows: int, latents: bool = False) -> ClosedJ
     Args:
       latents: the shards hold latents, the VAE is skipped.
     """
-    config = ConfigDict(subject.config.to_dict())
-    config.batch_size = windows
-    config.model.attention_backend = "xla"
-    networks = build_networks(config, subject.head)
-    mesh = make_mesh(1, 1, jax.devices()[:1])
+    config, networks, mesh = _on_one_device(subject, windows)
     step = make_train_step(config, networks, subject.optimizer, mesh)
     batch = abstract_batch(config, subject.head, networks if latents else None)
     return jax.jit(step).trace(subject.state, batch, subject.head).jaxpr
+
+
+def trace_validation(subject: Subject, windows: int, latents: bool = False) -> ClosedJaxpr:
+    """The validation loss of `windows` windows on one device, in the microbatches of the step."""
+    config, networks, mesh = _on_one_device(subject, windows)
+    step = make_eval_step(config, networks, mesh)
+    batch = abstract_batch(config, subject.head, networks if latents else None)
+    params = subject.state.params | subject.state.frozen
+    return jax.jit(step).trace(params, {}, batch, subject.head, 0).jaxpr
+
+
+def trace_sampling(subject: Subject) -> ClosedJaxpr:
+    """The animation of one pair, as `config.sample` draws it during training."""
+    config, networks, _ = _on_one_device(subject, 1)
+    batch = abstract_batch(config, subject.head)
+    names = ("coefficients", "camera", "crop", "reference", "reference_coefficients")
+    inputs = {name: getattr(batch, name) for name in names}
+    inputs["noise"] = jax.eval_shape(lambda: initial_noise(networks, jax.random.key(0), 1, config.window))
+    animate = functools.partial(animate_pairs, config, networks)
+    params = subject.state.params | subject.state.frozen
+    return jax.jit(animate).trace(params, subject.head, inputs).jaxpr
+
+
+def _on_one_device(subject: Subject, windows: int) -> tuple[ConfigDict, Networks, Mesh]:
+    """Config, networks and mesh of one device, attention written out."""
+    config = ConfigDict(subject.config.to_dict())
+    config.batch_size = windows
+    config.model.attention_backend = "xla"
+    return config, build_networks(config, subject.head), make_mesh(1, 1, jax.devices()[:1])
 
 
 def part_of(scope: str) -> str:
@@ -97,7 +125,7 @@ def part_of(scope: str) -> str:
     ):
         if mark in scope:
             return part
-    # What differentiation has touched belongs to the loss; the update stands outside of it.
+    # What differentiation has touched belongs to the loss; the update is outside of it.
     return "rest" if "jvp(" in scope else "optimiser"
 
 

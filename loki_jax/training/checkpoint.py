@@ -1,4 +1,4 @@
-"""What a workdir holds, and how runs are saved, resumed and loaded for inference.
+"""Checkpoints of a run: saved, resumed, and loaded for inference.
 
     workdir/config.json     the resolved config
     workdir/head.npz        the head asset of the training data
@@ -7,10 +7,9 @@
                             iterator's state; run, the step, the random key, config and code version
     workdir/metrics.jsonl, workdir/events.jsonl, workdir/tensorboard/, workdir/samples/
     workdir/starts/NNN.json code, packages, devices and data of each start
-    workdir/dumps/N/        what reproduces a step that gave no finite numbers (`training/dump.py`)
+    workdir/snapshots/N/    what reproduces a step that gave no finite numbers (training/snapshot.py)
 
-A trained model also travels as one `.safetensors` file (bfloat16 parameters, config and head name in
-its metadata); the package ships one, called "demo".
+A trained model can also be one `.safetensors` file (training/model_file.py); the package ships one, "demo".
 """
 
 from __future__ import annotations
@@ -25,16 +24,17 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import orbax.checkpoint as ocp
 from etils import epath
 from ml_collections import ConfigDict
 from orbax.checkpoint.checkpoint_managers import preservation_policy as preservation
 
 from loki_jax.face.asset import load_head
-from loki_jax.training.config import CheckpointError, config_from_json, config_to_json
+from loki_jax.training.config import CheckpointError, NonFiniteError, config_to_json, read_config
 from loki_jax.training.model_file import Checkpoint, load_model_file
-from loki_jax.training.sharding import path_name
-from loki_jax.training.state import TrainState
+from loki_jax.training.sharding import path_name, put_global
+from loki_jax.training.state import TrainState, create_state
 
 
 def open_manager(workdir: Path, retention: ConfigDict) -> ocp.CheckpointManager:
@@ -49,11 +49,8 @@ def open_manager(workdir: Path, retention: ConfigDict) -> ocp.CheckpointManager:
     if retention.keep_every:
         policies.append(preservation.EveryNSteps(retention.keep_every))
     if retention.keep_best:
-        policies.append(
-            preservation.BestN(
-                get_metric_fn=by_loss, n=retention.keep_best, keep_checkpoints_without_metrics=False
-            )
-        )
+        best = dict(get_metric_fn=by_loss, n=retention.keep_best, keep_checkpoints_without_metrics=False)
+        policies.append(preservation.BestN(**best))
     return ocp.CheckpointManager(
         (workdir / "checkpoints").absolute(),
         options=ocp.CheckpointManagerOptions(
@@ -83,7 +80,7 @@ def finishing(manager: ocp.CheckpointManager, agreed: tuple[type[Exception], ...
 
 def save_state(
     manager: ocp.CheckpointManager, step: int, state: TrainState, iterator, config: ConfigDict,
-    code: str, skipped: int = 0, val_loss: float | None = None,
+    code: str, skipped: tuple[int, int] = (0, 0), val_loss: float | None = None,
 ) -> None:  # fmt: skip
     """Start saving everything that the steps after `step` depend on; all processes must call.
 
@@ -91,24 +88,29 @@ def save_state(
 
     Args:
       code: `code_version()` when the process started.
-      skipped: updates skipped so far.
+      skipped: updates skipped so far, and how many of them were the last ones.
       val_loss: validation loss after this step, where it was measured: decides which checkpoints are best.
+
+    Raises:
+      NonFiniteError: the state holds NaN or infinity; nothing is written.
     """
+    trees = {"params": state.params, "optimizer": state.opt_state}
+    if state.ema is not None:
+        trees["ema"] = state.ema
+    if bad := nonfinite_arrays(trees):
+        raise NonFiniteError(f"step {step} is not saved: {_listed(bad)}")
     key = jax.random.fold_in(jax.random.key(config.seed), step)
     run = {
         "step": step, "seed": config.seed, "next_key": np.asarray(jax.random.key_data(key)).tolist(),
-        "skipped": skipped, "code": code, "config": json.loads(config_to_json(config)),
+        "skipped": skipped[0], "skipped_in_row": skipped[1], "code": code,
+        "config": json.loads(config_to_json(config)),
         "devices": jax.device_count(), "processes": jax.process_count(),
     }  # fmt: skip
-    items = {
-        "params": ocp.args.StandardSave(state.params),
-        "optimizer": ocp.args.StandardSave(state.opt_state),
+    items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()} | {
         # Process 0's, whose position is that of all: another number of processes can go on from it.
         "data": ocp.args.JsonSave(iterator.get_state()),
         "run": ocp.args.JsonSave(run),
     }
-    if state.ema is not None:
-        items["ema"] = ocp.args.StandardSave(state.ema)
     metrics = {} if val_loss is None else {"val_loss": float(val_loss)}
     if not manager.save(step, args=ocp.args.Composite(**items), metrics=metrics, force=True):
         raise CheckpointError(f"{manager.directory}: step {step} was not saved")
@@ -135,41 +137,91 @@ def restore_state(manager: ocp.CheckpointManager, abstract: TrainState, iterator
     trees = {"params": abstract.params, "optimizer": abstract.opt_state}
     if abstract.ema is not None:
         trees["ema"] = abstract.ema
+    older = f"Move {folder} away to go on from the checkpoint before it."
     for name, wanted in trees.items():
-        check_fit(_stored_shapes(folder / name), wanted, str(folder / name))
+        try:
+            stored = leaf_shapes(_stored_shapes(folder / name))
+        except _UNREADABLE as error:
+            raise CheckpointError(f"{folder / name}: not readable ({error}). {older}") from error
+        check_fit(stored, wanted, str(folder / name))
     items = {name: ocp.args.StandardRestore(tree) for name, tree in trees.items()}
     items |= {"data": ocp.args.JsonRestore(), "run": ocp.args.JsonRestore()}
     try:
         restored = manager.restore(step, args=ocp.args.Composite(**items))
-    except (ValueError, OSError, KeyError) as error:
-        raise CheckpointError(f"{folder}: cannot be read ({error}). {_OLDER.format(folder)}") from error
+    except _UNREADABLE as error:
+        raise CheckpointError(f"{folder}: cannot be read ({error}). {older}") from error
     if restored.run["step"] != step:
-        raise CheckpointError(f"{folder}: holds step {restored.run['step']}. {_OLDER.format(folder)}")
+        raise CheckpointError(f"{folder}: holds step {restored.run['step']}. {older}")
+    if bad := nonfinite_arrays({name: restored[name] for name in trees}):
+        raise CheckpointError(f"{folder}: {_listed(bad)} {older}")
     iterator.set_state(restored.data)
-    state = abstract._replace(
-        step=jnp.asarray(step, jnp.int32),
-        params=restored.params,
-        opt_state=restored.optimizer,
-        ema=restored.ema if abstract.ema is not None else None,
+    ema = None if abstract.ema is None else restored.ema
+    state = TrainState(
+        jnp.asarray(step, jnp.int32), restored.params, ema, restored.optimizer, abstract.frozen
     )
     return state, restored.run
 
 
-_OLDER = "Move {0} away to go on from the checkpoint before it."
+# What Orbax raises on a folder that is damaged.
+_UNREADABLE = (ValueError, OSError, KeyError, AttributeError)
 
 
-def _stored_tree(folder: Path):
-    """Shapes and dtypes of a saved tree."""
-    return ocp.PyTreeCheckpointHandler().metadata(epath.Path(folder)).tree
+def start(
+    workdir: Path,
+    initial: tuple,
+    optimizer: optax.GradientTransformation,
+    shardings: TrainState,
+    keep_ema: bool,
+) -> TrainState:
+    """The state of a new run from (trained, frozen) parameters; the frozen ones are saved."""
+    trained, frozen = (
+        put_global(tree, s) for tree, s in zip(initial, (shardings.params, shardings.frozen), strict=True)
+    )
+    save_frozen(workdir, frozen)
+    create = lambda trained, frozen: create_state(trained, frozen, optimizer, keep_ema)
+    return jax.jit(create, out_shardings=shardings)(trained, frozen)
 
 
-def _stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Paths and shapes of a saved tree."""
-    try:
-        tree = _stored_tree(folder.absolute())
-    except (ValueError, OSError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"{folder}: not readable ({error}). {_OLDER.format(folder.parent)}") from error
-    return leaf_shapes(tree)
+def resume(
+    workdir: Path, manager: ocp.CheckpointManager, abstract: TrainState, iterator
+) -> tuple[TrainState, dict]:
+    """`restore_state` with the frozen parameters."""
+    state, run = restore_state(manager, abstract, iterator)
+    step = put_global(state.step, abstract.step.sharding)
+    return state._replace(step=step, frozen=restore_frozen(workdir, abstract.frozen)), run
+
+
+def _stored_shapes(folder: Path):
+    """A saved tree with shapes and dtypes in place of its arrays."""
+    return ocp.PyTreeCheckpointHandler().metadata(epath.Path(folder.absolute())).tree
+
+
+_finite = jax.jit(lambda leaves: [jnp.isfinite(x).all() for x in leaves])
+
+
+def nonfinite_arrays(tree) -> list[str]:
+    """Paths of the arrays that hold NaN or infinity; all processes must call."""
+    named = [
+        (path_name(path), leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+        if jnp.issubdtype(leaf.dtype, jnp.inexact)
+    ]
+    if all(isinstance(leaf, np.ndarray) for _, leaf in named):
+        finite = [np.isfinite(leaf).all() for _, leaf in named]
+    else:
+        finite = jax.device_get(_finite([leaf for _, leaf in named]))
+    return [name for (name, _), good in zip(named, finite, strict=True) if not good]
+
+
+def _listed(bad: list[str]) -> str:
+    return f"{len(bad)} arrays hold NaN or infinity: {', '.join(bad[:4])}{', ...' if len(bad) > 4 else '.'}"
+
+
+def check_finite(params, source: str):
+    """`params`. Raises CheckpointError where arrays hold NaN or infinity."""
+    if bad := nonfinite_arrays(params):
+        raise CheckpointError(f"{source}: {_listed(bad)} Use another checkpoint.")
+    return params
 
 
 def leaf_shapes(tree) -> dict[str, tuple[int, ...]]:
@@ -191,10 +243,10 @@ def check_fit(found: dict[str, tuple[int, ...]], wanted, source: str) -> None:
         if found.get(key) != expected.get(key)
     ]
     if wrong:
+        shown = "\n  ".join(wrong[:8])
         raise CheckpointError(
-            f"{source}: weights of another architecture ({len(wrong)} arrays differ):\n  "
-            + "\n  ".join(wrong[:8])
-            + "\nUse the config they were made with."
+            f"{source}: weights of another architecture ({len(wrong)} arrays differ):\n  {shown}\n"
+            "Use the config they were made with."
         )
 
 
@@ -231,12 +283,12 @@ def restore_frozen(workdir: Path, abstract):
             "or start a new run from its weights with --config.init_from."
         )
     try:
-        check_fit(leaf_shapes(_stored_tree(path)), abstract, str(path))
+        check_fit(leaf_shapes(_stored_shapes(path)), abstract, str(path))
         with ocp.StandardCheckpointer() as checkpointer:
             return checkpointer.restore(path, abstract)
     except CheckpointError:
         raise
-    except (ValueError, OSError, KeyError, AttributeError) as error:
+    except _UNREADABLE as error:
         raise CheckpointError(f"{path}: cannot be read ({error}). Copy it again.") from error
 
 
@@ -253,7 +305,9 @@ def load_checkpoint(source: str | os.PathLike, use_ema: bool = True) -> Checkpoi
             return load_model_file(path)
     path, step = Path(source), None
     if path.suffix == ".safetensors":
-        return load_model_file(path)
+        checkpoint = load_model_file(path)
+        check_finite(checkpoint.params, str(path))
+        return checkpoint
     if path.parent.name == "checkpoints" and path.name.isdigit():
         path, step = path.parent.parent, int(path.name)
     if not (path / "config.json").is_file():
@@ -261,7 +315,7 @@ def load_checkpoint(source: str | os.PathLike, use_ema: bool = True) -> Checkpoi
             f"{path}: not a workdir of loki_jax.train (no config.json). "
             'Give the --workdir of a run, a .safetensors file of `python -m loki_jax.convert`, or "demo".'
         )
-    config = config_from_json((path / "config.json").read_text())
+    config = read_config(path / "config.json")
     head = load_head(path / "head.npz")
     folder = path / "checkpoints"
     saved = saved_steps(path)
@@ -279,12 +333,12 @@ def load_checkpoint(source: str | os.PathLike, use_ema: bool = True) -> Checkpoi
     params = {"autoencoder": {}} | restore_as_numpy((folder / str(step) / item).absolute())
     if (path / "frozen").is_dir():
         params |= restore_as_numpy((path / "frozen").absolute())
-    return Checkpoint(config, params, head, step)
+    return Checkpoint(config, check_finite(params, str(folder / str(step))), head, step)
 
 
 def restore_as_numpy(path: Path) -> dict:
     """A saved tree without a target, which would want the devices of the training run back."""
     with ocp.PyTreeCheckpointer() as checkpointer:
-        tree = _stored_tree(path)
+        tree = _stored_shapes(path)
         restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
         return checkpointer.restore(path, args=ocp.args.PyTreeRestore(restore_args=restore_args))

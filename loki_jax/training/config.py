@@ -1,120 +1,184 @@
+"""Configs: read from any version, written, compared, and checked before anything is opened.
+
+configs/common.py explains the keys. Stored configs (`config.json` of a workdir, the metadata of a model
+file) carry the version of their keys as `config_version`; `upgrade_config` reads all of them.
+"""
+
 from __future__ import annotations
 
+import importlib.util
 import json
+import math
+import sys
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
+import loki_jax
 from loki_jax.diffusion.loss import check_prediction
+
+CONFIG_VERSION = 2  # 2 renamed `accumulate`
+RENAMED = {"accumulate": "grad_accum_steps"}
 
 # Keys that may differ between a run and its continuation; all others describe the model, the data or
 # the mathematics, and a changed one means another run.
 RUN_KEYS = (
     "steps", "init_from", "pretrained", "log", "checkpoint", "validation", "sample", "mesh", "sharding_rules",
-    "sharding_min_size", "accumulate", "deterministic", "faults", "data.path", "data.workers", "data.threads",
-    "data.cache_mb", "data.max_corrupt_share", "model.attention_backend", "model.remat",
+    "sharding_min_size", "grad_accum_steps", "deterministic", "faults", "data.path", "data.workers",
+    "data.threads", "data.cache_mb", "data.max_corrupt_share", "model.attention_backend", "model.remat",
 )  # fmt: skip
 
 
 class CheckpointError(ValueError):
-    """A checkpoint is missing, damaged or of another run; the message names the mend."""
+    """A checkpoint is missing, damaged or of another run; the message names the remedy."""
+
+
+class NonFiniteError(FloatingPointError):
+    """The last updates of a run were skipped, or arrays to be saved hold NaN or infinity."""
+
+
+def upgrade_config(content: Mapping[str, Any]) -> dict[str, Any]:
+    """A config of any version, as a dict of today's keys; an old key that is set counts."""
+    content = {key: value for key, value in content.items() if key != "config_version"}
+    return content | {new: content.pop(old) for old, new in RENAMED.items() if old in content}
 
 
 def config_to_json(config: ConfigDict) -> str:
-    return json.dumps(config.to_dict(), indent=1, sort_keys=True)
+    content = {"config_version": CONFIG_VERSION} | config.to_dict()
+    return json.dumps(content, indent=1, sort_keys=True)
 
 
 def config_from_json(text: str) -> ConfigDict:
+    """The config that `config_to_json` wrote, today or in an older version."""
+
     def freeze(value):
         if isinstance(value, dict):
             return {key: freeze(item) for key, item in value.items()}
         return tuple(map(freeze, value)) if isinstance(value, list) else value
 
-    return ConfigDict(freeze(json.loads(text)))
+    return ConfigDict(upgrade_config(freeze(json.loads(text))))
 
 
-def flatten_dict(tree: dict[str, Any], separator: str, prefix: str = "") -> dict[str, Any]:
-    """Nested dicts -> one dict whose keys are the joined names."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            flat |= flatten_dict(value, separator, f"{prefix}{key}{separator}")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
+def read_config(path: Path) -> ConfigDict:
+    """The config of a `config.json`. Raises CheckpointError where it is damaged."""
+    try:
+        config = config_from_json(path.read_text())
+    except (ValueError, AttributeError, TypeError) as error:
+        raise CheckpointError(f"{path}: damaged ({error}). Copy the workdir again.") from error
+    if missing := [key for key in ("model", "driver", "diffusion") if key not in config]:
+        raise CheckpointError(f"{path}: not the config of a run: it has no {', '.join(missing)}.")
+    return config
 
 
-def nest_dict(flat: dict[str, Any], separator: str) -> dict[str, Any]:
-    """The inverse of `_flatten`."""
-    tree: dict[str, Any] = {}
-    for name, value in flat.items():
-        *parents, leaf = name.split(separator)
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[leaf] = value
-    return tree
+def import_configs() -> Path:
+    """Let `configs` be the folder beside the package: of the checkout, or where a wheel put it.
+
+    A config file anywhere can then import `configs.common`, whatever folders the working directory holds.
+
+    Returns:
+      the folder that holds `configs`.
+    """
+    root = Path(loki_jax.__file__).parents[1]
+    file = root / "configs" / "__init__.py"
+    if "configs" not in sys.modules and file.is_file():
+        spec = importlib.util.spec_from_file_location(
+            "configs", file, submodule_search_locations=[str(file.parent)]
+        )
+        sys.modules["configs"] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules["configs"])
+    return root
 
 
-def _flat_config(config: ConfigDict) -> dict[str, Any]:
-    flat = flatten_dict(json.loads(config_to_json(config)), ".")
-    return {
-        key: value
-        for key, value in flat.items()
-        if not any(key == k or key.startswith(k + ".") for k in RUN_KEYS)
-    }
+def config_arguments(argv: list[str]) -> list[str]:
+    """The arguments of a program with a `--config` flag: keys by today's names, and a file that exists.
+
+    `--config configs/NAME.py` that the working directory lacks is the file beside the package.
+    """
+    root = import_configs()
+    found: list[str] = []
+    for argument in argv:
+        name, equals, value = argument.partition("=")
+        key = name.lstrip("-").removeprefix("config.")
+        if name.lstrip("-") == f"config.{key}" and key in RENAMED:
+            print(f"note: config.{key} is now config.{RENAMED[key]}", file=sys.stderr)
+            argument = name.replace(key, RENAMED[key]) + equals + value
+        elif name.lstrip("-") == "config" and equals:
+            argument = f"{name}={_config_file(value, root)}"
+        elif found and found[-1].lstrip("-") == "config":
+            argument = _config_file(argument, root)
+        found.append(argument)
+    return found
 
 
-def config_differences(mine: ConfigDict, theirs: ConfigDict, only: str = "") -> list[str]:
-    """Lines `key: theirs -> mine` for binding keys (under the prefix `only`) that differ."""
-    a, b = _flat_config(mine), _flat_config(theirs)
+def _config_file(given: str, root: Path) -> str:
+    """FILE.py[:VARIANT] as given where the file exists, else under `root` where it exists there."""
+    file = given.partition(":")[0]
+    return str(root / given) if not Path(file).exists() and (root / file).is_file() else given
+
+
+def config_differences(mine: ConfigDict, theirs: ConfigDict) -> list[str]:
+    """Lines `key: theirs -> mine` for binding keys (all but RUN_KEYS) that differ."""
+    a, b = (flatten_dict(json.loads(config_to_json(config)), sep=".") for config in (mine, theirs))
+    binding = lambda key: not any(key == k or key.startswith(k + ".") for k in RUN_KEYS)
     return [
         f"{key}: {b.get(key, '(absent)')} -> {a.get(key, '(absent)')}"
-        for key in sorted(a.keys() | b.keys())
-        if key.startswith(only) and a.get(key) != b.get(key)
+        for key in sorted(filter(binding, a.keys() | b.keys()))
+        if a.get(key) != b.get(key)
     ]
 
 
 def check_config(config: ConfigDict) -> None:
-    """Raise ValueError for options that contradict each other."""
+    """Raise ValueError for options that do not exist or contradict each other."""
+    positive = ("batch_size", "window", "image_size", "faults.max_skips", "checkpoint.keep", "sample.steps")
+    never = ("log", "checkpoint", "validation", "sample")
+    for least, keys in ((1, positive), (0, [f"{key}.every" for key in never]), (0, ["sample.pairs"])):
+        for key in keys:
+            if config[key] < least:
+                raise ValueError(f"config.{key}={config[key]}: at least {least}")
     check_prediction(config.diffusion.prediction)
-    if config.accumulate < 1 or config.batch_size % config.accumulate:
-        raise ValueError(
-            f"config.batch_size={config.batch_size} cannot be cut "
-            f"into config.accumulate={config.accumulate} parts"
-        )
-    if config.faults.max_skips < 1:
-        raise ValueError(f"config.faults.max_skips={config.faults.max_skips}: at least 1")
-    if not 0 <= config.diffusion.shared_timesteps <= 1:
-        raise ValueError(
-            f"config.diffusion.shared_timesteps={config.diffusion.shared_timesteps} is not a share"
-        )
-    if config.diffusion.min_snr_gamma < 0:
-        raise ValueError(f"config.diffusion.min_snr_gamma={config.diffusion.min_snr_gamma}: 0 (off) or above")
-    if config.diffusion.max_beta >= 1 and config.diffusion.prediction == "epsilon":
-        raise ValueError(
-            "config.diffusion.max_beta=1 leaves no signal at the last step: set config.diffusion.prediction=v"
-        )
-    if config.model.unet.context_dim not in (None, config.model.reference.context_dim):
-        raise ValueError(
-            f"config.model.unet.context_dim={config.model.unet.context_dim}: the null prompt has width "
-            f"{config.model.reference.context_dim} (config.model.reference.context_dim)"
-        )
-    if config.dropout.null_reference not in ("features", "latent"):
-        raise ValueError(
-            f"config.dropout.null_reference={config.dropout.null_reference!r}: use features or latent"
-        )
-    if config.dropout.identity + config.dropout.motion + config.dropout.both > 1:
-        raise ValueError("config.dropout: the three shares add up to more than 1")
-    if config.model.reference.trainable and config.model.reference.context_dim is not None:
-        raise ValueError(
-            "config.model.reference: a branch that is trained has no null prompt; set context_dim=None"
-        )
-    if config.model.reference.driver and not config.model.reference.trainable:
-        raise ValueError(
-            "config.model.reference.driver: a frozen branch has never seen a driver map; set it to False"
-        )
-    if not config.model.reference.trainable and not config.pretrained and not config.init_from:
+    batch, parts, dropout, diffusion = (
+        config.batch_size, config.grad_accum_steps, config.dropout, config.diffusion
+    )  # fmt: skip
+    reference, prompt = config.model.reference, config.model.unet.context_dim
+    wrong = {
+        f"batch_size={batch} cannot be split into grad_accum_steps={parts} microbatches": (
+            parts < 1 or batch % parts
+        ),
+        f"sample.guidance={config.sample.guidance} is not a finite number": (
+            not math.isfinite(config.sample.guidance)
+        ),
+        f"sample.pose={config.sample.pose!r}: use relative or absolute": (
+            config.sample.pose not in ("relative", "absolute")
+        ),
+        f"diffusion.shared_timesteps={diffusion.shared_timesteps} is not a share": (
+            not 0 <= diffusion.shared_timesteps <= 1
+        ),
+        f"diffusion.min_snr_gamma={diffusion.min_snr_gamma}: 0 (off) or above": diffusion.min_snr_gamma < 0,
+        "diffusion.max_beta=1 leaves no signal at the last step: set config.diffusion.prediction=v": (
+            diffusion.max_beta >= 1 and diffusion.prediction == "epsilon"
+        ),
+        f"model.unet.context_dim={prompt}: the null prompt has width {reference.context_dim} "
+        "(config.model.reference.context_dim)": prompt not in (None, reference.context_dim),
+        f"dropout.null_reference={dropout.null_reference!r}: use features or latent": (
+            dropout.null_reference not in ("features", "latent")
+        ),
+        "dropout: the three shares add up to more than 1": (
+            dropout.identity + dropout.motion + dropout.both > 1
+        ),
+        "model.reference: a branch that is trained has no null prompt; set context_dim=None": (
+            reference.trainable and reference.context_dim is not None
+        ),
+        "model.reference.driver: a frozen branch has never seen a driver map; set it to False": (
+            reference.driver and not reference.trainable
+        ),
+    }
+    for message, broken in wrong.items():
+        if broken:
+            raise ValueError(f"config.{message}")
+    if not reference.trainable and not config.pretrained and not config.init_from:
         raise CheckpointError(
             "config.pretrained is empty, but the reference branch is frozen and a random one carries "
             "no identity. Convert Stable Diffusion 2.1 with `python -m loki_jax.convert` "

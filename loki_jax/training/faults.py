@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import errno
 import faulthandler
@@ -18,6 +19,7 @@ from jax.experimental import multihost_utils
 
 from loki_jax.data.schema import DatasetError
 from loki_jax.training.checkpoint import saved_steps
+from loki_jax.training.logging import log
 
 
 class ExitCode(enum.IntEnum):
@@ -31,7 +33,7 @@ class ExitCode(enum.IntEnum):
     ERROR = 1  # wrong config, flags or workdir, or an error of the program
     DATA = 65  # a shard is missing, damaged or unreadable
     LOST_PROCESS = 69  # another process of the run is gone, or a step hangs
-    NOT_FINITE = 70  # too many losses or gradients in a row were not finite; a dump is written
+    NOT_FINITE = 70  # losses or gradients were not finite: too many in a row, or the last ones
     STORAGE = 74  # the disk of the workdir is full or unwritable
     PREEMPTED = 75  # SIGTERM or a preemption notice: a checkpoint is saved, run the same command again
 
@@ -43,43 +45,31 @@ class Preempted(Exception):
         super().__init__(f"asked to stop: saved after step {step}. Run the same command to go on.")
 
 
-class NonFiniteError(FloatingPointError):
-    """Too many updates in a row were skipped because loss or gradient were not finite."""
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG)
+# TensorStore reports what the system said as text.
+_DISK_TEXTS = tuple(os.strerror(number) for number in _DISK_ERRORS)
+_LOST_TEXTS = (
+    "Gloo", "onnection", "heartbeat", "oordination", "DEADLINE_EXCEEDED", "UNAVAILABLE", "NCCL", "peer",
+)  # fmt: skip
 
 
 def exit_code(error: BaseException) -> ExitCode:
     """What an error of a run means."""
     chain = list(_causes(error))
-    texts = " ".join(str(e) for e in chain)
-    if any(isinstance(e, Preempted) for e in chain):
+    text = " ".join(str(e) for e in chain)
+    among = lambda *kinds: any(isinstance(e, kinds) for e in chain)
+    mentions = lambda texts: any(t in text for t in texts)
+    if among(Preempted):
         return ExitCode.PREEMPTED
-    if any(isinstance(e, FloatingPointError) for e in chain):
+    if among(FloatingPointError):
         return ExitCode.NOT_FINITE
-    if any(isinstance(e, OSError) and e.errno in _DISK_ERRORS for e in chain) or any(
-        t in texts for t in _DISK_TEXTS
-    ):
+    if any(isinstance(e, OSError) and e.errno in _DISK_ERRORS for e in chain) or mentions(_DISK_TEXTS):
         return ExitCode.STORAGE
-    if any(isinstance(e, DatasetError) for e in chain):
+    if among(DatasetError):
         return ExitCode.DATA
-    if jax.process_count() > 1 and any(isinstance(e, jax.errors.JaxRuntimeError) for e in chain):
-        if any(text in texts for text in _LOST_TEXTS):
-            return ExitCode.LOST_PROCESS
+    if jax.process_count() > 1 and among(jax.errors.JaxRuntimeError) and mentions(_LOST_TEXTS):
+        return ExitCode.LOST_PROCESS
     return ExitCode.ERROR
-
-
-_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG)
-# TensorStore reports what the system said as text.
-_DISK_TEXTS = tuple(os.strerror(number) for number in _DISK_ERRORS)
-_LOST_TEXTS = (
-    "Gloo",
-    "onnection",
-    "heartbeat",
-    "oordination",
-    "DEADLINE_EXCEEDED",
-    "UNAVAILABLE",
-    "NCCL",
-    "peer",
-)
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
@@ -90,11 +80,9 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def explain(error: BaseException, code: ExitCode, workdir: Path, saved: int | None) -> str:
-    """One message for people: what happened, what is safe, what to do."""
-    safe = (
-        "No checkpoint was saved yet." if saved is None
-        else f"The last whole checkpoint is {workdir / 'checkpoints' / str(saved)}."
-    )  # fmt: skip
+    """One message: what happened, what is saved, what to do."""
+    last = f"The last whole checkpoint is {workdir / 'checkpoints' / str(saved)}."
+    safe = "No checkpoint was saved yet." if saved is None else last
     first = (str(error).strip() or type(error).__name__).splitlines()[0]
     if code == ExitCode.STORAGE:
         return f"{workdir}: cannot be written ({first}). {safe} Make room, then run the same command again."
@@ -115,9 +103,7 @@ def leave(error: Exception, workdir: Path) -> None:
         raise error
     saved = saved_steps(workdir)
     kind = "stopped" if code == ExitCode.PREEMPTED else "error"
-    print(
-        f"{kind}: {explain(error, code, workdir, saved[-1] if saved else None)}", file=sys.stderr, flush=True
-    )
+    log(f"{kind}: {explain(error, code, workdir, saved[-1] if saved else None)}")
     # A clean exit waits for the other processes. They agree to stop in two cases; in all others they may be
     # gone, or waiting in a collective for this one.
     if jax.process_count() > 1 and code not in (ExitCode.PREEMPTED, ExitCode.NOT_FINITE):
@@ -129,7 +115,7 @@ class StopRequest:
     """SIGTERM and SIGINT ask the run to save and stop after the step it is in; a second one acts at once.
 
     With several processes the notice may reach any of them. jax's preemption service, which then owns
-    SIGTERM, lets all agree on one step; it also hears of what the cloud announces.
+    SIGTERM, lets all agree on one step; it also receives what the cloud announces.
     """
 
     def __init__(self) -> None:
@@ -147,9 +133,7 @@ class StopRequest:
 
     def _ask(self, number: int, frame: object) -> None:
         self._asked = True
-        print(
-            f"{signal.Signals(number).name}: will save and stop after this step", file=sys.stderr, flush=True
-        )
+        log(f"{signal.Signals(number).name}: will save and stop after this step")
         self._restore()
 
     def _restore(self) -> None:
@@ -168,10 +152,14 @@ class Watchdog:
     """Ends the process when no step finishes for `seconds`: a lost partner may hold a collective for ever.
 
     It starts with the first beat, so that compilation does not count. 0 seconds: never.
+
+    Args:
+      slow_seconds: the limit inside of `slow()`: validation, samples and checkpoints, the first of which
+        compile.
     """
 
-    def __init__(self, seconds: float, end: Callable[[int], None] = os._exit):
-        self._seconds, self._end = seconds, end
+    def __init__(self, seconds: float, slow_seconds: float = 0, end: Callable[[int], None] = os._exit):
+        self._seconds, self._limit, self._slow, self._end = seconds, seconds, slow_seconds, end
         self._last: float | None = None
         self._stopped = threading.Event()
         if seconds > 0:
@@ -180,16 +168,25 @@ class Watchdog:
     def beat(self) -> None:
         self._last = time.monotonic()
 
+    @contextlib.contextmanager
+    def slow(self) -> Iterator[None]:
+        """Around what may take longer than a step."""
+        self.beat()
+        self._limit = max(self._slow, self._seconds)
+        yield
+        self.beat()
+        self._limit = self._seconds
+
     def stop(self) -> None:
         self._stopped.set()
 
     def _watch(self) -> None:
         while not self._stopped.wait(min(self._seconds / 4, 10)):
-            if self._last is not None and time.monotonic() - self._last > self._seconds:
-                print(
-                    f"error: no step finished for {self._seconds:g} s: another process is gone, "
-                    "or data or devices hang. Where each thread stands:", file=sys.stderr, flush=True,
-                )  # fmt: skip
+            if self._last is not None and time.monotonic() - self._last > self._limit:
+                log(
+                    f"error: nothing finished for {self._limit:g} s: another process is gone, or data or "
+                    "devices hang. The position of each thread:"
+                )
                 faulthandler.dump_traceback(file=sys.__stderr__, all_threads=True)
                 self._end(ExitCode.LOST_PROCESS)
                 return

@@ -1,9 +1,9 @@
-"""What a step costs: operations counted from the traced program, peak figures of chips, MFU.
+"""What a step costs: operations counted in the traced program, peak figures of chips, MFU.
 
 Operations are counted in the jaxpr, before any compiler sees it, so the count is the same on every
-platform. XLA's own analysis of a compiled program (`step_flops`) leaves out what it cannot look into:
-custom calls (cuDNN attention; on GPUs also cuBLAS products and cuDNN convolutions) count as nothing,
-and the body of a loop counts once, whatever its trip count (the chunked attention).
+platform. XLA's own analysis of a compiled program (`step_flops`) leaves out custom calls (cuDNN attention;
+on GPUs also cuBLAS products and cuDNN convolutions) and counts the body of a loop once, whatever its trip
+count (the chunked attention).
 
 A multiply-add is two operations. A convolution counts only taps that fall inside its input.
 """
@@ -46,10 +46,7 @@ class Chip(NamedTuple):
     source: str
 
 
-_TPU = (
-    "Google Cloud TPU documentation, system architecture page; "
-    "links: all-reduce bandwidth a pod over its chips"
-)
+_TPU = "Google Cloud TPU documentation, system architecture page; links: all-reduce bandwidth per chip"
 
 CHIPS = (
     Chip("h100", ("NVIDIA H100 80GB HBM3",), 989.4e12, 80e9, 3.35e12, 450e9, 8, 50e9,
@@ -270,14 +267,11 @@ def _convolution_flops(equation: Any, ins: list, outs: list) -> float:
     taps = 1.0
     for axis in range(len(numbers.lhs_spec) - 2):
         size, kernel = lhs.shape[numbers.lhs_spec[2 + axis]], rhs.shape[numbers.rhs_spec[2 + axis]]
-        steps = np.arange(out.shape[numbers.out_spec[2 + axis]]) * params["window_strides"][axis]
-        position = (
-            steps[:, None] + np.arange(kernel) * params["rhs_dilation"][axis] - params["padding"][axis][0]
-        )
+        starts = np.arange(out.shape[numbers.out_spec[2 + axis]])[:, None] * params["window_strides"][axis]
+        position = starts + np.arange(kernel) * params["rhs_dilation"][axis] - params["padding"][axis][0]
         spread = params["lhs_dilation"][axis]
         taps *= np.sum((position >= 0) & (position < (size - 1) * spread + 1) & (position % spread == 0))
-    batch = out.shape[numbers.out_spec[0]]
-    features = out.shape[numbers.out_spec[1]]
+    batch, features = (out.shape[numbers.out_spec[i]] for i in (0, 1))
     return float(2.0 * taps * batch * features * rhs.shape[numbers.rhs_spec[1]])
 
 
@@ -298,13 +292,9 @@ def step_flops(compiled: jax.stages.Compiled, opaque: float = 0.0) -> float:
     Raises:
       ValueError: the backend gives no analysis.
     """
-    analysis = compiled.cost_analysis()
-    if isinstance(analysis, (list, tuple)):
-        analysis = analysis[0] if analysis else {}
-    if not analysis or "flops" not in analysis:
-        raise ValueError(
-            "this backend gives no cost analysis of a compiled program; count with work_of instead"
-        )
+    analysis = compiled.cost_analysis() or {}
+    if "flops" not in analysis:
+        raise ValueError("this backend gives no cost analysis of a program; count with work_of instead")
     return float(analysis["flops"]) * device_count(compiled) + opaque
 
 

@@ -1,21 +1,29 @@
-"""Shapes of train state and batch, for planning and ahead-of-time compilation; nothing is allocated."""
+"""What a run starts from: shapes of state and batch, the split into trained and frozen, first parameters."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
+from loki_jax.data.schema import Batch
 from loki_jax.face.asset import HeadAsset
 from loki_jax.face.types import Camera, Coefficients
 from loki_jax.networks import Networks, random_params
-from loki_jax.training.checkpoint import check_fit, leaf_shapes, load_checkpoint, restore_as_numpy
+from loki_jax.training.checkpoint import (
+    check_finite,
+    check_fit,
+    leaf_shapes,
+    load_checkpoint,
+    restore_as_numpy,
+)
 from loki_jax.training.config import CheckpointError
+from loki_jax.training.sharding import tree_shardings
 from loki_jax.training.state import TrainState, create_state
 
 
@@ -31,8 +39,18 @@ def abstract_state(
     return jax.eval_shape(build)
 
 
-def abstract_batch(config: ConfigDict, head: HeadAsset, latents_of: Networks | None = None) -> dict[str, Any]:
-    """A global batch as ShapeDtypeStructs (see `data/pipeline.py`): of images, or of latents.
+def sharded_state(
+    config: ConfigDict, networks: Networks, optimizer: optax.GradientTransformation, mesh: Mesh
+) -> tuple[TrainState, TrainState, list]:
+    """(`abstract_state` with shardings, its shardings, what stays whole: see `tree_shardings`)."""
+    state = abstract_state(config, networks, optimizer)
+    shardings, unsharded = tree_shardings(state, mesh, config.sharding_rules, config.sharding_min_size)
+    place = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
+    return jax.tree.map(place, state, shardings), shardings, unsharded
+
+
+def abstract_batch(config: ConfigDict, head: HeadAsset, latents_of: Networks | None = None) -> Batch:
+    """A global batch as ShapeDtypeStructs: of images, or of latents.
 
     Args:
       latents_of: networks whose autoencoder's latents the shards hold instead of images.
@@ -57,27 +75,24 @@ def abstract_batch(config: ConfigDict, head: HeadAsset, latents_of: Networks | N
             for prefix, lead in (("", (b, t)), ("reference_", (b,)))
             for name in ("mean", "logvar")
         }
-    return pictures | {
-        "coefficients": coefficients(b, t),
-        "reference_coefficients": coefficients(b),
-        "camera": Camera(floats(b, t, 4), floats(b, t, 4, 4)),
-        "crop": floats(b, t, 4),
-        "confidence": floats(b, t),
-        "clip_index": ints(b),
-        "frame_index": ints(b, t),
-        "reference_index": ints(b),
-    }
+    return Batch(
+        coefficients=coefficients(b, t),
+        reference_coefficients=coefficients(b),
+        camera=Camera(floats(b, t, 4), floats(b, t, 4, 4)),
+        crop=floats(b, t, 4),
+        confidence=floats(b, t),
+        clip_index=ints(b),
+        frame_index=ints(b, t),
+        reference_index=ints(b),
+        **pictures,
+    )
 
 
 def split_params(config: ConfigDict, params: PyTree) -> tuple[PyTree, PyTree]:
     """(trained, frozen) parts of all parameters; frozen ones in the computation's dtype."""
     trained = {"generation"} | ({"reference"} if config.model.reference.trainable else set())
-    dtype = jnp.dtype(config.model.dtype)
-    frozen = {
-        key: jax.tree.map(lambda x: x.astype(dtype), value)
-        for key, value in params.items()
-        if key not in trained
-    }
+    cast = lambda x: x.astype(jnp.dtype(config.model.dtype))
+    frozen = {key: jax.tree.map(cast, value) for key, value in params.items() if key not in trained}
     return {key: params[key] for key in sorted(trained)}, frozen
 
 
@@ -99,14 +114,12 @@ def initial_params(config: ConfigDict, networks: Networks, head: HeadAsset) -> t
         return split_params(config, jax.tree.map(lambda x, a: jnp.asarray(x, a.dtype), params, abstract))
     path = _converted_folder(config.pretrained) if config.pretrained else None
     given = {"reference", "autoencoder", "null_prompt"} & abstract.keys() if path else set()
+    draw = lambda: random_params(networks, jax.random.key(config.seed))
     # Returning only what is not given, so that XLA never draws a backbone that would be thrown away.
-    draw = lambda: {
-        k: v for k, v in random_params(networks, jax.random.key(config.seed)).items() if k not in given
-    }
-    params = jax.jit(draw)()
+    params = jax.jit(lambda: {key: value for key, value in draw().items() if key not in given})()
     if path:
         # Without the devices of the process that converted it.
-        backbone = restore_as_numpy(path.absolute())
+        backbone = check_finite(restore_as_numpy(path.absolute()), str(path))
         check_fit(leaf_shapes(backbone), {k: abstract[k] for k in given}, str(path))
         params |= backbone
         params["generation"] = dict(params["generation"]) | {

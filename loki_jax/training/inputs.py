@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 from jax.sharding import Mesh
@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from loki_jax.data.iterator import BatchIterator, iterate
 from loki_jax.data.reader import Dataset, open_dataset
-from loki_jax.data.schema import DatasetError
+from loki_jax.data.schema import Batch, DatasetError
 from loki_jax.data.windows import Batches, make_dataset, make_validation_dataset
 from loki_jax.training.logging import log
 from loki_jax.training.sharding import batch_part, global_batch
@@ -22,7 +22,7 @@ class Inputs(NamedTuple):
 
     dataset: Dataset
     windows: Batches
-    held_out: list[dict[str, Any]]
+    held_out: list[Batch]
 
 
 def open_inputs(config: ConfigDict, mesh: Mesh) -> Inputs:
@@ -37,18 +37,14 @@ def open_inputs(config: ConfigDict, mesh: Mesh) -> Inputs:
             "config.data.path is empty: give --config.data.path=DIR, the folder with dataset_info.json"
         )
     dataset = open_dataset(config.data.path)
-    if dataset.metadata.image_size != config.image_size:
-        raise DatasetError(
-            f"{config.data.path}: frames of {dataset.metadata.image_size} pixels, the config wants "
-            f"{config.image_size}. Rebuild with --size {config.image_size} or set --config.image_size."
-        )
-    if config.batch_size % (mesh.size * config.accumulate):
+    if config.batch_size % (mesh.size * config.grad_accum_steps):
         raise ValueError(
             f"config.batch_size={config.batch_size} is not divisible by {mesh.size} devices "
-            f"x config.accumulate={config.accumulate}"
+            f"x config.grad_accum_steps={config.grad_accum_steps}"
         )
     source = dict(
         path=config.data.path, window=config.window, batch=config.batch_size, seed=config.seed,
+        image_size=config.image_size,
         process_index=batch_part(mesh), process_count=jax.process_count(),
         cache_bytes=config.data.cache_mb * 2**20, max_corrupt_share=config.data.max_corrupt_share,
     )  # fmt: skip

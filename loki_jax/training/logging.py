@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import json
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tensorboardX import SummaryWriter
 
 
 class MetricWriter:
@@ -20,6 +21,8 @@ class MetricWriter:
     def __init__(self, workdir: Path, active: bool):
         self._active = active
         if active:
+            from tensorboardX import SummaryWriter  # slow to import
+
             workdir.mkdir(parents=True, exist_ok=True)
             self._jsonl = open(workdir / "metrics.jsonl", "a", buffering=1)
             self._events = open(workdir / "events.jsonl", "a", buffering=1)
@@ -55,17 +58,15 @@ class Progress:
     """Rates since the last report: steps and windows a second, MFU, share of time waiting on data, time left.
 
     Args:
-      flops: matrix operations of a step over all devices (`accounting.work_of(...).model`), and
-      peak: what all devices together could do in a second. None where no peak is known: no MFU then.
+      flops: matrix operations of a step over all devices (`flops.work_of(...).model`).
+      peak: operations a second of all devices together; None where it is not known: no MFU then.
     """
 
     def __init__(
         self, first_step: int, last_step: int, batch_size: int, flops: float = 0.0, peak: float | None = None
     ):
         self._last_step, self._batch_size, self._flops, self._peak = last_step, batch_size, flops, peak
-        self._step = first_step
-        self._time = time.monotonic()
-        self._waited = 0.0
+        self._step, self._time, self._waited = first_step, time.monotonic(), 0.0
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
@@ -75,10 +76,7 @@ class Progress:
         self._waited += time.monotonic() - began
 
     def report(self, step: int) -> dict[str, float]:
-        """steps_per_s, clips_per_s, mfu, data_wait (share of the interval), eta_s at `step`.
-
-        Starts a new interval.
-        """
+        """steps_per_s, clips_per_s, mfu, data_wait (share of the interval), eta_s; starts a new interval."""
         now = time.monotonic()
         elapsed = max(now - self._time, 1e-9)
         rate = (step - self._step) / elapsed
@@ -110,12 +108,29 @@ def log(message: str, active: bool = True) -> None:
         print(message, file=sys.stderr, flush=True)
 
 
+@contextlib.contextmanager
+def log_duration(what: str, active: bool = True, every: float = 15.0) -> Iterator[None]:
+    """Log that `what` begins, every so many seconds that it goes on, and how long it took."""
+    done, began = threading.Event(), time.monotonic()
+
+    def tell() -> None:
+        while not done.wait(every):
+            log(f"{what}: {duration(time.monotonic() - began)}", active)
+
+    log(f"{what} ...", active)
+    thread = threading.Thread(target=tell, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+        log(f"{what} took {time.monotonic() - began:.1f} s", active)
+
+
 def duration(seconds: float) -> str:
     """Seconds as h:mm:ss."""
-    if not np.isfinite(seconds):
-        return "?"
-    minutes, seconds = divmod(int(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
+    return str(datetime.timedelta(seconds=int(seconds))) if np.isfinite(seconds) else "?"
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:

@@ -1,3 +1,5 @@
+"""A trained model as one `.safetensors` file: bfloat16 parameters, config and head name in its metadata."""
+
 from __future__ import annotations
 
 import hashlib
@@ -6,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 from safetensors import SafetensorError, safe_open
 from safetensors.flax import save_file
@@ -13,13 +16,7 @@ from safetensors.flax import save_file
 from loki_jax.face.asset import HeadAsset
 from loki_jax.face.builtin import builtin_head
 from loki_jax.io import atomic_path
-from loki_jax.training.config import (
-    CheckpointError,
-    config_from_json,
-    config_to_json,
-    flatten_dict,
-    nest_dict,
-)
+from loki_jax.training.config import CheckpointError, config_from_json, config_to_json
 
 
 class Checkpoint(NamedTuple):
@@ -34,18 +31,17 @@ class Checkpoint(NamedTuple):
 def save_model_file(path: Path, checkpoint: Checkpoint) -> None:
     """Write one `.safetensors` file with bfloat16 parameters and everything needed to use them.
 
-    Only models of the built-in head travel this way: its asset is code, others have licences.
+    Only models of the built-in head can be files: that head ships with the package, others have licences.
 
     Raises:
       CheckpointError: the model was trained on another head than the built-in one.
     """
     if checkpoint.head.name != builtin_head().name:
         raise CheckpointError(
-            f"head {checkpoint.head.name!r} cannot travel inside a model file; share the workdir instead."
+            f"head {checkpoint.head.name!r} cannot be part of a model file; share the workdir instead."
         )
-    tensors = {
-        key: jnp.asarray(value, jnp.bfloat16) for key, value in flatten_dict(checkpoint.params, "/").items()
-    }
+    flat = flatten_dict(checkpoint.params, sep="/")
+    tensors = {key: jnp.asarray(value, jnp.bfloat16) for key, value in flat.items()}
     metadata = {
         "format": "loki_jax-1",
         "config": config_to_json(checkpoint.config),
@@ -60,13 +56,8 @@ def save_model_file(path: Path, checkpoint: Checkpoint) -> None:
 def _geometry_digest(head: HeadAsset) -> str:
     """SHA-256 of what the driver map depends on, to a hundredth of a millimetre; landmarks may change."""
     digest = hashlib.sha256(np.asarray(head.faces, np.int32).tobytes())
-    for array in (
-        head.template,
-        head.shape_basis,
-        head.expression_basis,
-        head.skinning_weights,
-        head.render_mask,
-    ):
+    bases = (head.template, head.shape_basis, head.expression_basis)
+    for array in (*bases, head.skinning_weights, head.render_mask):
         digest.update(np.round(np.asarray(array, np.float64) * 1e5).astype(np.int64).tobytes())
     return digest.hexdigest()
 
@@ -89,10 +80,15 @@ def load_model_file(path: Path) -> Checkpoint:
         raise CheckpointError(
             f"{path}: not a loki_jax model file. For other weights use `python -m loki_jax.convert`."
         )
+    try:
+        config, step = config_from_json(metadata["config"]), int(metadata["step"])
+        head_name, geometry = metadata["head"], metadata["head_geometry"]
+    except (KeyError, ValueError, AttributeError, TypeError) as error:
+        raise CheckpointError(f"{path}: its metadata are damaged ({error}). Copy it again.") from error
     head = builtin_head()
-    if metadata["head"] != head.name or metadata["head_geometry"] != _geometry_digest(head):
+    if head_name != head.name or geometry != _geometry_digest(head):
         raise CheckpointError(
-            f"{path}: made with another built-in head ({metadata['head']}); use the version that made it."
+            f"{path}: made with another built-in head ({head_name}); use the version that made it."
         )
-    params = {"autoencoder": {}} | nest_dict(tensors, "/")
-    return Checkpoint(config_from_json(metadata["config"]), params, head, int(metadata["step"]))
+    params = {"autoencoder": {}} | unflatten_dict(tensors, sep="/")
+    return Checkpoint(config, params, head, step)

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from fractions import Fraction
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import PyTree, UInt8
+from jaxtyping import Array, PyTree, UInt8
 from ml_collections import ConfigDict
 
 from loki_jax.data.reader import Dataset
+from loki_jax.data.schema import Batch
+from loki_jax.diffusion.sampler import ddim_sample
+from loki_jax.diffusion.schedule import Schedule
 from loki_jax.face.asset import HeadAsset
 from loki_jax.face.builtin import NAME as BUILTIN
 from loki_jax.face.retarget import retarget, size_ratio
@@ -21,15 +26,11 @@ from loki_jax.face.types import Camera, Coefficients
 from loki_jax.fitting.photometric import fit_photometric_clips
 from loki_jax.metrics.hef import head_expression_follow
 from loki_jax.metrics.hpf import head_pose_follow
-from loki_jax.networks import (
-    Networks,
-    driver_input,
-    initial_noise,
-    portrait_features,
-    sample_from_features,
-)
+from loki_jax.networks import Networks, driver_input, initial_noise, portrait_features, sample_from_features
 from loki_jax.synthetic.appearance import sample_appearance
+from loki_jax.training.logging import MetricWriter, log
 from loki_jax.training.sharding import BATCH_AXES, put_global
+from loki_jax.video.writer import write_video
 
 
 class Pairs(NamedTuple):
@@ -40,7 +41,7 @@ class Pairs(NamedTuple):
       reference: (2N,S,S,3) uint8; reference_coefficients (2N,...); reference_clip (2N,) clip indices.
       driver: (2N,T,S,S,3) uint8, the driver's frames; for the first N they are what should come out.
       driver_coefficients, driver_camera: as recorded, (2N,T,...).
-      coefficients, camera, crop: what the reference is to perform, (2N,T,...): its own camera and crop.
+      coefficients, camera, crop: the reference's motion, (2N,T,...): its own camera and crop.
     """
 
     names: tuple[str, ...]
@@ -55,61 +56,63 @@ class Pairs(NamedTuple):
     crop: np.ndarray
 
 
+def take_rows(tree: PyTree, rows: np.ndarray, mesh: Mesh) -> PyTree:
+    """Rows of global arrays, as numpy on every process; nothing else leaves its device."""
+    pick = jax.jit(
+        lambda tree: jax.tree.map(lambda x: x[rows], tree), out_shardings=NamedSharding(mesh, PartitionSpec())
+    )
+    return jax.tree.map(np.asarray, pick(tree))
+
+
 def make_pairs(
-    batch: dict[str, Any], count: int, head: HeadAsset, dataset: Dataset, mode: str
+    batch: Batch, count: int, head: HeadAsset, dataset: Dataset, mode: str, mesh: Mesh
 ) -> Pairs | None:
     """Pairs from a validation batch; all processes must call. None where it holds no images.
 
     Window i drives its own person, and then that of the next window of somebody else (method, section 9).
 
     Args:
-      batch: this process's part of the batch (numpy).
+      batch: the global batch.
       count: N; at most as many as the global batch has windows.
       mode: pose of the second kind, "relative" or "absolute".
     """
-    if "frames" not in batch or count < 1:
+    if batch.frames is None or count < 1:
         return None
-    whole = multihost_utils.process_allgather(batch, tiled=True)
-    rows = np.arange(min(count, len(whole["frames"])))
-    take = lambda name, index: jax.tree.map(lambda x: np.asarray(x)[index], whole[name])
-    clip = np.asarray(whole["clip_index"])
-    identity = [dataset.clips[int(clip[row])].identity for row in rows]
-    others = np.array([_next_other(identity, row) for row in rows])
+    size = len(batch.clip_index)
+    identity = [dataset.clips[int(c)].identity for c in take_rows(batch.clip_index, np.arange(size), mesh)]
+    first = np.arange(min(count, size))
+    wanted = np.concatenate([first, [_next_other(identity, row) for row in first]])
+    # Rows of `few`: those that drive, then those of the other persons.
+    few = take_rows(batch, wanted, mesh)
+    rows, others = first, first + len(first)
+    take = lambda name, index: jax.tree.map(lambda x: x[index], getattr(few, name))
+    clips = [dataset.clips[int(clip)] for clip in few.clip_index]
     own = np.concatenate([rows, others])  # whose portrait
-    drivers = np.concatenate([rows, rows])  # whose performance
-    frames = whole["frames"].shape[1]
-    repeat = lambda tree: jax.tree.map(lambda x: np.repeat(x[:, :1], frames, 1), tree)
+    drivers = np.concatenate([rows, rows])  # whose motion
 
-    def perform(driver, reference, driver_camera, reference_camera):
-        scale = size_ratio(head, reference.shape, driver.shape[0])
-        return retarget(
-            driver,
-            reference,
-            mode,
-            scale=scale,
-            driver_camera=driver_camera,
-            reference_camera=reference_camera,
-        )
+    def retargeted(driver, reference, driver_camera, reference_camera):
+        scale = size_ratio(head, reference.betas, driver.betas[0])
+        cameras = dict(driver_camera=driver_camera, reference_camera=reference_camera)
+        return retarget(driver, reference, mode, scale=scale, **cameras)
 
-    first_of = lambda tree: jax.tree.map(lambda x: x[:, 0], tree)
-    swapped = jax.vmap(perform)(
-        take("coefficients", rows), take("reference_coefficients", others),
-        first_of(take("camera", rows)), first_of(take("camera", others)),
-    )  # fmt: skip
-    name = lambda row: dataset.clips[int(clip[row])].clip_id
+    camera = jax.tree.map(lambda x: x[:, 0], few.camera)
+    camera_of = lambda index: jax.tree.map(lambda x: x[index], camera)
+    crossed = jax.vmap(retargeted)(
+        take("coefficients", rows), take("reference_coefficients", others), camera_of(rows), camera_of(others)
+    )
+    join = lambda same, other: np.concatenate([same, np.asarray(other)])
+    hold = lambda tree: jax.tree.map(lambda x: np.repeat(x[:, :1], few.frames.shape[1], 1), tree)
     return Pairs(
-        names=tuple(f"{name(a)} < {name(b)}" for a, b in zip(own, drivers, strict=True)),
+        names=tuple(f"{clips[a].clip_id} < {clips[b].clip_id}" for a, b in zip(own, drivers, strict=True)),
         reference=take("reference", own),
         reference_coefficients=take("reference_coefficients", own),
-        reference_clip=clip[own],
+        reference_clip=few.clip_index,
         driver=take("frames", drivers),
         driver_coefficients=take("coefficients", drivers),
         driver_camera=take("camera", drivers),
-        coefficients=jax.tree.map(
-            lambda same, new: np.concatenate([same, np.asarray(new)]), take("coefficients", rows), swapped
-        ),
-        camera=repeat(take("camera", own)),
-        crop=repeat(take("crop", own)),
+        coefficients=jax.tree.map(join, take("coefficients", rows), crossed),
+        camera=hold(take("camera", own)),
+        crop=hold(take("crop", own)),
     )
 
 
@@ -119,60 +122,72 @@ def _next_other(identity: list[str], row: int) -> int:
     return next((i % count for i in range(row + 1, row + count) if identity[i % count] != identity[row]), row)
 
 
+def check_sampling(config: ConfigDict, schedule: Schedule) -> None:
+    """Raise ValueError where the sampler would refuse the options of `config.sample`."""
+    c = config.sample
+    options = dict(
+        steps=c.steps, guidance=c.guidance, spacing=c.spacing, prediction=config.diffusion.prediction
+    )
+    noise = jax.ShapeDtypeStruct((1, 1, 1, 1, 1), jnp.float32)
+    nothing = dict(conditional=(), unconditional=())
+    try:
+        jax.eval_shape(lambda x: ddim_sample(lambda x, *_: x, x, schedule, **nothing, **options), noise)
+    except ValueError as error:
+        raise ValueError(f"config.sample: {error}") from error
+
+
+def animate_pairs(
+    config: ConfigDict, networks: Networks, params: PyTree, head: HeadAsset, inputs: dict[str, Any]
+) -> UInt8[Array, "n t s s 3"]:
+    """Frames of pairs: `inputs` holds fields of `Pairs` and the noise, each with the leading axis N."""
+    driver = driver_input(config, head, inputs["coefficients"], inputs["camera"], inputs["crop"])
+    camera, crop = jax.tree.map(lambda x: x[:, 0], (inputs["camera"], inputs["crop"]))
+    portrait = (inputs["reference"], inputs["reference_coefficients"], camera, crop)
+    features = portrait_features(config, networks, params, head, *portrait)
+    return sample_from_features(
+        config, networks, params, features, driver, inputs["noise"],
+        steps=config.sample.steps, guidance=config.sample.guidance, spacing=config.sample.spacing,
+    )  # fmt: skip
+
+
 def make_sampler(
     config: ConfigDict, networks: Networks, mesh: Mesh
 ) -> Callable[[PyTree, HeadAsset, Pairs], np.ndarray]:
     """sample(params, head, pairs) -> (2N,T,S,S,3) uint8 on every process, always from the same noise.
 
-    All processes must call. Each device animates its share of the pairs, all of them where their number does
-    not divide, with whole parameters: nothing is exchanged between the first gathering and the result.
+    All processes must call. The pairs go through in blocks of one for each device (the last is filled up),
+    with whole parameters: nothing is exchanged between the first gathering and the result of a block.
     """
-    whole = PartitionSpec()
-
-    def animate(params: PyTree, head: HeadAsset, inputs: dict[str, Any]):
-        driver = driver_input(config, head, inputs["coefficients"], inputs["camera"], inputs["crop"])
-        camera, crop = jax.tree.map(lambda x: x[:, 0], (inputs["camera"], inputs["crop"]))
-        portrait = (inputs["reference"], inputs["reference_coefficients"], camera, crop)
-        features = portrait_features(config, networks, params, head, *portrait)
-        return sample_from_features(
-            config, networks, params, features, driver, inputs["noise"],
-            steps=config.sample.steps, guidance=config.sample.guidance, spacing=config.sample.spacing,
-        )  # fmt: skip
-
-    def share(inputs: dict[str, Any]) -> PartitionSpec:
-        return PartitionSpec(BATCH_AXES) if len(inputs["reference"]) % mesh.size == 0 else whole
-
-    def sample(params: PyTree, head: HeadAsset, inputs: dict[str, Any]):
-        spec = share(inputs)
-        split = jax.shard_map(
-            animate, mesh=mesh, in_specs=(whole, whole, spec), out_specs=spec, check_vma=False
-        )
-        return split(params, head, inputs)
-
+    whole, split = PartitionSpec(), PartitionSpec(BATCH_AXES)
+    animate = functools.partial(animate_pairs, config, networks)
+    sample = jax.shard_map(
+        animate, mesh=mesh, in_specs=(whole, whole, split), out_specs=split, check_vma=False
+    )
     compiled = jax.jit(sample, out_shardings=NamedSharding(mesh, whole))
     names = ("coefficients", "camera", "crop", "reference", "reference_coefficients")
 
     def run(params: PyTree, head: HeadAsset, pairs: Pairs) -> np.ndarray:
         inputs = {name: getattr(pairs, name) for name in names}
         inputs["noise"] = initial_noise(networks, jax.random.key(0), *pairs.driver.shape[:2])
-        # Every process holds all pairs and gives its devices what they ask for.
-        inputs = put_global(inputs, jax.tree.map(lambda _: NamedSharding(mesh, share(inputs)), inputs))
-        return np.asarray(compiled(params, head, inputs))
+        count, frames = len(pairs.reference), []
+        for first in range(0, count, mesh.size):
+            rows = np.minimum(np.arange(first, first + mesh.size), count - 1)
+            block = jax.tree.map(lambda x, rows=rows: np.asarray(x)[rows], inputs)
+            # Every process holds all pairs and gives its devices what they ask for.
+            block = put_global(block, jax.tree.map(lambda _: NamedSharding(mesh, split), block))
+            frames.append(np.asarray(compiled(params, head, block)))
+        return np.concatenate(frames)[:count]
 
     return run
 
 
 def sample_frames(pairs: Pairs, sampled: UInt8[np.ndarray, "n t s s 3"]) -> list[UInt8[np.ndarray, "h w 3"]]:
     """Frames of a video: a column for each pair, with its reference, its driver and what was sampled."""
-    columns = len(sampled)
     still = np.concatenate(list(pairs.reference), 1)
-    frames = []
-    for t in range(sampled.shape[1]):
-        rows = [still] + [
-            np.concatenate([x[i, t] for i in range(columns)], 1) for x in (pairs.driver, sampled)
-        ]
-        frames.append(np.concatenate(rows, 0))
-    return frames
+    row = lambda videos, t: np.concatenate(list(videos[:, t]), 1)
+    return [
+        np.concatenate([still, row(pairs.driver, t), row(sampled, t)], 0) for t in range(sampled.shape[1])
+    ]
 
 
 def sample_sheet(pairs: Pairs, sampled: UInt8[np.ndarray, "n t s s 3"]) -> UInt8[np.ndarray, "h w 3"]:
@@ -196,25 +211,37 @@ def follow(
 
     Works on one process alone. Two windows of few frames say less than `python -m loki_jax.evaluate`.
     """
-    appearances = [
-        sample_appearance(dataset.clips[int(c)].extra["identity_seed"], head) for c in pairs.reference_clip
-    ]
-    appearance = jax.tree.map(lambda *x: jnp.stack([jnp.asarray(v) for v in x]), *appearances)
+    seeds = [dataset.clips[int(clip)].extra["identity_seed"] for clip in pairs.reference_clip]
+    appearance = jax.tree.map(
+        lambda *x: jnp.stack([jnp.asarray(v) for v in x]), *(sample_appearance(seed, head) for seed in seeds)
+    )
     fitted, _ = fit_photometric_clips(
         sampled, head, pairs.reference_coefficients.betas, appearance, pairs.camera, pairs.crop
     )
-    fitted = jax.tree.map(np.asarray, fitted)
     one = lambda tree, i: jax.tree.map(lambda x: np.asarray(x)[i], tree)
     hpf, hef = [], []
     for i in range(len(sampled)):
-        mine, target = one(fitted, i), one(pairs.driver_coefficients, i)
+        mine, target, camera = one(fitted, i), one(pairs.driver_coefficients, i), one(pairs.driver_camera, i)
         hpf.append(head_pose_follow(mine.rot, target.rot, mine.neck, target.neck).degrees)
-        hef.append(
-            head_expression_follow(head, mine, target, one(pairs.driver_camera, i), size=size).distance
-        )
+        hef.append(head_expression_follow(head, mine, target, camera, size=size).distance)
     half = len(sampled) // 2
     mean = lambda values: float(np.mean([v for v in values if v is not None]))
     return {
         "sample_hpf": mean(hpf[:half]), "sample_hef": mean(hef[:half]),
         "sample_hpf_cross": mean(hpf[half:]), "sample_hef_cross": mean(hef[half:]),
     }  # fmt: skip
+
+
+def write_samples(
+    writer: MetricWriter, workdir: Path, step: int, pairs: Pairs, frames: UInt8[np.ndarray, "n t s s 3"],
+    head: HeadAsset, dataset: Dataset, config: ConfigDict,
+) -> None:  # fmt: skip
+    """Write picture and video of sampled windows, and their metrics where the config asks for them."""
+    writer.image(step, "samples", sample_sheet(pairs, frames))
+    if config.sample.video:
+        (workdir / "samples").mkdir(exist_ok=True)
+        write_video(workdir / "samples" / f"{step:08d}.mp4", sample_frames(pairs, frames), Fraction(25))
+    if config.sample.follow and can_follow(head, dataset, pairs):
+        figures = follow(head, dataset, pairs, frames)
+        writer.scalars(step, figures)
+        log(f"step {step} " + "  ".join(f"{key} {value:.3f}" for key, value in figures.items()))

@@ -5,6 +5,7 @@ Axis `data` replicates parameters, axis `fsdp` shards them; the batch is split o
 
 from __future__ import annotations
 
+import math
 import re
 
 import jax
@@ -37,19 +38,13 @@ def make_mesh(data: int, fsdp: int, devices: list | None = None) -> Mesh:
 
 
 def path_name(path: tuple) -> str:
-    """A pytree key path as `a/b/c`."""
-    parts = []
-    for key in path:
-        for attribute in ("key", "name", "idx"):
-            if hasattr(key, attribute):
-                parts.append(str(getattr(key, attribute)))
-                break
-    return "/".join(parts)
+    """A pytree key path as `a/b/c`: the names of arrays in checkpoints, rules and messages."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def leaf_spec(shape: tuple[int, ...], rule: str, fsdp: int, min_size: int) -> PartitionSpec:
     """Spec of one array under `rule` ("fsdp": largest dimension that the axis divides; "replicate")."""
-    if rule == "replicate" or fsdp == 1 or int(np.prod(shape)) < min_size:
+    if rule == "replicate" or fsdp == 1 or math.prod(shape) < min_size:
         return PartitionSpec()
     if rule != "fsdp":
         raise ValueError(f"config.sharding_rules: unknown rule {rule!r}, use fsdp or replicate")
@@ -57,14 +52,14 @@ def leaf_spec(shape: tuple[int, ...], rule: str, fsdp: int, min_size: int) -> Pa
     if not divisible:
         return PartitionSpec()
     axis = max(divisible, key=lambda a: shape[a])
-    return PartitionSpec(*(("fsdp",) if i == axis else (None,) for i in range(len(shape))))
+    return PartitionSpec(*("fsdp" if i == axis else None for i in range(len(shape))))
 
 
 def tree_shardings(tree, mesh: Mesh, rules, min_size: int):
     """NamedSharding of every leaf of `tree` (arrays or ShapeDtypeStructs).
 
     Optimiser moments and the moving average carry their parameter's path as a suffix, so the same
-    regular expressions place all of them alike.
+    regular expressions match all of them alike.
 
     Args:
       rules: pairs (regular expression on the path, "fsdp" | "replicate"); the first match decides.
@@ -76,15 +71,15 @@ def tree_shardings(tree, mesh: Mesh, rules, min_size: int):
     fsdp = mesh.shape["fsdp"]
     unsharded = []
 
-    def put_global(path, leaf):
+    def sharding(path, leaf):
         name, shape = path_name(path), tuple(leaf.shape)
         rule = next((rule for pattern, rule in rules if re.search(pattern, name)), "replicate")
         spec = leaf_spec(shape, rule, fsdp, min_size)
-        if fsdp > 1 and spec == PartitionSpec() and int(np.prod(shape)) >= min_size:
+        if fsdp > 1 and spec == PartitionSpec() and math.prod(shape) >= min_size:
             unsharded.append((name, shape))
         return NamedSharding(mesh, spec)
 
-    return jax.tree_util.tree_map_with_path(put_global, tree), unsharded
+    return jax.tree_util.tree_map_with_path(sharding, tree), unsharded
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -95,11 +90,10 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def batch_part(mesh: Mesh) -> int:
     """Which of the equal parts of a global batch this process reads: `process_index` of `make_dataset`.
 
-    A mesh may order the devices of a pod by its wiring, so that process p does not hold rows p B/n ... of the
-    batch. What counts is where its rows lie.
+    A mesh may order the devices of a pod by its wiring, so that process p does not hold rows p B/n ... of
+    the batch. What counts is where its rows are.
     """
-    devices = list(mesh.devices.flat)
-    mine = [i for i, device in enumerate(devices) if device.process_index == jax.process_index()]
+    mine = [i for i, device in enumerate(mesh.devices.flat) if device.process_index == jax.process_index()]
     if mine != list(range(mine[0], mine[0] + len(mine))):
         return jax.process_index()  # scattered rows: every window is read once, but rows are permuted
     return mine[0] // len(mine)
@@ -108,9 +102,8 @@ def batch_part(mesh: Mesh) -> int:
 def global_batch(local_batch, mesh: Mesh):
     """This process's part of a batch (numpy) -> global arrays split over the mesh."""
     sharding = batch_sharding(mesh)
-    return jax.tree.map(
-        lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), local_batch
-    )
+    join = lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x))
+    return jax.tree.map(join, local_batch)
 
 
 def local_batch(batch):

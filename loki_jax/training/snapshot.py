@@ -1,19 +1,23 @@
-"""What is needed to reproduce a step that gave no finite numbers, and a program that does so.
+"""Debug snapshots: what reproduces a step that gave no finite numbers, and a program that does so.
 
-python -m loki_jax.training.snapshot runs/hdtf/dumps/1234
+    python -m loki_jax.training.snapshot runs/hdtf/snapshots/1234
 
-DUMP/dump.json                 step, seed and key, config, code version, windows, figures; written last
-DUMP/head.npz                  the head asset
-DUMP/batch-0.safetensors ...   each process's part of the step's batch
-DUMP/state/                    parameters and frozen parameters as they were before the step (Orbax)
+SNAPSHOT/snapshot.json             step, seed and key, config, code version, windows, figures; written last
+SNAPSHOT/head.npz                  the head asset
+SNAPSHOT/batch-0.safetensors ...   each process's part of the step's batch
+SNAPSHOT/state/                    parameters and frozen parameters as they were before the step (Orbax)
+
+Version 0.1 wrote the same as `dumps/STEP` with a `dump.json`; both are read.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,9 +25,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+import tyro
+from flax.traverse_util import unflatten_dict
 from ml_collections import ConfigDict
 from safetensors.flax import load_file, save_file
 
+from loki_jax.data.schema import Batch
 from loki_jax.face.asset import HeadAsset, load_head, save_head
 from loki_jax.face.types import Camera, Coefficients
 from loki_jax.io import write_json
@@ -31,6 +38,7 @@ from loki_jax.networks import build_networks
 from loki_jax.training.checkpoint import restore_as_numpy
 from loki_jax.training.config import CheckpointError, config_from_json, config_to_json
 from loki_jax.training.distributed import wait_for_all
+from loki_jax.training.monitor import Anomaly
 from loki_jax.training.sharding import local_batch, make_mesh, path_name
 from loki_jax.training.state import TrainState, make_optimizer
 from loki_jax.training.step import make_gradients
@@ -40,37 +48,35 @@ _TUPLES = {"coefficients": Coefficients, "reference_coefficients": Coefficients,
 
 
 class Snapshot(NamedTuple):
-    """A dump, read back: `batch` is the whole global batch, `params` {"trained": ..., "frozen": ...}."""
+    """A snapshot, read: `batch` is the whole global batch, `params` {"trained": ..., "frozen": ...}."""
 
     step: int
     config: ConfigDict
     head: HeadAsset
-    batch: dict[str, Any]
+    batch: Batch
     params: Any
     info: dict[str, Any]
 
 
 def write_snapshot(
-    folder: Path, step: int, batch: dict[str, Any], state: TrainState, config: ConfigDict, head: HeadAsset,
-    windows: list[dict[str, Any]], figures: dict[str, float],
+    workdir: Path, anomaly: Anomaly, state: TrainState, config: ConfigDict, head: HeadAsset,
+    windows: list[dict[str, Any]],
 ) -> Path:  # fmt: skip
-    """Write what reproduces step `step` to `folder`; all processes must call.
+    """Write what reproduces a skipped step to `workdir/snapshots/STEP`, its path; all processes must call.
 
     Args:
-      batch: the step's batch (global arrays).
+      anomaly: the step, its batch (global arrays) and what it gave.
       state: the state, whose last updates were skipped, so that it is still the one before the step.
-      windows: `watch.window_names` of the batch.
-      figures: what the step gave.
+      windows: `window_names` of the batch.
     """
+    step, folder = anomaly.step, workdir / "snapshots" / str(anomaly.step)
     lead = jax.process_index() == 0
     if lead:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-    wait_for_all(f"dump {step}")
-    flat = {
-        path_name(path): jnp.asarray(leaf)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(local_batch(batch))
-    }
+    wait_for_all(f"snapshot {step}")
+    leaves = jax.tree_util.tree_leaves_with_path(local_batch(anomaly.batch))
+    flat = {path_name(path): jnp.asarray(leaf) for path, leaf in leaves}
     save_file(flat, str(folder / f"batch-{jax.process_index()}.safetensors"))
     with ocp.StandardCheckpointer() as checkpointer:
         frozen = {key: value for key, value in state.frozen.items() if jax.tree.leaves(value)}
@@ -78,76 +84,68 @@ def write_snapshot(
     if lead:
         save_head(folder / "head.npz", head)
         key = jax.random.fold_in(jax.random.key(config.seed), step - 1)
+        figures = {name: repr(value) for name, value in anomaly.figures.items()}
         info = {
             "step": step, "seed": config.seed, "key": np.asarray(jax.random.key_data(key)).tolist(),
             "code": code_version(), "processes": jax.process_count(), "devices": jax.device_count(),
-            "device": jax.devices()[0].device_kind, "figures": {k: repr(v) for k, v in figures.items()},
-            "windows": windows, "config": json.loads(config_to_json(config)),
+            "device": jax.devices()[0].device_kind, "figures": figures, "windows": windows,
+            "config": json.loads(config_to_json(config)),
         }  # fmt: skip
-        write_json(folder / "dump.json", info)
+        write_json(folder / "snapshot.json", info)
     return folder
 
 
 def read_snapshot(folder: str | os.PathLike) -> Snapshot:
-    """Read a dump on any number of devices.
+    """Read a snapshot on any number of devices.
 
     Raises:
-      CheckpointError: not a dump, or one that was not finished.
+      CheckpointError: not a snapshot, or one that was not finished.
     """
     folder = Path(folder)
-    if not (folder / "dump.json").is_file():
+    file = next((folder / n for n in ("snapshot.json", "dump.json") if (folder / n).is_file()), None)
+    if file is None:
         raise CheckpointError(
-            f"{folder}: no dump.json: not a dump, or one cut short. Give WORKDIR/dumps/STEP."
+            f"{folder}: no snapshot.json: not a debug snapshot, or an incomplete one. "
+            "Give WORKDIR/snapshots/STEP."
         )
-    info = json.loads((folder / "dump.json").read_text())
+    info = json.loads(file.read_text())
     files = [folder / f"batch-{i}.safetensors" for i in range(info["processes"])]
     missing = [file.name for file in files if not file.is_file()]
     if missing:
         raise CheckpointError(f"{folder}: {', '.join(missing)} missing; gather the files of all processes")
     parts = [load_file(str(file)) for file in files]
-    batch: dict[str, Any] = {}
-    for name in parts[0]:
-        top, _, field = name.partition("/")
-        value = np.concatenate([np.asarray(part[name]) for part in parts])
-        if field:
-            batch.setdefault(top, {})[field] = value
-        else:
-            batch[top] = value
-    batch = {key: _TUPLES[key](**value) if key in _TUPLES else value for key, value in batch.items()}
+    # Version 0.1 called the identity coefficients `shape`.
+    today = lambda name: name.replace("coefficients/shape", "coefficients/betas")
+    flat = {today(name): np.concatenate([np.asarray(part[name]) for part in parts]) for name in parts[0]}
+    fields = unflatten_dict(flat, sep="/").items()
+    batch = Batch(**{key: _TUPLES[key](**value) if key in _TUPLES else value for key, value in fields})
+    config = config_from_json(json.dumps(info["config"]))
     params = restore_as_numpy((folder / "state").absolute())
-    return Snapshot(
-        info["step"],
-        config_from_json(json.dumps(info["config"])),
-        load_head(folder / "head.npz"),
-        batch,
-        params,
-        info,
-    )
+    return Snapshot(info["step"], config, load_head(folder / "head.npz"), batch, params, info)
 
 
-def replay(dump: Snapshot) -> dict[str, Any]:
-    """Do the dumped step again on the first device of this process.
+def replay(snapshot: Snapshot) -> dict[str, Any]:
+    """Do the step again on the first device of this process.
 
     Returns:
       {"loss", "grad_norm", "batch": [names of the batch's arrays, with their windows, that hold values that
       are not finite], "gradients": [paths of the gradients that do]}
     """
-    config = ConfigDict(dump.config.to_dict())
-    networks = build_networks(config, dump.head)
-    mesh = make_mesh(1, 1, jax.devices()[:1])
-    trained = jax.tree.map(jnp.asarray, dump.params["trained"])
-    frozen = {"autoencoder": {}} | jax.tree.map(jnp.asarray, dump.params.get("frozen", {}))
-    state = TrainState(
-        jnp.asarray(dump.step - 1, jnp.int32), trained, None, make_optimizer(config).init({}), frozen
+    config, mesh = snapshot.config, make_mesh(1, 1, jax.devices()[:1])
+    trained, frozen = (
+        jax.tree.map(jnp.asarray, snapshot.params.get(key, {})) for key in ("trained", "frozen")
     )
-    loss, grads = jax.jit(make_gradients(config, networks, mesh))(state, dump.batch, dump.head)
+    # Files keep no empty dict: the pixel autoencoder's.
+    frozen = {"autoencoder": {}} | frozen
+    step = jnp.asarray(snapshot.step - 1, jnp.int32)
+    state = TrainState(step, trained, None, make_optimizer(config).init({}), frozen)
+    gradients = make_gradients(config, build_networks(config, snapshot.head), mesh)
+    loss, grads = jax.jit(gradients)(state, snapshot.batch, snapshot.head)
     bad_rows = []
-    for path, leaf in jax.tree_util.tree_leaves_with_path(dump.batch):
+    for path, leaf in jax.tree_util.tree_leaves_with_path(snapshot.batch):
         finite = np.isfinite(np.asarray(leaf, np.float32)).reshape(len(leaf), -1).all(1)
-        bad_rows += [
-            f"{path_name(path)} of window {row}: {dump.info['windows'][row]}"
-            for row in np.flatnonzero(~finite)
-        ]
+        for row in np.flatnonzero(~finite):
+            bad_rows.append(f"{path_name(path)} of window {row}: {snapshot.info['windows'][row]}")
     named = jax.tree_util.tree_leaves_with_path(jax.device_get(grads))
     return {
         "loss": float(loss),
@@ -157,23 +155,27 @@ def replay(dump: Snapshot) -> dict[str, Any]:
     }
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m loki_jax.training.snapshot", description=__doc__.splitlines()[0]
-    )
-    parser.add_argument("dump", help="WORKDIR/dumps/STEP")
+@dataclass
+class Options:
+    """What `python -m loki_jax.training.snapshot` takes."""
+
+    snapshot: tyro.conf.Positional[Path]
+    """WORKDIR/snapshots/STEP"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = tyro.cli(Options, args=argv, description=__doc__.splitlines()[0])
     try:
-        found = replay(read_snapshot(parser.parse_args(argv).dump))
+        found = replay(read_snapshot(options.snapshot))
     except CheckpointError as error:
-        raise SystemExit(f"error: {error}") from None
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     print(f"loss {found['loss']}, gradient norm {found['grad_norm']}")
     for line in found["batch"]:
         print(f"not finite in the batch: {line}")
-    print(
-        f"{len(found['gradients'])} gradients are not finite"
-        + "".join(f"\n  {n}" for n in found["gradients"][:8])
-    )
+    print("\n  ".join([f"{len(found['gradients'])} gradients are not finite", *found["gradients"][:8]]))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

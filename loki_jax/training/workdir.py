@@ -1,9 +1,11 @@
-"""What a run needs to be told apart and repeated: code, packages, devices, data. One file for each start."""
+"""The folder of a run: whose it is, and what each start ran on (code, packages, devices, data)."""
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import importlib.metadata
+import json
 import os
 import platform
 import subprocess
@@ -18,28 +20,30 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 import loki_jax
+from loki_jax.data.reader import Dataset
 from loki_jax.face.asset import HeadAsset, load_head, save_head
-from loki_jax.io import atomic_path, file_sha256, write_json
-from loki_jax.training.config import CheckpointError, config_differences, config_from_json, config_to_json
+from loki_jax.io import file_sha256, write_json
+from loki_jax.training.config import CheckpointError, config_differences, config_to_json, read_config
 from loki_jax.training.distributed import wait_for_all
 
 
-def prepare_workdir(workdir: Path, config: ConfigDict, head: HeadAsset) -> None:
+def prepare_workdir(workdir: Path, config: ConfigDict, dataset: Dataset, head: HeadAsset) -> None:
     """Write config and head asset into a new workdir, or check that an old one is of this run.
 
     With several processes all must call; process 0 writes.
 
     Raises:
-      CheckpointError: the workdir holds a run of another config or another head.
+      CheckpointError: the workdir holds a run of another config, other clips or another head, or its
+        checkpoints are gone.
     """
     config_file, head_file = workdir / "config.json", workdir / "head.npz"
     if config_file.is_file():
-        differences = config_differences(config, config_from_json(config_file.read_text()))
+        differences = config_differences(config, read_config(config_file))
         if differences:
+            shown = "\n  ".join(differences[:20])
             raise CheckpointError(
-                f"{config_file}: this workdir holds a run of another config:\n  "
-                + "\n  ".join(differences[:20])
-                + "\nChoose another --workdir, or start from its weights with --config.init_from."
+                f"{config_file}: this workdir holds a run of another config:\n  {shown}\n"
+                "Choose another --workdir, or start from its weights with --config.init_from."
             )
     if head_file.is_file():
         stored = load_head(head_file)
@@ -48,14 +52,26 @@ def prepare_workdir(workdir: Path, config: ConfigDict, head: HeadAsset) -> None:
                 f"{head_file}: this workdir was trained on head {stored.name!r}, "
                 f"the data uses {head.name!r}. Choose another --workdir."
             )
+    starts = [json.loads(file.read_text()) for file in sorted(workdir.glob("starts/*.json"))]
+    stored = next((s["dataset"]["clips"] for s in starts if "clips" in s["dataset"]), None)
+    if stored not in (None, clips_digest(dataset)):
+        raise CheckpointError(
+            f"{workdir}: this run was trained on other clips than {dataset.path} holds. "
+            "Choose another --workdir, or start from its weights with --config.init_from."
+        )
+    metrics = workdir / "metrics.jsonl"
+    if metrics.is_file() and metrics.stat().st_size and not (workdir / "checkpoints").is_dir():
+        raise CheckpointError(
+            f"{workdir / 'checkpoints'}: missing, but {metrics.name} shows that this run has trained. "
+            "Copy the whole workdir again, or choose another --workdir."
+        )
     # Nobody writes before all have read.
     wait_for_all("workdir read")
     if jax.process_index() == 0:
         workdir.mkdir(parents=True, exist_ok=True)
         if not head_file.is_file():
             save_head(head_file, head)
-        with atomic_path(config_file) as partial:
-            partial.write_text(config_to_json(config))
+        write_json(config_file, json.loads(config_to_json(config)))
     wait_for_all("workdir written")
 
 
@@ -67,35 +83,26 @@ def code_version() -> str:
     return f"{loki_jax.__version__} {revision['revision']}" + (" and changes" if revision["changed"] else "")
 
 
-# Hashing a terabyte would keep the chips waiting; larger shards are told apart by size and both ends.
-_WHOLE_UP_TO = 64 * 2**20
-
-_END = 2**20
+# Hashing a terabyte would keep the chips waiting; of larger shards size and both ends are compared.
+_WHOLE_UP_TO, _END = 64 * 2**20, 2**20
 
 
 def git_revision(folder: Path) -> dict[str, Any] | None:
     """{"revision", "changed": files that differ from it} of `folder`'s checkout, None outside one."""
-    git = lambda *args: subprocess.run(
-        ["git", "-C", str(folder), *args], capture_output=True, text=True, check=True, timeout=20
-    ).stdout  # fmt: skip
+    git = lambda *args: subprocess.check_output(
+        ["git", "-C", str(folder), *args], text=True, stderr=subprocess.DEVNULL, timeout=20
+    )
     try:
-        revision = git("rev-parse", "HEAD").strip()
-        return {
-            "revision": revision,
-            "changed": git("status", "--porcelain", "--untracked-files=no").splitlines(),
-        }
+        changed = git("status", "--porcelain", "--untracked-files=no").splitlines()
+        return {"revision": git("rev-parse", "HEAD").strip(), "changed": changed}
     except (OSError, subprocess.SubprocessError):
         return None
 
 
 def installed_packages() -> list[str]:
     """`name==version` of every installed distribution, as `pip freeze` lists them."""
-    found = {}
-    for distribution in importlib.metadata.distributions():
-        name = distribution.metadata["Name"]
-        if name:
-            found.setdefault(name.lower(), f"{name}=={distribution.version}")
-    return [found[key] for key in sorted(found)]
+    found = {d.metadata["Name"]: d.version for d in reversed(list(importlib.metadata.distributions()))}
+    return sorted((f"{name}=={version}" for name, version in found.items() if name), key=str.lower)
 
 
 def dataset_checksums(folder: Path) -> dict[str, dict[str, Any]]:
@@ -115,9 +122,17 @@ def dataset_checksums(folder: Path) -> dict[str, dict[str, Any]]:
     return sums
 
 
-def describe_run(config: ConfigDict, mesh: Mesh, data: Path, first_step: int) -> dict[str, Any]:
+def clips_digest(dataset: Dataset) -> str:
+    """SHA-256 of the table of clips: the same wherever the dataset is, and with or without latents."""
+    rows = [dataclasses.asdict(clip) for clip in dataset.clips]
+    return hashlib.sha256(json.dumps(rows, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def describe_run(config: ConfigDict, mesh: Mesh, dataset: Dataset, first_step: int) -> dict[str, Any]:
     """Everything about this start of a run but its weights."""
     devices = jax.devices()
+    of_process = [sum(d.process_index == p for d in devices) for p in range(jax.process_count())]
+    variables = ("XLA_", "JAX_", "NCCL_", "LIBTPU_")
     return {
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "after_step": first_step,
@@ -129,19 +144,16 @@ def describe_run(config: ConfigDict, mesh: Mesh, data: Path, first_step: int) ->
         "machine": {"system": platform.platform(), "processor": platform.machine(), "cores": os.cpu_count()},
         "packages": installed_packages(),
         "devices": {
-            "platform": devices[0].platform,
-            "kind": devices[0].device_kind,
-            "count": len(devices),
-            "processes": jax.process_count(),
-            "of_process": [sum(d.process_index == p for d in devices) for p in range(jax.process_count())],
-            "mesh": dict(mesh.shape),
+            "platform": devices[0].platform, "kind": devices[0].device_kind, "count": len(devices),
+            "processes": jax.process_count(), "of_process": of_process, "mesh": dict(mesh.shape),
             "runtime": devices[0].client.platform_version,
         },
-        "environment": {
-            k: v for k, v in sorted(os.environ.items()) if k.startswith(("XLA_", "JAX_", "NCCL_", "LIBTPU_"))
+        "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith(variables)},
+        "dataset": {
+            "path": str(dataset.path), "clips": clips_digest(dataset),
+            "files": dataset_checksums(dataset.path),
         },
-        "dataset": {"path": str(data), "files": dataset_checksums(data)},
-    }
+    }  # fmt: skip
 
 
 def record_start(workdir: Path, description: dict[str, Any]) -> Path:

@@ -111,7 +111,7 @@ from loki_jax.data.windows import make_dataset
 from loki_jax.data.writer import write_dataset
 write_dataset(sys.argv[1], small_head(), [make_clip(0, 6, latents=True)], SIZE)
 batch = next(iterate(make_dataset(sys.argv[1], 4, 2, seed=0)))
-assert batch["frames"].shape == (2, 4, SIZE, SIZE, 3)
+assert batch.frames.shape == (2, 4, SIZE, SIZE, 3)
 import tensorflow_datasets as tfds  # plain, as somebody without this package reads it
 source = tfds.builder_from_directory(sys.argv[1]).as_data_source("train")
 assert len(source) == 6 and source[5]["image"].shape == (SIZE, SIZE, 3) and source[5]["frame_index"] == 5
@@ -327,7 +327,7 @@ DAMAGES = {
     "other head": "head.npz: SHA-256",
     "missing head": "head asset is missing",
     "missing clips": "clips.json: no such file",
-    "damaged clips": "clips.json: not readable as JSON",
+    "damaged clips": r"clips.json: damaged \(JSONDecodeError",
     "rows without fps": "clips.json: damaged",
     "not a dataset": "holds no dataset_info.json",
 }
@@ -341,6 +341,74 @@ def test_damage_is_named(tmp_path, how):
     with pytest.raises(DatasetError, match=DAMAGES[how]) as error:
         open_dataset(path)
     assert str(path) in str(error.value)
+
+
+# What is wrong: (file, its new text, or None to remove it; what the message says of the file).
+DAMAGED_FILES = {
+    "empty info": ("dataset_info.json", "{}", "damaged"),
+    "cut info": ("dataset_info.json", '{"name": "lo', "damaged"),
+    "missing features": ("features.json", None, "no such file"),
+    "cut features": ("features.json", '{"featuresDict": {"feat', "damaged"),
+    "empty features": ("features.json", "{}", "damaged"),
+    "empty metadata": ("metadata.json", "{}", "damaged .KeyError"),
+    "list as metadata": ("metadata.json", "[1, 2]", "damaged"),
+    "cut metadata": ("metadata.json", '{"schema_version": 1, "he', "damaged"),
+    "binary clips": ("clips.json", "\x00\x01", "damaged"),
+    "no clips": ("clips.json", "[]", "damaged"),
+    "number as clips": ("clips.json", "3", "damaged"),
+}
+
+
+@pytest.mark.parametrize("what", DAMAGED_FILES)
+def test_a_damaged_description_is_named(tmp_path, what):
+    name, text, message = DAMAGED_FILES[what]
+    path = tmp_path / "d"
+    write_dataset(path, small_head(), [make_clip(0, 6)], SIZE)
+    if text is None:
+        (path / name).unlink()
+    else:
+        (path / name).write_text(text)
+    with pytest.raises(DatasetError, match=f"^{path / name}: {message}") as error:
+        open_dataset(path)
+    assert "\n" not in str(error.value)
+
+
+def test_metadata_and_clip_table_must_agree_with_the_shards(tmp_path):
+    write_dataset(tmp_path / "d", small_head(), [make_clip(0, 6), make_clip(1, 7)], SIZE)
+    for name, old, new in (
+        ("clips.json", '"length": 6', '"length": 5'),
+        ("clips.json", '"first_record": 6', '"first_record": 5'),
+        ("clips.json", '"split": "train"', '"split": "test"'),
+        ("clips.json", "[30000, 1001]", "[30000, 0]"),
+        ("metadata.json", '"train": 13', '"train": 12'),
+        ("metadata.json", '"n_shape"', '"n_shapes"'),
+    ):
+        path = tmp_path / "d" / name
+        text = path.read_text()
+        assert old in text
+        path.write_text(text.replace(old, new))
+        with pytest.raises(DatasetError, match=f"^{path}: damaged"):
+            open_dataset(tmp_path / "d")
+        path.write_text(text)
+    assert len(open_dataset(tmp_path / "d").clips) == 2
+
+
+FAULTS = Path(__file__).with_name("faults")
+
+
+@pytest.mark.parametrize("case", sorted(path.name for path in FAULTS.iterdir()))
+def test_mutated_descriptions_are_refused(tmp_path, case):
+    """Files of a dataset as a fuzzer changed them; each made a foreign exception in version 0.1.0."""
+    write_dataset(tmp_path / "d", small_head(), [make_clip(0, 6), make_clip(1, 5, "validation")], SIZE)
+    for file in (FAULTS / case).iterdir():
+        (tmp_path / "d" / file.name).write_bytes(file.read_bytes())
+    with pytest.raises(
+        DatasetError, match=f"^{tmp_path / 'd'}/(features|dataset_info).json: damaged"
+    ) as error:
+        dataset = open_dataset(tmp_path / "d")
+        for clip in dataset.clips:
+            dataset.read_clip(clip)
+    assert "\n" not in str(error.value)
 
 
 def test_missing_folder_and_foreign_head(tmp_path):
@@ -361,5 +429,5 @@ def test_changed_bytes_of_the_same_length_are_noticed_on_reading(tmp_path):
     data = bytearray(shard.read_bytes())
     data[2000:2600] = bytes(600)
     shard.write_bytes(data)
-    with pytest.raises(DatasetError, match="damaged"):
+    with pytest.raises(DatasetError, match=f"{shard.name} record 1 .clip 'clip0', frame 1.*hash mismatch"):
         open_dataset(path).read("train", range(6))

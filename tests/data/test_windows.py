@@ -16,7 +16,7 @@ import pytest
 from loki_jax.data.iterator import iterate
 from loki_jax.data.reader import open_dataset
 from loki_jax.data.schema import DatasetError
-from loki_jax.data.windows import locate_record, make_dataset, make_validation_dataset, window_slots
+from loki_jax.data.windows import make_dataset, make_validation_dataset, window_slots
 from loki_jax.data.writer import encode_image, write_dataset
 from tests.data.clips import SIZE, make_clip, small_head
 
@@ -43,7 +43,7 @@ def windows(batches):
         (int(clip), int(frames[0]), int(reference))
         for batch in batches
         for clip, frames, reference in zip(
-            batch["clip_index"], batch["frame_index"], batch["reference_index"], strict=True
+            batch.clip_index, batch.frame_index, batch.reference_index, strict=True
         )
     ]
 
@@ -61,32 +61,32 @@ def test_a_batch_holds_what_the_records_hold(shards):
     dataset = open_dataset(shards)
     batch = make_dataset(shards, T, 3, seed=1)[0]
     shapes = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype.name), batch)
-    assert shapes["frames"] == ((3, T, SIZE, SIZE, 3), "uint8") and shapes["reference"] == (
+    assert shapes.frames == ((3, T, SIZE, SIZE, 3), "uint8") and shapes.reference == (
         (3, SIZE, SIZE, 3),
         "uint8",
     )
-    assert shapes["latent_mean"] == ((3, T, 2, 2, 4), "bfloat16")
-    assert shapes["reference_latent_logvar"] == ((3, 2, 2, 4), "bfloat16")
-    assert shapes["crop"] == ((3, T, 4), "float32") and shapes["confidence"] == ((3, T), "float32")
-    assert shapes["camera"].extrinsics == ((3, T, 4, 4), "float32")
-    assert shapes["coefficients"].expression == ((3, T, 6), "float32")
-    assert shapes["reference_coefficients"].betas == ((3, 4), "float32")
+    assert shapes.latent_mean == ((3, T, 2, 2, 4), "bfloat16")
+    assert shapes.reference_latent_logvar == ((3, 2, 2, 4), "bfloat16")
+    assert shapes.crop == ((3, T, 4), "float32") and shapes.confidence == ((3, T), "float32")
+    assert shapes.camera.extrinsics == ((3, T, 4, 4), "float32")
+    assert shapes.coefficients.expression == ((3, T, 6), "float32")
+    assert shapes.reference_coefficients.betas == ((3, 4), "float32")
     for b in range(3):
-        clip = dataset.clips[batch["clip_index"][b]]
-        start = batch["frame_index"][b, 0]
-        np.testing.assert_array_equal(batch["frame_index"][b], np.arange(start, start + T))
+        clip = dataset.clips[batch.clip_index[b]]
+        start = batch.frame_index[b, 0]
+        np.testing.assert_array_equal(batch.frame_index[b], np.arange(start, start + T))
         frames = dataset.read_clip(clip, start, start + T)
-        reference = dataset.read_clip(clip)[batch["reference_index"][b]]
-        assert_equal(batch["frames"][b], np.stack([f.image for f in frames]))
-        assert_equal(batch["latent_mean"][b], np.stack([f.latent_mean for f in frames]))
-        assert_equal(batch["reference"][b], reference.image)
-        assert_equal(batch["reference_latent_mean"][b], reference.latent_mean)
+        reference = dataset.read_clip(clip)[batch.reference_index[b]]
+        assert_equal(batch.frames[b], np.stack([f.image for f in frames]))
+        assert_equal(batch.latent_mean[b], np.stack([f.latent_mean for f in frames]))
+        assert_equal(batch.reference[b], reference.image)
+        assert_equal(batch.reference_latent_mean[b], reference.latent_mean)
         stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *(f.coefficients for f in frames))
-        assert_equal(jax.tree.map(lambda leaf, b=b: leaf[b], batch["coefficients"]), stacked)
+        assert_equal(jax.tree.map(lambda leaf, b=b: leaf[b], batch.coefficients), stacked)
         assert_equal(
-            jax.tree.map(lambda leaf, b=b: leaf[b], batch["reference_coefficients"]), reference.coefficients
+            jax.tree.map(lambda leaf, b=b: leaf[b], batch.reference_coefficients), reference.coefficients
         )
-        np.testing.assert_allclose(batch["confidence"][b], [f.confidence for f in frames])
+        np.testing.assert_allclose(batch.confidence[b], [f.confidence for f in frames])
 
 
 def test_window_slots_cover_all_starts_once(shards):
@@ -217,8 +217,9 @@ def main(argv):
                     for worker in multiprocessing.active_children():
                         worker.kill()
                 batch = jax.device_get(next(iterator))
-                rows.append([batch[key].tolist() for key in ("clip_index", "frame_index", "reference_index")]
-                            + [float(batch["frames"].sum()), float(batch["latent_mean"].sum())])
+                indices = [batch.clip_index, batch.frame_index, batch.reference_index]
+                sums = [float(batch.frames.sum()), float(batch.latent_mean.sum())]
+                rows.append([index.tolist() for index in indices] + sums)
         except Exception as fault:
             error = f"{type(fault).__name__}: {fault}"
         print(json.dumps({"rows": rows, "state": iterator.get_state(), "said": said, "error": error}))
@@ -249,7 +250,7 @@ def spoil(path, record, split="train"):
     """Overwrite some bytes in the middle of a record, as a bad disk would."""
     dataset = open_dataset(path)
     raw = dataset.source(split)[record]
-    file, _ = locate_record(dataset, split, record)
+    file, _ = dataset.locate(split, record)
     data = (path / file).read_bytes()
     at = data.index(raw) + len(raw) // 2
     (path / file).write_bytes(data[:at] + b"spoilt" + data[at + 6 :])
@@ -282,7 +283,7 @@ def test_worker_counts_and_prefetch_change_nothing(shards, spoilt, tmp_path):
     assert all(result == damaged[0] for result in damaged) and not damaged[0]["error"]
     assert damaged[0]["rows"] != sound["rows"] and damaged[0]["said"]
     expected = take(make_dataset(shards, T, 3, seed=11), 6)
-    assert [row[0] for row in sound["rows"]] == [batch["clip_index"].tolist() for batch in expected]
+    assert [row[0] for row in sound["rows"]] == [batch.clip_index.tolist() for batch in expected]
     assert (
         killed["error"].startswith("DatasetError: ")
         and "a process that reads batches ended" in killed["error"]
@@ -318,7 +319,7 @@ def test_windows_of_a_damaged_record_are_replaced(shards, spoilt):
     for record, put_global in zip(
         SPOILT, ("(clip 'clip0', frame 5)", "(clip 'clip3', frame 9)"), strict=True
     ):
-        file, index = locate_record(dataset, "train", record)
+        file, index = dataset.locate("train", record)
         message = next(text for text in said if put_global in text)
         assert f"{spoilt / file} record {index} " in message and "hash mismatch" in message
 
@@ -377,13 +378,14 @@ def test_a_damaged_picture_is_a_damaged_record(tmp_path):
     )
     said = []
     iterator = iterate(make_dataset(tmp_path / "d", T, 2, seed=0, max_corrupt_share=0.1), report=said.append)
-    assert all((next(iterator)["clip_index"] == 0).all() for _ in range(20))
-    assert any("(clip 'clip1', frame 0) cannot be read: image file is truncated" in text for text in said), (
-        said
-    )
-    assert any("(clip 'clip2', frame 1) cannot be read: image of shape (8, 8, 3)" in text for text in said), (
-        said
-    )
+    assert all((next(iterator).clip_index == 0).all() for _ in range(20))
+    assert any(
+        "(clip 'clip1', frame 0) cannot be read: OSError: image file is truncated" in text for text in said
+    ), said
+    assert any(
+        "(clip 'clip2', frame 1) cannot be read: ValueError: image of shape (8, 8, 3)" in text
+        for text in said
+    ), said
 
 
 def test_an_unreadable_shard_and_a_lost_one(tmp_path):
@@ -421,14 +423,14 @@ def test_batches_are_sent_ahead_in_order(shards):
     sent = []
 
     def send(batch):
-        sent.append(int(batch["clip_index"][0]))
+        sent.append(int(batch.clip_index[0]))
         return jax.device_put(batch)
 
     iterator = iterate(make_dataset(shards, T, 3, seed=2), to_device=send, device_batches=2)
     expected = take(make_dataset(shards, T, 3, seed=2), 8)
     for k in range(4):
         batch = next(iterator)
-        assert isinstance(batch["frames"], jax.Array)
+        assert isinstance(batch.frames, jax.Array)
         assert_equal(jax.device_get(batch), expected[k])
     deadline = time.monotonic() + 60
     while len(sent) < 6 and time.monotonic() < deadline:
@@ -459,11 +461,33 @@ def test_validation_is_one_pass_and_always_the_same(shards):
 
 def test_images_can_be_left_out(shards, tmp_path):
     batch = make_dataset(shards, T, 2, seed=0, with_images=False)[0]
-    assert "frames" not in batch and "reference" not in batch and "latent_mean" in batch
+    assert batch.frames is None and batch.reference is None and batch.latent_mean is not None
     write_dataset(tmp_path / "d", small_head(), [make_clip(0, 8)], SIZE)
-    assert "latent_mean" not in make_dataset(tmp_path / "d", T, 2, seed=0)[0]
+    assert make_dataset(tmp_path / "d", T, 2, seed=0)[0].latent_mean is None
     with pytest.raises(DatasetError, match="holds no latents"):
         make_dataset(tmp_path / "d", T, 2, seed=0, with_images=False)
+
+
+def test_larger_frames_are_reduced_by_area(shards, tmp_path):
+    write_dataset(tmp_path / "d", small_head(), [make_clip(0, 8)], SIZE)
+    stored = make_dataset(tmp_path / "d", T, 2, seed=0)[0]
+    reduced = make_dataset(tmp_path / "d", T, 2, seed=0, image_size=SIZE // 2, cache_bytes=10**6)
+    for _ in range(2):  # the second time from the cache
+        batch = reduced[0]
+        for found, images in ((batch.frames, stored.frames), (batch.reference, stored.reference)):
+            # Each new pixel is the mean of the four that it covers.
+            four = images.reshape(*images.shape[:-3], SIZE // 2, 2, SIZE // 2, 2, 3)
+            np.testing.assert_array_equal(found, np.rint(four.mean(axis=(-4, -2))))
+            assert found.dtype == np.uint8
+    assert_equal(batch.crop, stored.crop)
+    with pytest.raises(DatasetError, match=f"frames of {SIZE} pixels, the config wants {2 * SIZE}.*--size"):
+        make_dataset(tmp_path / "d", T, 2, seed=0, image_size=2 * SIZE)
+    # Latents cannot be resized.
+    assert make_dataset(shards, T, 2, seed=0, image_size=SIZE)[0].latent_mean is not None
+    with pytest.raises(
+        DatasetError, match=f"latents of frames of {SIZE} pixels, the config wants {SIZE // 2}"
+    ):
+        make_dataset(shards, T, 2, seed=0, image_size=SIZE // 2)
 
 
 def test_bad_requests_are_named(shards, tmp_path):

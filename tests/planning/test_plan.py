@@ -13,12 +13,14 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from configs import ablations, demo, hdtf
 from loki_jax.face.builtin import builtin_head
+from loki_jax.networks import build_networks
 from loki_jax.plan import attention_backend, parse_mesh
 from loki_jax.planning.collectives import Collective, parse_collectives, seconds, sent_bytes
-from loki_jax.planning.memory import abstract_mesh, activations, peak_bytes
+from loki_jax.planning.memory import abstract_mesh, activations, live_bytes, peak_bytes
 from loki_jax.planning.predict import PartTime, step_time
 from loki_jax.planning.report import (
     PAPER_PARAMETERS,
+    add_other_programs,
     check_batch,
     format_plan,
     local_plan,
@@ -28,6 +30,9 @@ from loki_jax.planning.report import (
 from loki_jax.planning.sweep import draw_sweep, sweep
 from loki_jax.planning.work import PARTS, PartWork, make_subject, parameters_by_part
 from loki_jax.training.flops import chip_named, live_jaxpr
+from loki_jax.training.init import abstract_batch
+from loki_jax.training.sharding import make_mesh
+from loki_jax.training.step import make_eval_step
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -163,13 +168,47 @@ def test_plan_agrees_with_the_compiled_step(tmp_path):
 
 def test_accumulation_has_its_own_bytes():
     config = demo.get_config("tiny")
-    config.accumulate = 2
+    config.grad_accum_steps = 2
     subject = make_subject(config, builtin_head())
     plan = make_plan(subject, chip_named("h200"), 2, 1, 2, "chunked")
     groups = plan["memory"]["groups"]
     assert groups["accumulated gradients"] == groups["gradients"]
     (reduced,) = plan["collectives"]
     assert reduced["bytes"] == 2 * groups["gradients"]["total"]
+
+
+def test_validation_and_sampling_are_counted(tiny):
+    subject = tiny[0]
+    found = {}
+    for steps in (1, 2):
+        subject.config.grad_accum_steps = steps
+        plan = make_plan(subject, chip_named("h200"), 2, 1, 2, "xla")
+        add_other_programs(plan, subject)
+        found[steps] = plan["memory"]["other_programs"]
+        resident = plan["memory"]["resident"]
+    subject.config.grad_accum_steps = 1
+    text = format_plan(plan, "tiny")
+    assert "peak of validation" in text and "peak of sampling" in text
+    assert found[2]["validation"] - resident < 0.7 * (found[1]["validation"] - resident)
+    # As the compiler sees it: the validation loss of two windows on one device.
+    mesh = make_mesh(1, 1, jax.devices()[:1])
+    config = demo.get_config("tiny")
+    head, params = subject.head, subject.state.params | subject.state.frozen
+    step = jax.jit(make_eval_step(config, build_networks(config, head), mesh))
+    compiled = step.lower(params, {}, abstract_batch(config, head), head, 0).compile()
+    assert 0.4 < compiled.memory_analysis().temp_size_in_bytes / (found[1]["validation"] - resident) < 2.5
+
+
+def test_bytes_alive_at_a_time():
+    def chain(x):
+        a = x + 1.0  # dies in the next line
+        b = jnp.sin(a) * 2.0
+        return jax.jit(lambda y: (y * 3.0) @ y.T)(b).sum()
+
+    traced = jax.make_jaxpr(chain)(jax.ShapeDtypeStruct((64, 64), jnp.float32)).jaxpr
+    array = 4 * 64 * 64
+    # The call's argument, its product with 3, a transpose and the result of the product.
+    assert 2 * array <= live_bytes(traced, set()) <= 4 * array
 
 
 # --------------------------------------------------------------------------------------- activations
@@ -317,7 +356,7 @@ def test_errors_are_one_clear_line():
     ):
         check_batch(16, 256, 1)
     with pytest.raises(
-        ValueError, match=r"in 2 parts: give --batch 48 \(6 a device\) or another multiple of 16"
+        ValueError, match=r"in 2 microbatches: give --batch 48 \(6 a device\) or another multiple of 16"
     ):
         check_batch(60, 8, 2)
 

@@ -4,6 +4,7 @@ import errno
 import os
 import signal
 import threading
+import time
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,10 +12,10 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs.common import base_config
-from loki_jax.data.schema import ClipInfo, DatasetError
+from loki_jax.data.schema import Batch, ClipInfo, DatasetError
+from loki_jax.training.config import NonFiniteError
 from loki_jax.training.faults import (
     ExitCode,
-    NonFiniteError,
     Preempted,
     StopRequest,
     Watchdog,
@@ -91,6 +92,21 @@ def test_watchdog_ends_a_run_that_hangs_and_no_other():
     assert len(ended) == 1
 
 
+def test_what_takes_longer_than_a_step_has_a_limit_of_its_own():
+    ended = []
+    watchdog = Watchdog(0.4, 60, end=ended.append)
+    watchdog.beat()
+    with watchdog.slow():
+        time.sleep(1.5)
+    assert ended == []
+    time.sleep(1.5)  # the limit of a step again
+    assert ended == [ExitCode.LOST_PROCESS]
+    hung = threading.Event()
+    watchdog = Watchdog(0.1, 0.4, end=lambda code: hung.set())
+    with watchdog.slow():
+        assert hung.wait(30)
+
+
 def metrics(loss=1.0, norm=1.0):
     bad = not np.isfinite([loss, norm]).all()
     return {"loss": jnp.float32(loss), "grad_norm": jnp.float32(norm), "skipped": jnp.float32(bad)}
@@ -101,32 +117,32 @@ def faults(**changes):
 
 
 def test_steps_are_looked_at_one_late_until_one_is_skipped():
-    watch = StepMonitor(faults(max_skips=3), skipped=5)
-    assert watch.follow(1, {"n": 1}, metrics()) == []
-    assert watch.follow(2, {"n": 2}, metrics(np.nan)) == []
+    monitor = StepMonitor(faults(max_skips=3), skipped=5)
+    assert monitor.follow(1, {"n": 1}, metrics()) == []
+    assert monitor.follow(2, {"n": 2}, metrics(np.nan)) == []
     # Step 2 is seen when 3 has started, and then 3 at once.
-    seen = watch.follow(3, {"n": 3}, metrics(norm=np.inf))
+    seen = monitor.follow(3, {"n": 3}, metrics(norm=np.inf))
     assert [(i.kind, i.step, i.batch["n"]) for i in seen] == [("skipped", 2, 2), ("skipped", 3, 3)]
-    assert watch.in_row == 2 and watch.skipped == 7 and not watch.stuck
-    assert [i.step for i in watch.follow(4, {}, metrics(np.nan))] == [4]
-    assert watch.stuck
-    assert watch.follow(5, {}, metrics(2.0, 3.0)) == [] and watch.in_row == 0
-    assert watch.means() == {"loss": 1.5, "grad_norm": 2.0, "skipped": 3.0}
-    assert watch.means() == {"skipped": 0.0}
+    assert monitor.in_row == 2 and monitor.skipped == 7 and not monitor.stuck
+    assert [i.step for i in monitor.follow(4, {}, metrics(np.nan))] == [4]
+    assert monitor.stuck
+    assert monitor.follow(5, {}, metrics(2.0, 3.0)) == [] and monitor.in_row == 0
+    assert monitor.means() == {"loss": 1.5, "grad_norm": 2.0, "skipped": 3.0}
+    assert monitor.means() == {"skipped": 0.0}
 
 
 def test_one_skip_is_enough_where_the_config_says_so():
-    watch = StepMonitor(faults(max_skips=1))
-    assert [i.step for i in watch.follow(1, {}, metrics(np.nan))] == [1] and watch.stuck
+    monitor = StepMonitor(faults(max_skips=1))
+    assert [i.step for i in monitor.follow(1, {}, metrics(np.nan))] == [1] and monitor.stuck
 
 
 def test_spikes_stand_out_of_the_median():
-    watch = StepMonitor(faults(spike_factor=5.0, spike_window=40))
+    monitor = StepMonitor(faults(spike_factor=5.0, spike_window=40))
     rng = np.random.default_rng(0)
-    found = [i for step in range(30) for i in watch.follow(step, {}, metrics(norm=1 + 0.5 * rng.random()))]
+    found = [i for step in range(30) for i in monitor.follow(step, {}, metrics(norm=1 + 0.5 * rng.random()))]
     assert found == []
-    watch.follow(30, {}, metrics(norm=9.0))
-    (spike,) = watch.finish()
+    monitor.follow(30, {}, metrics(norm=9.0))
+    (spike,) = monitor.finish()
     assert (spike.kind, spike.step) == ("spike", 30) and 1 < spike.figures["median"] < 1.5
     assert "step 30" in str(spike)
 
@@ -136,10 +152,10 @@ def test_windows_are_named_by_clip():
         ClipInfo(clip_index=i, clip_id=f"clip{i}", identity="p", fps=None, length=9, split="train",
                  first_record=0, fit_quality=None, source="", licence="", extra={}) for i in range(3)
     )  # fmt: skip
-    batch = {
-        "clip_index": jnp.array([2, 0]), "frame_index": jnp.array([[4, 5], [1, 2]]),
-        "reference_index": jnp.array([7, 3]),
-    }  # fmt: skip
+    batch = Batch(
+        *(None,) * 5, clip_index=jnp.array([2, 0]), frame_index=jnp.array([[4, 5], [1, 2]]),
+        reference_index=jnp.array([7, 3]),
+    )  # fmt: skip
     assert window_names(batch, clips) == [
         {"clip": "clip2", "frame": 4, "reference": 7}, {"clip": "clip0", "frame": 1, "reference": 3},
     ]  # fmt: skip

@@ -19,8 +19,8 @@ from loki_jax.face.builtin import builtin_head
 from loki_jax.networks import build_networks, random_params
 from loki_jax.train import train
 from loki_jax.training.checkpoint import load_checkpoint, restore_as_numpy, saved_steps
-from loki_jax.training.config import CheckpointError
-from loki_jax.training.faults import ExitCode, NonFiniteError, exit_code
+from loki_jax.training.config import CheckpointError, NonFiniteError
+from loki_jax.training.faults import ExitCode, exit_code
 from loki_jax.training.init import initial_params
 from loki_jax.training.logging import read_metrics
 from loki_jax.training.snapshot import read_snapshot, replay
@@ -73,22 +73,53 @@ def test_updates_that_are_not_finite_are_skipped_and_then_stop_the_run(tmp_path,
         jax.tree.map(np.testing.assert_array_equal, dict(params)["generation"], start["generation"])
     moments = restore_as_numpy(tmp_path / "run" / "checkpoints" / "2" / "optimizer")
     assert all(not np.any(leaf) for leaf in jax.tree.leaves(moments))
-    # The dump has the batch and what the step saw.
-    dump = read_snapshot(tmp_path / "run" / "dumps" / "3")
-    assert dump.step == 3 and dump.info["windows"] == skipped[-1]["windows"]
-    assert np.isinf(np.asarray(dump.batch["latent_mean"], np.float32)).all()
-    jax.tree.map(np.testing.assert_array_equal, dump.params["trained"]["generation"], start["generation"])
-    (tmp_path / "run" / "dumps" / "3" / "dump.json").unlink()
-    with pytest.raises(CheckpointError, match="cut short"):
-        read_snapshot(tmp_path / "run" / "dumps" / "3")
+    # The snapshot has the batch and what the step saw.
+    snapshot = read_snapshot(tmp_path / "run" / "snapshots" / "3")
+    assert snapshot.step == 3 and snapshot.info["windows"] == skipped[-1]["windows"]
+    assert np.isinf(np.asarray(snapshot.batch.latent_mean, np.float32)).all()
+    jax.tree.map(np.testing.assert_array_equal, snapshot.params["trained"]["generation"], start["generation"])
+    (tmp_path / "run" / "snapshots" / "3" / "snapshot.json").unlink()
+    with pytest.raises(CheckpointError, match="incomplete"):
+        read_snapshot(tmp_path / "run" / "snapshots" / "3")
+
+
+def test_skipped_last_updates_are_an_error_at_the_end_and_again(tmp_path):
+    shards = write_shards(tmp_path / "shards", latents=np.inf)
+    config = tiny_config(shards, steps=1, checkpoint__every=1)
+    for _ in range(2):  # the second time there is nothing to do
+        with pytest.raises(NonFiniteError, match="the last 1 updates were skipped") as error:
+            train(config, tmp_path / "run")
+        assert exit_code(error.value) == ExitCode.NOT_FINITE
+    assert saved_steps(tmp_path / "run") == [1]
+    # Skipped updates count on after a restart.
+    config.steps, config.faults.max_skips = 3, 2
+    with pytest.raises(NonFiniteError, match="2 updates in a row.*step 2"):
+        train(config, tmp_path / "run")
+
+
+def test_an_error_in_sampling_is_logged_and_training_goes_on(tmp_path, monkeypatch, capsys):
+    def fail(*args):
+        assert saved_steps(tmp_path / "run") or list((tmp_path / "run" / "checkpoints").iterdir())
+        raise RuntimeError("no memory left")
+
+    # The real sampler is too dear to fail on purpose.
+    monkeypatch.setattr("loki_jax.train.make_sampler", lambda *_: fail)
+    shards = write_shards(tmp_path / "shards")
+    train(tiny_config(shards, steps=2, checkpoint__every=1, sample__every=1), tmp_path / "run")
+    assert saved_steps(tmp_path / "run") == [1, 2]
+    logged = capsys.readouterr().err
+    assert "step 1: no samples (RuntimeError: no memory left); training goes on" in logged
+    assert "compiling the train step took" in logged and "step 1 samples took" in logged
+    events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
+    assert [event["step"] for event in events if event["event"] == "no samples"] == [1, 2]
 
 
 @pytest.mark.slow
-def test_a_dump_replays_the_step(tmp_path):
+def test_a_snapshot_replays_the_step(tmp_path):
     shards = write_shards(tmp_path / "shards", latents=np.inf)
     with pytest.raises(NonFiniteError):
         train(tiny_config(shards, steps=2, faults__max_skips=1), tmp_path / "run")
-    found = replay(read_snapshot(tmp_path / "run" / "dumps" / "1"))
+    found = replay(read_snapshot(tmp_path / "run" / "snapshots" / "1"))
     assert not np.isfinite(found["loss"]) and found["gradients"]
     assert any(line.startswith("latent_mean of window 0: {'clip'") for line in found["batch"])
 

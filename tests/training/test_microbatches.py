@@ -11,7 +11,7 @@ from loki_jax.training.config import check_config
 from loki_jax.training.inputs import open_inputs
 from loki_jax.training.sharding import global_batch, make_mesh
 from loki_jax.training.state import TrainState
-from loki_jax.training.step import make_gradients, split_microbatches
+from loki_jax.training.step import make_eval_step, make_gradients, split_microbatches
 
 
 def test_parts_give_the_gradients_of_the_whole(tmp_path):
@@ -32,12 +32,34 @@ def test_parts_give_the_gradients_of_the_whole(tmp_path):
     batch = global_batch(inputs.windows[0], mesh)
     found = {}
     for parts in (1, 2):
-        config.accumulate = parts
+        config.grad_accum_steps = parts
         found[parts] = jax.jit(make_gradients(config, networks, mesh))(state, batch, head)
     (loss, whole), (other_loss, summed) = found[1], found[2]
     np.testing.assert_allclose(loss, other_loss, rtol=1e-5)
     errors = jax.tree.map(lambda a, b: float(jnp.linalg.norm(a - b) / jnp.linalg.norm(a)), whole, summed)
     assert max(jax.tree.leaves(errors)) < 1e-5
+
+
+def test_validation_goes_through_the_same_microbatches(tmp_path):
+    config = tiny_config(
+        write_shards(tmp_path / "shards"), batch_size=4, window=2, driver__arm="flame_vector",
+        model__unet__multipliers=(1,), model__unet__attention_modes=("3d",),
+        model__unet__attention_levels=(0,), model__reference__driver=False,
+    )  # fmt: skip
+    mesh = make_mesh(1, 1, jax.devices()[:1])
+    inputs = open_inputs(config, mesh)
+    head = inputs.dataset.head()
+    networks = build_networks(config, head)
+    params = jax.tree.map(lambda x: x + 0.05, random_params(networks, jax.random.key(0)))
+    batch = global_batch(inputs.held_out[0], mesh)
+    losses, widest = [], []
+    for steps in (1, 4):
+        config.grad_accum_steps = steps
+        compiled = jax.jit(make_eval_step(config, networks, mesh)).lower(params, {}, batch, head, 3).compile()
+        losses.append(float(compiled(params, {}, batch, head, 3)))
+        widest.append(compiled.memory_analysis().temp_size_in_bytes)
+    np.testing.assert_allclose(*losses, rtol=1e-5)
+    assert widest[1] < 0.6 * widest[0]
 
 
 @pytest.mark.parametrize("null_gradient", [False, True])
@@ -71,6 +93,6 @@ def test_a_device_deals_out_its_own_windows():
 
 
 def test_batches_that_cannot_be_cut_are_refused(tmp_path):
-    config = tiny_config(tmp_path, batch_size=4, accumulate=3)
-    with pytest.raises(ValueError, match="batch_size=4.*accumulate=3"):
+    config = tiny_config(tmp_path, batch_size=4, grad_accum_steps=3)
+    with pytest.raises(ValueError, match="batch_size=4.*grad_accum_steps=3"):
         check_config(config)
