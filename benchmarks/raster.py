@@ -85,7 +85,8 @@ def frames_of(vertices: np.ndarray, count: int) -> np.ndarray:
 
 def our_map(vertices, faces, canonical, offsets, size: int):
     mask = jnp.ones(vertices.shape[-2], bool)
-    return driver.map_of_mesh(vertices, faces, mask, canonical, offsets, size)
+    inputs = driver.DriverInputs(faces=faces, canonical=canonical, offsets=offsets)
+    return driver.map_of_mesh(vertices, mask, inputs, size)
 
 
 def all_pairs_faces(vertices, faces, size: int, chunk: int):
@@ -121,7 +122,8 @@ def all_pairs_faces(vertices, faces, size: int, chunk: int):
 def all_pairs_map(vertices, faces, canonical, offsets, size: int, chunk: int):
     face = all_pairs_faces(vertices, faces, size, chunk)
     fragments = raster.locate(vertices, faces, face)
-    return driver.encode_fragments(fragments, faces, canonical, offsets)
+    inputs = driver.DriverInputs(faces=faces, canonical=canonical, offsets=offsets, fragments=fragments)
+    return driver.encode_map(inputs)
 
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}

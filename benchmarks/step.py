@@ -201,7 +201,7 @@ def their_calls(config, steps: int, use_compile: bool) -> tuple[dict, dict]:
 
     cuda = torch.cuda.is_available()
     device, dtype = ("cuda" if cuda else "cpu"), getattr(torch, config.model.dtype)
-    channels = driver_channels(config.driver.arm)
+    channels = driver_channels(config.driver.arm, builtin_head())
     networks = make_networks(
         diffusers_configs(make_network(config.model)), config.model, channels, config.window, device, dtype
     )

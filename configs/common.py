@@ -32,7 +32,7 @@ def base_config() -> ConfigDict:
     c.data.fixed_reference = False  # True: the same reference frame for a window for ever
 
     c.driver = ConfigDict()
-    c.driver.arm = "full"  # full | no_posenc | no_deform | flame_vector
+    c.driver.arm = "full"  # an entry of ARMS in loki_jax/driver/registry.py
     c.driver.neck = True  # False: the fitted neck rotation never reaches the driver map
 
     c.model = ConfigDict()
@@ -57,7 +57,9 @@ def base_config() -> ConfigDict:
     c.model.encoder = ConfigDict()
     c.model.encoder.stem = 64
     c.model.encoder.widths = (128, 256, 320)  # one residual block and one stride-2 convolution each
-    c.model.encoder.hidden = 1024  # of the flame_vector arm's MLP
+    c.model.encoder.hidden = 1024  # of the MLP that encodes the driver if the arm is a vector, not a map
+    # The reference branch has the sizes of unet. A config may add reference.channels, .multipliers and
+    # .num_res_blocks of its own; the widths at its attention layers must stay those of unet.
     c.model.reference = ConfigDict()
     c.model.reference.trainable = False
     c.model.reference.driver = False  # True: the branch also sees the reference frame's own driver map

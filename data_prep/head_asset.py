@@ -1,3 +1,16 @@
+"""Write a head asset, and a sheet of pictures that shows what it can do.
+
+    python -m data_prep.head_asset builtin --out head.npz
+    python -m data_prep.head_asset ict ict_head5k.npz --out head.npz
+    python -m data_prep.head_asset flame generic_model.pkl --out head.npz [--blink FILE]
+        [--landmarks FILE] [--mask FILE] [--n-shape 150] [--n-expression 65]
+
+A head without the 478 MediaPipe landmarks that the fit uses gets them from `data_prep.landmarks.embed`, if it
+has the 68 iBUG ones to start from (`--no-embedding`: not). The licence of the source is kept in the asset.
+The sheet (`--sheet`, by default beside the asset with the suffix .png) holds a turntable, the joints,
+the landmarks, the first identity axes and every expression axis.
+"""
+
 from __future__ import annotations
 
 import argparse

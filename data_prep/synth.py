@@ -1,3 +1,12 @@
+"""Make a dataset of synthetic talking heads with known truth.
+
+    python -m data_prep.synth --out DIR [--identities 64] [--clips-per-identity 2] [--frames 32..64]
+    python -m data_prep.synth --preview sheet.png
+
+The dataset (docs/data.md) holds clips of `loki_jax.synthetic.clips`, whose coefficients are exact. The clip
+table keeps the `identity_seed`, from which `sample_appearance` gives the colours of the identity again.
+"""
+
 from __future__ import annotations
 
 import argparse
@@ -16,7 +25,7 @@ from loki_jax.data.schema import Clip, DatasetError
 from loki_jax.data.writer import write_dataset
 from loki_jax.face.asset import HeadAsset
 from loki_jax.face.builtin import builtin_head, builtin_mesh
-from loki_jax.synthetic.clips import SOURCE, synth_clip
+from loki_jax.synthetic.clips import synth_clip
 from loki_jax.synthetic.motion import FPS
 
 
@@ -52,7 +61,7 @@ def _clips(head: HeadAsset, plan: _Plan, report) -> Iterator[Clip]:
                 identity=f"synth-{identity_seed:08d}",
                 fps=FPS,
                 split=split,
-                source=SOURCE,
+                source="data_prep.synth",
                 licence="CC0-1.0",
                 coefficients=clip.coefficients,
                 camera=clip.camera,

@@ -38,7 +38,7 @@ import numpy as np
 from jaxtyping import Float
 from ml_collections import ConfigDict
 
-from loki_jax.driver.registry import driver_channels
+from loki_jax.driver.registry import DEFAULT_ARM, find_map_arm
 from loki_jax.face.asset import HeadAssetError, load_head
 from loki_jax.io import atomic_path, file_sha256, remove, stale_siblings
 from loki_jax.training.checkpoint import load_checkpoint
@@ -312,9 +312,8 @@ def _open_workdir(path: Path, use_ema: bool) -> Tensors:
 
 
 def _encoder_channels(config: ConfigDict) -> int:
-    """Channels of the driver map of a config; of the paper's without a driver part."""
-    arm = config.driver.arm if "driver" in config else "full"
-    return driver_channels("full" if arm == "flame_vector" else arm)
+    """Channels of the driver map of a config; of the default arm's if it names none with a map."""
+    return find_map_arm(config.driver.arm if "driver" in config else DEFAULT_ARM).channels
 
 
 # -------------------------------------------------------------------------------------- null prompt

@@ -1,43 +1,29 @@
 """The demo: everything from shards to a report, on synthetic heads, without any download.
 
-    python -m loki_jax.demo --out demo_out [--from-scratch] [--steps 30]
-
-makes synthetic shards, runs steps of `python -m loki_jax.train --config configs/demo.py` from the shipped
-model (from nothing with `--from-scratch`), animates held-out identities across identities with the
-shipped model, measures, and writes to the folder `--out`:
-
-    report.png      pictures of each pair, loss, head-pose error over time, the table
-    animation.mp4   reference | driver | driver map | result of each pair
-    metrics.json    means and every pair (docs: `loki_jax.evaluate.evaluate_pairs`)
-    shards/, held_out/, train/    datasets and the run's workdir
+It makes synthetic shards, runs steps of `python -m loki_jax.train --config configs/demo.py` from the shipped
+model, animates held-out identities across identities with the shipped model, measures, and writes to --out:
+report.png (pictures of each pair, loss, head-pose error over time, the table), animation.mp4 (reference,
+driver, driver map and result of each pair), metrics.json (means and every pair, see
+`loki_jax.evaluation.evaluate_pairs`), and the folders shards, held_out and train (datasets and workdir).
 """
 
 from __future__ import annotations
 
-import argparse
+import dataclasses
 import json
 import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
+import tyro
 
-from loki_jax.data.reader import open_dataset
-from loki_jax.evaluation import EvaluationPair, driver_yaw, evaluate_pairs, rendered_truth
-from loki_jax.face.asset import HeadAsset
-from loki_jax.io import write_json
-from loki_jax.metrics.hpf import head_rotation
-from loki_jax.networks import build_networks
-from loki_jax.pictures import PairPictures, format_table, panel_frames, write_report
-from loki_jax.pipeline import animate_clips, make_animator, retarget_clip
-from loki_jax.sources import DrivingClip, Portrait, load_driving_clip, load_portrait, stack_portraits
-from loki_jax.synthetic.appearance import sample_appearance
-from loki_jax.training.checkpoint import load_checkpoint
-from loki_jax.video.writer import write_video
+if TYPE_CHECKING:
+    from loki_jax.face.asset import HeadAsset
+    from loki_jax.sources import DrivingClip, Portrait
 
 # Identity seeds are 1,000,000 x dataset seed + number: these two share none with each other, nor with
 # the shipped model's data (docs/demo_model.md).
@@ -48,22 +34,22 @@ SMALLEST_YAW = 8.0  # degrees, standard deviation over a driver's clip
 HEF_SIZE = 128  # frames have 64 pixels; renders of 512 change HEF by less than 1 %
 
 
-def _arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m loki_jax.demo",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--out", type=Path, default=Path("demo_out"), help="folder for the results")
-    parser.add_argument(
-        "--from-scratch", action="store_true", help="train from nothing, not from the shipped model"
-    )
-    parser.add_argument("--steps", type=int, default=30, help="training steps")
-    parser.add_argument("--checkpoint", default="demo", help="model that animates (default: the shipped one)")
-    parser.add_argument("--sampling-steps", type=int, help="DDIM steps (default: the config's)")
-    parser.add_argument("--guidance", type=float, help="classifier-free guidance (default: the config's)")
-    parser.add_argument("--config", default="configs/demo.py", help="config of the training steps")
-    return parser.parse_args(argv)
+@dataclasses.dataclass(frozen=True)
+class DemoOptions:
+    out: Path = Path("demo_out")
+    """folder for the results"""
+    from_scratch: bool = False
+    """train from nothing, not from the shipped model"""
+    steps: int = 30
+    """training steps"""
+    checkpoint: str = "demo"
+    """model that animates (default: the shipped one)"""
+    sampling_steps: int | None = None
+    """DDIM steps (default: the config's)"""
+    guidance: float | None = None
+    """scale of classifier-free guidance (default: the config's)"""
+    config: str = "configs/demo.py"
+    """config of the training steps"""
 
 
 def held_out_pairs(folder: Path, head: HeadAsset, size: int) -> list[tuple[Portrait, DrivingClip, int]]:
@@ -75,11 +61,20 @@ def held_out_pairs(folder: Path, head: HeadAsset, size: int) -> list[tuple[Portr
     Raises:
       ValueError: a driver hardly turns its head, so that following it would prove nothing.
     """
-    dataset = open_dataset(folder)
-    clips = dataset.clips
+    import numpy as np
+
+    from loki_jax.data.reader import open_dataset
+    from loki_jax.evaluation import driver_yaw
+    from loki_jax.metrics.hpf import head_rotation
+    from loki_jax.sources import load_driving_clip, load_portrait
+
+    def off_frontal(clip: DrivingClip) -> np.ndarray:
+        """Angle (radians) of each frame's head rotation away from the camera's axes."""
+        return head_rotation(clip.coefficients.rot, clip.coefficients.neck).magnitude()
+
+    clips = open_dataset(folder).clips
     pairs = []
-    for i in range(PAIRS):
-        reference, driver = clips[i], clips[i + PAIRS]
+    for reference, driver in zip(clips[:PAIRS], clips[PAIRS : 2 * PAIRS], strict=True):
         whole = load_driving_clip(f"{folder}:{driver.clip_id}", head, size)
         yaw, turned = driver_yaw(whole), off_frontal(whole)
         starts = [s for s in range(len(yaw) - FRAMES + 1) if yaw[s : s + FRAMES].std() >= SMALLEST_YAW]
@@ -88,22 +83,29 @@ def held_out_pairs(folder: Path, head: HeadAsset, size: int) -> list[tuple[Portr
                 f"driver {driver.clip_id}: yaw deviates by less than {SMALLEST_YAW} degrees in every window"
             )
         start = min(starts, key=lambda s: turned[s])
-        window = slice(start, start + FRAMES)
-        driving_clip = whole._replace(
-            frames=whole.frames[window],
-            valid=whole.valid[window],
-            coefficients=jax.tree.map(lambda x, window=window: x[window], whole.coefficients),
-        )
         source = f"{folder}:{reference.clip_id}"
         frontal = int(np.argmin(off_frontal(load_driving_clip(source, head, size))))
         portrait = load_portrait(source, head, size, frontal)
-        pairs.append((portrait, driving_clip, reference.extra["identity_seed"]))
+        pairs.append((portrait, whole.cut(start, start + FRAMES), reference.extra["identity_seed"]))
     return pairs
 
 
-def off_frontal(driving_clip: DrivingClip) -> np.ndarray:
-    """Angle (radians) of each frame's head rotation away from the camera's axes."""
-    return head_rotation(driving_clip.coefficients.rot, driving_clip.coefficients.neck).magnitude()
+def make_shards(folder: Path, seed: int, identities: int, frames: int, size: int, *options: str) -> None:
+    """Write a synthetic dataset, in a process of its own, with one clip of each identity.
+
+    Raises:
+      subprocess.CalledProcessError: the program stopped with an error, which it has printed.
+    """
+    numbers = {
+        "seed": seed,
+        "identities": identities,
+        "clips-per-identity": 1,
+        "frames": frames,
+        "size": size,
+    }
+    flags = [word for key, value in numbers.items() for word in (f"--{key}", str(value))]
+    command = [sys.executable, "-m", "data_prep.synth", "--out", str(folder), "--overwrite", *flags, *options]
+    subprocess.run(command, check=True)
 
 
 def run_training(
@@ -114,6 +116,9 @@ def run_training(
     Raises:
       subprocess.CalledProcessError: the training stopped with an error, which it has printed.
     """
+    if (workdir / "config.json").is_file():
+        # A finished run would only be resumed, without a step.
+        shutil.rmtree(workdir)
     subprocess.run(
         [
             sys.executable, "-m", "loki_jax.train", "--config", config, "--workdir", str(workdir),
@@ -132,11 +137,22 @@ def run_training(
     return curves
 
 
-def demo(argv: list[str] | None = None) -> dict:
-    """Run the program and return the content of `metrics.json`."""
-    args = _arguments(argv)
-    if args.steps < 1:
-        raise ValueError(f"--steps {args.steps} must be at least 1")
+def demo(options: DemoOptions) -> dict[str, Any]:
+    """Run the demo and return the content of `metrics.json`."""
+    import numpy as np
+
+    from loki_jax.evaluation import EvaluationPair, evaluate_pairs, rendered_truth
+    from loki_jax.io import write_json
+    from loki_jax.pictures import PairPictures, format_table, panel_frames, write_report
+    from loki_jax.pipeline import LokiPipeline, retarget_clip
+    from loki_jax.sources import stack_trees
+    from loki_jax.synthetic.appearance import sample_appearance
+    from loki_jax.video import write_video
+
+    if options.steps < 1:
+        raise ValueError(f"--steps {options.steps} must be at least 1")
+    if options.out.exists() and not options.out.is_dir():
+        raise ValueError(f"{options.out}: is a file. --out names a folder.")
     began = last = time.monotonic()
     timing = {}
 
@@ -147,102 +163,98 @@ def demo(argv: list[str] | None = None) -> dict:
         print(f"[{now - began:5.0f} s] {section}: {now - last:.0f} s", flush=True)
         last = now
 
-    config, params, head, model_step = load_checkpoint(args.checkpoint)
-    args.out.mkdir(parents=True, exist_ok=True)
-    shards, held_out, workdir = (args.out / name for name in ("shards", "held_out", "train"))
+    out = options.out
+    pipeline = LokiPipeline.from_checkpoint(options.checkpoint)
+    sampling = pipeline.sampling(options.sampling_steps, options.guidance, "relative")
+    head, size = pipeline.head, pipeline.size
+    out.mkdir(parents=True, exist_ok=True)
 
-    # -------------------------------------------------------------------------------- synthetic shards
-    size = ["--size", str(config.image_size), "--overwrite"]
-    for folder, options in (
-        (shards, ["--seed", str(TRAIN_SEED), "--identities", "12", "--clips-per-identity", "1",
-                  "--frames", "24"]),
-        (held_out, ["--seed", str(HELD_OUT_SEED), "--identities", str(2 * PAIRS), "--clips-per-identity", "1",
-                    "--frames", str(CLIP_FRAMES), "--validation", "0"]),
-    ):  # fmt: skip
-        command = [sys.executable, "-m", "data_prep.synth", "--out", str(folder), *options, *size]
-        subprocess.run(command, check=True)
+    # ----------------------------------------------------------------------------- shards and training
+    make_shards(out / "shards", TRAIN_SEED, 12, 24, size)
+    make_shards(out / "held_out", HELD_OUT_SEED, 2 * PAIRS, CLIP_FRAMES, size, "--validation", "0")
     finished("synthetic shards")
-
-    # ---------------------------------------------------------------------------------------- training
-    if (workdir / "config.json").is_file():
-        # A finished run would only be resumed, without a step.
-        shutil.rmtree(workdir)
-    losses = run_training(
-        args.config, workdir, shards, args.steps, "" if args.from_scratch else args.checkpoint
-    )
-    finished(
-        f"training, {args.steps} steps {'from scratch' if args.from_scratch else 'from the shipped model'}"
-    )
+    init_from = "" if options.from_scratch else options.checkpoint
+    losses = run_training(options.config, out / "train", out / "shards", options.steps, init_from)
+    start = "scratch" if options.from_scratch else "the shipped model"
+    finished(f"training, {options.steps} steps from {start}")
 
     # --------------------------------------------------------------------------------------- animation
-    pairs = held_out_pairs(held_out, head, config.image_size)
-    networks = build_networks(config, head)
-    animator = make_animator(
-        config, networks,
-        steps=args.sampling_steps or config.sample.steps,
-        guidance=config.sample.guidance if args.guidance is None else args.guidance,
-        spacing=config.sample.spacing,
-    )  # fmt: skip
-    params = jax.tree.map(jnp.asarray, params)
-    together = lambda items: jax.tree.map(lambda *x: np.stack([np.asarray(v) for v in x]), *items)
-    coefficients = together([retarget_clip(head, driver, reference) for reference, driver, _ in pairs])
-    portraits = stack_portraits([reference for reference, _, _ in pairs])
-    target = (coefficients, portraits.camera, portraits.crop)
-    generated, maps = animate_clips(animator, params, head, portraits, *target)
+    pairs = held_out_pairs(out / "held_out", head, size)
+    coefficients = stack_trees([retarget_clip(head, driver, portrait) for portrait, driver, _ in pairs])
+    portraits = [portrait for portrait, _, _ in pairs]
+    places = stack_trees(portraits)
+
+    def animate(shown: Sequence[Portrait]) -> tuple[np.ndarray, np.ndarray]:
+        """Frames and driver maps (pairs, FRAMES, S, S, 3)."""
+        windows = pipeline.windows_of_batch(
+            stack_trees(shown), coefficients, places.camera, places.crop,
+            steps=sampling.steps, guidance=sampling.guidance,
+        )  # fmt: skip
+        frames, maps = (np.concatenate(side, axis=1) for side in zip(*windows, strict=True))
+        return frames, maps
+
+    generated, maps = animate(portraits)
     finished(f"animation of {PAIRS} pairs")
-    # Everything as before, but each pair gets the pair before's portrait: does the picture follow it?
-    others = stack_portraits([pairs[i - 1][0] for i in range(PAIRS)])
-    swapped, _ = animate_clips(animator, params, head, others, *target)
+    # The same again, but each pair gets the previous pair's portrait: does the picture follow it?
+    swapped, _ = animate(portraits[-1:] + portraits[:-1])
     finished("animation with swapped portraits")
 
     # -------------------------------------------------------------------------------------- evaluation
-    to_judge = []
-    for i, (reference, driver, seed) in enumerate(pairs):
+    judged = []
+    for i, (portrait, driver, seed) in enumerate(pairs):
         appearance = sample_appearance(seed, head)
-        own = jax.tree.map(lambda x, i=i: x[i], coefficients)
-        truth = rendered_truth(head, own, reference, appearance, config.image_size)
-        to_judge.append(EvaluationPair(reference, appearance, driver, generated[i], truth))
-    metrics = evaluate_pairs(head, to_judge, list(swapped), HEF_SIZE)
+        own = type(coefficients)(*(field[i] for field in coefficients))
+        truth = rendered_truth(head, own, portrait, appearance, size)
+        judged.append(EvaluationPair(portrait, appearance, driver, generated[i], truth))
+    metrics = evaluate_pairs(head, judged, list(swapped), HEF_SIZE)
     finished("evaluation")
 
     # ----------------------------------------------------------------------------------------- results
     pictures = [
         PairPictures(
-            f"{pair.reference.name} behind {pair.driver.name}",
+            f"{pair.reference.name} following {pair.driver.name}",
             pair.reference.image, pair.driver.frames, maps[i], pair.generated, pair.truth,
         )
-        for i, pair in enumerate(to_judge)
+        for i, pair in enumerate(judged)
     ]  # fmt: skip
     panels = [panel_frames([p.reference, p.driver, p.driver_map, p.generated], 128) for p in pictures]
     rows = [np.concatenate(panels[i : i + 2], axis=2) for i in range(0, len(panels), 2)]
-    write_video(args.out / "animation.mp4", np.concatenate(rows, axis=1), pairs[0][1].fps)
-    title = f"loki_jax demo: model of step {model_step}, held-out identities, {PAIRS} pairs x {FRAMES} frames"
-    write_report(args.out / "report.png", pictures, metrics, metrics["per_frame"], losses, title)
+    write_video(out / "animation.mp4", np.concatenate(rows, axis=1), pairs[0][1].fps)
+    title = (
+        f"loki_jax demo: model of step {pipeline.step}, held-out identities, {PAIRS} pairs x {FRAMES} frames"
+    )
+    write_report(out / "report.png", pictures, metrics, metrics["per_frame"], losses, title)
     finished("report")
-    metrics |= {"model_step": model_step, "seconds": timing | {"total": round(last - began, 1)}}
-    write_json(args.out / "metrics.json", metrics)
-    print()
-    print(format_table(metrics))
+    metrics |= {"model_step": pipeline.step, "seconds": timing | {"total": round(last - began, 1)}}
+    write_json(out / "metrics.json", metrics)
+    print(f"\n{format_table(metrics)}")
     ratio = {key: metrics["generated"][key] / metrics["static"][key] for key in ("hpf", "hef")}
     other = metrics["generated_swapped_reference"]["psnr"]
     print(
         f"\ngenerated / static: HPF {ratio['hpf']:.2f}, HEF {ratio['hef']:.2f}; "
         f"PSNR {metrics['generated']['psnr']:.2f} dB, with another pair's reference {other:.2f} dB\n"
-        f"wrote {args.out}/report.png, animation.mp4, metrics.json"
+        f"wrote {out}/report.png, animation.mp4, metrics.json"
     )
     return metrics
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> int:
+    options = tyro.cli(DemoOptions, args=argv, description=__doc__)
+
+    from loki_jax.compile_cache import enable_compile_cache
+
+    enable_compile_cache()
     try:
-        demo(argv)
+        demo(options)
     except subprocess.CalledProcessError as error:
-        sys.exit(
-            f"error: python {' '.join(error.cmd[1:3])} ended with exit code {error.returncode}; see above"
-        )
+        command = " ".join(error.cmd[1:3])
+        print(f"error: python {command} ended with exit code {error.returncode}; see above", file=sys.stderr)
+        return 1
     except ValueError as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

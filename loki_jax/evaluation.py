@@ -1,3 +1,5 @@
+"""Measures of animations: against their drivers, and against the truth where it can be rendered."""
+
 from __future__ import annotations
 
 import functools
@@ -7,19 +9,22 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Bool, Float, UInt8
 
+from loki_jax.data.schema import DatasetError
 from loki_jax.face.asset import HeadAsset
+from loki_jax.face.crop import crop_and_resize
 from loki_jax.face.skinning import make_identity
 from loki_jax.face.types import Camera, Coefficients
-from loki_jax.fitting.photometric import fit_photometric_clips
+from loki_jax.fitting.photometric import fit_photometric, fit_photometric_clips
 from loki_jax.metrics.hef import HeadExpressionFollow, head_expression_follow
 from loki_jax.metrics.hpf import HeadPoseFollow, head_pose_follow, head_rotation
 from loki_jax.metrics.image import psnr, ssim
-from loki_jax.sources import DrivingClip, Portrait
-from loki_jax.synthetic.appearance import Appearance
+from loki_jax.sources import DrivingClip, Portrait, find_clip, load_portrait, split_clip_source, stack_trees
+from loki_jax.synthetic.appearance import Appearance, sample_appearance
 from loki_jax.synthetic.shading import render
 
+LARGEST_FIT = 128  # pixels: photometric fits of larger frames take longer and gain nothing
 _RENDER_CHUNK = 16  # frames at a time
 
 
@@ -36,12 +41,15 @@ def measure_following(
     target: Coefficients,
     camera: Camera,
     size: int = 512,
-    prediction_valid: np.ndarray | None = None,
-    target_valid: np.ndarray | None = None,
+    prediction_valid: Bool[np.ndarray, " n"] | None = None,
+    target_valid: Bool[np.ndarray, " n"] | None = None,
 ) -> Following:
-    """HPF and HEF of fitted coefficients (n, ...) behind a driver's; `camera` is the driver's.
+    """HPF and HEF of fitted coefficients against a driver's; frames not tracked in both count in neither.
 
-    Frames that were not tracked in both count in neither measure.
+    Args:
+      prediction, target: fields (n, ...); `target` is the driver's, and so is `camera`.
+      size: edge of HEF's renders in pixels.
+      prediction_valid, target_valid: which frames (n,) were tracked; None: all.
     """
     to_numpy = lambda tree: jax.tree.map(np.asarray, tree)
     prediction, target = to_numpy(prediction), to_numpy(target)
@@ -54,10 +62,54 @@ def measure_following(
     return Following(pose, head_expression_follow(head, pick(prediction), pick(target), camera, size=size))
 
 
+def known_appearance(source: str, head: HeadAsset) -> tuple[Portrait, Appearance]:
+    """Portrait and appearance of a clip of synthetic heads, DATASET_FOLDER:CLIP_ID.
+
+    Raises:
+      DatasetError: no such clip, or its appearance is unknown.
+    """
+    found = split_clip_source(source)
+    if found is None:
+        raise DatasetError(
+            f"{source}: not DATASET_FOLDER:CLIP_ID. Only synthetic heads have a known appearance; leave the "
+            "reference out to judge a real video by landmarks."
+        )
+    dataset, clip = find_clip(*found, head)
+    if "identity_seed" not in clip.extra:
+        raise DatasetError(
+            f"{found[0]}: clip {clip.clip_id!r} is not of `python -m data_prep.synth`: "
+            "its appearance is unknown."
+        )
+    portrait = load_portrait(source, head, dataset.metadata.image_size)
+    return portrait, sample_appearance(clip.extra["identity_seed"], head)
+
+
+def fit_animation(
+    frames: UInt8[np.ndarray, "n h w 3"], head: HeadAsset, portrait: Portrait, appearance: Appearance
+) -> Coefficients:
+    """Coefficients (n, ...) of the frames of an animation, by photometric fitting.
+
+    Identity, camera and crop are those of the portrait; the fit starts from the neutral head.
+
+    Raises:
+      ValueError: the frames are not square.
+    """
+    height, width = frames.shape[1:3]
+    if height != width:
+        raise ValueError(f"{width}x{height} pixels, but an animation of a crop is square")
+    if height > LARGEST_FIT:
+        whole = np.array([0, 0, width, height], np.float64)
+        frames = np.stack([crop_and_resize(frame, whole, LARGEST_FIT) for frame in frames])
+    coefficients, _ = fit_photometric(
+        frames, head, portrait.coefficients.betas, appearance, portrait.camera, portrait.crop
+    )
+    return coefficients
+
+
 def rendered_truth(
     head: HeadAsset, coefficients: Coefficients, reference: Portrait, appearance: Appearance, size: int
 ) -> UInt8[np.ndarray, "n s s 3"]:
-    """A perfect animation: the reference's identity and appearance under `coefficients` (n, ...)."""
+    """A perfect animation: renders of the reference's head and appearance with `coefficients` (n, ...)."""
     length = len(coefficients.expression)
     pieces = []
     for start in range(0, length, _RENDER_CHUNK):
@@ -96,14 +148,13 @@ def evaluate_pairs(
 ) -> dict[str, Any]:
     """Rows *generated*, *static* and *refit* of pairs with equally long drivers.
 
-    "static" repeats the reference image (what a method that does nothing scores), "refit" is the
-    rendered truth itself (what the ruler can resolve). All three are videos that are read back by the
-    same photometric fit, which knows the reference's identity and appearance, and starts from the
-    neutral head.
+    "static" repeats the reference image (what a method that does nothing scores). "refit" is the rendered
+    truth itself (what the estimator can resolve). All three are videos that are read back by the same
+    photometric fit, which knows the reference's identity and appearance and starts from the neutral head.
 
     Args:
       swapped: for each pair the animation made with another pair's reference image.
-      size: edge of HEF's renders.
+      size: edge of HEF's renders in pixels.
 
     Returns:
       {"generated": {"hpf", "hef", "psnr", "ssim", "absolute_pose"}, "static", "refit", "pairs": [...],
@@ -115,13 +166,8 @@ def evaluate_pairs(
         "static": [np.broadcast_to(pair.reference.image, pair.truth.shape) for pair in pairs],
         "refit": [pair.truth for pair in pairs],
     }
-    together = lambda items: jax.tree.map(lambda *x: np.stack([np.asarray(v) for v in x]), *items)
-    known = (
-        together([np.asarray(pair.reference.coefficients.betas) for pair in pairs]),
-        together([pair.appearance for pair in pairs]),
-        together([pair.reference.camera for pair in pairs]),
-        np.stack([pair.reference.crop for pair in pairs]),
-    )
+    references = stack_trees([pair.reference for pair in pairs])
+    appearances = stack_trees([pair.appearance for pair in pairs])
     table = [
         {
             "reference": pair.reference.name,
@@ -134,8 +180,10 @@ def evaluate_pairs(
     per_frame: dict[str, list] = {}
     for row, frames in videos.items():
         # One call for each row: equal shapes compile once.
-        shape, appearance, camera, crop = known
-        fitted, residual = fit_photometric_clips(np.stack(frames), head, shape, appearance, camera, crop)
+        fitted, residual = fit_photometric_clips(
+            np.stack(frames), head, references.coefficients.betas, appearances,
+            references.camera, references.crop,
+        )  # fmt: skip
         fitted = jax.tree.map(np.asarray, fitted)
         per_frame[row] = []
         for i, pair in enumerate(pairs):
@@ -149,7 +197,7 @@ def evaluate_pairs(
             }
             shown = frames[i]
             if row == "refit":
-                # The truth itself has no finite PSNR; what the ruler saw in it has.
+                # The truth itself has no finite PSNR; what the estimator sees in it has.
                 shown = rendered_truth(head, one, pair.reference, pair.appearance, pair.truth.shape[1])
             entry |= image_scores(shown, pair.truth)
             table[i][row] = entry

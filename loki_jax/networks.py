@@ -11,9 +11,9 @@ from ml_collections import ConfigDict
 
 from loki_jax.diffusion.sampler import ddim_sample
 from loki_jax.diffusion.schedule import Schedule, make_schedule
-from loki_jax.driver.encoding import flame_vector
+from loki_jax.driver.encoding import DriverInputs
 from loki_jax.driver.map import driver_map
-from loki_jax.driver.registry import driver_channels
+from loki_jax.driver.registry import DEFAULT_ARM, driver_channels, find_arm, find_map_arm
 from loki_jax.face.asset import HeadAsset
 from loki_jax.face.skinning import make_identity
 from loki_jax.face.types import Camera, Coefficients
@@ -40,17 +40,16 @@ def build_networks(config: ConfigDict, head: HeadAsset) -> Networks:
     Raises:
       ValueError: an option is unknown, or sizes do not fit each other.
     """
-    vector = config.driver.arm == "flame_vector"
-    in_channels = head.n_expression + 12 if vector else driver_channels(config.driver.arm)
+    spatial = find_arm(config.driver.arm).spatial
     model_config = ConfigDict(config.model.to_dict())
     autoencoder = make_autoencoder(model_config)
     if config.image_size % autoencoder.stride:
         raise ValueError(f"config.image_size={config.image_size} is not divisible by {autoencoder.stride}")
     model_config.latent_size = config.image_size // autoencoder.stride
-    model_config.encoder.kind = "vector" if vector else "map"
-    model_config.encoder.in_channels = in_channels
+    model_config.encoder.kind = "map" if spatial else "vector"
+    model_config.encoder.in_channels = driver_channels(config.driver.arm, head)
     stages = len(model_config.encoder.widths)
-    if not vector and 2**stages != autoencoder.stride:
+    if spatial and 2**stages != autoencoder.stride:
         raise ValueError(
             f"config.model.encoder.widths has {stages} stride-2 stages, "
             f"the latents have stride {autoencoder.stride}"
@@ -83,7 +82,7 @@ def driver_input(
     camera: Camera,
     crop: Float[Array, "b t 4"],
 ) -> Float[Array, "b t *s c"]:
-    """The driver path's input: driver maps (B,T,S,S,C), or vectors (B,T,n) in the flame_vector arm.
+    """The driver path's input: driver maps (B,T,S,S,C), or vectors (B,T,C) for an arm that is not spatial.
 
     Args:
       coefficients, camera: leading axes (B, T); a window shows one identity, the one of its first frame.
@@ -91,19 +90,27 @@ def driver_input(
     """
     if not config.driver.neck:
         coefficients = coefficients._replace(neck=jnp.zeros_like(coefficients.neck))
-    if config.driver.arm == "flame_vector":
-        return flame_vector(head, coefficients)
+    name, dtype = config.driver.arm, jnp.dtype(config.model.dtype)
+    arm = find_arm(name)
+    if not arm.spatial:
+        return arm.encode(DriverInputs(head=head, coefficients=coefficients), dtype)
     identity = make_identity(head, coefficients.betas[:, :1])
-    return driver_map(
-        head,
-        identity,
-        coefficients,
-        camera,
-        crop,
-        config.image_size,
-        arm=config.driver.arm,
-        dtype=jnp.dtype(config.model.dtype),
-    )
+    return driver_map(head, identity, coefficients, camera, crop, config.image_size, name, dtype)
+
+
+def driver_preview(
+    config: ConfigDict,
+    head: HeadAsset,
+    driver: Float[Array, "b t *s c"],
+    coefficients: Coefficients,
+    camera: Camera,
+    crop: Float[Array, "b t 4"],
+) -> UInt8[Array, "b t s s 3"]:
+    """RGB pictures of what `driver_input` gave; an arm without a map shows the default map instead."""
+    if not find_arm(config.driver.arm).spatial:
+        identity = make_identity(head, coefficients.betas[:, :1])
+        driver = driver_map(head, identity, coefficients, camera, crop, config.image_size, DEFAULT_ARM)
+    return find_map_arm(config.driver.arm).preview(driver)
 
 
 def unit_range(images: UInt8[Array, "*b s s 3"]) -> Float[Array, "*b s s 3"]:

@@ -6,45 +6,13 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Float, UInt8
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
 from loki_jax.io import atomic_path
-
-_FREQUENCIES = 7  # of the positional encoding, per axis (method, section 5)
-
-
-def driver_map_picture(driver: Float[Array, "*b s s c"]) -> UInt8[Array, "*b s s 3"]:
-    """A driver map as RGB: canonical position as colour, tinted by the deformation; traceable.
-
-    Args:
-      driver: 45, 42 (no deformation) or 3 channels (no positional encoding); zero off the head.
-
-    Returns:
-      Red, green and blue follow sin of the canonical x, y and z; where the surface is displaced
-      (mouth, lids, brows) its offset, in units of its standard deviation, is added to them. Off the
-      head white.
-
-    Raises:
-      ValueError: the map has another number of channels.
-    """
-    channels = driver.shape[-1]
-    if channels not in (3, 42, 45):
-        raise ValueError(f"driver_map_picture: a map has 45, 42 or 3 channels, not {channels}")
-    driver = driver.astype(jnp.float32)
-    colour = jnp.full((*driver.shape[:-1], 3), 0.5)
-    if channels >= 42:
-        # Sines of the lowest frequency; |p| <= 1 or so, hence the contrast.
-        sines = jnp.stack([driver[..., axis * 2 * _FREQUENCIES] for axis in range(3)], -1)
-        colour = 0.5 + 0.5 * sines
-    if channels != 42:
-        colour = colour + 0.15 * driver[..., -3:]
-    covered = (driver != 0).any(-1, keepdims=True)
-    return jnp.round(255 * jnp.clip(jnp.where(covered, colour, 1), 0, 1)).astype(jnp.uint8)
 
 
 def resize_frames(frames: UInt8[np.ndarray, "n h w 3"], height: int) -> UInt8[np.ndarray, "n height w2 3"]:

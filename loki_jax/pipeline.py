@@ -1,132 +1,232 @@
+"""Animation as a library: a portrait and a driving clip in, frames out."""
+
 from __future__ import annotations
 
 import functools
+import math
+import os
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, PyTree, UInt8
-from ml_collections import ConfigDict
+from jaxtyping import Float, UInt8
 
-from loki_jax.driver.map import driver_map
 from loki_jax.face.asset import HeadAsset
 from loki_jax.face.retarget import retarget, size_ratio
-from loki_jax.face.skinning import make_identity
 from loki_jax.face.types import Camera, Coefficients
-from loki_jax.networks import Networks, driver_input, initial_noise, portrait_features, sample_from_features
-from loki_jax.pictures import driver_map_picture
-from loki_jax.sources import DrivingClip, Portrait
+from loki_jax.networks import (
+    build_networks,
+    driver_input,
+    driver_preview,
+    initial_noise,
+    portrait_features,
+    sample_from_features,
+)
+from loki_jax.sources import DrivingClip, Portrait, stack_trees
+from loki_jax.training.checkpoint import load_checkpoint
+from loki_jax.training.model_file import Checkpoint
+
+
+class Window(NamedTuple):
+    """Consecutive frames of one animation, or of B animations, RGB.
+
+    Attributes:
+      frames: the result.
+      maps: pictures of the driver maps that it follows.
+    """
+
+    frames: UInt8[np.ndarray, "*b t s s 3"]
+    maps: UInt8[np.ndarray, "*b t s s 3"]
+
+
+class Animator(Protocol):
+    """What can animate a portrait. `head` is the head to fit inputs to, `size` the frames' edge in pixels."""
+
+    head: HeadAsset
+    size: int
+
+    def windows(self, portrait: Portrait, clip: DrivingClip, **options: Any) -> Iterator[Window]:
+        """The animation, a few frames at a time."""
+        ...
+
+    def __call__(self, portrait: Portrait, clip: DrivingClip, **options: Any) -> UInt8[np.ndarray, "n s s 3"]:
+        """All frames of the animation; the options are those of `windows`."""
+        ...
+
+
+class Sampling(NamedTuple):
+    """Options of an animation.
+
+    Attributes:
+      steps: DDIM steps.
+      guidance: scale of classifier-free guidance; 1 is none.
+      mode: "relative": the head turns from the portrait's pose by the driver's increments; "absolute": it
+        takes the driver's pose.
+    """
+
+    steps: int
+    guidance: float
+    mode: str
 
 
 def retarget_clip(
     head: HeadAsset, driver: DrivingClip, reference: Portrait, mode: str = "relative"
 ) -> Coefficients:
-    """The coefficients (N, ...) with which `reference` performs `driver` (method, section 9)."""
-    scale = size_ratio(
-        head, jnp.asarray(reference.coefficients.betas), jnp.asarray(driver.coefficients.betas[0])
-    )
+    """The coefficients (N, ...) with which `reference` follows `driver` (method, section 9)."""
     as_arrays = functools.partial(jax.tree.map, jnp.asarray)
+    own, driving = as_arrays(reference.coefficients), as_arrays(driver.coefficients)
     return retarget(
-        as_arrays(driver.coefficients),
-        as_arrays(reference.coefficients),
+        driving,
+        own,
         mode,
-        scale=scale,
+        scale=size_ratio(head, own.betas, driving.betas[0]),
         driver_camera=as_arrays(driver.camera),
         reference_camera=as_arrays(reference.camera),
     )
 
 
-class Animator(NamedTuple):
-    """Compiled functions of one model: `prepare` gives a reference's features, `animate` one window."""
+class LokiPipeline:
+    """A trained model that animates portraits; an `Animator`.
 
-    prepare: object
-    animate: object
-    window: int
+        pipeline = LokiPipeline.from_checkpoint("demo")
+        portrait = fit_portrait("portrait.png", pipeline.head, pipeline.size)
+        clip = fit_clip("clip.mp4", pipeline.head, pipeline.size)
+        frames = pipeline(portrait, clip)
 
+    Compiled code is kept, so one pipeline should serve many clips.
 
-def make_animator(
-    config: ConfigDict, networks: Networks, *, steps: int, guidance: float, spacing: str
-) -> Animator:
-    """Compile-once functions that `animate_clip` calls for each clip and window."""
+    Attributes:
+      head: the head that portraits and clips must be fitted with.
+      size: edge of portraits and frames in pixels.
+      config, step: the model's config, and the training step it is of.
+    """
 
-    @jax.jit
-    def prepare(
-        params: PyTree, head: HeadAsset, image: UInt8[np.ndarray, "b s s 3"], coefficients, camera, crop
-    ):
-        return portrait_features(config, networks, params, head, image, coefficients, camera, crop)
+    def __init__(self, checkpoint: Checkpoint):
+        self.config, params, self.head, self.step = checkpoint
+        self.size = self.config.image_size
+        self._params = jax.tree.map(jnp.asarray, params)
+        self._networks = build_networks(self.config, self.head)
+        self._features = jax.jit(functools.partial(portrait_features, self.config, self._networks))
+        self._window = jax.jit(self._sample_window, static_argnames=("steps", "guidance"))
 
-    @jax.jit
-    def animate(params: PyTree, head: HeadAsset, features, coefficients, camera, crop, key):
-        """One window of B clips: frames and pictures of the driver maps, both (B,T,S,S,3) uint8."""
+    @classmethod
+    def from_checkpoint(cls, source: str | os.PathLike) -> LokiPipeline:
+        """The model of a workdir, a model file (.safetensors), or "demo", the shipped model.
+
+        Raises:
+          CheckpointError: nothing there, or it is not one of ours.
+        """
+        return cls(load_checkpoint(source))
+
+    def sampling(
+        self, steps: int | None = None, guidance: float | None = None, mode: str | None = None
+    ) -> Sampling:
+        """Options of an animation, with the config's in place of None.
+
+        Raises:
+          ValueError: an option is out of range.
+        """
+        default = self.config.sample
+        chosen = Sampling(
+            default.steps if steps is None else steps,
+            default.guidance if guidance is None else guidance,
+            default.get("pose", "relative") if mode is None else mode,  # models of before this key
+        )
+        if chosen.steps < 1:
+            raise ValueError(f"steps is {chosen.steps}, expected at least 1")
+        if not math.isfinite(chosen.guidance):
+            raise ValueError(f"guidance is {chosen.guidance}, expected a finite number")
+        if chosen.mode not in ("relative", "absolute"):
+            raise ValueError(f"mode is {chosen.mode!r}, expected 'relative' or 'absolute'")
+        return chosen
+
+    def windows(
+        self,
+        portrait: Portrait,
+        clip: DrivingClip,
+        *,
+        steps: int | None = None,
+        guidance: float | None = None,
+        mode: str | None = None,
+        seed: int = 0,
+    ) -> Iterator[Window]:
+        """The animation of `portrait` by `clip`, window by window: memory does not grow with its length.
+
+        Args:
+          steps, guidance, mode: see `Sampling`; None: the config's.
+          seed: of the sampler's noise.
+
+        Yields:
+          Windows (T, S, S, 3), T the frames of the model's window; the last may be shorter.
+
+        Raises:
+          ValueError: an option is out of range.
+        """
+        steps, guidance, mode = self.sampling(steps, guidance, mode)
+        coefficients = stack_trees([retarget_clip(self.head, clip, portrait, mode)])
+        one = stack_trees([portrait])
+        windows = self.windows_of_batch(
+            one, coefficients, one.camera, one.crop, steps=steps, guidance=guidance, seed=seed
+        )
+        return (Window(*(part[0] for part in window)) for window in windows)
+
+    def __call__(self, portrait: Portrait, clip: DrivingClip, **options: Any) -> UInt8[np.ndarray, "n s s 3"]:
+        """All frames of `windows`, with its options and errors: one for each frame of the clip, RGB."""
+        return np.concatenate([window.frames for window in self.windows(portrait, clip, **options)])
+
+    def windows_of_batch(
+        self,
+        portraits: Portrait,
+        coefficients: Coefficients,
+        camera: Camera,
+        crop: Float[np.ndarray, "b 4"],
+        *,
+        steps: int,
+        guidance: float,
+        seed: int = 0,
+    ) -> Iterator[Window]:
+        """Animate B portraits together by coefficients that are already theirs.
+
+        Args:
+          portraits: who is shown, arrays (B, ...): `stack_trees` of portraits.
+          coefficients: fields (B, N, ...), of `retarget_clip`.
+          camera, crop: of the result, (B, ...), constant in time; those of the portraits, as a rule.
+
+        Yields:
+          Windows (B, T, S, S, 3); the last may be shorter.
+        """
+        as_arrays = functools.partial(jax.tree.map, functools.partial(jnp.asarray, dtype=jnp.float32))
+        own = as_arrays((portraits.coefficients, portraits.camera, portraits.crop))
+        features = self._features(self._params, self.head, jnp.asarray(portraits.image), *own)
+        batch, length = coefficients.expression.shape[:2]
+        window = self.config.window
+
+        def in_time(value):
+            value = jnp.asarray(value, jnp.float32)
+            return jnp.broadcast_to(value[:, None], (batch, window, *value.shape[1:]))
+
+        camera, crop = jax.tree.map(in_time, camera), in_time(crop)
+        key = jax.random.key(seed)
+        for start in range(0, length, window):
+            # The last window is filled with its last frame.
+            index = np.minimum(np.arange(start, start + window), length - 1)
+            part = jax.tree.map(lambda x, index=index: jnp.asarray(x)[:, index], coefficients)
+            noise_key = jax.random.fold_in(key, start // window)
+            images = self._window(
+                self._params, self.head, features, part, camera, crop, noise_key,
+                steps=steps, guidance=guidance,
+            )  # fmt: skip
+            yield Window(*(np.asarray(image)[:, : length - start] for image in images))
+
+    def _sample_window(self, params, head, features, coefficients, camera, crop, key, *, steps, guidance):
+        """One window of B clips: frames and pictures of the driver maps, both (B,T,S,S,3) uint8; traced."""
+        config, networks = self.config, self._networks
         driver = driver_input(config, head, coefficients, camera, crop)
         noise = initial_noise(networks, key, *driver.shape[:2])
         frames = sample_from_features(
-            config, networks, params, features, driver, noise, steps=steps, guidance=guidance, spacing=spacing
-        )
-        if config.driver.arm == "flame_vector":
-            identity = make_identity(head, coefficients.betas[:, :1])
-            driver = driver_map(head, identity, coefficients, camera, crop, config.image_size)
-        return frames, driver_map_picture(driver)
-
-    return Animator(prepare, animate, config.window)
-
-
-def animate_windows(
-    animator: Animator,
-    params: PyTree,
-    head: HeadAsset,
-    portraits: Portrait,
-    coefficients: Coefficients,
-    camera: Camera,
-    crop: Float[np.ndarray, "b 4"],
-    seed: int = 0,
-) -> Iterator[tuple[UInt8[np.ndarray, "b t s s 3"], UInt8[np.ndarray, "b t s s 3"]]]:
-    """Animate B references, one window of all clips after another.
-
-    Args:
-      portraits: who is shown (`stack_portraits`).
-      coefficients: fields (B, N, ...), already those of the references (`transfer`).
-      camera, crop: of the result, (B, ...), constant in time; those of the portraits, as a rule.
-      seed: of the sampler's noise.
-
-    Yields:
-      Frames and driver-map pictures of each window; the last one may be shorter.
-    """
-    as_arrays = functools.partial(jax.tree.map, functools.partial(jnp.asarray, dtype=jnp.float32))
-    own = as_arrays((portraits.coefficients, portraits.camera, portraits.crop))
-    features = animator.prepare(params, head, jnp.asarray(portraits.image), *own)
-    length, window = coefficients.expression.shape[1], animator.window
-    batch = len(portraits.image)
-
-    def in_time(value):
-        value = jnp.asarray(value, jnp.float32)
-        return jnp.broadcast_to(value[:, None], (batch, window, *value.shape[1:]))
-
-    camera, crop = jax.tree.map(in_time, camera), in_time(crop)
-    key = jax.random.key(seed)
-    for start in range(0, length, window):
-        index = np.minimum(np.arange(start, start + window), length - 1)
-        part = jax.tree.map(lambda x, index=index: jnp.asarray(x)[:, index], coefficients)
-        frames, maps = animator.animate(
-            params, head, features, part, camera, crop, jax.random.fold_in(key, start // window)
-        )
-        count = min(window, length - start)
-        yield np.asarray(frames)[:, :count], np.asarray(maps)[:, :count]
-
-
-def animate_clips(
-    animator: Animator,
-    params: PyTree,
-    head: HeadAsset,
-    portraits: Portrait,
-    coefficients: Coefficients,
-    camera: Camera,
-    crop: Float[np.ndarray, "b 4"],
-    seed: int = 0,
-) -> tuple[UInt8[np.ndarray, "b n s s 3"], UInt8[np.ndarray, "b n s s 3"]]:
-    """All windows of `animate_windows` joined in time."""
-    parts = list(animate_windows(animator, params, head, portraits, coefficients, camera, crop, seed))
-    frames, maps = (np.concatenate(side, axis=1) for side in zip(*parts, strict=True))
-    return frames, maps
+            config, networks, params, features, driver, noise,
+            steps=steps, guidance=guidance, spacing=config.sample.spacing,
+        )  # fmt: skip
+        return frames, driver_preview(config, head, driver, coefficients, camera, crop)

@@ -1,24 +1,36 @@
+"""Inputs of an animation: portraits and driving clips, from files, arrays or clips of a dataset."""
+
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Bool, Float, Int, PyTree, UInt8
 
 from loki_jax.data.reader import Dataset, open_dataset
 from loki_jax.data.schema import ClipInfo, DatasetError, Frame
 from loki_jax.face.asset import HeadAsset
 from loki_jax.face.crop import crop_and_resize
 from loki_jax.face.types import Camera, Coefficients
-from loki_jax.video.reader import MediaError
+from loki_jax.fitting.clips import fit_image, fit_video
+from loki_jax.video import resample_indices
 
 
 class Portrait(NamedTuple):
-    """A reference: `image` is its crop; coefficients (n,), camera and crop (4,) are unbatched."""
+    """A reference: one picture of a person and the head fitted to it.
+
+    Attributes:
+      image: the crop, RGB.
+      coefficients: fields (n,), without a leading axis.
+      camera: of the uncropped picture.
+      crop: x0, y0, x1, y1 in pixels of the uncropped picture.
+      name: file or clip, for messages.
+    """
 
     image: UInt8[np.ndarray, "s s 3"]
     coefficients: Coefficients
@@ -28,27 +40,92 @@ class Portrait(NamedTuple):
 
 
 class DrivingClip(NamedTuple):
-    """A driver: coefficients (N, ...), its camera unbatched, its crop's frames for display.
+    """A driver: a clip and the head fitted to its frames.
 
-    `source` is the file that rate and audio come from; None for a clip of a dataset, which has no audio.
-    `valid` marks frames whose face was found.
+    Attributes:
+      frames: the crops, RGB, for display.
+      coefficients: fields (N, ...).
+      camera: one for all frames, of the uncropped video.
+      fps: exact frame rate.
+      valid: frames whose face was found; the coefficients of others are interpolated.
+      source: video file that has the audio; None for an array or a clip of a dataset.
+      name: file or clip, for messages.
     """
 
     frames: UInt8[np.ndarray, "n s s 3"]
     coefficients: Coefficients
     camera: Camera
     fps: Fraction
-    valid: Float[np.ndarray, " n"]
+    valid: Bool[np.ndarray, " n"]
     source: Path | None
     name: str
+
+    def cut(self, start: int, stop: int) -> DrivingClip:
+        """Frames [start, stop) alone, without audio."""
+        return self._take(slice(start, stop))._replace(source=None)
+
+    def at_rate(self, fps: Fraction) -> DrivingClip:
+        """The clip at another frame rate: at each time its nearest frame."""
+        if fps == self.fps:
+            return self
+        return self._take(resample_indices(len(self.frames), self.fps, fps))._replace(fps=Fraction(fps))
+
+    def _take(self, index: slice | Int[np.ndarray, " m"]) -> DrivingClip:
+        coefficients = jax.tree.map(lambda x: x[index], self.coefficients)
+        return self._replace(frames=self.frames[index], valid=self.valid[index], coefficients=coefficients)
+
+
+def stack_trees(trees: Sequence[PyTree]) -> PyTree:
+    """Equal trees, for example portraits, as one whose (numpy) leaves have a leading axis."""
+    return jax.tree.map(lambda *leaves: np.stack([np.asarray(leaf) for leaf in leaves]), *trees)
+
+
+def fit_portrait(
+    image: str | os.PathLike | UInt8[np.ndarray, "H W 3"], head: HeadAsset, size: int, **options: Any
+) -> Portrait:
+    """Fit a head to the face in a picture, by landmarks.
+
+    Args:
+      image: image file, or RGB array.
+      size: edge of the portrait's crop in pixels: the `size` of the pipeline that animates it.
+      options: `landmarker`, `face`, `focal`, `name` and others of `loki_jax.fitting.clips.fit_image`.
+
+    Raises:
+      MediaError, LandmarkError, FitError: unreadable picture, no (single) face, or a head without landmarks.
+    """
+    fitted = fit_image(image, head, **options)
+    coefficients = jax.tree.map(lambda x: np.asarray(x)[0], fitted.fit.coefficients)
+    crop = crop_and_resize(fitted.frames[0], fitted.crop, size)
+    return Portrait(crop, coefficients, fitted.fit.camera, fitted.crop, fitted.name)
+
+
+def fit_clip(
+    video: str | os.PathLike | UInt8[np.ndarray, "N H W 3"], head: HeadAsset, size: int, **options: Any
+) -> DrivingClip:
+    """Fit a head to the face in a clip, by landmarks, with one identity for all frames.
+
+    Args:
+      video: video file, read at its own frame rate unless `fps` is given, or RGB frames with `fps`.
+      size: edge of the crops in pixels.
+      options: `fps`, `landmarker`, `face`, `focal`, `name` and others of `loki_jax.fitting.clips.fit_video`.
+
+    Raises:
+      MediaError, LandmarkError, FitError: unreadable video, no face, or a head without landmarks.
+      ValueError: an array without `fps`.
+    """
+    fitted = fit_video(video, head, **options)
+    frames = np.stack([crop_and_resize(frame, fitted.crop, size) for frame in fitted.frames])
+    valid = np.asarray(fitted.fit.confidence) > 0
+    source = None if isinstance(video, np.ndarray) else Path(video)
+    return DrivingClip(
+        frames, fitted.fit.coefficients, fitted.fit.camera, fitted.fps, valid, source, fitted.name
+    )
 
 
 def split_clip_source(source: str) -> tuple[Path, str] | None:
     """("folder", "clip id") of a source DATASET_FOLDER:CLIP_ID; None for anything else."""
     folder, colon, clip_id = source.rpartition(":")
-    if not colon or not Path(folder).is_dir():
-        return None
-    return Path(folder), clip_id
+    return (Path(folder), clip_id) if colon and Path(folder).is_dir() else None
 
 
 def find_clip(folder: Path, clip_id: str, head: HeadAsset) -> tuple[Dataset, ClipInfo]:
@@ -75,70 +152,33 @@ def find_clip(folder: Path, clip_id: str, head: HeadAsset) -> tuple[Dataset, Cli
     )
 
 
-def fit_portrait(path: str, head: HeadAsset):
-    """`loki_jax.fitting.clips.fit_image` of a file; the networks load on first use."""
-    from loki_jax.fitting.clips import fit_image
-    from loki_jax.fitting.model_files import LandmarkError
-
-    try:
-        return fit_image(path, head)
-    except LandmarkError as error:
-        raise MediaError(str(error)) from error
-
-
-def fit_clip(path: str, head: HeadAsset):
-    """`loki_jax.fitting.clips.fit_video` of a file, at its own frame rate."""
-    from loki_jax.fitting.clips import fit_video
-    from loki_jax.fitting.model_files import LandmarkError
-
-    try:
-        return fit_video(path, head)
-    except LandmarkError as error:
-        raise MediaError(str(error)) from error
-
-
 def load_portrait(source: str, head: HeadAsset, size: int, frame: int = 0) -> Portrait:
-    """Read a reference from an image file (fitted) or from frame `frame` of a dataset's clip.
+    """A portrait from an image file (`fit_portrait`), or frame `frame` of DATASET_FOLDER:CLIP_ID as stored.
 
     Raises:
-      MediaError, DatasetError, FitError: unreadable, no such clip, or no face.
+      MediaError, LandmarkError, DatasetError, FitError: unreadable, no face, no such clip.
     """
     found = split_clip_source(source)
     if found is None:
-        fitted = fit_portrait(source, head)
-        coefficients = jax.tree.map(lambda x: np.asarray(x)[0], fitted.fit.coefficients)
-        image = crop_and_resize(fitted.frames[0], fitted.crop, size)
-        return Portrait(image, coefficients, fitted.fit.camera, fitted.crop, source)
+        return fit_portrait(source, head, size)
     dataset, clip = find_clip(*found, head)
     record = dataset.read_clip(clip, frame, frame + 1)[0]
     image = _stored_image(record, clip, size)
     return Portrait(image, record.coefficients, record.camera, record.crop, clip.clip_id)
 
 
-def stack_portraits(portraits: Sequence[Portrait]) -> Portrait:
-    """Portraits as one whose arrays have a leading axis."""
-    arrays = [portrait._replace(name=()) for portrait in portraits]
-    stacked = jax.tree.map(lambda *x: np.stack([np.asarray(v) for v in x]), *arrays)
-    return stacked._replace(name=", ".join(portrait.name for portrait in portraits))
-
-
 def load_driving_clip(source: str, head: HeadAsset, size: int) -> DrivingClip:
-    """Read a driver from a video file (fitted) or a dataset's clip.
+    """A driving clip from a video file (`fit_clip`), or DATASET_FOLDER:CLIP_ID as stored.
 
     Raises:
-      MediaError, DatasetError, FitError: unreadable, no such clip, or no face.
+      MediaError, LandmarkError, DatasetError, FitError: unreadable, no face, no such clip.
     """
     found = split_clip_source(source)
     if found is None:
-        fitted = fit_clip(source, head)
-        frames = np.stack([crop_and_resize(frame, fitted.crop, size) for frame in fitted.frames])
-        valid = np.asarray(fitted.fit.confidence) > 0
-        return DrivingClip(
-            frames, fitted.fit.coefficients, fitted.fit.camera, fitted.fps, valid, Path(source), source
-        )
+        return fit_clip(source, head, size)
     dataset, clip = find_clip(*found, head)
     records = dataset.read_clip(clip)
-    coefficients = jax.tree.map(lambda *x: np.stack(x), *(record.coefficients for record in records))
+    coefficients = stack_trees([record.coefficients for record in records])
     frames = np.stack([_stored_image(record, clip, size) for record in records])
     valid = np.array([record.confidence > 0 for record in records])
     return DrivingClip(frames, coefficients, records[0].camera, clip.fps, valid, None, clip.clip_id)

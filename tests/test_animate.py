@@ -1,5 +1,6 @@
 """The animate program on clips of a dataset, with a tiny model of random parameters."""
 
+import os
 from fractions import Fraction
 
 import jax
@@ -11,11 +12,10 @@ from loki_jax.animate import main
 from loki_jax.face.builtin import builtin_head
 from loki_jax.metrics.hpf import head_pose_follow
 from loki_jax.networks import build_networks, random_params
-from loki_jax.pipeline import retarget_clip
+from loki_jax.pipeline import LokiPipeline, retarget_clip
 from loki_jax.sources import load_driving_clip, load_portrait, split_clip_source
 from loki_jax.training.model_file import Checkpoint, save_model_file
-from loki_jax.video.reader import read_video
-from loki_jax.video.writer import is_tagged_synthetic
+from loki_jax.video import is_tagged_synthetic, read_video
 from tests.synthetic.synthetic_clips import write_clips
 
 FRAMES = 5  # the tiny window has 2: three windows, the last one cut
@@ -45,7 +45,7 @@ def model(folder):
 
 
 def run(model, reference, driver, out, *options):
-    main(
+    return main(
         [
             "--checkpoint",
             str(model),
@@ -62,12 +62,12 @@ def run(model, reference, driver, out, *options):
 
 def test_writes_video_and_panel(folder, clips, model):
     out = folder / "out.mp4"
-    run(model, clips[0], clips[1], out, "--steps", "2")
+    assert run(model, clips[0], clips[1], out, "--steps", "2") == 0
     video, panel = read_video(out), read_video(folder / "out_panel.mp4")
     assert video.frames.shape == (FRAMES, 64, 64, 3) and panel.frames.shape[:2] == (FRAMES, 256)
     assert video.fps == panel.fps == Fraction(25)
     assert is_tagged_synthetic(out) and is_tagged_synthetic(folder / "out_panel.mp4")
-    # Reference and driver stand in the panel; H.264 is lossy.
+    # The panel shows reference and driver; H.264 is lossy.
     head = builtin_head()
     reference = load_portrait(clips[0], head, 256).image
     shown = panel.frames[:, :, :256].astype(float)
@@ -87,13 +87,13 @@ def test_same_seed_same_video(folder, clips, model):
     assert (frames[0] != frames[2]).mean() > 0.1
 
 
-def test_transfer_follows_the_driver_in_the_references_place(clips):
+def test_retargeting_follows_the_driver_from_the_references_pose(clips):
     head = builtin_head()
     reference, driver = load_portrait(clips[0], head, 64), load_driving_clip(clips[1], head, 64)
     moved = jax.tree.map(np.asarray, retarget_clip(head, driver, reference))
     target = driver.coefficients
     assert head_pose_follow(moved.rot, target.rot, moved.neck, target.neck).degrees < 0.01
-    np.testing.assert_allclose(moved.shape[2], reference.coefficients.betas)
+    np.testing.assert_allclose(moved.betas[2], reference.coefficients.betas)
     np.testing.assert_allclose(moved.expression, target.expression)
     np.testing.assert_allclose(moved.tra[0], reference.coefficients.tra, atol=1e-6)
 
@@ -113,11 +113,36 @@ def test_clip_sources(tmp_path):
         ({"model": "{folder}/shards"}, "not a workdir"),
     ],
 )
-def test_bad_input_is_one_clear_error(folder, clips, model, change, message):
+def test_bad_input_is_one_clear_error(folder, clips, model, change, message, capsys):
     (folder / "empty.mp4").touch()
     arguments = {"model": model, "reference": clips[0], "driver": clips[1], "out": folder / "bad.mp4"}
     arguments |= {key: value.format(folder=folder) for key, value in change.items()}
-    with pytest.raises(SystemExit) as stopped:
-        run(**arguments)
-    assert str(stopped.value).startswith("error: ") and message in str(stopped.value)
+    assert run(**arguments) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and message in error and error.count("\n") == 1
     assert not list(folder.glob("*bad*"))
+
+
+def test_no_input_is_replaced_and_the_output_is_checked_first(tmp_path, clips, monkeypatch, capsys):
+    monkeypatch.setattr(LokiPipeline, "from_checkpoint", lambda _: pytest.fail("work before the check"))
+    (tmp_path / "folder.mp4").mkdir()
+    for name in ("driver.mp4", "clip_panel.mp4", "portrait.mp4"):
+        (tmp_path / name).write_bytes(b"the user's")
+    (tmp_path / "link.mp4").symlink_to("driver.mp4")
+    blocked = tmp_path / "blocked"
+    blocked.mkdir(mode=0o500)
+    cases = [
+        ("driver.mp4", clips[0], "driver.mp4", "is the input"),
+        ("portrait.mp4", tmp_path / "portrait.mp4", "driver.mp4", "is the input"),
+        ("clip.mp4", clips[0], "clip_panel.mp4", "is the input"),
+        ("driver.mp4", clips[0], "link.mp4", "is the input"),
+        ("folder.mp4", clips[0], "driver.mp4", "is a folder"),
+        ("out.avi", clips[0], "driver.mp4", "unknown kind"),
+        ("none/out.mp4", clips[0], "driver.mp4", "does not exist"),
+    ]
+    if os.geteuid():  # no folder is closed to root
+        cases.append(("blocked/out.mp4", clips[0], "driver.mp4", "cannot be written"))
+    for out, reference, driver, message in cases:
+        assert run("demo", str(reference), str(tmp_path / driver), tmp_path / out) == 1
+        assert message in capsys.readouterr().err
+    assert (tmp_path / "driver.mp4").read_bytes() == b"the user's"

@@ -18,7 +18,7 @@ class ClipFacts:
 
     Attributes:
       width, height: of the stored picture, before rotation.
-      fps: the exact frame rate; of variable-rate video its mean.
+      fps: the exact frame rate; of variable-rate video the rate at which most of it runs.
       frames: number of pictures in the file.
       variable_rate: intervals between pictures differ by more than half a frame.
       codec, pixel_format: FFmpeg's names.

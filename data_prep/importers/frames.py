@@ -8,7 +8,7 @@ from jaxtyping import UInt8
 
 from data_prep.importers.arrays import ImportedFit
 from loki_jax.data.schema import DatasetError
-from loki_jax.video.reader import MediaError, VideoReader, read_image
+from loki_jax.video import MediaError, VideoReader, read_image
 
 _IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 

@@ -1,15 +1,4 @@
-"""Write a head asset, and a sheet of pictures that shows what it can do.
-
-    python -m data_prep.head_asset builtin --out head.npz
-    python -m data_prep.head_asset ict ict_head5k.npz --out head.npz
-    python -m data_prep.head_asset flame generic_model.pkl --out head.npz [--blink FILE]
-        [--landmarks FILE] [--mask FILE] [--n-shape 150] [--n-expression 65]
-
-A head without the 478 MediaPipe landmarks that the fit uses gets them from `data_prep.landmarks.embed`, if it
-has the 68 iBUG ones to start from (`--no-embedding`: not). The licence of the source is kept in the asset.
-The sheet (`--sheet`, by default beside the asset with the suffix .png) holds a turntable, the joints,
-the landmarks, the first identity axes and every expression axis.
-"""
+"""A sheet of pictures of a head: a turntable, the joints, identity and expression axes, the landmarks."""
 
 from __future__ import annotations
 
@@ -23,7 +12,7 @@ from jaxtyping import Array, Float, UInt8
 from PIL import Image, ImageDraw
 
 from loki_jax.face.asset import HeadAsset
-from loki_jax.face.camera import camera_from_world, ndc_from_camera, project
+from loki_jax.face.camera import camera_from_world, project
 from loki_jax.face.crop import crop_box
 from loki_jax.face.skinning import (
     landmark_positions,
@@ -34,10 +23,11 @@ from loki_jax.face.skinning import (
     world_vertices,
 )
 from loki_jax.face.types import Camera, Coefficients
-from loki_jax.raster.api import rasterize
-from loki_jax.raster.fragments import interpolate
+from loki_jax.synthetic.shading import plain_shade, shade_mesh
 
 _DISTANCE = 1.2  # metres
+
+_LIGHT = (0.35, 0.4, 0.85)  # direction of the lamp, world frame
 
 _IDENTITY_AXES = 10
 
@@ -63,7 +53,7 @@ def still_coefficients(head: HeadAsset) -> Coefficients:
     """The mean head at rest, a portrait's distance in front of the camera."""
     zero = np.zeros(3, np.float32)
     return Coefficients(
-        shape=np.zeros(head.n_shape, np.float32),
+        betas=np.zeros(head.n_shape, np.float32),
         expression=np.zeros(head.n_expression, np.float32),
         rot=zero,
         tra=np.array([0, 0, -_DISTANCE], np.float32),
@@ -105,37 +95,19 @@ def sheet_pictures(head: HeadAsset) -> list[Picture]:
     return pictures
 
 
-def _vertex_normals(vertices: Float[Array, "V 3"], faces) -> Float[Array, "V 3"]:
-    corners = vertices[faces]
-    normals = jnp.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
-    summed = jnp.zeros_like(vertices).at[faces.reshape(-1)].add(jnp.repeat(normals, 3, axis=0))
-    return summed / jnp.maximum(jnp.linalg.norm(summed, axis=-1, keepdims=True), 1e-12)
-
-
 @functools.partial(jax.jit, static_argnames="size")
 def shaded_heads(
-    head: HeadAsset,
-    coefficients: Coefficients,
-    camera: Camera,
-    crop: Float[Array, " 4"],
-    size: int,
+    head: HeadAsset, coefficients: Coefficients, camera: Camera, crop: Float[Array, " 4"], size: int
 ) -> Float[Array, "n size size 3"]:
-    """Lambertian pictures in [0, 1] of the heads with the given coefficients (n, ...)."""
+    """Pictures in [0, 1], on white, of the heads with the given coefficients (n, ...)."""
     faces = jnp.asarray(mesh_faces(head))
-    fine = 2 * size  # averaged down afterwards against jagged outlines
     vertices = world_vertices(head, make_identity(head, coefficients.betas), coefficients)
-    ndc = ndc_from_camera(camera_from_world(vertices, camera), camera, crop)
-    fragments = rasterize(ndc, faces, fine)
-    normals = jax.vmap(_vertex_normals, in_axes=(0, None))(vertices, faces)
-    light = np.array([0.35, 0.4, 0.85], np.float32) / np.linalg.norm([0.35, 0.4, 0.85])
-    shade = 0.25 + 0.75 * jnp.maximum(normals @ light, 0)
     n_own = head.template.shape[0]
     colour = jnp.where(mesh_render_mask(head)[:, None], _SKIN, _HIDDEN)
     inner = jnp.concatenate([head.inner_mouth, jnp.ones(colour.shape[0] - n_own, bool)])
     colour = jnp.where(inner[:, None], _INNER, colour)
-    image = interpolate(fragments, faces, shade[..., None] * colour)
-    image = jnp.where((fragments.face >= 0)[..., None], image, 1.0)
-    return image.reshape(-1, size, 2, size, 2, 3).mean(axis=(2, 4))
+    colour = plain_shade(vertices, faces, _LIGHT)[..., None] * colour
+    return shade_mesh(vertices, faces, colour, camera, crop, size, background=1.0)
 
 
 def head_sheet(head: HeadAsset, cell: int = 160, batch: int = 10) -> UInt8[np.ndarray, "height width 3"]:

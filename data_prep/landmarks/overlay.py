@@ -12,15 +12,14 @@ import numpy as np
 from jaxtyping import Array, Float, UInt8
 
 from loki_jax.face.asset import HeadAsset
-from loki_jax.face.camera import camera_from_world, ndc_from_camera, project
+from loki_jax.face.camera import camera_from_world, project
 from loki_jax.face.crop import crop_and_resize
 from loki_jax.face.ict import MEDIAPIPE_OF_IBUG
 from loki_jax.face.skinning import landmark_positions, make_identity, mesh_faces, world_vertices
 from loki_jax.face.types import Camera, Coefficients
 from loki_jax.fitting.clips import FittedClip
 from loki_jax.fitting.points import LANDMARK_SET
-from loki_jax.raster.api import rasterize
-from loki_jax.raster.fragments import interpolate
+from loki_jax.synthetic.shading import plain_shade, shade_mesh
 
 _PUPILS = 468, 473
 
@@ -29,12 +28,20 @@ _SEEN, _MODEL = (60, 255, 60), (255, 50, 50)  # landmarks found in the image; th
 
 def overlay_frames(
     clip: FittedClip, head: HeadAsset, size: int = 256, opacity: float = 0.55
-) -> Iterator[UInt8[np.ndarray, "S S2 3"]]:
-    """For each frame a picture (size, 2 size, 3): the crop, and the crop under the shaded mesh with the 68
-    found landmarks and pupils in green and the mesh's in red."""
+) -> Iterator[UInt8[np.ndarray, "S 2*S 3"]]:
+    """For each frame a picture (size, 2 size, 3): the crop, and the crop under the shaded mesh.
+
+    The 68 landmarks and pupils that were found are green, those of the mesh red.
+
+    Args:
+      clip: frames, landmarks and fit of one clip.
+      head: the head that was fitted.
+      size: side of one half in pixels.
+      opacity: of the mesh.
+    """
     fit = clip.fit
     crop = jnp.asarray(clip.crop)
-    # All 478 would hide the lids and lips of the mesh.
+    # All 478 landmarks would hide the lids and lips of the mesh.
     held = np.flatnonzero(np.asarray(head.landmarks[LANDMARK_SET].face) >= 0)
     drawn = np.intersect1d(held, (*MEDIAPIPE_OF_IBUG, *_PUPILS))
     origin, scale = clip.crop[:2], size / (clip.crop[2] - clip.crop[0])
@@ -42,7 +49,7 @@ def overlay_frames(
         coefficients = Coefficients(*(jnp.asarray(field[index]) for field in fit.coefficients))
         shade, covered, marks = _render(head, coefficients, fit.camera, crop, size)
         plain = crop_and_resize(frame, clip.crop, size)
-        alpha = opacity * np.asarray(covered, np.float32)[..., None]
+        alpha = opacity * np.asarray(covered)[..., None]
         drawing = plain * (1 - alpha) + np.asarray(shade)[..., None] * (255 * alpha)
         drawing = np.ascontiguousarray(np.clip(drawing, 0, 255).astype(np.uint8))
         seen = (clip.track.points[index, :, :2] - origin) * scale
@@ -66,15 +73,10 @@ def _render(
     """Shading in 0..1, coverage and the mesh's landmarks in pixels of the uncropped frame."""
     faces = mesh_faces(head)
     world = world_vertices(head, make_identity(head, coefficients.betas), coefficients)
-    corners = world[faces]
-    normals = jnp.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
-    normals = jnp.zeros_like(world).at[faces].add(normals[:, None])
-    normals /= jnp.linalg.norm(normals, axis=-1, keepdims=True) + 1e-12
-    points = camera_from_world(world, camera)
-    fragments = rasterize(ndc_from_camera(points, camera, crop), faces, size)
-    normal = interpolate(fragments, faces, normals)
     # Light from the upper left of the viewer, so that lips and lids stand out.
-    light = jnp.array([-0.4, 0.5, 0.77])
-    shade = jnp.clip(0.25 + 0.75 * jnp.sum(normal * light, -1), 0, 1)
+    shade = plain_shade(world, faces, (-0.4, 0.5, 0.77))
+    # The second channel is the coverage.
+    attributes = jnp.stack([shade, jnp.ones_like(shade)], axis=-1)
+    image = shade_mesh(world, faces, attributes, camera, crop, size, supersample=1)
     marks = landmark_positions(head, world, LANDMARK_SET)
-    return shade, (fragments.face >= 0).astype(jnp.float32), project(camera_from_world(marks, camera), camera)
+    return image[..., 0], image[..., 1], project(camera_from_world(marks, camera), camera)

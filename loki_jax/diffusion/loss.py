@@ -16,12 +16,12 @@ PREDICTIONS = ("epsilon", "v", "x0")
 def sample_timesteps(
     key: PRNGKeyArray, batch: int, frames: int, num_timesteps: int = 1000, shared: float = 0.0
 ) -> Int[Array, "b t"]:
-    """Uniform timesteps, independent for each frame, but for a share of windows whose frames have one.
+    """Uniform timesteps in [0, num_timesteps), independent for each frame or shared by a window's frames.
 
     Args:
-      shared: probability of a window to have a single timestep, as it has in sampling. Among frames of
-        independent timesteps a noisy one can take its colours from cleaner ones; never from these
-        alone does a small network learn to take them from the reference.
+      shared: probability that all frames of a window have one timestep, as in sampling. Where timesteps
+        are independent, a noisy frame can take its colours from cleaner ones; a small network trained
+        on such windows alone does not learn to take them from the reference.
     """
     timesteps = jax.random.randint(key, (batch, frames), 0, num_timesteps)
     if shared == 0:
@@ -36,7 +36,7 @@ def q_sample(
     timesteps: Int[Array, "*n"],
     noise: Float[Array, "*n h w c"],
 ) -> Float[Array, "*n h w c"]:
-    """x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) noise."""
+    """x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) noise (Ho et al. 2020, equation 4)."""
     signal, sigma = _coefficients(schedule, timesteps)
     return signal * x0 + sigma * noise
 
@@ -48,7 +48,11 @@ def prediction_target(
     noise: Float[Array, "*n h w c"],
     prediction: str = "epsilon",
 ) -> Float[Array, "*n h w c"]:
-    """What the network should predict: noise, v = sqrt(alpha_bar) noise - sqrt(1 - alpha_bar) x_0, or x_0."""
+    """What the network should predict: noise, v = sqrt(alpha_bar) noise - sqrt(1 - alpha_bar) x_0, or x_0.
+
+    Raises:
+      ValueError: unknown prediction.
+    """
     check_prediction(prediction)
     if prediction == "epsilon":
         return noise
@@ -76,10 +80,13 @@ def diffusion_loss(
         draws do not depend on the rest of the batch.
       prediction: "epsilon", "v" or "x0".
       shared_timesteps: see `sample_timesteps`.
-      min_snr_gamma: gamma of `min_snr_weights`, with which each frame's error is weighted; 0: all alike.
+      min_snr_gamma: gamma of the `min_snr_weights` of the frames' errors; 0: equal weights.
 
     Returns:
       The loss, and {"mse": error of each frame (B,T), not weighted, "timesteps": (B,T)}.
+
+    Raises:
+      ValueError: unknown prediction.
     """
     x0 = x0.astype(jnp.float32)
 
@@ -106,7 +113,10 @@ def min_snr_weights(
     error of the clean latents is weighted by min(SNR, gamma), SNR = alpha_bar / (1 - alpha_bar). In terms of
     what the network predicts that is min(SNR, gamma) / SNR for epsilon, min(SNR, gamma) / (SNR + 1) for v
     and min(SNR, gamma) for x0. Where no signal is left the weight is 1 for epsilon (its limit) and 0
-    for v and x0: at true zero terminal SNR the last step, where sampling starts, is then never trained.
+    for v and x0: at true zero terminal SNR the last step, where sampling starts, is never trained.
+
+    Raises:
+      ValueError: unknown prediction.
     """
     check_prediction(prediction)
     alpha = jnp.asarray(schedule.alphas_cumprod)[timesteps]

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int, PyTree
 from loki_jax.diffusion.loss import check_prediction
 from loki_jax.diffusion.schedule import Schedule, ddim_timesteps
 
-# Epsilon prediction at a lower signal power is divided by almost nothing.
+# At a lower signal power, epsilon prediction divides by almost nothing.
 _MIN_SIGNAL_POWER = 1e-8
 
 
@@ -91,7 +91,11 @@ def ddim_sample(
 def ddim_alphas(
     schedule: Schedule, steps: int, spacing: str
 ) -> tuple[Int[np.ndarray, " steps"], Float[np.ndarray, " steps"], Float[np.ndarray, " steps"]]:
-    """Timesteps in the order of sampling (noisiest first), alpha_bar there and where each step ends."""
+    """Timesteps in the order of sampling (noisiest first), alpha_bar there and where each step ends.
+
+    Raises:
+      ValueError: unknown spacing, or too many steps.
+    """
     ascending = ddim_timesteps(steps, spacing, len(schedule.alphas_cumprod))
     alpha_bar = np.asarray(schedule.alphas_cumprod)
     alpha = alpha_bar[ascending]
@@ -101,7 +105,7 @@ def ddim_alphas(
 
 
 def estimates(
-    x: Float[Array, "*b"], prediction: Float[Array, "*b"], alpha: Float[Array, ""], kind: str
+    x: Float[Array, "*b"], prediction: Float[Array, "*b"], alpha: Float[Array, "*#b"], kind: str
 ) -> tuple[Float[Array, "*b"], Float[Array, "*b"]]:
     """Clean latents and noise implied by an "epsilon", "v" or "x0" prediction at signal power `alpha`."""
     signal, sigma = jnp.sqrt(alpha), jnp.sqrt(1 - alpha)

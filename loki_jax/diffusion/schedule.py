@@ -41,10 +41,10 @@ def alphas_cumprod(
 
     Args:
       max_beta: 0.99 as published, so that the last step keeps a trace of signal (alpha_bar about 5e-10);
-        1 makes the last step pure noise, as Lin et al. mean it. Then the network must predict v or x0:
-        noise alone says nothing about epsilon's counterpart, the clean latents.
+        1 makes the last step pure noise, as Lin et al. intend. Then the network must predict v or x0,
+        because pure noise and epsilon do not determine the clean latents.
       shift_frames: n of the shift; the published schedule has 15 although windows have 16 frames
-        (section 11, row 16). None leaves the ratio alone.
+        (method, section 11, row 16). None leaves the ratio alone.
       latent_size: side of the latents.
     """
     betas = np.linspace(beta_start**0.5, beta_end**0.5, num_timesteps, dtype=np.float64) ** 2

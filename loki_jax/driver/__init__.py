@@ -1,10 +1,16 @@
 """Driver maps: head coefficients as images that the generation network reads (method, section 5)."""
 
-from loki_jax.driver.encoding import canonical_positions, encode_fragments, flame_vector, positional_encoding
+from loki_jax.driver.encoding import (
+    DriverInputs,
+    canonical_positions,
+    encode_map,
+    flame_vector,
+    positional_encoding,
+)
 from loki_jax.driver.map import driver_map, map_of_mesh, ndc_vertices
-from loki_jax.driver.registry import driver_channels
+from loki_jax.driver.registry import ARMS, DriverArm, driver_channels, find_arm
 
 __all__ = [
-    "canonical_positions", "driver_channels", "driver_map", "encode_fragments", "flame_vector",
-    "map_of_mesh", "ndc_vertices", "positional_encoding",
+    "ARMS", "DriverArm", "DriverInputs", "canonical_positions", "driver_channels", "driver_map",
+    "encode_map", "find_arm", "flame_vector", "map_of_mesh", "ndc_vertices", "positional_encoding",
 ]  # fmt: skip

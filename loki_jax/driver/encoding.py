@@ -1,39 +1,71 @@
+"""From a rasterised head to the channels of the driver map (method, section 5).
+
+The full map has 45 channels, zero wherever the head is not seen:
+  0..41   sines and cosines of the *canonical template position* of the surface point. For axis
+          c = 0, 1, 2 and k = 0..6: channel 14 c + k is sin(2^k p_c), channel 14 c + 7 + k is
+          cos(2^k p_c). The values identify the point of the head; pose decides where they appear.
+  42..44  the point's displacement by expression, jaw and eyes, over 0.0104 m.
+"""
+
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from loki_jax.driver.registry import driver_channels
 from loki_jax.face.asset import HeadAsset
 from loki_jax.face.types import Coefficients
 from loki_jax.raster.fragments import Fragments, interpolate
 
 EXPRESSION_SCALE = 0.0104  # metres: standard deviation of the offsets, method, section 5
 
-# Of each channel of the encoding: its axis, the factor 2^k, and the quarter turns that make a sine a cosine.
-_AXIS = np.repeat(np.arange(3), 14)
+FREQUENCIES = 7  # of the positional encoding, per axis
 
-_FREQUENCY = np.tile(2.0 ** (np.arange(14) % 7), 3).astype(np.float32)
-
-_QUARTER = np.tile(np.arange(14) // 7, 3).astype(np.float32)
+# For each channel of the encoding: its axis, the factor 2^k, and the quarter turns from sine to cosine.
+_AXIS = np.repeat(np.arange(3), 2 * FREQUENCIES)
+_FREQUENCY = np.tile(2.0 ** (np.arange(2 * FREQUENCIES) % FREQUENCIES), 3).astype(np.float32)
+_QUARTER = np.tile(np.arange(2 * FREQUENCIES) // FREQUENCIES, 3).astype(np.float32)
 
 # pi in three parts; products of the first with up to 2^14 halves are exact in float32.
 _PI = (3.140625, 9.67502593994140625e-4, 1.5099579897537296e-7)
 
 
-def canonical_positions(vertices: Float[Array, "V 3"]) -> Float[Array, "V 3"]:
-    """Template vertices minus their mean, over the largest (signed) coordinate of all."""
+class DriverInputs(NamedTuple):
+    """What the `encode` of an arm may read. A field is None where the caller does not have it.
+
+    Attributes:
+      head: the head asset.
+      coefficients: of each frame, metres and radians.
+      faces: vertex indices of the whole mesh, inner mouth included.
+      canonical: canonical positions of the vertices (`canonical_positions`).
+      points: posed vertices in camera axes (+x right, +y down, +z away), metres.
+      offsets: displacement of the vertices by expression, jaw and eyes, head frame, metres.
+      fragments: the rasterised frames, with faces outside of the render mask cleared.
+    """
+
+    head: HeadAsset | None = None
+    coefficients: Coefficients | None = None
+    faces: Int[Array | np.ndarray, "F 3"] | None = None
+    canonical: Float[Array, "V 3"] | None = None
+    points: Float[Array, "*b V 3"] | None = None
+    offsets: Float[Array, "*b V 3"] | None = None
+    fragments: Fragments | None = None
+
+
+def canonical_positions(vertices: Float[Array | np.ndarray, "V 3"]) -> Float[Array, "V 3"]:
+    """Template vertices minus their mean, over the largest (signed) coordinate of all. No unit."""
     centred = vertices - jnp.mean(vertices, axis=0)
     return centred / jnp.max(centred)
 
 
-def positional_encoding(positions: Float[Array, "*b 3"]) -> Float[Array, "*b 42"]:
-    """Per axis sin(2^k p), then cos(2^k p), k = 0..6, without a factor pi.
+def positional_encoding(positions: Float[Array | np.ndarray, "*b 3"]) -> Float[Array, "*b 42"]:
+    """Per axis sin(2^k p), then cos(2^k p), k = 0..6, without a factor pi (method, section 5).
 
     Within 2e-7 of the float64 value for |p| below 100. One elementwise function of position and channel,
     which XLA writes in one pass; five times as fast on a CPU as its own sine and cosine, which are not
@@ -44,7 +76,7 @@ def positional_encoding(positions: Float[Array, "*b 3"]) -> Float[Array, "*b 42"
     return _sine(chosen * _FREQUENCY, _QUARTER)
 
 
-def _sine(angle: Float[Array, "*b"], quarter: Float[Array, "*b"]) -> Float[Array, "*b"]:
+def _sine(angle: Float[Array, "*b 42"], quarter: Float[np.ndarray, " 42"]) -> Float[Array, "*b 42"]:
     """sin(angle + quarter pi / 2): reduction to [-pi/2, pi/2], then the Taylor series to 1e-9."""
     turns = lax.stop_gradient(jnp.round(angle * np.float32(1 / np.pi) + quarter / 2))
     rest = angle
@@ -58,38 +90,38 @@ def _sine(angle: Float[Array, "*b"], quarter: Float[Array, "*b"]) -> Float[Array
     return jnp.where(turns.astype(jnp.int32) & 1, -value, value)
 
 
-def encode_fragments(
-    fragments: Fragments,
-    faces: Int[Array, "F 3"],
-    canonical: Float[Array, "V 3"],
-    offsets: Float[Array, "*b V 3"],
-    arm: str = "full",
-    dtype=jnp.float32,
+def encode_map(
+    inputs: DriverInputs, dtype: DTypeLike = jnp.float32, *, positions: bool = True, offsets: bool = True
 ) -> Float[Array, "*b S S C"]:
-    """The driver map of rasterised fragments: 3 + 3 interpolated numbers, encoded at the pixel."""
-    driver_channels(arm)
-    parts = []
-    if arm != "no_posenc":
+    """The paper's driver map, or its channels of `positions` or `offsets` alone: 45, 42 or 3.
+
+    Attributes of vertices are interpolated, then encoded at the pixel.
+    """
+    fragments, parts = inputs.fragments, []
+    if positions:
         # Under differentiation only three numbers a pixel are kept. The cosine of a zero is one.
         encode = jax.checkpoint(
             lambda p: jnp.where(fragments.covered[..., None], positional_encoding(p), 0.0).astype(dtype)
         )
-        parts.append(encode(interpolate(fragments, faces, canonical)))
-    if arm != "no_deform":
-        parts.append((interpolate(fragments, faces, offsets) / EXPRESSION_SCALE).astype(dtype))
+        parts.append(encode(interpolate(fragments, inputs.faces, inputs.canonical)))
+    if offsets:
+        displacement = interpolate(fragments, inputs.faces, inputs.offsets)
+        parts.append((displacement / EXPRESSION_SCALE).astype(dtype))
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1)
 
 
-def flame_vector(head: HeadAsset, coefficients: Coefficients) -> Float[Array, "*b n_expr+12"]:
-    """Expression, head rotation, neck, jaw and eyes as one vector a frame (the vector arm).
+def flame_vector(inputs: DriverInputs, dtype: DTypeLike = jnp.float32) -> Float[Array, "*b C"]:
+    """Expression, head rotation, neck, jaw and eyes as one float32 vector a frame, whatever `dtype`.
+
+    C = n_expr + 12 numbers in metres and radians.
 
     Raises:
       ValueError: the number of expression coefficients is not the head's.
     """
-    if coefficients.expression.shape[-1:] != (head.n_expression,):
+    head, c = inputs.head, inputs.coefficients
+    if c.expression.shape[-1:] != (head.n_expression,):
         raise ValueError(
-            f"expression coefficients {tuple(coefficients.expression.shape)} do not end in the "
+            f"expression coefficients {tuple(c.expression.shape)} do not end in the "
             f"{head.n_expression} axes of head {head.name!r}"
         )
-    c = coefficients
     return jnp.concatenate([c.expression, c.rot, c.neck, c.jaw, c.eyes], axis=-1)

@@ -1,15 +1,77 @@
+"""The driver arms: what the generation network sees of the head (method, section 5).
+
+An entry of `ARMS` is everything that an arm consists of; `config.driver.arm` selects one by its name. No
+other module knows the arms, so a new one is a function and an entry here.
+"""
+
 from __future__ import annotations
 
-_CHANNELS = {"full": 45, "no_posenc": 3, "no_deform": 42}
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+from jax.typing import DTypeLike
+from jaxtyping import Array
+
+from loki_jax.driver.encoding import DriverInputs, encode_map, flame_vector
+from loki_jax.driver.preview import preview_map
+from loki_jax.face.asset import HeadAsset
+
+DEFAULT_ARM = "full"
 
 
-def driver_channels(arm: str) -> int:
-    """Channels of the driver map of an ablation arm.
+class DriverArm(NamedTuple):
+    """One way to show the head to the generation network.
+
+    Attributes:
+      channels: C of the result, or a function of the head that gives it.
+      encode: from `DriverInputs` and a dtype to the map (*b, S, S, C), exactly zero on the background; or,
+        unless `spatial`, to a vector (*b, C). Traceable and differentiable.
+      preview: from the map to a uint8 RGB picture (*b, S, S, 3); traceable. An arm that is not spatial has
+        none: the map of `DEFAULT_ARM` is shown in its place.
+      spatial: whether the arm is a map. If not, `encode` is given the head and its coefficients only.
+    """
+
+    channels: int | Callable[[HeadAsset], int]
+    encode: Callable[[DriverInputs, DTypeLike], Array]
+    preview: Callable[[Array], Array] | None
+    spatial: bool = True
+
+
+ARMS = {
+    "full": DriverArm(45, encode_map, preview_map),
+    "no_posenc": DriverArm(3, partial(encode_map, positions=False), partial(preview_map, positions=False)),
+    "no_deform": DriverArm(42, partial(encode_map, offsets=False), partial(preview_map, offsets=False)),
+    "flame_vector": DriverArm(lambda head: head.n_expression + 12, flame_vector, None, spatial=False),
+}
+
+
+def find_arm(name: str) -> DriverArm:
+    """The arm called `name`.
 
     Raises:
-      ValueError: there is no such arm, or it has no map.
+      ValueError: there is none.
     """
-    if arm not in _CHANNELS:
-        hint = " (its numbers come from `flame_vector`)" if arm == "flame_vector" else ""
-        raise ValueError(f"arm {arm!r} has no driver map{hint}; arms with one: {', '.join(_CHANNELS)}")
-    return _CHANNELS[arm]
+    if name not in ARMS:
+        raise ValueError(f"unknown driver arm {name!r}; one of {', '.join(ARMS)}")
+    return ARMS[name]
+
+
+def find_map_arm(name: str) -> DriverArm:
+    """The arm called `name`, or that of `DEFAULT_ARM` where it has no map.
+
+    Raises:
+      ValueError: there is no such arm.
+    """
+    arm = find_arm(name)
+    return arm if arm.spatial else ARMS[DEFAULT_ARM]
+
+
+def driver_channels(name: str, head: HeadAsset) -> int:
+    """Channels of the arm called `name` for a head.
+
+    Raises:
+      ValueError: there is no such arm.
+    """
+    channels = find_arm(name).channels
+    return channels(head) if callable(channels) else channels

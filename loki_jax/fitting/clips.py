@@ -26,7 +26,7 @@ from loki_jax.fitting.landmarker import Landmarker
 from loki_jax.fitting.model_files import fetch_models
 from loki_jax.fitting.problem import FitSettings, pad_frames
 from loki_jax.fitting.tracking import Track, clip_landmarks, image_landmarks
-from loki_jax.video.reader import read_image, read_video, resample_to_fps
+from loki_jax.video import read_image, read_video, resample_to_fps
 
 CROP_FACTOR = 1.2
 

@@ -25,11 +25,10 @@ BACKENDS = ("auto", "xla", "chunked", "cudnn", "splash")
 
 # Logits beyond this number of float32 entries (1 GiB) are not materialised by `auto`.
 _MAX_LOGITS = 2**28
-# Entries of logits that one block of the chunked backend may hold (64 MiB).
-_CHUNK_LOGITS = 2**24
-# But a block has at least this many queries, however large the (global) batch is.
-_MIN_CHUNK = 128
-# Tokens that the splash kernel works on come in multiples of this.
+# A block of the chunked backend holds at most this many entries (64 MiB), but has at least this many
+# queries, however large the (global) batch is.
+_CHUNK_LOGITS, _MIN_CHUNK = 2**24, 128
+# The splash kernel works on multiples of this many tokens.
 _LANES = 128
 
 
@@ -72,8 +71,11 @@ def attend_shared(
     """Attention within each frame, with further keys and values that all frames of a sample share.
 
     The same as `attend` on every frame with the shared tokens appended. The shared keys and values
-    are copied to the frames: that is small beside the logits, the fused kernels need it, and on CPU
-    it was measured faster than attending to both parts separately and joining them.
+    are copied to the frames: the copies are small beside the logits, the fused kernels need them, and on
+    CPU this is faster than attending to both parts separately and joining them.
+
+    Raises:
+      ValueError: as `attend`.
     """
     b, t = q.shape[:2]
     flat = lambda x: x.reshape(b * t, *x.shape[2:])
@@ -112,7 +114,7 @@ def _problem(backend: str, q: Array) -> str | None:
 
 
 def _mesh_size() -> int:
-    """Over how many devices XLA splits the program: inside `shard_map` each already holds its own share."""
+    """Devices that XLA splits the program over; none more inside `shard_map`, where each has its share."""
     mesh = jax.sharding.get_abstract_mesh()
     kinds = zip(mesh.shape.values(), mesh.axis_types, strict=True)
     return math.prod(size for size, kind in kinds if kind != AxisType.Manual)
@@ -166,30 +168,22 @@ def _splash_local(q: Array, k: Array, v: Array, interpret: bool) -> Array:
 
     n, m, heads = q.shape[1], k.shape[1], q.shape[2]
     padded_n, padded_m = (-(-tokens // _LANES) * _LANES for tokens in (n, m))
-    block_q, block_kv = _splash_block(padded_n), _splash_block(padded_m)
+    sizes = dict.fromkeys(("block_q", "block_q_dkv", "block_q_dq"), _splash_block(padded_n))
+    sizes |= dict.fromkeys(("block_kv", "block_kv_dkv", "block_kv_dq"), _splash_block(padded_m))
     apply = kernel.make_splash_mha(
         # Every query sees every key; this mask is a shape, not an array.
         masks.MultiHeadMask([masks.FullMask((padded_n, padded_m))] * heads),
-        block_sizes=kernel.BlockSizes(
-            block_q=block_q,
-            block_kv=block_kv,
-            block_q_dkv=block_q,
-            block_kv_dkv=block_kv,
-            block_q_dq=block_q,
-            block_kv_dq=block_kv,
-        ),
+        block_sizes=kernel.BlockSizes(**sizes),
         head_shards=1,
         q_seq_shards=1,
         interpret=interpret,
     )
-    # Padded queries stand in the real segment, so that none has an empty softmax; they are cut off below.
-    segments = (
-        None
-        if padded_m == m
-        else kernel.SegmentIds(
-            q=jnp.zeros(padded_n, jnp.int32), kv=(jnp.arange(padded_m) >= m).astype(jnp.int32)
-        )
-    )
+    segments = None
+    if padded_m != m:
+        # Padded queries belong to the real segment, so that none has an empty softmax; they are cut off at
+        # the end.
+        padding = (jnp.arange(padded_m) >= m).astype(jnp.int32)
+        segments = kernel.SegmentIds(q=jnp.zeros(padded_n, jnp.int32), kv=padding)
     q, k, v = _pad_tokens(_scaled(q), padded_n), _pad_tokens(k, padded_m), _pad_tokens(v, padded_m)
     heads_first = (x.swapaxes(1, 2) for x in (q, k, v))
     out = jax.vmap(lambda q, k, v: apply(q, k, v, segment_ids=segments))(*heads_first)

@@ -1,4 +1,4 @@
-"""Image autoencoders: the VAE of Stable Diffusion, and a space-to-depth stand-in without weights.
+"""Image autoencoders: the VAE of Stable Diffusion, and a space-to-depth one without weights.
 
 Both have the interface
   encode(images (N,S,S,3) in [-1, 1]) -> (mean, logvar), each (N,h,w,c)
@@ -16,9 +16,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
+from ml_collections import ConfigDict
 
 from loki_jax.models.attention import attend
-from loki_jax.models.layers import Conv3x3, Dtype, GroupNorm, dense, upsample_nearest
+from loki_jax.models.layers import Conv3x3, Dtype, GroupNorm, ResidualBlock, dense, upsample_nearest
 
 _EPS = 1e-6
 
@@ -31,22 +32,6 @@ def sample_posterior(
 ) -> Float[Array, "*b h w c"]:
     """One draw mean + exp(logvar / 2) * noise."""
     return mean + jnp.exp(0.5 * logvar) * jax.random.normal(key, mean.shape, mean.dtype)
-
-
-class _Residual(nn.Module):
-    features: int
-    groups: int
-    dtype: Dtype
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n h w f"]:
-        h = nn.silu(GroupNorm(self.groups, _EPS, name="norm1")(x))
-        h = Conv3x3(self.features, dtype=self.dtype, name="conv1")(h)
-        h = nn.silu(GroupNorm(self.groups, _EPS, name="norm2")(h))
-        h = Conv3x3(self.features, dtype=self.dtype, name="conv2")(h)
-        if x.shape[-1] != self.features:
-            x = dense(self.features, "skip", self.dtype)(x)
-        return x + h
 
 
 class _MiddleAttention(nn.Module):
@@ -75,9 +60,9 @@ class _Middle(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n h w c"]:
-        x = _Residual(self.features, self.groups, self.dtype, name="residual_0")(x)
+        x = ResidualBlock(self.features, self.groups, self.dtype, _EPS, name="residual_0")(x)
         x = _MiddleAttention(self.groups, self.backend, self.dtype, name="attention")(x)
-        return _Residual(self.features, self.groups, self.dtype, name="residual_1")(x)
+        return ResidualBlock(self.features, self.groups, self.dtype, _EPS, name="residual_1")(x)
 
 
 class _Encoder(nn.Module):
@@ -89,11 +74,11 @@ class _Encoder(nn.Module):
     dtype: Dtype
 
     @nn.compact
-    def __call__(self, x: Float[Array, "n s s 3"]) -> Float[Array, "n h w out"]:
+    def __call__(self, x: Float[Array, "n height width 3"]) -> Float[Array, "n h w out"]:
         h = Conv3x3(self.widths[0], dtype=self.dtype, name="conv_in")(x)
         for level, width in enumerate(self.widths):
             for i in range(self.num_res_blocks):
-                h = _Residual(width, self.groups, self.dtype, name=f"down_{level}_residual_{i}")(h)
+                h = ResidualBlock(width, self.groups, self.dtype, _EPS, name=f"down_{level}_residual_{i}")(h)
             if level + 1 < len(self.widths):
                 # Padded right and bottom only, as these weights were trained.
                 h = Conv3x3(
@@ -112,12 +97,12 @@ class _Decoder(nn.Module):
     dtype: Dtype
 
     @nn.compact
-    def __call__(self, z: Float[Array, "n h w c"]) -> Float[Array, "n s s 3"]:
+    def __call__(self, z: Float[Array, "n h w c"]) -> Float[Array, "n height width 3"]:
         h = Conv3x3(self.widths[-1], dtype=self.dtype, name="conv_in")(z)
         h = _Middle(self.widths[-1], self.groups, self.backend, self.dtype, name="middle")(h)
         for level, width in reversed(list(enumerate(self.widths))):
             for i in range(self.num_res_blocks + 1):
-                h = _Residual(width, self.groups, self.dtype, name=f"up_{level}_residual_{i}")(h)
+                h = ResidualBlock(width, self.groups, self.dtype, _EPS, name=f"up_{level}_residual_{i}")(h)
             if level:
                 h = Conv3x3(width, dtype=self.dtype, name=f"up_{level}_sample")(upsample_nearest(h))
         h = nn.silu(GroupNorm(self.groups, _EPS, name="norm_out")(h))
@@ -148,24 +133,20 @@ class AutoencoderKL(nn.Module):
         return 2 ** (len(self.widths) - 1)
 
     def setup(self) -> None:
-        self.encoder = _Encoder(
-            self.widths,
-            self.num_res_blocks,
-            2 * self.latent_channels,
-            self.norm_groups,
-            self.attention_backend,
-            self.dtype,
-        )
-        self.decoder = _Decoder(
-            self.widths, self.num_res_blocks, self.norm_groups, self.attention_backend, self.dtype
-        )
+        common = (self.norm_groups, self.attention_backend, self.dtype)
+        self.encoder = _Encoder(self.widths, self.num_res_blocks, 2 * self.latent_channels, *common)
+        self.decoder = _Decoder(self.widths, self.num_res_blocks, *common)
         self.quant = dense(2 * self.latent_channels, None, self.dtype)
         self.post_quant = dense(self.latent_channels, None, self.dtype)
 
     def encode(
-        self, images: Float[Array, "n s s 3"]
+        self, images: Float[Array, "n height width 3"]
     ) -> tuple[Float[Array, "n h w c"], Float[Array, "n h w c"]]:
-        """Mean and log-variance of the scaled latents, float32. Raises ValueError on a bad size."""
+        """Mean and log-variance of the scaled latents, float32.
+
+        Raises:
+          ValueError: the images' sides are not divisible by the stride.
+        """
         if images.shape[1] % self.stride or images.shape[2] % self.stride:
             raise ValueError(
                 f"images of {images.shape[1]} x {images.shape[2]} are not divisible by {self.stride}"
@@ -175,12 +156,12 @@ class AutoencoderKL(nn.Module):
         logvar = jnp.clip(logvar, DETERMINISTIC_LOGVAR, 20.0)
         return mean * self.scale, logvar + 2 * math.log(self.scale)
 
-    def decode(self, latents: Float[Array, "n h w c"]) -> Float[Array, "n s s 3"]:
+    def decode(self, latents: Float[Array, "n h w c"]) -> Float[Array, "n height width 3"]:
         """Images in about [-1, 1], float32, of scaled latents."""
         codes = (latents / self.scale).astype(self.dtype)
         return self.decoder(self.post_quant(codes)).astype(jnp.float32)
 
-    def __call__(self, images: Float[Array, "n s s 3"]) -> Float[Array, "n s s 3"]:
+    def __call__(self, images: Float[Array, "n height width 3"]) -> Float[Array, "n height width 3"]:
         """Reconstruction from the posterior mean; touches every parameter (for `init`)."""
         return self.decode(self.encode(images)[0])
 
@@ -201,12 +182,17 @@ class PixelAutoencoder(nn.Module):
 
     @property
     def latent_channels(self) -> int:
+        """Channels of the latents."""
         return 3 * self.patch**2
 
     def encode(
-        self, images: Float[Array, "n s s 3"]
+        self, images: Float[Array, "n height width 3"]
     ) -> tuple[Float[Array, "n h w c"], Float[Array, "n h w c"]]:
-        """The scaled latents and a constant log-variance of -30. Raises ValueError on a bad size."""
+        """The scaled latents and a constant log-variance of -30.
+
+        Raises:
+          ValueError: the images' sides are not divisible by the patch size.
+        """
         n, height, width, colours = images.shape
         p = self.patch
         if height % p or width % p:
@@ -215,21 +201,23 @@ class PixelAutoencoder(nn.Module):
         z = z.transpose(0, 1, 3, 2, 4, 5).reshape(n, height // p, width // p, p * p * colours) * self.scale
         return z, jnp.full_like(z, DETERMINISTIC_LOGVAR)
 
-    def decode(self, latents: Float[Array, "n h w c"]) -> Float[Array, "n s s 3"]:
+    def decode(self, latents: Float[Array, "n h w c"]) -> Float[Array, "n height width 3"]:
         """The images of scaled latents."""
         n, h, w, _ = latents.shape
         p = self.patch
         x = (latents / self.scale).reshape(n, h, w, p, p, 3).transpose(0, 1, 3, 2, 4, 5)
         return x.reshape(n, h * p, w * p, 3)
 
-    def __call__(self, images: Float[Array, "n s s 3"]) -> Float[Array, "n s s 3"]:
+    def __call__(self, images: Float[Array, "n height width 3"]) -> Float[Array, "n height width 3"]:
+        """The images again (for `init`)."""
         return self.decode(self.encode(images)[0])
 
 
-def make_autoencoder(config) -> AutoencoderKL | PixelAutoencoder:
-    """The autoencoder of `config.model` (an ml_collections.ConfigDict), keys see `models/loki.py`.
+def make_autoencoder(config: ConfigDict) -> AutoencoderKL | PixelAutoencoder:
+    """The autoencoder of `config.model`; configs/common.py explains the keys.
 
-    Raises ValueError when the kind is unknown or its latents do not fit `model.latent_channels`.
+    Raises:
+      ValueError: unknown kind, or latents that do not fit `model.latent_channels`.
     """
     options = config.autoencoder
     if options.kind == "kl":

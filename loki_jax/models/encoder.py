@@ -1,4 +1,4 @@
-"""Encoders of the driver: from a driver map, or a coefficient vector, to the UNet's first feature map.
+"""Encoders of the driver: from a driver map, or from a vector, to the UNet's first feature map.
 
 Both end in a zero-initialised convolution, so training starts from the unconditioned backbone.
 Method, sections 5 and 6.
@@ -10,25 +10,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from loki_jax.models.layers import Conv3x3, Dtype, GroupNorm, dense
-
-
-class EncoderResidual(nn.Module):
-    """(GroupNorm, SiLU, 3x3 conv) twice, + skip (1x1 where the widths differ)."""
-
-    features: int
-    groups: int
-    dtype: Dtype
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n h w f"]:
-        h = nn.silu(GroupNorm(self.groups, name="norm1")(x))
-        h = Conv3x3(self.features, dtype=self.dtype, name="conv1")(h)
-        h = nn.silu(GroupNorm(self.groups, name="norm2")(h))
-        h = Conv3x3(self.features, dtype=self.dtype, name="conv2")(h)
-        if x.shape[-1] != self.features:
-            x = dense(self.features, "skip", self.dtype)(x)
-        return x + h
+from loki_jax.models.layers import Conv3x3, Dtype, GroupNorm, ResidualBlock, dense
 
 
 class ConditioningEncoder(nn.Module):
@@ -39,8 +21,8 @@ class ConditioningEncoder(nn.Module):
       widths: one stage for each entry: residual block to that width, then a stride-2 convolution.
       out: channels of the result, the UNet's first width.
       norm_groups: groups of every GroupNorm; must divide `stem` and all widths.
-      remat: recompute the residual blocks in the backward pass. At 512 pixels they would keep more than
-        all else in the step (docs/scaling.md).
+      remat: recompute the residual blocks in the backward pass. At 512 pixels they would otherwise keep
+        more memory than the rest of the step (docs/scaling.md).
     """
 
     stem: int = 64
@@ -59,7 +41,7 @@ class ConditioningEncoder(nn.Module):
                 f"driver maps of {x.shape[1]} x {x.shape[2]} are not divisible by the "
                 f"encoder's stride {stride}"
             )
-        block = nn.remat(EncoderResidual) if self.remat else EncoderResidual
+        block = nn.remat(ResidualBlock) if self.remat else ResidualBlock
         residual = lambda width, name: block(width, self.norm_groups, self.dtype, name=name)
         h = Conv3x3(self.stem, dtype=self.dtype, name="stem")(x.astype(self.dtype))
         for i, width in enumerate(self.widths):
@@ -71,11 +53,17 @@ class ConditioningEncoder(nn.Module):
 
 
 class VectorEncoder(nn.Module):
-    """The `flame_vector` arm: coefficients of a frame -> MLP -> spatially constant channels -> zero conv."""
+    """For driver arms without a map: vector of a frame -> MLP -> spatially constant channels -> zero conv.
+
+    Attributes:
+      hidden: width of the MLP.
+      out: channels of the result, the UNet's first width.
+      size: height and width of the latents.
+    """
 
     hidden: int
     out: int
-    size: tuple[int, int]  # height and width of the latents
+    size: tuple[int, int]
     dtype: Dtype = jnp.float32
 
     @nn.compact

@@ -2,7 +2,7 @@
 
 Parameters are float32; `dtype` is the dtype of the computation. Normalisation statistics are always
 float32 and two-pass: the mean first, then the mean of squared deviations. The one-pass form
-(E[x^2] - E[x]^2) cancels where a plane is constant, which driver maps are outside the head.
+(E[x^2] - E[x]^2) cancels where a plane is constant, as driver maps are outside of the head.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Num
 
 Dtype = Any
 
@@ -73,8 +73,8 @@ class LayerNorm(nn.Module):
         return (centred * jax.lax.rsqrt(variance + self.eps) * scale + bias).astype(x.dtype)
 
 
-# Where XLA's CPU convolution is slower than a matrix product: at most so many pixels (over the batch) and
-# at least so many channels. It was measured to take 2.5 to 5 times as long at 8 x 8 x 1,280.
+# XLA's CPU convolution is slower than a matrix product with at most so many pixels (over the batch) and
+# at least so many channels: 2.5 to 5 times at 8 x 8 x 1,280.
 _PATCH_PIXELS, _PATCH_CHANNELS = 512, 512
 
 
@@ -124,11 +124,42 @@ class Conv3x3(nn.Module):
 
 
 def dense(
-    features: int, name: str, dtype: Dtype, *, use_bias: bool = True, zero_init: bool = False
+    features: int, name: str | None, dtype: Dtype, *, use_bias: bool = True, zero_init: bool = False
 ) -> nn.Dense:
     """A linear layer over the last axis (also every 1 x 1 convolution of the networks)."""
     init = nn.initializers.zeros if zero_init else nn.initializers.lecun_normal()
     return nn.Dense(features, use_bias=use_bias, kernel_init=init, dtype=dtype, name=name)
+
+
+class ResidualBlock(nn.Module):
+    """GroupNorm, SiLU, 3x3 conv, + time, GroupNorm, SiLU, 3x3 conv, + skip (1x1 where the widths differ).
+
+    Attributes:
+      features: channels of the result.
+      groups: of both GroupNorms; must divide the channels before and after (ValueError).
+      zero_init: start with a second convolution of zeros.
+    """
+
+    features: int
+    groups: int
+    dtype: Dtype
+    eps: float = 1e-5
+    zero_init: bool = False
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "n h w c"], time: Float[Array, "n e"] | None = None
+    ) -> Float[Array, "n h w features"]:
+        """`time` is the embedding of the diffusion time, in the UNet only."""
+        h = nn.silu(GroupNorm(self.groups, self.eps, name="norm1")(x))
+        h = Conv3x3(self.features, dtype=self.dtype, name="conv1")(h)
+        if time is not None:
+            h = h + dense(self.features, "time", self.dtype)(nn.silu(time))[:, None, None, :]
+        h = nn.silu(GroupNorm(self.groups, self.eps, name="norm2")(h))
+        h = Conv3x3(self.features, zero_init=self.zero_init, dtype=self.dtype, name="conv2")(h)
+        if x.shape[-1] != self.features:
+            x = dense(self.features, "skip", self.dtype)(x)
+        return x + h
 
 
 def upsample_nearest(x: Float[Array, "n h w c"]) -> Float[Array, "n 2*h 2*w c"]:
@@ -138,7 +169,7 @@ def upsample_nearest(x: Float[Array, "n h w c"]) -> Float[Array, "n 2*h 2*w c"]:
     return x.reshape(n, 2 * h, 2 * w, c)
 
 
-def timestep_embedding(timesteps: Float[Array, " n"], dim: int) -> Float[Array, "n dim"]:
+def timestep_embedding(timesteps: Num[Array, " n"], dim: int) -> Float[Array, "n dim"]:
     """Sinusoidal embedding [cos, sin] of diffusion times, wavelengths 2 pi to 2 pi 10^4; float32."""
     half = dim // 2
     frequencies = jnp.exp(-jnp.log(10000.0) * jnp.arange(half, dtype=jnp.float32) / half)

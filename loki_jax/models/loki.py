@@ -1,35 +1,16 @@
 """The whole network: driver encoder, generation UNet and reference UNet. Method, sections 1, 6, 11.
 
-Keys of `config.model` (an `ml_collections.ConfigDict`; a value in brackets is the default where the
-key may be absent):
-
-  latent_channels, latent_size   c and the side h = w of the latents
-  dtype ["float32"]              of the computation; parameters are float32
-  attention_backend ["auto"]     see `models/attention.py`
-  remat [False]                  recompute blocks of encoder and generation UNet in the backward pass
-  norm_groups [32]               groups of every GroupNorm in encoder and UNets
-  unet.channels, unet.multipliers, unet.num_res_blocks, unet.attention_levels, unet.head_channels
-  unet.attention_modes           one of "spatial", "3d", "temporal" (generation branch only) a level
-  unet.context_dim [None]        keep text cross-attention in the generation UNet as well
-  encoder.kind ["map"]           "map" (driver map) or "vector" (flame_vector)
-  encoder.in_channels            45, 42 or 3; for "vector" the length of the coefficient vector
-  encoder.stem, encoder.widths   "map": one stride-2 stage for each width
-  encoder.hidden                 "vector": width of the MLP
-  reference.driver [False]       whether the branch is given the driver map of the reference frame
-  reference.trainable            whether `params["reference"]` is trained (False: frozen)
-  reference.context_dim [None]   width of the null-prompt embedding; None for no cross-attention
-  reference.channels, .multipliers, .num_res_blocks
-                                 [those of unet]; the attended widths must be the generation UNet's
-  autoencoder.kind               "kl": .widths, .num_res_blocks, .scale; "pixel": .patch, .scale
+configs/common.py explains the keys of `config.model`. `networks.build_networks` adds the three that follow
+from others: `latent_size` (h = w), `encoder.kind` ("map" or "vector") and `encoder.in_channels`.
 
 Parameters are {"generation": {"unet", "encoder"}, "reference": {...}}; the autoencoder is separate
 (`models/autoencoder.py`).
 
 Null conditions for classifier-free guidance (method, section 11, rows 1 and 2): a dropped identity is
 zero *features* (`drop_identity`), a dropped motion is a zero *driver map*, so that the encoder still
-runs (`drop_motion`). Zero features are not the same as none: the zero tokens take part in the
-softmax. The public code's training instead ran the reference UNet on a zero latent; to reproduce it,
-call `reference_features(drop_motion(latent, keep))`, multiplying the latent.
+runs (`drop_motion`). Zero features differ from no features: the zero tokens take part in the softmax.
+The public code's training ran the reference UNet on a zero latent instead; to reproduce it, call
+`reference_features(drop_motion(latent, keep))`.
 """
 
 from __future__ import annotations
@@ -38,23 +19,26 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
+from ml_collections import ConfigDict
 
 from loki_jax.models.encoder import ConditioningEncoder, VectorEncoder
 from loki_jax.models.unet import UNet
 
-Features = tuple[Float[Array, "b n d"], ...]
+Features = tuple[Float[Array, "b _ _"], ...]
 
 
 class Generation(nn.Module):
-    """What is trained in the paper: the driver encoder and the generation UNet."""
+    """The part that the paper trains: the driver encoder and the generation UNet."""
 
     encoder: ConditioningEncoder | VectorEncoder
     unet: UNet
 
     def encode(self, driver: Float[Array, "n *s c"]) -> Float[Array, "n h w c0"]:
+        """Residual for the UNet's first feature map."""
         return self.encoder(driver)
 
-    def denoise(self, x, timesteps, condition, features, context=None):
+    def denoise(self, x, timesteps, condition, features, context=None) -> Float[Array, "b t h w c"]:
+        """The UNet's prediction; arguments as for `Loki.denoise`."""
         return self.unet(x, timesteps, condition, features, context)[0]
 
 
@@ -110,13 +94,17 @@ def drop_identity(features: Features, keep: Bool[Array, " b"]) -> Features:
     return tuple(jnp.where(keep[:, None, None], f, jnp.zeros_like(f)) for f in features)
 
 
-def drop_motion(driver: Float[Array, b * rest], keep: Bool[Array, " b"]) -> Float[Array, b * rest]:
+def drop_motion(driver: Float[Array, "b *rest"], keep: Bool[Array, " b"]) -> Float[Array, "b *rest"]:
     """A zero driver map (or vector, or latent) for the samples that are not kept."""
     return jnp.where(keep.reshape(-1, *(1,) * (driver.ndim - 1)), driver, jnp.zeros_like(driver))
 
 
-def make_loki(config) -> Loki:
-    """The networks of `config.model` (see the module docstring). Raises ValueError on bad options."""
+def make_loki(config: ConfigDict) -> Loki:
+    """The networks of `config.model` (see the module docstring).
+
+    Raises:
+      ValueError: unknown encoder kind. The networks check the other options when they are called.
+    """
     dtype = jnp.dtype(config.get("dtype", "float32"))
     groups = config.get("norm_groups", 32)
     unet, reference, encoder = config.unet, config.reference, config.encoder
@@ -129,27 +117,26 @@ def make_loki(config) -> Loki:
         dtype=dtype,
         attention_backend=config.get("attention_backend", "auto"),
     )
-    sizes = {key: unet[key] for key in ("channels", "multipliers", "num_res_blocks")}
-    generation_unet = UNet(
-        **common,
-        **_tuples(sizes),
-        context_dim=unet.get("context_dim", None),
-        remat=config.get("remat", False),
-    )
+
+    def sizes(branch: ConfigDict) -> dict:
+        """The reference branch has the sizes of the generation branch unless it gives its own."""
+        return dict(
+            channels=branch.get("channels", unet.channels),
+            multipliers=tuple(branch.get("multipliers", unet.multipliers)),
+            num_res_blocks=branch.get("num_res_blocks", unet.num_res_blocks),
+            context_dim=branch.get("context_dim", None),
+        )
+
+    remat = config.get("remat", False)
+    generation_unet = UNet(**common, **sizes(unet), remat=remat)
     # Time exists in the generation branch only: the reference is one frame, and a pretrained backbone
-    # brings no such layers.
-    spatial = tuple("spatial" if mode == "temporal" else mode for mode in common["attention_modes"])
-    reference_unet = UNet(
-        **common | {"attention_modes": spatial},
-        **_tuples({key: reference.get(key, value) for key, value in sizes.items()}),
-        context_dim=reference.get("context_dim", None),
-        # Kept activations are only needed when gradients flow through the branch.
-        remat=config.get("remat", False) and reference.trainable,
-    )
+    # has no such layers.
+    common["attention_modes"] = tuple("spatial" if m == "temporal" else m for m in unet.attention_modes)
+    # Kept activations are only needed when gradients flow through the branch.
+    reference_unet = UNet(**common, **sizes(reference), remat=remat and reference.trainable)
     kind = encoder.get("kind", "map")
     if kind == "map":
         widths = tuple(encoder.widths)
-        remat = config.get("remat", False)
         driver_encoder = ConditioningEncoder(encoder.stem, widths, unet.channels, groups, dtype, remat)
     elif kind == "vector":
         driver_encoder = VectorEncoder(encoder.hidden, unet.channels, (config.latent_size,) * 2, dtype)
@@ -158,10 +145,10 @@ def make_loki(config) -> Loki:
     return Loki(Generation(driver_encoder, generation_unet), reference_unet)
 
 
-def init_params(model: Loki, config, key: PRNGKeyArray) -> PyTree:
-    """Random float32 parameters (traceable, so `jax.eval_shape` gives their shapes for nothing).
+def init_params(model: Loki, config: ConfigDict, key: PRNGKeyArray) -> PyTree:
+    """Random float32 parameters of the networks of `config.model`; traceable.
 
-    Nothing in the networks depends on the size of the images, so the smallest one that fits is used.
+    No parameter depends on the size of the images, so the smallest one that fits is used.
     """
     size = 2 ** (max(len(model.generation.unet.multipliers), len(model.reference.multipliers)) - 1)
     channels = config.encoder.in_channels
@@ -172,24 +159,12 @@ def init_params(model: Loki, config, key: PRNGKeyArray) -> PyTree:
         side = size * 2 ** len(model.generation.encoder.widths)
         driver = jnp.zeros((1, 1, side, side, channels))
     x = jnp.zeros((1, 1, size, size, config.latent_channels))
+    timesteps = jnp.zeros((1, 1), jnp.int32)
     null = lambda unet: None if unet.context_dim is None else jnp.zeros((1, 1, unet.context_dim))
-    variables = model.init(
-        key,
-        x,
-        jnp.zeros((1, 1), jnp.int32),
-        driver,
-        x[:, 0],
-        null(model.reference),
-        null(model.generation.unet),
-    )
-    return variables["params"]
+    contexts = null(model.reference), null(model.generation.unet)
+    return model.init(key, x, timesteps, driver, x[:, 0], *contexts)["params"]
 
 
 def count_parameters(params: PyTree) -> int:
     """Number of scalars in a tree of arrays or shapes."""
     return sum(int(leaf.size) for leaf in jax.tree.leaves(params))
-
-
-def _tuples(options: dict) -> dict:
-    """Options with lists (ConfigDict's form of overridden tuples) made hashable."""
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}

@@ -2,8 +2,8 @@
 
 One module serves both branches. The generation branch runs on windows of T frames without text
 cross-attention and receives tokens of the reference; the reference branch runs on single images
-(T = 1) and is called for the features it returns. Nothing is stashed on modules: what one branch
-hands to the other is an argument and a return value.
+(T = 1) and is called for the features it returns. What one branch hands to the other is a return value
+and an argument; modules hold no state.
 """
 
 from __future__ import annotations
@@ -18,31 +18,13 @@ from loki_jax.models.layers import (
     Dtype,
     GroupNorm,
     LayerNorm,
+    ResidualBlock,
     dense,
     timestep_embedding,
     upsample_nearest,
 )
 
 ATTENTION_MODES = ("spatial", "3d", "temporal")
-
-
-class ResidualBlock(nn.Module):
-    """GroupNorm, SiLU, 3x3 conv, + time, GroupNorm, SiLU, 3x3 conv (zero at the start), + skip."""
-
-    features: int
-    groups: int
-    dtype: Dtype
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "n h w c"], time: Float[Array, "n e"]) -> Float[Array, "n h w f"]:
-        h = nn.silu(GroupNorm(self.groups, name="norm1")(x))
-        h = Conv3x3(self.features, dtype=self.dtype, name="conv1")(h)
-        h = h + dense(self.features, "time", self.dtype)(nn.silu(time))[:, None, None, :]
-        h = nn.silu(GroupNorm(self.groups, name="norm2")(h))
-        h = Conv3x3(self.features, zero_init=True, dtype=self.dtype, name="conv2")(h)
-        if x.shape[-1] != self.features:
-            x = dense(self.features, "skip", self.dtype)(x)
-        return x + h
 
 
 class Attention(nn.Module):
@@ -126,7 +108,7 @@ class TransformerBlock(nn.Module):
         within = "3d" if self.mode == "3d" else "spatial"
         x = x + attention("self_attention")(normed, within, extra=reference)
         if self.mode == "temporal":
-            # Zero at the start, so that a pretrained backbone begins as it is (AnimateDiff, Guo et al. 2024).
+            # Zero at the start, so that a pretrained backbone is unchanged (AnimateDiff, Guo et al. 2024).
             temporal = attention("temporal_attention", zero_init=True)
             x = x + temporal(LayerNorm(name="temporal_norm")(x), "temporal")
         if self.context_dim is not None:
@@ -212,9 +194,9 @@ class UNet(nn.Module):
         x: Float[Array, "b t h w c"],
         timesteps: Int[Array, "b t"],
         condition: Float[Array, "b t h w c0"] | None = None,
-        reference: tuple[Float[Array, "b n d"], ...] | None = None,
+        reference: tuple[Float[Array, "b _ _"], ...] | None = None,
         context: Float[Array, "b l e"] | None = None,
-    ) -> tuple[Float[Array, "b t h w out"], tuple[Float[Array, "b tn d"], ...]]:
+    ) -> tuple[Float[Array, "b t h w out"], tuple[Float[Array, "b _ _"], ...]]:
         """Predicts noise (or v) and returns the tokens that entered each self-attention.
 
         Args:
@@ -239,7 +221,7 @@ class UNet(nn.Module):
         features = []
 
         def residual(h: Array, width: int, name: str) -> Array:
-            return residual_block(width, self.norm_groups, self.dtype, name=name)(h, time)
+            return residual_block(width, self.norm_groups, self.dtype, zero_init=True, name=name)(h, time)
 
         def attention(h: Array, level: int, name: str) -> Array:
             h, feature = transformer(

@@ -1,4 +1,4 @@
-"""Pure-JAX differentiable rasteriser; docs/rasteriser.md describes the algorithm."""
+"""An exact differentiable rasteriser in pure JAX; docs/rasteriser.md describes the algorithm."""
 
 from loki_jax.raster.antialias import antialias
 from loki_jax.raster.api import Rendering, downsample, rasterize, render

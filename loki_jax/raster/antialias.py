@@ -1,3 +1,10 @@
+"""Smooth silhouettes, and with them gradients with respect to where silhouettes are.
+
+Which face a pixel shows carries no gradient. `antialias` blends the pixels on both sides of a silhouette;
+the step from one face to the next on an unbroken surface stays outside every gradient. The backward pass
+keeps the image and the depth that it is given, besides the fragments.
+"""
+
 from __future__ import annotations
 
 from functools import partial
@@ -9,13 +16,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from loki_jax.raster.fragments import (
-    LARGEST_COORDINATE,
-    SMALLEST_DEPTH,
-    Fragments,
-    centre_table,
-    edge_constant,
-)
+from loki_jax.raster.fragments import Fragments, centre_table, doubled_area, is_drawable
 
 _SHORTEST_EDGE = 1e-6  # pixels, across the row or column that it crosses
 
@@ -27,26 +28,26 @@ _LONGEST_WALK = 64  # faces between two neighbouring pixel centres that are sear
 def antialias(
     image: Float[Array, "*b S S C"],
     fragments: Fragments,
-    vertices: Float[Array, "*b V 3"],
-    faces: Int[Array, "F 3"],
+    vertices: Float[Array | np.ndarray, "*b V 3"],
+    faces: Int[Array | np.ndarray, "F 3"],
 ) -> Float[Array, "*b S S C"]:
     """Blend the pixels on both sides of every silhouette by where it passes between their centres.
 
     After Laine et al., "Modular Primitives for High-Performance Differentiable Rendering" (2020),
     section 3.4. Two pixels side by side, or one above the other, that show different faces are a pair.
-    On the surface of the nearer pixel, going from its centre towards the other one's, the first
-    silhouette edge is looked for, from face to neighbouring face. If there is one, at t in [0, 1] of the
-    way from the first to the second pixel, then the second takes t - 1/2 of the first one's colour, or,
+    The search starts at the centre of the nearer pixel and follows its surface towards the other centre,
+    from face to neighbouring face, until it meets a silhouette edge. If there is one, at t in [0, 1] of
+    the way from the first to the second pixel, then the second takes t - 1/2 of the first one's colour;
     if that is negative, the first takes 1/2 - t of the second one's. So a straight edge that moves by a
     pixel changes the image linearly and without a jump (a corner of the silhouette may jump), and the
     image has a gradient with respect to the positions of silhouettes. The paper searches only the edges
     of the nearer pixel's own face, which misses silhouettes where faces are smaller than pixels.
 
-    An edge is a silhouette if all sound faces at it lie on the same side of it on the screen: the edge
-    of a fold or of an open border. Edges closer to the vertical are dealt with by pairs in a row, the
-    others by pairs in a column, so that no edge counts twice. A pixel with silhouettes on several sides
-    is given its neighbours' colours in proportion, at most all of it, so that the result never leaves
-    the range of the image's values.
+    An edge is a silhouette if all drawable faces at it are on the same side of it on the screen: the edge
+    of a fold or of an open border. Pairs in a row handle edges closer to the vertical, pairs in a column
+    the others, so that no edge counts twice. A pixel with silhouettes on several sides takes its
+    neighbours' colours in proportion, at most all of it, so that the result never leaves the range of
+    the image's values.
 
     Missed: sheets and spikes that pass between pixel centres, silhouettes behind an edge with more than
     two faces, and the border that `clear_hidden_faces` cuts into a surface. Not differentiable: which
@@ -108,7 +109,7 @@ def _taken_shares(vertices, faces, face, depth):
 class _Outline(NamedTuple):
     """Faces with what lies across their edges; edge k is the one opposite to corner k."""
 
-    faces: Int[Array, "F 3"]
+    faces: Int[Array | np.ndarray, "F 3"]
     neighbour: Int[Array, "F 3"]  # the other face at the edge; -1: none, or several
     silhouette: Bool[Array, "N F 3"]
 
@@ -121,10 +122,7 @@ def _share_of_pairs(vertices, outline: _Outline, face, depth, along: int):
     """
     centres = centre_table(face.shape[-1], 1, 2, face.shape[-1])
     # In pixels from the first centre, positive towards the second: u along the pair, v across.
-    frame_of = (
-        (along, centres[:, None, :-1]),
-        (1 - along, centres[:, :, None]),
-    )
+    frame_of = ((along, centres[:, None, :-1]), (1 - along, centres[:, :, None]))
     pick = jax.vmap(lambda table, index: table[index])
 
     def on_pairs(vertices, corner):
@@ -171,10 +169,10 @@ def _walk(on_pairs, outline: _Outline, face, depth):
         border = jnp.zeros(here.shape, bool)
         for k, (a, b) in enumerate(((1, 2), (2, 0), (0, 1))):
             crosses = (v[a] > 0) != (v[b] > 0)
-            put_global = u[a] - v[a] * ((u[b] - u[a]) / jnp.where(crosses, v[b] - v[a], 1.0))
-            put_global = jnp.where(crosses, ahead * (put_global - 0.5), -jnp.inf)
-            further = put_global > best
-            best = jnp.where(further, put_global, best)
+            at = u[a] - v[a] * ((u[b] - u[a]) / jnp.where(crosses, v[b] - v[a], 1.0))
+            at = jnp.where(crosses, ahead * (at - 0.5), -jnp.inf)
+            further = at > best
+            best = jnp.where(further, at, best)
             leave = jnp.where(further, outline.neighbour[:, k][here], leave)
             border = jnp.where(further, silhouette[..., k], border)
             low, high = jnp.where(further, corners[a], low), jnp.where(further, corners[b], high)
@@ -196,16 +194,14 @@ def _walk(on_pairs, outline: _Outline, face, depth):
     return state[3:]
 
 
-def _outline(vertices: Float[Array, "N V 3"], faces: Int[Array, "F 3"]) -> _Outline:
-    """Neighbours, and the edges that have all their sound faces on one side of them."""
+def _outline(vertices: Float[Array, "N V 3"], faces: Int[Array | np.ndarray, "F 3"]) -> _Outline:
+    """Neighbours, and the edges that have all their drawable faces on one side of them."""
     n_faces = faces.shape[0]
     x, y, z = (vertices[..., axis][:, faces] for axis in range(3))
-    area = edge_constant(x[..., 0], y[..., 0], x[..., 1], y[..., 1], x[..., 2], y[..., 2])
-    sound = jnp.all((jnp.abs(x) < LARGEST_COORDINATE) & (jnp.abs(y) < LARGEST_COORDINATE), axis=-1)
-    sound &= jnp.all((z >= SMALLEST_DEPTH) & (z < LARGEST_COORDINATE), axis=-1)
+    area = doubled_area(x[..., 0], y[..., 0], x[..., 1], y[..., 1], x[..., 2], y[..., 2])
     start, stop = faces[:, jnp.array((1, 2, 0))], faces[:, jnp.array((2, 0, 1))]
     # On which side of the edge, walked from its lower to its higher vertex, the face lies.
-    side = jnp.where(start < stop, 1, -1) * jnp.where(sound, jnp.sign(area), 0)[..., None]
+    side = jnp.where(start < stop, 1, -1) * jnp.where(is_drawable(x, y, z), jnp.sign(area), 0)[..., None]
     order, first, past = _runs_of_equal_edges(start.reshape(-1), stop.reshape(-1))
 
     def anywhere(flag):
@@ -226,10 +222,10 @@ def _runs_of_equal_edges(start: Int[Array, " E"], stop: Int[Array, " E"]):
     low, high = jnp.minimum(start, stop), jnp.maximum(start, stop)
     order = jnp.lexsort((high, low))
     low, high = low[order], high[order]
-    put_global = jnp.arange(order.shape[0], dtype=jnp.int32)
+    index = jnp.arange(order.shape[0], dtype=jnp.int32)
     fresh = jnp.concatenate([jnp.ones(1, bool), (low[1:] != low[:-1]) | (high[1:] != high[:-1])])
-    first = lax.cummax(jnp.where(fresh, put_global, 0))
+    first = lax.cummax(jnp.where(fresh, index, 0))
     final = jnp.concatenate([fresh[1:], jnp.ones(1, bool)])
-    past = lax.cummin(jnp.where(final, put_global + 1, order.shape[0]), reverse=True)
+    past = lax.cummin(jnp.where(final, index + 1, order.shape[0]), reverse=True)
     rank = jnp.argsort(order)
     return order, first[rank], past[rank]

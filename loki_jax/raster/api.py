@@ -1,8 +1,28 @@
+"""The rasteriser's entry points, and the conventions they share.
+
+Coordinates (method, section 4). Vertices are (x, y, depth) with +x left and +y up, visible in
+[-1, 1]; depth is positive away from the camera. The centre of the pixel in row i, column j of an
+S x S image is at y = 1 - (2i + 1)/S, x = 1 - (2j + 1)/S.
+
+  Culling: with `cull`, only faces with negative signed area in these coordinates are kept, which is
+    counter-clockwise on the screen.
+  Dropped: faces with a vertex at depth below 1e-8, with a coordinate that is not finite or above
+    1e15, or without area.
+  Fill rule: a pixel belongs to a face if its centre is inside, or on a top or left edge. Every pixel of
+    an unbroken surface belongs to exactly one of its faces.
+  Depth test: the nearest face wins, at equal depth the one with the lower index.
+
+Differentiable: barycentrics and depth, and through them everything interpolated, with respect to
+vertices and attributes. Not differentiable: which face a pixel shows. So silhouettes carry no gradient
+until `antialias` blends the pixels on both sides of them.
+"""
+
 from __future__ import annotations
 
 from typing import NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from loki_jax.raster.antialias import antialias
@@ -23,8 +43,8 @@ class Rendering(NamedTuple):
 
 
 def rasterize(
-    vertices: Float[Array, "*b V 3"],
-    faces: Int[Array, "F 3"],
+    vertices: Float[Array | np.ndarray, "*b V 3"],
+    faces: Int[Array | np.ndarray, "F 3"],
     size: int,
     cull: bool = True,
     *,
@@ -32,7 +52,7 @@ def rasterize(
     tile: int | None = None,
     window: int | None = None,
 ) -> Fragments:
-    """Nearest face, barycentrics and depth at every pixel centre; see the module's conventions.
+    """Nearest face, barycentrics and depth at every pixel centre; the module states the conventions.
 
     Args:
       vertices: (x, y, depth) in normalised device coordinates; leading axes are frames. `jax.vmap`
@@ -54,7 +74,7 @@ def rasterize(
     return locate(vertices, faces, face, perspective_correct=perspective_correct)
 
 
-def downsample(image: Float[Array, "*b H W C"], factor: int = 2) -> Float[Array, "*b H/f W/f C"]:
+def downsample(image: Float[Array, "*b H W C"], factor: int = 2) -> Float[Array, "*b h w C"]:
     """Mean over blocks of factor x factor pixels.
 
     Raises:
@@ -68,18 +88,18 @@ def downsample(image: Float[Array, "*b H W C"], factor: int = 2) -> Float[Array,
 
 
 def render(
-    vertices: Float[Array, "*b V 3"],
-    faces: Int[Array, "F 3"],
-    attributes: Float[Array, "*b V C"],
+    vertices: Float[Array | np.ndarray, "*b V 3"],
+    faces: Int[Array | np.ndarray, "F 3"],
+    attributes: Float[Array | np.ndarray, "*#b V C"],
     size: int,
     *,
     cull: bool = True,
     perspective_correct: bool = False,
-    vertex_mask: Bool[Array, " V"] | None = None,
+    vertex_mask: Bool[Array | np.ndarray, " V"] | None = None,
     smooth_silhouettes: bool = False,
     supersample: int = 1,
 ) -> Rendering:
-    """Rasterise, interpolate, and as asked mask, antialias and average down, in one call.
+    """Rasterise and interpolate in one call; optionally mask, antialias and average down.
 
     Args:
       vertices: (x, y, depth) in normalised device coordinates; leading axes are frames.

@@ -1,3 +1,8 @@
+"""What each pixel shows: fragments, interpolation of vertex attributes, masking.
+
+For the backward pass only face ids and barycentrics are kept per pixel; all else is computed again.
+"""
+
 from __future__ import annotations
 
 from functools import partial
@@ -8,12 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-SMALLEST_DEPTH = 1e-8
+_SMALLEST_DEPTH = 1e-8
 
 # Squares of coordinates must stay far below the largest float32.
-LARGEST_COORDINATE = 1e15
-
-TINY = float(np.finfo(np.float32).tiny)
+_LARGEST_COORDINATE = 1e15
 
 
 class Fragments(NamedTuple):
@@ -25,24 +28,29 @@ class Fragments(NamedTuple):
       depth: interpolated depth (infinite on the background).
     """
 
-    face: Int[Array, "*b S S"]
-    bary: Float[Array, "*b S S 3"]
-    depth: Float[Array, "*b S S"]
+    face: Int[Array | np.ndarray, "*b S S"]
+    bary: Float[Array | np.ndarray, "*b S S 3"]
+    depth: Float[Array | np.ndarray, "*b S S"]
 
     @property
-    def covered(self) -> Bool[Array, "*b S S"]:
+    def covered(self) -> Bool[Array | np.ndarray, "*b S S"]:
         """Pixels that show a face."""
         return self.face >= 0
 
 
 def locate(
-    vertices: Float[Array, "*b V 3"],
-    faces: Int[Array, "F 3"],
+    vertices: Float[Array | np.ndarray, "*b V 3"],
+    faces: Int[Array | np.ndarray, "F 3"],
     face: Int[Array, "*b S S"],
     *,
     perspective_correct: bool = False,
 ) -> Fragments:
-    """Barycentrics and depth at pixels whose faces are known; the differentiable part of `rasterize`."""
+    """Barycentrics and depth at pixels whose faces are known; the differentiable part of `rasterize`.
+
+    Args:
+      vertices, faces, perspective_correct: as in `rasterize`.
+      face: of each pixel, from `nearest_faces`; -1 on the background.
+    """
     vertices, faces = jnp.asarray(vertices, jnp.float32), jnp.asarray(faces)
     shape = face.shape
     if faces.shape[0] == 0 or vertices.shape[-2] == 0 or 0 in shape:
@@ -55,11 +63,13 @@ def locate(
 
 
 def interpolate(
-    fragments: Fragments, faces: Int[Array, "F 3"], attributes: Float[Array, "*b V C"]
+    fragments: Fragments,
+    faces: Int[Array | np.ndarray, "F 3"],
+    attributes: Float[Array | np.ndarray, "*#b V C"],
 ) -> Float[Array, "*b S S C"]:
     """Attributes of vertices at every pixel, zero on the background.
 
-    `attributes` (V, C) without leading axes serve all frames.
+    Differentiable in attributes and barycentrics. `attributes` (V, C) without leading axes serve all frames.
 
     Raises:
       ValueError: leading axes of `attributes` are neither none nor those of `fragments`.
@@ -69,7 +79,7 @@ def interpolate(
         raise ValueError(
             f"attributes {tuple(attributes.shape)} do not fit fragments with leading axes {batch}"
         )
-    covered = fragments.face >= 0
+    covered = fragments.covered
     if faces.shape[0] == 0 or attributes.shape[-2] == 0:
         return jnp.zeros((*covered.shape, attributes.shape[-1]), attributes.dtype)
     faces = jnp.asarray(faces)
@@ -88,11 +98,11 @@ def interpolate(
 
 
 def clear_hidden_faces(
-    fragments: Fragments, faces: Int[Array, "F 3"], vertex_mask: Bool[Array, " V"]
+    fragments: Fragments, faces: Int[Array | np.ndarray, "F 3"], vertex_mask: Bool[Array | np.ndarray, " V"]
 ) -> Fragments:
-    """Turn pixels into background whose face has no vertex in `vertex_mask`.
+    """Turn pixels whose face has no vertex in `vertex_mask` into background.
 
-    Such faces have already occluded what lies behind them.
+    Such faces have already occluded what is behind them.
     """
     if faces.shape[0] == 0:
         return fragments
@@ -105,23 +115,26 @@ def clear_hidden_faces(
     )
 
 
-def centre_table(size: int, doubled_start: int, doubled_step: int, count: int) -> np.ndarray:
-    """Coordinates 1 - p/S at p = start/2 + i step/2, each as a float32 and its rounding error."""
+def centre_table(
+    size: int, doubled_start: int, doubled_step: int, count: int
+) -> Float[np.ndarray, "2 count"]:
+    """Coordinates 1 - p/S at p = start/2 + i step/2, i < count, each as a float32 and its rounding error."""
     exact = 1 - (doubled_start + doubled_step * np.arange(count, dtype=np.float64)) / size
     high = exact.astype(np.float32)
     return np.stack([high, (exact - high).astype(np.float32)])
 
 
-def canonical_edge(ax, ay, bx, by):
-    """The end points of an edge in lexicographic order, and whether they were exchanged."""
-    swap = (bx < ax) | ((bx == ax) & (by < ay))
-    pick = lambda p, q: jnp.where(swap, q, p)
-    return swap, pick(ax, bx), pick(ay, by), pick(bx, ax), pick(by, ay)
+def doubled_area(ax: Array, ay: Array, bx: Array, by: Array, cx: Array, cy: Array) -> Array:
+    """Twice the signed area of the triangle a, b, c."""
+    return (bx - ax) * (cy - ay) - (by - ay) * (cx - ax)
 
 
-def edge_constant(ax, ay, bx, by, px, py):
-    """Twice the signed area of the triangle a, b, p."""
-    return (bx - ax) * (py - ay) - (by - ay) * (px - ax)
+def is_drawable(
+    x: Float[Array, "*b F 3"], y: Float[Array, "*b F 3"], depth: Float[Array, "*b F 3"]
+) -> Bool[Array, "*b F"]:
+    """Faces all of whose corners are finite, below 1e15 and at a depth of at least 1e-8."""
+    bounded = [jnp.abs(value) < _LARGEST_COORDINATE for value in (x, y, depth)]
+    return jnp.all(bounded[0] & bounded[1] & bounded[2] & (depth >= _SMALLEST_DEPTH), axis=-1)
 
 
 def _barycentrics(vertices, faces, face, perspective_correct: bool):

@@ -1,31 +1,13 @@
-"""An exact, tile-binned triangle rasteriser in pure JAX.
+"""The search for the nearest face at every pixel, binned by tiles.
 
-Conventions (method, section 4). Vertices are (x, y, depth) with +x left and +y up, visible in
-[-1, 1]; depth is positive away from the camera. The centre of the pixel in row i, column j of an
-S x S image lies at y = 1 - (2i + 1)/S, x = 1 - (2j + 1)/S.
+Per frame, every face that may hold a pixel centre is paired with the tiles its bounding box touches;
+the pairs are sorted by tile; then each tile tests its own faces, a block at a time, and keeps depth and
+face of the nearest. No buffer is as large as pixels x faces, nothing is scattered per pixel, and nothing
+can overflow: pairs are enumerated in windows of a fixed number, and a loop runs until every frame has
+seen all its pairs (one turn, unless the mesh is unusual).
 
-  Culling: with `cull`, only faces with negative signed area in these coordinates are kept, which is
-    counter-clockwise on the screen.
-  Dropped: faces with a vertex at depth below 1e-8, with a coordinate that is not finite or above
-    1e15, or without area.
-  Fill rule: a pixel belongs to a face if its centre lies inside, or on a top or left edge. Every
-    edge is evaluated from the same end point whichever face asks, so the two faces of an edge see
-    exactly opposite numbers: between neighbours there are neither cracks nor pixels drawn twice.
-  Depth test: the nearest face wins, at equal depth the one with the lower index.
-
-Algorithm. Per frame, every face that may hold a pixel centre is paired with the tiles its bounding
-box touches; the pairs are sorted by tile; then each tile tests its own faces, a block at a time, and
-keeps depth and face of the nearest. No buffer is as large as pixels x faces, nothing is scattered
-per pixel, and nothing can overflow: pairs are enumerated in windows of a fixed number, and a loop
-goes on until every frame has seen all its pairs (one turn, unless the mesh is unusual).
-
-What is differentiable: barycentrics and depth, and through them everything interpolated, with
-respect to vertices and attributes. What is not: which face a pixel shows. So silhouettes carry no
-gradient until `antialias` blends the pixels on both sides of them; the step from one face to the next
-stays outside every gradient.
-
-For the backward pass only face ids and barycentrics are kept per pixel (`antialias` keeps depth and
-the image it is given, too); all else is computed again.
+Every edge is evaluated from the same end point whichever face asks, so the two faces of an edge see
+exactly opposite numbers: between neighbours there are neither cracks nor pixels drawn twice.
 """
 
 from __future__ import annotations
@@ -39,14 +21,9 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from loki_jax.raster.fragments import (
-    LARGEST_COORDINATE,
-    SMALLEST_DEPTH,
-    TINY,
-    canonical_edge,
-    centre_table,
-    edge_constant,
-)
+from loki_jax.raster.fragments import centre_table, doubled_area, is_drawable
+
+_TINY = float(np.finfo(np.float32).tiny)
 
 
 class _Plan(NamedTuple):
@@ -60,8 +37,8 @@ class _Plan(NamedTuple):
 
 
 def nearest_faces(
-    vertices: Float[Array, "*b V 3"],
-    faces: Int[Array, "F 3"],
+    vertices: Float[Array | np.ndarray, "*b V 3"],
+    faces: Int[Array | np.ndarray, "F 3"],
     size: int,
     cull: bool = True,
     *,
@@ -71,7 +48,7 @@ def nearest_faces(
 ) -> Int[Array, "*b S S"]:
     """Only the search of `rasterize`: the nearest face at every pixel, -1 on the background.
 
-    Not differentiable. The same arguments and errors as `rasterize`.
+    Not differentiable. Arguments, conventions and errors are those of `rasterize`.
     """
     if vertices.ndim < 2 or vertices.shape[-1] != 3:
         raise ValueError(f"vertices must be (*b, V, 3), not {tuple(vertices.shape)}")
@@ -133,11 +110,8 @@ class _Bins(NamedTuple):
 
 def _bin(triangles: Float[Array, "N F 9"], plan: _Plan, cull: bool) -> _Bins:
     x, y, z = (triangles[..., axis::3] for axis in range(3))
-    area = (x[..., 1] - x[..., 0]) * (y[..., 2] - y[..., 0]) - (y[..., 1] - y[..., 0]) * (
-        x[..., 2] - x[..., 0]
-    )
-    kept = jnp.all(jnp.abs(triangles) < LARGEST_COORDINATE, axis=-1) & jnp.all(z >= SMALLEST_DEPTH, axis=-1)
-    kept &= (area < 0) if cull else (area != 0)
+    area = doubled_area(x[..., 0], y[..., 0], x[..., 1], y[..., 1], x[..., 2], y[..., 2])
+    kept = is_drawable(x, y, z) & ((area < 0) if cull else (area != 0))
     # A little more than rounding can move a coordinate, so that no pixel on an edge is missed.
     slack = 1e-6 * plan.size
 
@@ -204,11 +178,7 @@ def _search(triangles: Float[Array, "N F 9"], plan: _Plan, cull: bool, perspecti
         tiles, faces = _pairs(bins, start, plan)
         new_depth, new_face = _shade_tiles(table, tiles, faces, n_faces, plan)
         closer = (new_depth < depth) | ((new_depth == depth) & (new_face < face))
-        return (
-            start + plan.window,
-            jnp.where(closer, new_depth, depth),
-            jnp.where(closer, new_face, face),
-        )
+        return (start + plan.window, jnp.where(closer, new_depth, depth), jnp.where(closer, new_face, face))
 
     state = (
         jnp.int32(0),
@@ -298,6 +268,13 @@ def _shade_chunk(table, faces, tile, first, count, n_faces: int, plan: _Plan):
     return lax.fori_loop(0, blocks, one_block, state)
 
 
+def _ordered_edge(ax, ay, bx, by):
+    """Whether the end points of an edge were exchanged, and the points in lexicographic order."""
+    swap = (bx < ax) | ((bx == ax) & (by < ay))
+    pick = lambda p, q: jnp.where(swap, q, p)
+    return swap, pick(ax, bx), pick(ay, by), pick(bx, ax), pick(by, ay)
+
+
 def _edge_setup(corners, centre_x, centre_y, valid):
     """Coefficients that turn tile-local pixel coordinates into edge values and depth.
 
@@ -309,11 +286,11 @@ def _edge_setup(corners, centre_x, centre_y, valid):
     x = [(corners[..., 3 * i] - centre_x[0]) - centre_x[1] for i in range(3)]
     y = [(corners[..., 3 * i + 1] - centre_y[0]) - centre_y[1] for i in range(3)]
     z = [corners[..., 3 * i + 2] for i in range(3)]
-    area = edge_constant(x[0], y[0], x[1], y[1], x[2], y[2])
+    area = doubled_area(x[0], y[0], x[1], y[1], x[2], y[2])
     flip = jnp.where(area > 0, 1.0, -1.0)
     factors, thresholds = [], []
     for a, b in ((1, 2), (2, 0), (0, 1)):
-        swap, ax, ay, bx, by = canonical_edge(x[a], y[a], x[b], y[b])
+        swap, ax, ay, bx, by = _ordered_edge(x[a], y[a], x[b], y[b])
         dx, dy = bx - ax, by - ay
         sign = jnp.where(swap, -flip, flip)
         factors += [-sign * dy, sign * dx, sign * (dy * ax - dx * ay)]
@@ -321,6 +298,6 @@ def _edge_setup(corners, centre_x, centre_y, valid):
         # left, which is +x here. That walk has negative area in these coordinates, so it follows
         # (dx, dy) where `sign` is negative and turns it round where it is positive.
         top_left = (sign * dy > 0) | ((dy == 0) & (sign * dx < 0))
-        thresholds.append(jnp.where(valid, jnp.where(top_left, -TINY, 0.0), jnp.inf))
+        thresholds.append(jnp.where(valid, jnp.where(top_left, -_TINY, 0.0), jnp.inf))
     scale = 1 / jnp.where(area == 0, 1.0, jnp.abs(area))
     return (*factors, *thresholds, z[0], (z[1] - z[0]) * scale, (z[2] - z[0]) * scale)

@@ -1,10 +1,10 @@
-"""Colours, light and background for the built-in head, and its renderer.
+"""Colours, light and background for the built-in head.
 
 An `Appearance` is everything that turns coefficients into pixels besides geometry: it is a pytree, so
 renders can be jitted, batched and differentiated. Identities come from an integer seed through
 numpy's PCG64, so every machine and process draws the same ones; `sample_shape` and
 `sample_appearance` of one seed belong together (hair has volume in the first and colour in the
-second).
+second). `loki_jax.synthetic.shading.render` draws them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from loki_jax.face.builtin import BuiltinMesh, bump, hairline, smoothstep
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Appearance:
-    """What a head looks like under one lighting; colours are linear factors in [0, 1] display units.
+    """The look of a head under one lighting; colours are linear factors in [0, 1] display units.
 
     Attributes:
       albedo: colour of each vertex, occlusion in creases and mouth included.
@@ -34,17 +34,17 @@ class Appearance:
         over the crop (+x left, +y up); slow waves are plain gradients.
     """
 
-    albedo: Float[Array, "*b V 3"]
-    light: Float[Array, "*b 3"]
-    ambient: Float[Array, "*b 3"]
-    diffuse: Float[Array, "*b 3"]
-    background: Float[Array, "*b 2 3"]
-    background_wave: Float[Array, "*b 3"]
+    albedo: Float[Array | np.ndarray, "*b V 3"]
+    light: Float[Array | np.ndarray, "*b 3"]
+    ambient: Float[Array | np.ndarray, "*b 3"]
+    diffuse: Float[Array | np.ndarray, "*b 3"]
+    background: Float[Array | np.ndarray, "*b 2 3"]
+    background_wave: Float[Array | np.ndarray, "*b 3"]
 
 
 @dataclasses.dataclass(frozen=True)
 class _Style:
-    """Hair of one identity: cut and volume, drawn before everything else from the identity's seed."""
+    """Hair of one identity: cut and volume, drawn from a stream of its own."""
 
     cut: str  # "bald", "short", "receding", "fringe" or "long"
     top: float  # coefficients of the hair axes
@@ -59,22 +59,27 @@ def _generator(seed: int, stream: int) -> np.random.Generator:
 
 def _sample_style(seed: int) -> _Style:
     rng = _generator(seed, 0)
-    cut = ("bald", "short", "receding", "fringe", "long")[
-        int(np.searchsorted([0.10, 0.42, 0.52, 0.74], rng.random()))
-    ]
+    cuts = ("bald", "short", "receding", "fringe", "long")
+    cut = cuts[int(np.searchsorted([0.10, 0.42, 0.52, 0.74], rng.random()))]
     u = rng.random(3)
     if cut == "bald":
         return _Style(cut, -0.3, -0.3, -0.3)
     if cut == "receding":
         return _Style(cut, 0.2 + 0.8 * u[0], 0.3 + 1.0 * u[1], -0.3)
-    length = (
-        1.2 + 1.6 * u[2] if cut == "long" else -0.2 + (1.0 * u[2] if cut == "fringe" and u[2] > 0.6 else 0.0)
-    )
+    length = -0.2
+    if cut == "long":
+        length = 1.2 + 1.6 * u[2]
+    elif cut == "fringe" and u[2] > 0.6:
+        length = -0.2 + u[2]
     return _Style(cut, 0.4 + 2.4 * u[0] ** 1.5, 0.3 + 2.0 * u[1], length)
 
 
 def sample_shape(seed: int, head: HeadAsset) -> Float[np.ndarray, " n_shape"]:
-    """Identity coefficients of an identity seed: standard normal, cut at 2.2; hair as the cut wants."""
+    """Identity coefficients of an identity seed: standard normal, clipped at 2.2, with the hair of its cut.
+
+    Raises:
+      ValueError: `head` is not the built-in head.
+    """
     _require_builtin(head)
     style = _sample_style(seed)
     shape = np.clip(_generator(seed, 1).standard_normal(head.n_shape), -2.2, 2.2)
@@ -84,42 +89,24 @@ def sample_shape(seed: int, head: HeadAsset) -> Float[np.ndarray, " n_shape"]:
 
 
 # Palettes (display colours); a draw blends two neighbours.
-_SKIN = np.array(
-    [
-        (0.96, 0.81, 0.73),
-        (0.91, 0.73, 0.62),
-        (0.83, 0.62, 0.49),
-        (0.70, 0.49, 0.36),
-        (0.52, 0.34, 0.24),
-        (0.35, 0.22, 0.16),
-    ]
-)
+_SKIN = np.array([
+    (0.96, 0.81, 0.73), (0.91, 0.73, 0.62), (0.83, 0.62, 0.49),
+    (0.70, 0.49, 0.36), (0.52, 0.34, 0.24), (0.35, 0.22, 0.16),
+])  # fmt: skip
 
-_HAIR = np.array(
-    [
-        (0.05, 0.04, 0.05),
-        (0.13, 0.08, 0.06),
-        (0.27, 0.16, 0.09),
-        (0.45, 0.20, 0.10),
-        (0.60, 0.43, 0.24),
-        (0.82, 0.68, 0.42),
-    ]
-)
+_HAIR = np.array([
+    (0.05, 0.04, 0.05), (0.13, 0.08, 0.06), (0.27, 0.16, 0.09),
+    (0.45, 0.20, 0.10), (0.60, 0.43, 0.24), (0.82, 0.68, 0.42),
+])  # fmt: skip
 
 _GREY_HAIR = np.array([(0.38, 0.38, 0.40), (0.62, 0.62, 0.64), (0.86, 0.85, 0.83)])
 
 _DYED_HAIR = np.array([(0.20, 0.28, 0.62), (0.62, 0.20, 0.42), (0.18, 0.46, 0.36), (0.68, 0.14, 0.12)])
 
-_IRIS = np.array(
-    [
-        (0.16, 0.09, 0.05),
-        (0.36, 0.21, 0.09),
-        (0.36, 0.38, 0.16),
-        (0.30, 0.46, 0.36),
-        (0.26, 0.44, 0.62),
-        (0.46, 0.52, 0.56),
-    ]
-)
+_IRIS = np.array([
+    (0.16, 0.09, 0.05), (0.36, 0.21, 0.09), (0.36, 0.38, 0.16),
+    (0.30, 0.46, 0.36), (0.26, 0.44, 0.62), (0.46, 0.52, 0.56),
+])  # fmt: skip
 
 
 def _blend(palette, position):
@@ -131,11 +118,8 @@ def _blend(palette, position):
 
 def _hue(rng, low, high):
     """A colour of random hue with value in [low, high]."""
-    value, saturation, angle = (
-        low + (high - low) * rng.random(),
-        0.75 * rng.random(),
-        2 * np.pi * rng.random(),
-    )
+    value = low + (high - low) * rng.random()
+    saturation, angle = 0.75 * rng.random(), 2 * np.pi * rng.random()
     wheel = 0.5 + 0.5 * np.cos(angle - np.array([0.0, 2.0, 4.0]) * np.pi / 3)
     return value * (1 - saturation * (1 - wheel))
 
@@ -147,7 +131,8 @@ def sample_appearance(seed: int, head: HeadAsset, mesh: BuiltinMesh | None = Non
       mesh: `builtin_mesh()`, for callers that sample many and build it once.
 
     Raises:
-      ValueError: `head` is not the built-in head (other heads carry no regions to paint).
+      ValueError: `head` is not the built-in head (other heads have no regions to paint), or that of
+        another version.
     """
     _require_builtin(head)
     mesh = builtin.builtin_mesh() if mesh is None else mesh
@@ -185,6 +170,7 @@ def _paint(mesh: BuiltinMesh, style: _Style, rng: np.random.Generator) -> Float[
     front = smoothstep(-0.01, 0.03, z)
 
     def over(base, colour, weight):
+        """`colour` painted over `base` with an opacity for each vertex."""
         return base + np.clip(weight, 0, 1)[:, None] * (colour - base)
 
     # Skin with blood in cheeks, nose and ears.
@@ -192,11 +178,8 @@ def _paint(mesh: BuiltinMesh, style: _Style, rng: np.random.Generator) -> Float[
     ruddy = skin * [1.02, 0.80, 0.78]
     colour = np.broadcast_to(skin, (len(x), 3)).copy()
     blood = rng.uniform(0.1, 0.8)
-    colour = over(
-        colour,
-        ruddy,
-        blood * front * (bump(x, y, 0.040, -0.018, 0.014, 0.012) + bump(x, y, 0, -0.026, 0.010, 0.008)),
-    )
+    cheeks_and_nose = bump(x, y, 0.040, -0.018, 0.014, 0.012) + bump(x, y, 0, -0.026, 0.010, 0.008)
+    colour = over(colour, ruddy, blood * front * cheeks_and_nose)
     colour = over(colour, ruddy, 0.5 * (mesh.part == builtin.EAR))
     # Occlusion: sockets, nostrils, under the lower lip, the ear's bowl.
     colour *= 1 - 0.22 * (skin_part * front * bump(x, y, 0.0185, 0.012, 0.006, 0.008))[:, None]
@@ -223,22 +206,18 @@ def _paint(mesh: BuiltinMesh, style: _Style, rng: np.random.Generator) -> Float[
         * smoothstep(0.0060, 0.0100, ax)
         * smoothstep(0.0590, 0.0520, ax)
     )
-    colour = over(
-        colour, brow_colour, rng.uniform(0.75, 1.0) * brow * front * skin_part * (mesh.eye_ring < 0)
-    )
+    opacity = rng.uniform(0.75, 1.0) * brow * front * skin_part * (mesh.eye_ring < 0)
+    colour = over(colour, brow_colour, opacity)
     colour = _paint_beard(mesh, colour, natural, rng)
-    streak = (
-        1 + 0.10 * np.sin(mesh.phi * rng.integers(5, 12) + 40 * mesh.v + rng.uniform(0, 6)) * rng.random()
-    )
+    streak = np.sin(mesh.phi * rng.integers(5, 12) + 40 * mesh.v + rng.uniform(0, 6))
+    streak = 1 + 0.10 * streak * rng.random()
     scalp = _hair_mask(mesh, style, rng)
     strength = 0.35 * rng.random() if style.cut == "bald" else 1.0
     colour = over(colour, np.clip(hair * streak[:, None], 0, 1), strength * scalp)
 
     # Lips; their meeting line is dark.
-    tint = _blend(
-        np.array([skin * [0.86, 0.62, 0.60], skin * [0.86, 0.48, 0.50], [0.72, 0.20, 0.24]]),
-        rng.random() ** 2,
-    )
+    tints = np.array([skin * [0.86, 0.62, 0.60], skin * [0.86, 0.48, 0.50], [0.72, 0.20, 0.24]])
+    tint = _blend(tints, rng.random() ** 2)
     lip = np.abs(mesh.lip)
     on_lip = skin_part & (lip >= 1) & (lip <= 3)
     colour = over(colour, tint, np.where(lip == 3, 0.75, 1.0) * on_lip)
@@ -251,11 +230,8 @@ def _paint(mesh: BuiltinMesh, style: _Style, rng: np.random.Generator) -> Float[
     tongue = cavity & (mesh.lip < 0) & (mesh.depth == 3) & (ax < 0.018)
     colour = np.where(tongue[:, None], [0.48, 0.20, 0.20], colour)
     teeth = np.isin(mesh.part, [builtin.UPPER_TEETH, builtin.LOWER_TEETH])
-    enamel = (
-        np.array([0.95, 0.93, 0.87])
-        * rng.uniform(0.90, 1.0)
-        * (1 - 0.45 * smoothstep(0.010, 0.024, ax))[:, None]
-    )
+    enamel = np.array([0.95, 0.93, 0.87]) * rng.uniform(0.90, 1.0)
+    enamel = enamel * (1 - 0.45 * smoothstep(0.010, 0.024, ax))[:, None]
     enamel = np.where((mesh.depth == 0)[:, None], [0.62, 0.30, 0.30], enamel)
     colour = np.where(teeth[:, None], enamel, colour)
 
@@ -268,25 +244,17 @@ def _paint(mesh: BuiltinMesh, style: _Style, rng: np.random.Generator) -> Float[
     eye = np.where((mesh.depth == 3)[:, None], iris * 0.6, eye)
     eye = np.where((mesh.depth <= 1)[:, None], 0.02, eye)
     colour = np.where(ball[:, None], eye, colour)
-    lash = rng.uniform(0.55, 0.95)
+    lash, lash_colour = rng.uniform(0.55, 0.95), np.array([0.06, 0.04, 0.04])
     upper = dy > 0.001
-    colour = over(
-        colour, np.array([0.06, 0.04, 0.04]), (mesh.part == builtin.LID_RIM) * np.where(upper, 0.9, 0.35)
-    )
-    colour = over(
-        colour,
-        np.array([0.06, 0.04, 0.04]),
-        lash * (skin_part & (mesh.eye_ring == 0)) * np.where(upper, 1.0, 0.35),
-    )
+    colour = over(colour, lash_colour, (mesh.part == builtin.LID_RIM) * np.where(upper, 0.9, 0.35))
+    opacity = lash * (skin_part & (mesh.eye_ring == 0)) * np.where(upper, 1.0, 0.35)
+    colour = over(colour, lash_colour, opacity)
 
     # Clothes.
-    neckline = (
-        rng.uniform(-0.235, -0.192) + rng.uniform(-0.35, 0.1) * 0.10 * np.maximum(np.cos(mesh.phi), 0) ** 4
-    )
-    clothes = _hue(rng, 0.08, 0.95)
-    colour = over(
-        colour, clothes, skin_part * smoothstep(neckline + 0.008, neckline - 0.008, mesh.v) * (mesh.v < -0.1)
-    )
+    dip = np.maximum(np.cos(mesh.phi), 0) ** 4
+    neckline = rng.uniform(-0.235, -0.192) + rng.uniform(-0.35, 0.1) * 0.10 * dip
+    covered = skin_part * smoothstep(neckline + 0.008, neckline - 0.008, mesh.v) * (mesh.v < -0.1)
+    colour = over(colour, _hue(rng, 0.08, 0.95), covered)
     return np.clip(colour, 0.0, 1.0)
 
 

@@ -1,12 +1,8 @@
-"""Synthetic talking heads with known truth: random identities of the built-in head, speech-like motion.
+"""Synthetic clips with known truth: a random identity of the built-in head with speech-like motion.
 
-    python -m data_prep.synth --out DIR [--identities 64] [--clips-per-identity 2] [--frames 32..64]
-    python -m data_prep.synth --preview sheet.png
-
-writes a dataset (docs/data.md) whose coefficients are exact, rendered by `loki_jax.synthetic.appearance`. An
-identity is one integer, stored in the clip table as `identity_seed`: `appearance_for_identity` gives
-its colours back to the evaluator. Everything is drawn from numpy's PCG64 with explicit seeds, so the
-coefficients are the same on every machine.
+An identity is one integer, and so is a clip: appearance, shape, motion, camera and crop follow from them
+through numpy's PCG64, so they are the same on every machine. `python -m data_prep.synth` writes datasets
+of such clips.
 """
 
 from __future__ import annotations
@@ -15,6 +11,7 @@ import functools
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, UInt8
 
@@ -27,8 +24,6 @@ from loki_jax.face.types import Camera, Coefficients
 from loki_jax.synthetic.appearance import Appearance, sample_appearance, sample_shape
 from loki_jax.synthetic.motion import synth_motion
 from loki_jax.synthetic.shading import render
-
-SOURCE = "data_prep.synth"
 
 _FRAME_SIZE = 512  # pixels of the uncropped frame that camera and crop refer to
 
@@ -53,17 +48,30 @@ class SynthClip(NamedTuple):
     appearance: Appearance
 
 
-def appearance_for_identity(
-    head: HeadAsset, identity_seed: int, mesh: BuiltinMesh | None = None
-) -> Appearance:
-    """The appearance stored as nothing but the clip table's `identity_seed`.
+def synth_clip(
+    head: HeadAsset,
+    identity_seed: int,
+    clip_seed: int,
+    n_frames: int,
+    size: int,
+    supersample: int = 2,
+    mesh: BuiltinMesh | None = None,
+) -> SynthClip:
+    """Render one clip; equal arguments give equal coefficients, camera and crop everywhere.
 
-    `mesh` is `builtin_mesh()`, for callers that sample many and build it once.
+    `mesh` is `builtin_mesh()`, for callers that make many clips and build it once.
 
     Raises:
       ValueError: `head` is not the built-in head.
     """
-    return sample_appearance(identity_seed, head, mesh)
+    motion = synth_motion(head, clip_seed, n_frames)
+    betas = np.broadcast_to(sample_shape(identity_seed, head), (n_frames, head.n_shape))
+    coefficients = motion._replace(betas=np.ascontiguousarray(betas))
+    camera = synth_camera(clip_seed)
+    crop = clip_crop(head, coefficients, camera)
+    appearance = sample_appearance(identity_seed, head, mesh)
+    frames = render_frames(head, coefficients, camera, crop, appearance, size, supersample)
+    return SynthClip(frames, coefficients, camera, crop, appearance)
 
 
 def synth_camera(clip_seed: int) -> Camera:
@@ -87,31 +95,13 @@ def clip_crop(
 @jax.jit
 def _head_pixels(head, coefficients, camera):
     vertices = world_vertices(head, make_identity(head, coefficients.betas[..., :1, :]), coefficients)
-    n = vertices.shape[0]
-    camera = Camera(
-        jax.numpy.broadcast_to(camera.intrinsics, (n, 4)),
-        jax.numpy.broadcast_to(camera.extrinsics, (n, 4, 4)),
-    )
+    in_time = lambda x: jnp.broadcast_to(x, (vertices.shape[0], *x.shape))
+    camera = jax.tree.map(in_time, camera)
     pixels = project(camera_from_world(vertices, camera), camera)
     # Vertices outside the mask are replaced by one inside, so that the shape stays fixed.
     mask = mesh_render_mask(head)
-    inside = pixels[:, jax.numpy.argmax(mask)]
-    return jax.numpy.where(mask[:, None], pixels, inside[:, None])
-
-
-@functools.partial(jax.jit, static_argnames=("size", "supersample"))
-def _render_chunk(head, coefficients, camera, crop, appearance, size, supersample):
-    image = render(
-        head,
-        make_identity(head, coefficients.betas[:1]),
-        coefficients,
-        camera,
-        crop,
-        appearance,
-        size,
-        supersample,
-    )
-    return (image * 255.0 + 0.5).astype(jax.numpy.uint8)
+    inside = pixels[:, jnp.argmax(mask)]
+    return jnp.where(mask[:, None], pixels, inside[:, None])
 
 
 def render_frames(
@@ -137,27 +127,8 @@ def render_frames(
     return np.concatenate(frames)
 
 
-def synth_clip(
-    head: HeadAsset,
-    identity_seed: int,
-    clip_seed: int,
-    n_frames: int,
-    size: int,
-    supersample: int = 2,
-    mesh: BuiltinMesh | None = None,
-) -> SynthClip:
-    """Render one clip; equal arguments give equal coefficients, camera and crop everywhere.
-
-    `mesh` is `builtin_mesh()`, for callers that make many clips and build it once.
-
-    Raises:
-      ValueError: `head` is not the built-in head.
-    """
-    motion = synth_motion(head, clip_seed, n_frames)
-    shape = np.broadcast_to(sample_shape(identity_seed, head), (n_frames, head.n_shape))
-    coefficients = motion._replace(betas=np.ascontiguousarray(shape))
-    camera = synth_camera(clip_seed)
-    crop = clip_crop(head, coefficients, camera)
-    appearance = appearance_for_identity(head, identity_seed, mesh)
-    frames = render_frames(head, coefficients, camera, crop, appearance, size, supersample)
-    return SynthClip(frames, coefficients, camera, crop, appearance)
+@functools.partial(jax.jit, static_argnames=("size", "supersample"))
+def _render_chunk(head, coefficients, camera, crop, appearance, size, supersample):
+    identity = make_identity(head, coefficients.betas[:1])
+    image = render(head, identity, coefficients, camera, crop, appearance, size, supersample)
+    return (image * 255.0 + 0.5).astype(jnp.uint8)

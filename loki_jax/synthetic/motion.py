@@ -1,3 +1,9 @@
+"""Speech-like motion of the built-in head, drawn from a seed: head, jaw, eyes, lids, brows and lips.
+
+Every process is a function of the frame number at `FPS`, drawn from numpy's PCG64, so motion is the same
+on every machine.
+"""
+
 from __future__ import annotations
 
 from fractions import Fraction
@@ -8,7 +14,7 @@ from jaxtyping import Float
 from loki_jax.face.asset import HeadAsset
 from loki_jax.face.types import Coefficients
 
-FPS = Fraction(25)
+FPS = Fraction(25)  # of synthetic motion, and so of clips
 
 
 def _wander(rng: np.random.Generator, n: int, low: float, high: float) -> Float[np.ndarray, " n"]:
@@ -32,7 +38,7 @@ def _swing(rng: np.random.Generator, n: int, low: float, high: float, deviation:
 def _bursts(
     rng: np.random.Generator, n: int, low: float, high: float, share: float
 ) -> Float[np.ndarray, " n"]:
-    """Smooth bumps in [0, 1] that are up for about `share` of the time."""
+    """Smooth bumps in [0, 1] that are above zero for about `share` of the time."""
     level = _wander(rng, n, low, high)
     threshold = np.quantile(_normal_table(), 1 - share)
     return np.clip((level - threshold) / 1.2, 0.0, 1.0)
@@ -72,7 +78,7 @@ def _gaze(rng: np.random.Generator, n: int) -> Float[np.ndarray, "n 2"]:
 
 
 def synth_motion(head: HeadAsset, clip_seed: int, n_frames: int) -> Coefficients:
-    """Speech-like motion of `n_frames` frames at 25 fps; `shape` is zero (no identity yet).
+    """Speech-like motion: fields (n_frames, n), metres and radians, float32; `betas` are zero (no identity).
 
     Yaw has a standard deviation of 9 to 13 degrees within the clip and stays within 38, pitch about
     6, roll about 4; 40 % of the head's rotation is in the neck joint. Speech opens the jaw at
@@ -88,23 +94,16 @@ def synth_motion(head: HeadAsset, clip_seed: int, n_frames: int) -> Coefficients
         ],
         -1,
     )
-    # The limit takes a little off the swing; yaw is what the measures of pose rest on.
+    # The limit reduces the swing a little, and the metrics of pose need enough yaw.
     degrees[:, 1] *= max(1.0, 8.5 / max(degrees[:, 1].std(), 1e-3))
     rotation = np.deg2rad(degrees)
     translation = np.stack([sd * _wander(rng, n, 0.2, 0.8) for sd in (0.006, 0.005, 0.012)], -1)
 
     speaking = np.clip(0.35 + 0.9 * _bursts(rng, n, 0.3, 0.9, 0.75), 0.0, 1.0)
-    syllables = 0.5 + 0.5 * np.sin(
-        2 * np.pi * rng.uniform(2.6, 4.2) * np.arange(n) / float(FPS)
-        + 1.3 * _wander(rng, n, 0.5, 1.5)
-        + rng.uniform(0, 6)
-    )
-    opening = (
-        speaking
-        * syllables**1.3
-        * rng.uniform(0.45, 1.0)
-        * np.clip(0.8 + 0.35 * _wander(rng, n, 0.8, 2.0), 0, 1.4)
-    )
+    phase = 2 * np.pi * rng.uniform(2.6, 4.2) * np.arange(n) / float(FPS)
+    syllables = 0.5 + 0.5 * np.sin(phase + 1.3 * _wander(rng, n, 0.5, 1.5) + rng.uniform(0, 6))
+    opening = speaking * syllables**1.3 * rng.uniform(0.45, 1.0)
+    opening = opening * np.clip(0.8 + 0.35 * _wander(rng, n, 0.8, 2.0), 0, 1.4)
     jaw = np.stack([0.26 * opening, 0.012 * _wander(rng, n, 0.5, 2.0), np.zeros(n)], -1)
 
     blink, gaze = _blinks(rng, n), _gaze(rng, n)

@@ -1,22 +1,33 @@
+"""Pictures of meshes: vertex normals, one shader, and the renderer of painted heads.
+
+Light is computed at the vertices and interpolated. Everything is differentiable, except through
+silhouettes (see `loki_jax.raster`). Vertices are in the world frame (metres, +y up).
+"""
+
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+import numpy as np
+from jaxtyping import Array, Float, Int
 
 from loki_jax.face.asset import HeadAsset
 from loki_jax.face.camera import camera_from_world, ndc_from_camera
 from loki_jax.face.skinning import Identity, mesh_faces, world_vertices
 from loki_jax.face.types import Camera, Coefficients
-from loki_jax.raster.api import rasterize
-from loki_jax.raster.fragments import interpolate
+from loki_jax.raster import downsample, interpolate, rasterize
 from loki_jax.synthetic.appearance import Appearance
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 
 
-def vertex_normals(vertices: Float[Array, "*b V 3"], faces) -> Float[Array, "*b V 3"]:
-    """Unit normals: the mean of the adjacent faces' normals, weighted by their area."""
+def vertex_normals(
+    vertices: Float[Array, "*b V 3"], faces: Int[Array | np.ndarray, "F 3"]
+) -> Float[Array, "*b V 3"]:
+    """Unit normals: the mean of the adjacent faces' normals, weighted by their area.
+
+    They point out of a mesh whose faces are counter-clockwise seen from outside; zero without a face.
+    """
     a, b, c = (vertices[..., faces[:, k], :] for k in range(3))
     face_normals = jnp.cross(b - a, c - a)
     total = jnp.zeros_like(vertices)
@@ -25,24 +36,73 @@ def vertex_normals(vertices: Float[Array, "*b V 3"], faces) -> Float[Array, "*b 
     return total * jax.lax.rsqrt(jnp.sum(total * total, axis=-1, keepdims=True) + 1e-24)
 
 
+def lambert(normals: Float[Array, "*b V 3"], light: Float[Array, "*#b 3"]) -> Float[Array, "*b V"]:
+    """Share of a lamp's light that a surface receives, in [0, 1]; `light` is the unit vector to the lamp."""
+    facing = jnp.einsum("...vi,...i->...v", normals, light, precision=_HIGHEST)
+    return jnp.maximum(facing, 0.0)
+
+
+def plain_shade(
+    vertices: Float[Array, "*b V 3"], faces: Int[Array | np.ndarray, "F 3"], light: tuple[float, float, float]
+) -> Float[Array, "*b V"]:
+    """Grey of a white mesh in [0.25, 1]: one lamp in the direction `light`, a quarter from everywhere."""
+    direction = jnp.asarray(light)
+    normals = vertex_normals(vertices, faces)
+    return 0.25 + 0.75 * lambert(normals, direction / jnp.linalg.norm(direction))
+
+
+def shade_mesh(
+    vertices: Float[Array, "*b V 3"],
+    faces: Int[Array | np.ndarray, "F 3"],
+    colour: Float[Array, "*#b V C"],
+    camera: Camera,
+    crop: Float[Array | np.ndarray, "*#b 4"],
+    size: int,
+    supersample: int = 2,
+    background: Float[Array, "*#b fine fine C"] | float = 0.0,
+) -> Float[Array, "*b S S C"]:
+    """A mesh with the given colours of its vertices over a background.
+
+    Args:
+      vertices: world frame, metres.
+      colour, camera, crop: leading axes broadcast to those of `vertices`.
+      crop: box (x0, y0, x1, y1) in pixels of the uncropped frame that becomes the image.
+      size: S, side of the image in pixels; pixels are means over `supersample`^2 samples.
+      background: of the samples, fine = S `supersample`.
+
+    Raises:
+      ValueError: sizes are not positive.
+    """
+    batch = vertices.shape[:-2]
+    camera = Camera(
+        jnp.broadcast_to(camera.intrinsics, (*batch, 4)), jnp.broadcast_to(camera.extrinsics, (*batch, 4, 4))
+    )
+    crop = jnp.broadcast_to(crop, (*batch, 4))
+    ndc = ndc_from_camera(camera_from_world(vertices, camera), camera, crop)
+    fragments = rasterize(ndc, faces, size * supersample)
+    colour = jnp.broadcast_to(colour, (*vertices.shape[:-1], colour.shape[-1]))
+    foreground = interpolate(fragments, faces, colour)
+    return downsample(jnp.where(fragments.covered[..., None], foreground, background), supersample)
+
+
 def render(
     head: HeadAsset,
     identity: Identity,
     coefficients: Coefficients,
     camera: Camera,
-    crop: Float[Array, "*b 4"],
+    crop: Float[Array | np.ndarray, "*#b 4"],
     appearance: Appearance,
     size: int,
     supersample: int = 2,
 ) -> Float[Array, "*b S S 3"]:
     """Lambertian renders of the whole head, neck and shoulders, in [0, 1].
 
-    All leading axes `*b` must broadcast to those of the coefficients. Shading is computed at the
-    vertices of the posed mesh and interpolated; pixels are means over `supersample`^2 samples.
-    Differentiable in coefficients and appearance, except through silhouettes (see `raster`).
+    All leading axes `*b` must broadcast to those of the coefficients. Differentiable in coefficients and
+    appearance, except through silhouettes.
 
     Args:
       crop: box (x0, y0, x1, y1) in pixels of the uncropped frame that becomes the image.
+      size: S, side of the image in pixels; pixels are means over `supersample`^2 samples.
 
     Raises:
       ValueError: the appearance belongs to a mesh with another number of vertices.
@@ -54,35 +114,22 @@ def render(
             f"appearance has {appearance.albedo.shape[-2]} vertex colours, "
             f"head {head.name!r} has {vertices.shape[-2]} vertices"
         )
-    batch = vertices.shape[:-2]
-    colour = _shade(vertices, faces, appearance)
-    camera = Camera(
-        jnp.broadcast_to(camera.intrinsics, (*batch, 4)), jnp.broadcast_to(camera.extrinsics, (*batch, 4, 4))
-    )
-    crop = jnp.broadcast_to(crop, (*batch, 4))
-    ndc = ndc_from_camera(camera_from_world(vertices, camera), camera, crop)
-    fine = size * supersample
-    fragments = rasterize(ndc, faces, fine)
-    foreground = interpolate(fragments, faces, jnp.broadcast_to(colour, vertices.shape))
-    covered = (fragments.face >= 0)[..., None]
-    image = jnp.where(covered, foreground, _background(appearance, fine))
-    image = image.reshape(*batch, size, supersample, size, supersample, 3).mean((-4, -2))
+    colour = _lit_colour(vertices, faces, appearance)
+    background = _background(appearance, size * supersample)
+    image = shade_mesh(vertices, faces, colour, camera, crop, size, supersample, background)
     return jnp.clip(image, 0.0, 1.0)
 
 
-def _shade(vertices, faces, appearance):
+def _lit_colour(vertices, faces, appearance: Appearance) -> Float[Array, "*b V 3"]:
     normals = vertex_normals(vertices, faces)
-    facing = jnp.einsum("...vi,...i->...v", normals, appearance.light, precision=_HIGHEST)
+    direct = lambert(normals, appearance.light)
     # Light from everywhere is a little stronger from above.
     sky = 0.88 + 0.12 * normals[..., 1:2]
-    light = (
-        appearance.ambient[..., None, :] * sky
-        + appearance.diffuse[..., None, :] * jnp.maximum(facing, 0.0)[..., None]
-    )
+    light = appearance.ambient[..., None, :] * sky + appearance.diffuse[..., None, :] * direct[..., None]
     return appearance.albedo * light
 
 
-def _background(appearance, size):
+def _background(appearance: Appearance, size: int) -> Float[Array, "*b size size 3"]:
     axis = 1.0 - (2.0 * jnp.arange(size) + 1.0) / size
     wave = appearance.background_wave[..., None, None, :]
     blend = 0.5 + 0.5 * jnp.sin(wave[..., 0] * axis[None, :] + wave[..., 1] * axis[:, None] + wave[..., 2])

@@ -1,8 +1,8 @@
-"""Video and image files: exact frame rates in, exact frame rates out, audio kept, nothing half-written.
+"""Video files in: exact frame rates, and pictures as a person would see them.
 
-Frames are (H, W, 3) uint8 RGB arrays as a person would see them: rotation flags are applied, pixels are
-made square, alpha is laid over white (the colour of the padding outside crops), wider bit depths are
-reduced to 8 bits. High dynamic range is refused: without tone mapping its colours would be wrong.
+Frames are (H, W, 3) uint8 RGB: rotation flags are applied, pixels are made square, alpha is laid over white,
+wider bit depths are reduced to 8 bits. High dynamic range is refused: without tone mapping its colours would
+be wrong.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import av
 import numpy as np
 from av.video.reformatter import Colorspace
 from jaxtyping import Int, UInt8
-from PIL import Image, ImageOps, UnidentifiedImageError
+
+from loki_jax.video.files import MediaError, check_file, over_white
 
 _STANDARD_RATES = tuple(
     Fraction(*rate)
@@ -39,10 +40,6 @@ _MATRICES = {
 _HDR_TRANSFERS = {16: "PQ (HDR10, Dolby Vision)", 18: "HLG"}
 
 
-class MediaError(ValueError):
-    """A video or image file cannot be read or written; the message names the file and the mend."""
-
-
 @dataclasses.dataclass(frozen=True)
 class Video:
     """A decoded video.
@@ -60,13 +57,6 @@ class Video:
     path: Path
 
 
-def check_file(path: Path, kind: str) -> None:
-    if not path.is_file():
-        raise MediaError(f"{path}: no such {kind} file. Check the path.")
-    if path.stat().st_size == 0:
-        raise MediaError(f"{path}: the {kind} file is empty (0 bytes). Copy or download it again.")
-
-
 def _frame_rate(stream: av.VideoStream, path: Path) -> Fraction:
     rate = stream.average_rate or stream.guessed_rate or stream.base_rate
     if not rate or rate <= 0:
@@ -74,6 +64,8 @@ def _frame_rate(stream: av.VideoStream, path: Path) -> Fraction:
             f"{path}: states no frame rate. Write it again with one (`ffmpeg -i IN -r 25 OUT.mp4`)."
         )
     rate = Fraction(rate)
+    if stream.base_rate and abs(rate / stream.base_rate - 1) > Fraction(1, 20):
+        return _nominal_rate(stream, path) or rate
     # Containers with coarse time stamps report averages such as 5994000/200001: take the standard
     # rate if the two differ by less than half a frame over the whole clip.
     if rate.denominator > 1001:
@@ -82,6 +74,19 @@ def _frame_rate(stream: av.VideoStream, path: Path) -> Fraction:
         if abs(nearest - rate) * seconds < Fraction(1, 2):
             return nearest
     return rate
+
+
+def _nominal_rate(stream: av.VideoStream, path: Path) -> Fraction | None:
+    """The rate at which most of a variable-rate video runs: at its mean rate, a pause slows motion down."""
+    with av.open(str(path)) as container:
+        packets = container.demux(container.streams[stream.index])
+        stamps = sorted(p.pts for p in packets if p.pts is not None and p.size)
+    interval = np.median(np.diff(stamps)) if len(stamps) > 2 else 0
+    if interval <= 0:
+        return None
+    rate = 1 / (Fraction(float(interval)) * stream.time_base)
+    nearest = min(_STANDARD_RATES, key=lambda standard: abs(standard - rate))
+    return nearest if abs(nearest / rate - 1) < Fraction(1, 50) else rate.limit_denominator(1001)
 
 
 def _quarter_turns(frame: av.VideoFrame) -> tuple[int, bool]:
@@ -102,12 +107,6 @@ def _quarter_turns(frame: av.VideoFrame) -> tuple[int, bool]:
     return int(turns), bool(mirrored)
 
 
-def _over_white(rgba: np.ndarray) -> np.ndarray:
-    """Composite (H, W, 4) uint8 over white."""
-    alpha = rgba[..., 3:].astype(np.uint16)
-    return ((rgba[..., :3] * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
-
-
 def _to_rgb(frame: av.VideoFrame, width: int | None = None) -> UInt8[np.ndarray, "H W 3"]:
     """The picture upright; `width` is that of the stored picture with square pixels, if it has others."""
     # Untagged video: BT.709 from 720 lines on, BT.601 below, as players assume.
@@ -117,7 +116,7 @@ def _to_rgb(frame: av.VideoFrame, width: int | None = None) -> UInt8[np.ndarray,
     if width is not None:
         options |= {"width": width, "height": frame.height}
     if any(component.is_alpha for component in frame.format.components):
-        image = _over_white(frame.to_ndarray(format="rgba", **options))
+        image = over_white(frame.to_ndarray(format="rgba", **options))
     else:
         image = frame.to_ndarray(format="rgb24", **options)
     turns, mirrored = _quarter_turns(frame)
@@ -125,18 +124,17 @@ def _to_rgb(frame: av.VideoFrame, width: int | None = None) -> UInt8[np.ndarray,
     return np.ascontiguousarray(image[:, ::-1] if mirrored else image)
 
 
-def _refuse_hdr(path: Path, retarget_clip: int) -> None:
-    if int(retarget_clip) in _HDR_TRANSFERS:
+def _refuse_hdr(path: Path, transfer: int) -> None:
+    if int(transfer) in _HDR_TRANSFERS:
         raise MediaError(
             f"{path}: high dynamic range, transfer {_HDR_TRANSFERS[int(transfer)]}, is not read. Convert "
-            "it to "
-            "standard range first (`ffmpeg -i IN -vf zscale=t=linear:npl=100,tonemap=hable,"
+            "it to standard range first (`ffmpeg -i IN -vf zscale=t=linear:npl=100,tonemap=hable,"
             "zscale=p=bt709:t=bt709:m=bt709,format=yuv420p OUT.mp4`)."
         )
 
 
 def _square_width(stream: av.VideoStream) -> int | None:
-    """Width in square pixels of a stream whose pixels are not square; None if they are or nothing is said."""
+    """Width in square pixels of a stream whose pixels are not square; None if they are or unstated."""
     aspect = stream.sample_aspect_ratio or stream.codec_context.sample_aspect_ratio
     if not aspect or aspect <= 0 or aspect == 1:
         return None
@@ -184,7 +182,8 @@ class VideoReader:
 
     Args:
       path: the file.
-      fps: rate to read at, each time its nearest frame; None: the file's own. `source_fps` is the file's.
+      fps: rate to read at, each time its nearest frame; None: the file's own, which is `source_fps`; of
+        variable-rate video the rate at which most of it runs.
       start, stop: only the frames shown in [start, stop), in seconds from the first one; stop None: to
         the end. A stop beyond the end is no error.
 
@@ -224,8 +223,7 @@ class VideoReader:
             if self._stream.codec_context is None:
                 raise MediaError(
                     f"{self.path}: damaged, or of a kind that cannot be decoded: its video track names no "
-                    "known "
-                    "codec. Copy it again, or convert it (`ffmpeg -i IN -c:v libx264 OUT.mp4`)."
+                    "known codec. Copy it again, or convert it (`ffmpeg -i IN -c:v libx264 OUT.mp4`)."
                 )
             self._stream.thread_type = "AUTO"
             _refuse_hdr(self.path, self._stream.codec_context.color_trc)
@@ -244,11 +242,17 @@ class VideoReader:
         self.close()
 
     def close(self) -> None:
+        """Close the file."""
         self._container.close()
 
     def _missing_frames(self, count: int, end: Fraction | None) -> int:
         """How many frames the headers promise beyond the `count` decoded ones; `end` is when these end."""
         if self._stream.frames:
+            if self._stream.frames > count and "mov" in self._container.format.name:
+                # An edit list may hide frames that are there.
+                with av.open(str(self.path), options={"ignore_editlist": "1"}) as whole:
+                    packets = whole.demux(whole.streams[self._stream.index])
+                    count = max(count, sum(packet.size > 0 for packet in packets))
             return self._stream.frames - count
         # Only a duration is known. Variable-rate video has fewer frames than that at its nominal rate, so
         # times are compared; some containers count from zero and some from the first frame.
@@ -282,9 +286,14 @@ class VideoReader:
                 if self._stop is not None and at + half > self._stop:
                     break
                 if time is not None:
-                    end = max(end or Fraction(0), time + 1 / self.source_fps)
+                    shown = max(1 / self.source_fps, (frame.duration or 0) * frame.time_base)
+                    end = max(end or Fraction(0), time + shown)
                 yield time, frame
         except (av.error.FFmpegError, OSError) as error:
+            if count == 0 and self._container.format.name == "webp_pipe":
+                raise MediaError(
+                    f"{self.path}: a WebP animation cannot be decoded. Convert it to MP4 or GIF first."
+                ) from error
             raise MediaError(
                 f"{self.path}: damaged after {count} frames ({error}). Copy or download it again."
             ) from error
@@ -294,7 +303,6 @@ class VideoReader:
             )
         if part:
             return
-        # Edit lists may hide a few frames that the container counts.
         missing = self._missing_frames(count, end)
         if missing > max(2, count // 20):
             raise MediaError(
@@ -315,6 +323,17 @@ class VideoReader:
                     f"{image.shape[1]}x{image.shape[0]} at frame {index}. Convert it to one size first."
                 )
             yield image
+
+
+def first_picture_time(path: str | os.PathLike) -> Fraction:
+    """When the first picture is shown, in seconds of the file's own clock; 0 where pictures have no times.
+
+    Raises:
+      MediaError: as `VideoReader`.
+    """
+    with VideoReader(path) as reader:
+        time, _ = next(reader._decoded())
+    return time or Fraction(0)
 
 
 def read_video(path: str | os.PathLike, max_frames: int | None = None) -> Video:
@@ -352,31 +371,3 @@ def resample_to_fps(video: Video, fps: Fraction) -> Video:
     """`video` at another frame rate: frames repeated or left out, never blended."""
     indices = resample_indices(len(video.frames), video.fps, fps)
     return dataclasses.replace(video, frames=video.frames[indices], fps=Fraction(fps))
-
-
-def read_image(path: str | os.PathLike) -> UInt8[np.ndarray, "H W 3"]:
-    """Read a picture upright (EXIF), as 8-bit RGB; of an animation the first frame.
-
-    Raises:
-      MediaError: no such file, empty, truncated, or not a picture.
-    """
-    path = Path(path)
-    check_file(path, "image")
-    try:
-        with Image.open(path) as opened:
-            opened.load()
-            picture = ImageOps.exif_transpose(opened)
-            if picture.mode.startswith("I") or picture.mode == "F":
-                # 16-bit grey; Pillow's own conversion clips it to white instead of scaling.
-                wide = np.asarray(picture, np.float64)
-                scale = 1.0 if wide.max() <= 255 else 255 / 65535
-                grey = np.clip(np.round(wide * scale), 0, 255).astype(np.uint8)
-                return np.repeat(grey[..., None], 3, axis=-1)
-            if picture.has_transparency_data:
-                return _over_white(np.asarray(picture.convert("RGBA")))
-            return np.array(picture.convert("RGB"))
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise MediaError(
-            f"{path}: not a readable picture, or truncated ({error}). "
-            "Copy it again or save it as PNG or JPEG."
-        ) from error

@@ -56,7 +56,8 @@ def test_golden_driver_maps(golden, size):
 
     shown = raster.clear_hidden_faces(found, faces, mask)
     np.testing.assert_array_equal(np.asarray(shown.face >= 0)[sure], fragments["mask"][sure])
-    image = np.asarray(driver.encode_fragments(shown, faces, canonical, offsets))
+    inputs = driver.DriverInputs(faces=faces, canonical=canonical, offsets=offsets, fragments=shown)
+    image = np.asarray(driver.encode_map(inputs))
     assert image.shape == (n_frames, size, size, 45)
     encoded = load(golden, f"driver_map_{size}_posenc42")["spatial_cond_0_42"]
     expected = encoded.reshape(n_frames, size // 4, size // 4, 42)  # every fourth pixel
@@ -110,7 +111,7 @@ def test_arms_are_parts_of_the_full_map(head, scene):
     np.testing.assert_array_equal(drawn(head, *scene, arm="no_posenc"), full[..., 42:])
     np.testing.assert_array_equal(drawn(head, *scene, arm="no_deform"), full[..., :42])
     for arm, channels in (("full", 45), ("no_posenc", 3), ("no_deform", 42)):
-        assert driver.driver_channels(arm) == channels
+        assert driver.driver_channels(arm, head) == channels
     half = drawn(head, *scene, dtype=jnp.bfloat16)
     assert half.dtype == jnp.bfloat16
     np.testing.assert_allclose(np.asarray(half, np.float32), full, rtol=2**-8, atol=1e-6)
@@ -181,9 +182,9 @@ def test_gradients_reach_the_coefficients(head, scene):
 
 def test_flame_vector(head, scene):
     _, coefficients, _, _ = scene
-    vector = driver.flame_vector(head, coefficients)
+    vector = driver.flame_vector(driver.DriverInputs(head=head, coefficients=coefficients))
     n = head.n_expression
-    assert vector.shape == (2, 3, n + 12)
+    assert vector.shape == (2, 3, n + 12) and driver.driver_channels("flame_vector", head) == n + 12
     for field, start in (("rot", n), ("neck", n + 3), ("jaw", n + 6), ("eyes", n + 9)):
         np.testing.assert_array_equal(vector[..., start : start + 3], getattr(coefficients, field))
     np.testing.assert_array_equal(vector[..., :n], coefficients.expression)
@@ -198,25 +199,29 @@ def test_inner_mouth_shows_even_where_the_mask_is_empty(head, scene):
 
 
 def test_wrong_arguments_are_named(head, scene):
-    with pytest.raises(ValueError, match="'flame_vector' has no driver map"):
+    with pytest.raises(
+        ValueError, match="'flame_vector' has no .*; arms with one: full, no_posenc, no_deform"
+    ):
         driver.driver_map(head, *scene, SIZE, arm="flame_vector")
-    with pytest.raises(ValueError, match="arms with one: full, no_posenc, no_deform"):
-        driver.driver_channels("posenc")
+    with pytest.raises(ValueError, match="unknown driver arm 'posenc'; one of full, .*, flame_vector"):
+        driver.driver_channels("posenc", head)
     short = scene[1]._replace(expression=scene[1].expression[..., :-1])
     with pytest.raises(ValueError, match="do not end in the"):
-        driver.flame_vector(head, short)
+        driver.flame_vector(driver.DriverInputs(head=head, coefficients=short))
 
 
 def test_frame_after_frame_gives_the_same_map(head, scene, monkeypatch):
-    """Large batches are shaded one frame at a time; small limits stand in for large batches here."""
+    """Large batches are shaded one frame at a time; here the limit is small instead."""
     identity, coefficients, camera, crop = scene
-    mesh = mesh_faces(head), mesh_render_mask(head)
     canonical = driver.canonical_positions(template_vertices(head))
     vertices = jax.jit(driver.ndc_vertices)(head, *scene)
     offsets = expression_offsets(head, identity, coefficients)
     offsets = jnp.broadcast_to(offsets, vertices.shape)
-    draw = lambda: jax.jit(lambda v, o: driver.map_of_mesh(v, *mesh, canonical, o, SIZE))(vertices, offsets)
+    inputs = driver.DriverInputs(faces=mesh_faces(head), canonical=canonical, offsets=offsets)
+    draw = lambda: jax.jit(lambda v, i: driver.map_of_mesh(v, mesh_render_mask(head), i, SIZE))(
+        vertices, inputs
+    )
     at_once = np.asarray(draw())
     assert (at_once != 0).any()
-    monkeypatch.setattr(driver, "_PIXELS_AT_ONCE", 1)
+    monkeypatch.setattr(driver.map, "_PIXELS_AT_ONCE", 1)
     np.testing.assert_allclose(draw(), at_once, atol=2e-6)

@@ -29,7 +29,8 @@ FACES = jnp.asarray(grid_faces(72), jnp.int32)  # 10,082 over 5,184 of the verti
 
 def drawn_map(vertices, canonical, offsets, dtype=jnp.bfloat16):
     mask = jnp.ones(vertices.shape[-2], bool)
-    return driver.map_of_mesh(vertices, FACES, mask, canonical, offsets, SIZE, dtype=dtype)
+    inputs = driver.DriverInputs(faces=FACES, canonical=canonical, offsets=offsets)
+    return driver.map_of_mesh(vertices, mask, inputs, SIZE, dtype=dtype)
 
 
 def edge_gradient(vertices, attributes, size=64):

@@ -8,7 +8,7 @@ from data_prep import synth
 from loki_jax.data.reader import open_dataset
 from loki_jax.face.builtin import builtin_head
 from loki_jax.synthetic import clips
-from loki_jax.synthetic.appearance import sample_shape
+from loki_jax.synthetic.appearance import sample_appearance, sample_shape
 from loki_jax.synthetic.motion import synth_motion
 
 SIZE = 32
@@ -101,7 +101,7 @@ def test_dataset_reads_back_and_rebuilds_the_truth(head, tmp_path, capsys):
     assert [row.extra["identity_seed"] for row in dataset.clips] == [2000000, 2000001, 2000002]
     row = dataset.clips[1]
     assert 4 <= row.length <= 6 and row.fps == 25
-    appearance = clips.appearance_for_identity(head, row.extra["identity_seed"])
+    appearance = sample_appearance(row.extra["identity_seed"], head)
     frame = dataset.read_clip(row)[0]
     single = [np.asarray(field)[None] for field in frame.coefficients]
     again = clips.render_frames(

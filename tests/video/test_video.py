@@ -1,17 +1,22 @@
 """Video and image files: every property is checked on files that PyAV or Pillow made for the test."""
 
+import errno
+import os
+import struct
+import tempfile
 from fractions import Fraction
+from pathlib import Path
 
 import av
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageCms
 
-from loki_jax.video import reader as video
-from loki_jax.video.reader import MediaError, read_image, read_video
-from loki_jax.video.writer import write_video
+from loki_jax import video
+from loki_jax.video import MediaError, read_image, read_video, write_video
 
 NTSC = Fraction(30000, 1001)
+FILES = Path(__file__).parent / "files"
 
 
 def numbered_frames(count, height=48, width=64):
@@ -195,6 +200,29 @@ def test_variable_rate_is_put_on_an_even_grid(tmp_path):
     assert abs(len(shown) / float(clip.fps) - 1.8) <= 1.5 / float(clip.fps)
 
 
+def test_a_pause_does_not_slow_the_motion_down(tmp_path):
+    # 2.4 s of motion at 25 frames a second, a pause of 20 s, five more frames: 3 a second on average.
+    times = [Fraction(i, 25) for i in range(60)] + [Fraction(112, 5) + Fraction(i, 25) for i in range(5)]
+    for suffix in (".mp4", ".mkv"):
+        clip = read_video(
+            make_driver(tmp_path / f"pause{suffix}", 65, Fraction(25), audio=None, stamps=times)
+        )
+        assert clip.fps == 25 and len(clip.frames) == 565
+        shown = [frame_number(frame) for frame in clip.frames]
+        np.testing.assert_allclose(shown[:60], range(60), atol=0.5)
+        np.testing.assert_allclose(shown[-5:], range(60, 65), atol=0.5)
+
+
+def test_an_edit_list_hides_frames_of_a_whole_file(tmp_path):
+    whole = FILES / "editlist_cut_0.5s.mp4"  # 75 frames, of which the first 13 are hidden
+    assert read_video(whole).frames.shape == (62, 288, 360, 3)
+    data = bytearray(whole.read_bytes())
+    start = data.index(b"mdat")
+    (tmp_path / "cut.mp4").write_bytes(data[: start + (len(data) - start) // 2])
+    with pytest.raises(MediaError, match="truncated|damaged|not a readable"):
+        read_video(tmp_path / "cut.mp4")
+
+
 def test_max_frames_stops_early(tmp_path):
     path = tmp_path / "clip.mp4"
     write_video(path, numbered_frames(30), Fraction(25))
@@ -221,6 +249,62 @@ def test_audio_stays_in_time(tmp_path, codec, suffix, rate):
     assert abs(true_onset - 1.0) < 0.03
     assert abs(onset - true_onset) < 0.03  # less than a frame
     assert read_video(out).fps == NTSC and len(read_video(out).frames) == 60
+
+
+def onset(path):
+    wave, rate, start, _ = decode_audio(path)
+    return start + np.argmax(np.abs(wave) > 0.2) / rate
+
+
+@pytest.mark.parametrize(
+    ("codec", "suffix", "kept", "first"),
+    [
+        ("libopus", ".mkv", "aac", 0.3),
+        ("pcm_s16le", ".mkv", "aac", 0.3),
+        ("libmp3lame", ".mkv", "mp3", 0.3),
+        ("libmp3lame", ".flv", "mp3", 0.3),
+        ("aac", ".flv", "aac", 0.3),
+        ("aac", ".ts", "aac", 0.3),
+        ("libopus", ".mp4", "aac", 0),
+        ("libopus", ".mkv", "aac", 0.007),
+        ("libmp3lame", ".avi", "mp3", 0),  # AVI has no time stamps: every track starts at 0
+    ],
+)
+def test_audio_is_timed_from_the_first_picture(tmp_path, codec, suffix, kept, first):
+    rate = 44100 if suffix == ".flv" else 48000
+    stamps = None if suffix == ".avi" else [Fraction(first) + Fraction(i, 25) for i in range(50)]
+    driver = make_driver(
+        tmp_path / f"driver{suffix}", 50, Fraction(25), audio=codec, rate=rate, click=1.0 + first,
+        stamps=stamps,
+    )  # fmt: skip
+    out = tmp_path / "out.mp4"
+    clip = read_video(driver)
+    write_video(out, clip.frames, clip.fps, audio_from=driver)
+    with av.open(str(out)) as container:
+        assert container.streams.audio[0].codec_context.codec.canonical_name == kept
+    assert abs(onset(out) - 1.0) < 0.04
+    assert read_video(out).fps == 25 and len(read_video(out).frames) == 50
+
+
+def test_the_default_audio_track_is_taken(tmp_path):
+    driver = FILES / "twoaudio.mp4"  # a silent track first, then the default one with a beep at 1 s
+    clip = read_video(driver)
+    write_video(tmp_path / "out.mp4", clip.frames, clip.fps, audio_from=driver)
+    assert abs(onset(tmp_path / "out.mp4") - 1.0) < 0.04
+
+
+def test_damaged_audio_costs_a_warning_and_never_the_video(tmp_path):
+    driver = make_driver(tmp_path / "driver.mkv", 60, audio="flac")
+    data = bytearray(driver.read_bytes())
+    with av.open(str(driver)) as container:
+        packets = [p for p in container.demux(container.streams.audio[0]) if p.size]
+    for packet in packets[10:14]:
+        data[packet.pos + 16 : packet.pos + packet.size] = bytes(packet.size - 16)
+    driver.write_bytes(data)
+    out = tmp_path / "out.mp4"
+    with pytest.warns(UserWarning, match="audio"):
+        write_video(out, numbered_frames(60), NTSC, audio_from=driver)
+    assert len(read_video(out).frames) == 60 and abs(onset(out) - 1.0) < 0.04
 
 
 def test_audio_copied_without_loss_is_bit_identical(tmp_path):
@@ -286,6 +370,32 @@ def test_unusable_output_names_are_refused(tmp_path):
         write_video(tmp_path / "clip.avi", numbered_frames(1), Fraction(25))
     with pytest.raises(MediaError, match="does not exist"):
         write_video(tmp_path / "no" / "clip.mp4", numbered_frames(1), Fraction(25))
+
+
+def test_a_full_disk_is_one_clear_error(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(MediaError, match="cannot be written .*No space left"):
+        with video.VideoWriter(tmp_path / "clip.mp4", Fraction(25)) as writer:
+            for frame in numbered_frames(3):
+                writer.write(frame)
+            monkeypatch.setattr(os, "replace", full)
+    monkeypatch.setattr(tempfile, "TemporaryFile", full)
+    with pytest.raises(MediaError, match="cannot be written .*No space left"):
+        video.check_output(tmp_path / "clip.mp4")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("width", [64, 256])
+def test_equal_frames_make_equal_files(tmp_path, width):
+    noise = np.random.default_rng(0).integers(0, 256, (12, 8, width // 8, 3), dtype=np.uint8)
+    frames = np.stack([Image.fromarray(f).resize((width, 64), Image.Resampling.BICUBIC) for f in noise])
+    contents = set()
+    for index in range(6):
+        write_video(tmp_path / f"{index}.mp4", frames, Fraction(25))
+        contents.add((tmp_path / f"{index}.mp4").read_bytes())
+    assert len(contents) == 1
 
 
 def test_unreadable_videos_give_one_clear_error(tmp_path):
@@ -384,6 +494,75 @@ def test_images_come_upright_and_as_rgb(tmp_path):
     np.testing.assert_array_equal(read_image(tmp_path / "palette.gif"), np.asarray(palette.convert("RGB")))
     Image.fromarray(base).convert("CMYK").save(tmp_path / "print.jpg", quality=95)
     assert np.abs(read_image(tmp_path / "print.jpg").astype(int) - base).mean() < 4
+
+
+def wide_gamut_profile():
+    """An ICC profile (version 2, matrix and curves) with the primaries of Display P3 and a gamma of 2.2."""
+    fixed = lambda *values: struct.pack(f">{len(values)}i", *(round(65536 * v) for v in values))
+    xyz = lambda *values: b"XYZ \0\0\0\0" + fixed(*values)
+    # Adapted to D50, as ICC wants them.
+    columns = {b"rXYZ": (0.51512, 0.24120, -0.00105), b"gXYZ": (0.29198, 0.69225, 0.04189),
+               b"bXYZ": (0.15710, 0.06657, 0.78407), b"wtpt": (0.95045, 1.0, 1.08905)}  # fmt: skip
+    tags = {name: xyz(*values) for name, values in columns.items()}
+    tags |= {name: b"curv\0\0\0\0" + struct.pack(">IHH", 1, round(2.2 * 256), 0)
+             for name in (b"rTRC", b"gTRC", b"bTRC")}  # fmt: skip
+    tags[b"desc"] = b"desc\0\0\0\0" + struct.pack(">I", 5) + b"wide\0" + bytes(79)
+    tags[b"cprt"] = b"text\0\0\0\0none\0\0\0\0"
+    offset, table, data = 128 + 4 + 12 * len(tags), struct.pack(">I", len(tags)), b""
+    for name, content in tags.items():
+        table += name + struct.pack(">II", offset + len(data), len(content))
+        data += content
+    header = struct.pack(
+        ">I4sI4s4s4s12s4s",
+        offset + len(data),
+        b"none",
+        0x02400000,
+        b"mntr",
+        b"RGB ",
+        b"XYZ ",
+        bytes(12),
+        b"acsp",
+    )
+    header = header.ljust(68, b"\0") + fixed(0.9642, 1.0, 0.8249)
+    return header.ljust(128, b"\0") + table + data
+
+
+def test_colour_profiles_are_converted(tmp_path):
+    # Display P3's (200, 100, 60) is more saturated in sRGB. Expected: P3 matrix to XYZ, inverse sRGB matrix
+    # (IEC 61966-2-1), sRGB's transfer function; worked out below in float64.
+    linear = (np.array([200, 100, 60]) / 255) ** 2.2
+    p3 = np.array([[0.51512, 0.29198, 0.15710], [0.24120, 0.69225, 0.06657], [-0.00105, 0.04189, 0.78407]])
+    srgb_d50 = np.array(
+        [[0.43607, 0.38515, 0.14307], [0.22249, 0.71687, 0.06061], [0.01392, 0.09708, 0.71410]]
+    )
+    light = np.linalg.solve(srgb_d50, p3 @ linear)
+    expected = 255 * np.where(light > 0.0031308, 1.055 * np.abs(light) ** (1 / 2.4) - 0.055, 12.92 * light)
+    colours = Image.new("RGB", (8, 8), (200, 100, 60))
+    for name, picture in (("p3.png", colours), ("p3.webp", colours), ("alpha.png", colours.convert("RGBA"))):
+        options = {"lossless": True} if name.endswith("webp") else {}
+        picture.save(tmp_path / name, icc_profile=wide_gamut_profile(), **options)
+        np.testing.assert_allclose(read_image(tmp_path / name)[3, 3], expected, atol=2)
+    assert expected[0] > 206  # far from the stored number
+    # sRGB itself, and a profile that cannot be read, leave the numbers alone.
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    for profile in (srgb, b"not a profile"):
+        colours.save(tmp_path / "same.png", icc_profile=profile)
+        np.testing.assert_array_equal(read_image(tmp_path / "same.png")[3, 3], (200, 100, 60))
+
+
+def test_float_tiff_and_animations(tmp_path):
+    ramp = np.linspace(0, 1, 48 * 64, dtype=np.float32).reshape(48, 64)
+    for scale in (1, 255, 65535):
+        Image.fromarray(ramp * scale).save(tmp_path / "float.tiff")
+        grey = read_image(tmp_path / "float.tiff")[..., 0]
+        np.testing.assert_allclose(grey, 255 * ramp, atol=0.51)
+    steps = [Image.new("RGB", (64, 48), (level,) * 3) for level in (40, 120, 200)]
+    for name in ("moving.webp", "moving.gif", "moving.png"):
+        steps[0].save(tmp_path / name, save_all=True, append_images=steps[1:], duration=40)
+        assert np.abs(read_image(tmp_path / name).astype(int) - 40).max() <= 2
+    assert [int(frame[0, 0, 0]) for frame in read_video(tmp_path / "moving.gif").frames] == [40, 120, 200]
+    with pytest.raises(MediaError, match="WebP animation"):
+        read_video(tmp_path / "moving.webp")
 
 
 def test_unreadable_images_give_one_clear_error(tmp_path):
