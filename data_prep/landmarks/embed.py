@@ -336,13 +336,13 @@ def observe(
 
     @jax.jit
     def fragments(view):
-        vertices = world_vertices(head, make_identity(head, view.shape), view)
+        vertices = world_vertices(head, make_identity(head, view.betas), view)
         ndc = ndc_from_camera(camera_from_world(vertices, camera), camera, crop)
         return rasterize(ndc, mesh_faces(head), _SIZE)
 
     @jax.jit
     def picture(view, appearance):
-        return render(head, make_identity(head, view.shape), view, camera, crop, appearance, _SIZE)
+        return render(head, make_identity(head, view.betas), view, camera, crop, appearance, _SIZE)
 
     views = [Coefficients(*(field[k] for field in views)) for k in range(n)]
     shown = [jax.tree.map(np.asarray, fragments(view)) for view in views]
