@@ -24,6 +24,7 @@ from loki_jax.data.reader import Dataset, open_dataset
 from loki_jax.data.schema import ClipInfo, DatasetError, Frame
 from loki_jax.face.asset import HeadAsset
 from loki_jax.io import atomic_path, remove, stale_siblings
+from loki_jax.io import atomic_path, remove, stale_siblings
 
 _N_PUBLIC_EXPRESSION = 65
 

@@ -30,6 +30,7 @@ from loki_jax.fitting.landmarker import Landmarker
 from loki_jax.fitting.model_files import LandmarkError, cached_models, fetch_models
 from loki_jax.fitting.points import LANDMARK_SET
 from loki_jax.io import atomic_path
+from loki_jax.io import atomic_path
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:

@@ -29,6 +29,7 @@ from loki_jax.data.reader import Dataset, decode_image, open_dataset
 from loki_jax.data.schema import ClipInfo, DatasetError
 from loki_jax.io import atomic_path
 from loki_jax.metrics.hpf import head_rotation
+from loki_jax.io import atomic_path
 
 _SUMMARY = "summary.json"
 _OVERLAYS = "overlays"

@@ -330,7 +330,7 @@ def test_the_package_never_imports_data_prep():
 
 
 def test_programs_never_import_programs():
-    known = modules("loki_jax", "data_prep", "tools")
+    known = modules("loki_jax", "data_prep")
     programs = {name for name, path in known.items() if is_program(path)}
     assert {"loki_jax.train", "loki_jax.animate", "data_prep.build"} <= programs
     for name, path in known.items():

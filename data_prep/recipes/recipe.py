@@ -12,6 +12,7 @@ import argparse
 import csv
 import functools
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -28,6 +29,7 @@ from data_prep.dataset.workers import Died, WorkerError, run_parallel
 from loki_jax.io import atomic_path
 from loki_jax.video.reader import MediaError, VideoReader
 from loki_jax.video.writer import write_video
+from loki_jax.io import atomic_path
 
 CLIPS_TABLE = "clips.csv"
 
@@ -72,6 +74,12 @@ class WantedVideo(NamedTuple):
     names: tuple[str, ...]
     url: str
     clips: tuple[WantedClip, ...]
+
+
+def youtube_id(url: str) -> str | None:
+    """The id in a YouTube address, or None."""
+    found = re.search(r"(?:[?&]v=|youtu\.be/|/shorts/|/embed/)([\w-]{11})", url)
+    return found[1] if found else None
 
 
 def parse_time(text: str) -> Fraction:
