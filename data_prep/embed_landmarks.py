@@ -17,6 +17,7 @@ from PIL import Image
 from data_prep.dataset.clips import load_any_head
 from data_prep.landmarks.embed import N_POINTS, with_landmarks
 from data_prep.landmarks.head_sheet import head_sheet
+from loki_jax.compile_cache import enable_compile_cache
 from loki_jax.face.asset import HeadAssetError, save_head
 from loki_jax.fitting.landmarker import Landmarker
 from loki_jax.fitting.model_files import LandmarkError, fetch_models
@@ -33,6 +34,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--no-networks", action="store_true", help="by closest points alone")
     parser.add_argument("--sheet", type=Path, help="also write pictures of the head with its landmarks")
     args = parser.parse_args(argv)
+    enable_compile_cache()
     try:
         if args.out.suffix != ".npz":
             raise HeadAssetError(f"{args.out}: a head asset ends in .npz. Choose such a name for --out.")

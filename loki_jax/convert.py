@@ -37,6 +37,7 @@ import numpy as np
 from jaxtyping import Float
 from ml_collections import ConfigDict
 
+from loki_jax.compile_cache import enable_compile_cache
 from loki_jax.driver.registry import DEFAULT_ARM, find_map_arm
 from loki_jax.face.asset import HeadAssetError, load_head
 from loki_jax.io import atomic_path, file_sha256, remove, stale_siblings
@@ -48,7 +49,6 @@ from loki_jax.weights.diffusers_names import current_name
 from loki_jax.weights.flax_msgpack import write_msgpack
 from loki_jax.weights.match import KeyMatch, match_keys
 from loki_jax.weights.tensors import Tensors, WeightsError
-from loki_jax.io import atomic_path, remove, stale_siblings
 from loki_jax.weights.write import (
     cast,
     to_ours,
@@ -76,6 +76,7 @@ class Opened(NamedTuple):
 
 def main(argv: list[str] | None = None) -> None:
     args = _arguments(argv)
+    enable_compile_cache()
     try:
         if args.source is None:
             _export_run(args)

@@ -13,7 +13,6 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from loki_jax.io import atomic_path
-from loki_jax.io import atomic_path
 
 
 def resize_frames(frames: UInt8[np.ndarray, "n h w 3"], height: int) -> UInt8[np.ndarray, "n height w2 3"]:

@@ -34,7 +34,6 @@ from loki_jax.planning.work import make_subject
 from loki_jax.training.config import config_arguments, upgrade_config
 from loki_jax.training.flops import Chip, chip_named
 from loki_jax.training.logging import log
-from loki_jax.io import write_json
 
 FLAGS = flags.FLAGS
 

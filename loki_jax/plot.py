@@ -31,7 +31,6 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from loki_jax.io import atomic_path
 from loki_jax.training.logging import read_metrics
-from loki_jax.io import atomic_path
 
 
 class PlotError(ValueError):

@@ -19,7 +19,6 @@ from jaxtyping import Float
 from loki_jax.data.schema import COEFFICIENT_FEATURES
 from loki_jax.face.types import Camera, Coefficients
 from loki_jax.io import atomic_path
-from loki_jax.io import atomic_path
 
 _FILE = "{file}"  # stands for the clip's path in stored reasons, which may be another one next time
 

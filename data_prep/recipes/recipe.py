@@ -29,7 +29,6 @@ from data_prep.dataset.workers import Died, WorkerError, run_parallel
 from loki_jax.io import atomic_path
 from loki_jax.video.reader import MediaError, VideoReader
 from loki_jax.video.writer import write_video
-from loki_jax.io import atomic_path
 
 CLIPS_TABLE = "clips.csv"
 

@@ -11,7 +11,6 @@ import zipfile
 from pathlib import Path
 
 from loki_jax.io import atomic_path
-from loki_jax.io import atomic_path
 
 WHEEL = "mediapipe==0.10.21"
 

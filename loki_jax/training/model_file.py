@@ -17,7 +17,6 @@ from loki_jax.face.asset import HeadAsset
 from loki_jax.face.builtin import builtin_head
 from loki_jax.io import atomic_path
 from loki_jax.training.config import CheckpointError, config_from_json, config_to_json
-from loki_jax.io import atomic_path
 
 
 class Checkpoint(NamedTuple):

@@ -37,7 +37,6 @@ from loki_jax.training.sharding import local_batch, make_mesh, path_name
 from loki_jax.training.state import TrainState, make_optimizer
 from loki_jax.training.step import make_gradients
 from loki_jax.training.workdir import code_version
-from loki_jax.io import write_json
 
 _TUPLES = {"coefficients": Coefficients, "reference_coefficients": Coefficients, "camera": Camera}
 
