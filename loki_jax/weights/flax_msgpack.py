@@ -6,6 +6,7 @@ what such files consist of is understood; numbers are read one array at a time.
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -24,6 +25,7 @@ _DTYPES = {
     )
 }
 _LONGEST_KEY = 2**16
+_MOST_AXES = 32
 
 
 class _Malformed(Exception):
@@ -132,10 +134,13 @@ def open_msgpack(path: Path) -> Tensors:
     def read(name: str) -> np.ndarray:
         info, offset = found[name]
         dtype = _DTYPES[info.dtype]
-        with path.open("rb") as file:
-            file.seek(offset)
-            data = file.read(int(np.prod(info.shape)) * dtype.itemsize)
-        return np.frombuffer(data, dtype).reshape(info.shape)
+        try:
+            with path.open("rb") as file:
+                file.seek(offset)
+                data = file.read(math.prod(info.shape) * dtype.itemsize)
+            return np.frombuffer(data, dtype).reshape(info.shape)
+        except (OSError, ValueError) as error:
+            raise WeightsError(f"{path}: {name} is damaged ({error}). Copy the file again.") from error
 
     return Tensors({name: info for name, (info, _) in found.items()}, read, (path,))
 
@@ -148,13 +153,16 @@ def _array(cursor: _Cursor, head: int) -> tuple[TensorInfo, int]:
         raise _Malformed(f"extension type {kind}; only arrays (1) are known")
     if cursor.array_length() != 3:
         raise _Malformed("an array without shape, dtype and numbers")
-    shape = tuple(cursor.integer() for _ in range(cursor.array_length()))
+    axes = cursor.array_length()
+    if axes > _MOST_AXES:
+        raise _Malformed(f"an array of {axes} axes")
+    shape = tuple(cursor.integer() for _ in range(axes))
     name = cursor.text()
     if name not in _DTYPES:
         raise _Malformed(f"an array of dtype {name!r}")
     count = cursor.binary_length()
     position = cursor.file.tell()
-    if count != int(np.prod(shape)) * _DTYPES[name].itemsize or position + count != end:
+    if count != math.prod(shape) * _DTYPES[name].itemsize or position + count != end:
         raise _Malformed(f"an array of shape {shape} and {count} bytes")
     cursor.skip(count)
     return (TensorInfo(shape, name), position)

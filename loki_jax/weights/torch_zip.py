@@ -9,7 +9,9 @@ out as descriptions; their numbers are read one at a time.
 from __future__ import annotations
 
 import io
+import math
 import pickle
+import pickletools
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
@@ -193,21 +195,41 @@ def open_torch(path: Path) -> Tensors:
             content = _unpickle(path, archive)
             tensors = _named_tensors(path, content)
             for name, tensor in tensors.items():
-                record = archive.getinfo(tensor.storage.record)
+                record = _stored_record(archive, tensor.storage.record)
                 if record.file_size != tensor.storage.size * tensor.storage.dtype.itemsize:
                     raise _Malformed(f"{name}, whose storage has {record.file_size} bytes")
-                if record.compress_type != zipfile.ZIP_STORED:
-                    raise _Malformed(f"{name}, which is compressed")
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
-        raise WeightsError(
-            f"{path}: damaged or cut short ({error}). Copy it again and compare its SHA-256."
-        ) from error
+                # Strides of 0 repeat numbers: a few bytes could describe a tensor of any size.
+                if math.prod(tensor.shape) * tensor.storage.dtype.itemsize > path.stat().st_size:
+                    raise _Malformed(f"{name} of shape {tensor.shape}, larger than the whole file")
+    except WeightsError:
+        raise
     except (_Malformed, KeyError) as error:
         raise WeightsError(
             f"{path}: damaged, it holds {error}. Copy it again and compare its SHA-256."
         ) from error
+    except Exception as error:  # zipfile fails on damaged bytes in many ways
+        raise WeightsError(
+            f"{path}: damaged or cut short ({error}). Copy it again and compare its SHA-256."
+        ) from error
     infos = {name: TensorInfo(tensor.shape, tensor.storage.dtype.name) for name, tensor in tensors.items()}
     return Tensors(infos, lambda name: _read(path, name, tensors[name]), (path,))
+
+
+def _stored_record(archive: zipfile.ZipFile, name: str) -> zipfile.ZipInfo:
+    """A record that is not compressed, as torch writes all: it cannot unpack to more than the file's size."""
+    record = archive.getinfo(name)
+    if record.compress_type != zipfile.ZIP_STORED or record.file_size != record.compress_size:
+        raise _Malformed(f"{name}, which is compressed")
+    if record.file_size > Path(archive.filename).stat().st_size:
+        raise _Malformed(f"{name}, which is larger than the whole file")
+    return record
+
+
+def _check_memo(data: bytes) -> None:
+    """Refuse memo indices beyond the pickle's length: the unpickler allocates a memo up to the largest one."""
+    for opcode, argument, _ in pickletools.genops(data):
+        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and not 0 <= argument <= len(data):
+            raise _Malformed(f"memo index {argument} in a pickle of {len(data)} bytes")
 
 
 def _unpickle(path: Path, archive: zipfile.ZipFile) -> Any:
@@ -219,12 +241,12 @@ def _unpickle(path: Path, archive: zipfile.ZipFile) -> Any:
         raise WeightsError(f"{path}: a zip archive, but not one of PyTorch (no data.pkl).")
     folder = pickles[0].partition("/")[0]
     order = f"{folder}/byteorder"
-    if order in names and archive.read(order) != b"little":
+    if order in names and archive.read(_stored_record(archive, order)) != b"little":
         raise WeightsError(f"{path}: written on a big-endian machine. Save it anew on another.")
     try:
-        if archive.getinfo(pickles[0]).compress_type != zipfile.ZIP_STORED:
-            raise _Malformed("a compressed pickle")
-        return _TensorUnpickler(io.BytesIO(archive.read(pickles[0])), folder).load()
+        data = archive.read(_stored_record(archive, pickles[0]))
+        _check_memo(data)
+        return _TensorUnpickler(io.BytesIO(data), folder).load()
     except _Refused as refused:
         raise WeightsError(
             f"{path}: its pickle names {refused}, which weights do not need and which could run a program. "
@@ -273,10 +295,12 @@ def _read(path: Path, name: str, tensor: _Tensor) -> np.ndarray:
     try:
         with zipfile.ZipFile(path) as archive:
             numbers = np.frombuffer(archive.read(storage.record), storage.dtype)
-    except (zipfile.BadZipFile, OSError, EOFError) as error:
+        if 0 in tensor.shape:
+            return np.zeros(tensor.shape, storage.dtype)
+        strides = [step * storage.dtype.itemsize for step in tensor.strides]
+        view = np.lib.stride_tricks.as_strided(
+            numbers[tensor.offset :], tensor.shape, strides, writeable=False
+        )
+        return np.ascontiguousarray(view).reshape(tensor.shape)
+    except Exception as error:  # zipfile and NumPy fail on damaged bytes in many ways
         raise WeightsError(f"{path}: {name} is damaged ({error}). Copy the file again.") from error
-    if 0 in tensor.shape:
-        return np.zeros(tensor.shape, storage.dtype)
-    strides = [step * storage.dtype.itemsize for step in tensor.strides]
-    view = np.lib.stride_tricks.as_strided(numbers[tensor.offset :], tensor.shape, strides, writeable=False)
-    return np.ascontiguousarray(view).reshape(tensor.shape)
