@@ -226,7 +226,7 @@ def _stored_record(archive: zipfile.ZipFile, name: str) -> zipfile.ZipInfo:
 
 
 def _check_memo(data: bytes) -> None:
-    """Refuse memo indices beyond the pickle's length: the unpickler allocates a memo up to the largest one."""
+    """Refuse memo indices beyond the length of the pickle: the unpickler allocates up to the largest one."""
     for opcode, argument, _ in pickletools.genops(data):
         if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and not 0 <= argument <= len(data):
             raise _Malformed(f"memo index {argument} in a pickle of {len(data)} bytes")
