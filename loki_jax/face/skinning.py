@@ -90,7 +90,7 @@ def _has_mouth_sphere(head: HeadAsset) -> bool:
     return head.lip_vertex >= 0
 
 
-def mesh_faces(head: HeadAsset) -> Int[Array, "F_all 3"]:
+def mesh_faces(head: HeadAsset) -> Int[ArrayLike, "F_all 3"]:
     """Triangles of the whole mesh: the asset's, then those of the inner-mouth half-sphere."""
     if not _has_mouth_sphere(head):
         return head.faces
