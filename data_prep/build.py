@@ -16,6 +16,7 @@ from data_prep.dataset.options import (
     interrupted,
 )
 from data_prep.dataset.workers import WorkerError
+from loki_jax.compile_cache import enable_compile_cache
 from loki_jax.data.schema import DatasetError
 from loki_jax.face.asset import HeadAssetError
 from loki_jax.fitting.model_files import LandmarkError, fetch_models
@@ -58,6 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--wheel", help="the mediapipe 0.10.21 wheel, where the landmark models cannot be downloaded"
     )
     args = parser.parse_args(argv)
+    enable_compile_cache()
     check_dataset_arguments(parser, args)
     if args.fps <= 0 or args.min_frames < 1 or args.overlay < 0:
         parser.error("--fps and --min-frames must be positive, --overlay not negative")

@@ -20,6 +20,7 @@ import numpy as np
 from jaxtyping import Float
 from PIL import Image
 
+from loki_jax.compile_cache import enable_compile_cache
 from loki_jax.data.reader import Dataset, open_dataset
 from loki_jax.data.schema import ClipInfo, DatasetError, Frame
 from loki_jax.face.asset import HeadAsset
@@ -144,6 +145,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--clips", nargs="+", metavar="ID", help="only these clips")
     parser.add_argument("--frames", action="store_true", help="also write the stored crops as pictures")
     args = parser.parse_args(argv)
+    enable_compile_cache()
     try:
         dataset = open_dataset(args.dataset)
         head = dataset.head()

@@ -22,6 +22,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from data_prep.landmarks.head_sheet import head_sheet
+from loki_jax.compile_cache import enable_compile_cache
 from loki_jax.face.asset import HeadAsset, HeadAssetError, save_head
 from loki_jax.face.builtin import builtin_head
 from loki_jax.face.flame import head_from_flame
@@ -100,6 +101,7 @@ def _embedded(head: HeadAsset, wheel: str | None) -> HeadAsset:
 def main(argv: list[str] | None = None) -> int:
     """Write the asset and its sheet; returns the exit status."""
     arguments = _arguments(argv)
+    enable_compile_cache()
     try:
         if arguments.out.suffix != ".npz":
             raise HeadAssetError(f"{arguments.out}: a head asset ends in .npz. Choose such a name for --out.")

@@ -27,6 +27,7 @@ from data_prep.dataset.options import add_dataset_arguments, check_dataset_argum
 from data_prep.dataset.workers import WorkerError
 from data_prep.importers.fits import find_fits, fit_digest, make_import
 from data_prep.importers.frames import called
+from loki_jax.compile_cache import enable_compile_cache
 from loki_jax.data.schema import DatasetError
 from loki_jax.face.asset import HeadAssetError
 from loki_jax.fitting.clips import CROP_FACTOR
@@ -57,6 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--source-fps", type=Fraction, default=Fraction(25), help="rate of folders of pictures"
     )
     args = parser.parse_args(argv)
+    enable_compile_cache()
     check_dataset_arguments(parser, args)
     if args.fps <= 0 or args.source_fps <= 0 or args.camera < 0:
         parser.error("--fps and --source-fps must be positive, --camera not negative")

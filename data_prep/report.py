@@ -25,6 +25,7 @@ import numpy as np
 from jaxtyping import Float
 from PIL import Image
 
+from loki_jax.compile_cache import enable_compile_cache
 from loki_jax.data.reader import Dataset, decode_image, open_dataset
 from loki_jax.data.schema import ClipInfo, DatasetError
 from loki_jax.io import atomic_path
@@ -360,6 +361,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="file to write (default: report.html in the dataset)")
     parser.add_argument("--overlays", choices=("auto", "embed", "link", "none"), default="auto")
     args = parser.parse_args(argv)
+    enable_compile_cache()
     page = args.out or args.dataset / "report.html"
     try:
         clips, summary = make_report(args.dataset, page, args.overlays)

@@ -21,6 +21,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
+from loki_jax.compile_cache import enable_compile_cache
 from loki_jax.data.schema import Clip, DatasetError
 from loki_jax.data.writer import write_dataset
 from loki_jax.face.asset import HeadAsset
@@ -125,6 +126,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--overwrite", action="store_true", help="replace a dataset that is already there")
     args = parser.parse_args(argv)
+    enable_compile_cache()
     if (args.out is None) == (args.preview is None):
         parser.error("give either --out DIR or --preview FILE.png")
     for name in ("identities", "clips_per_identity", "size"):

@@ -26,7 +26,6 @@ for inference. That works for models of the built-in head; others carry licences
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import shutil
 import sys
@@ -38,6 +37,7 @@ import numpy as np
 from jaxtyping import Float
 from ml_collections import ConfigDict
 
+from loki_jax.compile_cache import enable_compile_cache
 from loki_jax.driver.registry import DEFAULT_ARM, find_map_arm
 from loki_jax.face.asset import HeadAssetError, load_head
 from loki_jax.io import atomic_path, file_sha256, remove, stale_siblings
@@ -76,6 +76,7 @@ class Opened(NamedTuple):
 
 def main(argv: list[str] | None = None) -> None:
     args = _arguments(argv)
+    enable_compile_cache()
     try:
         if args.source is None:
             _export_run(args)
@@ -201,7 +202,7 @@ def open_source(path: Path, config: str | None, use_ema: bool = True) -> Opened:
     Raises:
       WeightsError: there is nothing that this program reads.
     """
-    given = None if config is None else load_config(config)
+    given = None if config is None else layouts.load_config(config)
     sd21 = ConfigDict({"model": layouts.sd21_config().to_dict()})
     if (path / "config.json").is_file() and (path / "checkpoints").is_dir():
         own = config_from_json((path / "config.json").read_text()) if given is None else given
@@ -239,23 +240,6 @@ def open_source(path: Path, config: str | None, use_ema: bool = True) -> Opened:
         )
     layout = layouts.make_layout("loki" if is_loki else "ldm", network, wrapped)
     return Opened(tensors, layout, expected, network)
-
-
-def load_config(argument: str) -> ConfigDict:
-    """The config of FILE.py[:VARIANT] or of a run's `config.json`. Raises WeightsError when it is none."""
-    name, _, variant = argument.partition(":")
-    path = Path(name)
-    if not path.is_file():
-        raise WeightsError(f"--config {path}: no such file.")
-    try:
-        if path.suffix == ".json":
-            return config_from_json(path.read_text())
-        spec = importlib.util.spec_from_file_location(path.stem, path)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module.get_config(variant or None)
-    except (AttributeError, ImportError, SyntaxError, ValueError) as error:
-        raise WeightsError(f"--config {argument}: not a config file ({error}).") from error
 
 
 def check_settings(folder: Path, network: layouts.Network) -> None:

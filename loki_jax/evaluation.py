@@ -157,7 +157,8 @@ def evaluate_pairs(
       size: edge of HEF's renders in pixels.
 
     Returns:
-      {"generated": {"hpf", "hef", "psnr", "ssim", "absolute_pose"}, "static", "refit", "pairs": [...],
+      {"generated": {"hpf", "hpf_aligned", "hef", "psnr", "ssim",
+      "absolute_pose"}, "static", "refit", "pairs": [...],
       "generated_swapped_reference": {"psnr", "ssim"}, "per_frame": {row: [[degrees]]}, "hef_size"}; degrees
       and dB. PSNR and SSIM are against `truth`; those of "refit" are of the render of what was read back.
     """
@@ -193,6 +194,7 @@ def evaluate_pairs(
                 "hpf": following.pose.degrees,
                 "hef": following.expression.distance,
                 "absolute_pose": following.pose.absolute_degrees,
+                "hpf_aligned": following.pose.aligned_degrees,
                 "fit_residual": float(residual[i].mean()),
             }
             shown = frames[i]

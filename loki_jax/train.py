@@ -135,7 +135,7 @@ def train(config: ConfigDict, workdir: Path) -> float:
                 folder = write_snapshot(workdir, anomaly, state, config, head, names)
                 raise NonFiniteError(
                     f"{monitor.in_row} updates in a row were not finite, the last of step {anomaly.step}. "
-                    f"Look into it with: python -m loki_jax.training.snapshot {folder}"
+                    f"Look into it with: python -m loki_jax.replay {folder}"
                 )
 
     with contextlib.ExitStack() as stack:

@@ -50,13 +50,12 @@ def load_encoder(
     import jax
     import jax.numpy as jnp
 
-    from loki_jax.convert import load_config
     from loki_jax.weights import layouts, sources
     from loki_jax.weights.tensors import WeightsError
 
     folder = Path(folder)
     try:
-        model_config = layouts.sd21_config() if config is None else load_config(config).model
+        model_config = layouts.sd21_config() if config is None else layouts.load_config(config).model
         network = layouts.make_network(model_config)
         tensors = sources.open_orbax(folder)
     except WeightsError as error:

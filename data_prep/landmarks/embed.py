@@ -1,8 +1,6 @@
 """Place MediaPipe's 478 face landmarks on any head that has the 68 iBUG landmarks.
 
-    python -m data_prep.landmarks.embed HEAD.npz --out HEAD_WITH_LANDMARKS.npz [--sheet FILE.png]
-
-HEAD is a head asset, or the ICT-FaceKit arrays. No photograph and no embedding made by others is used. The
+No photograph and no embedding made by others is used. The
 built-in head is warped onto the new one by a thin-plate spline through the landmarks that both have; it
 lends its colours, the landmark networks mark renders of the new head in them, and the marks are carried
 back to the surface. Without the networks (`--no-networks`) the built-in head's landmarks take the closest
@@ -14,10 +12,7 @@ mouth at rest and moved, and refuses what does not open and close.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import sys
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -25,21 +20,19 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.sparse
 from jaxtyping import Float, Int
-from PIL import Image
 from scipy.interpolate import RBFInterpolator
 from scipy.sparse.csgraph import connected_components, dijkstra
 from scipy.spatial import cKDTree
 
 from data_prep.landmarks.marks import mark, mirror_pairs
 from data_prep.landmarks.surface import locate
-from loki_jax.face.asset import HeadAsset, HeadAssetError, Landmarks, save_head
+from loki_jax.face.asset import HeadAsset, HeadAssetError, Landmarks
 from loki_jax.face.builtin import builtin_head
 from loki_jax.face.camera import camera_from_world, ndc_from_camera
 from loki_jax.face.ict import MEDIAPIPE_OF_IBUG
 from loki_jax.face.skinning import head_vertices, make_identity, mesh_faces, world_vertices
 from loki_jax.face.types import Camera, Coefficients
 from loki_jax.fitting.landmarker import Landmarker
-from loki_jax.fitting.model_files import LandmarkError, fetch_models
 from loki_jax.fitting.points import LANDMARK_SET
 from loki_jax.raster.api import rasterize
 from loki_jax.synthetic.appearance import Appearance, sample_appearance
@@ -336,13 +329,13 @@ def observe(
 
     @jax.jit
     def fragments(view):
-        vertices = world_vertices(head, make_identity(head, view.shape), view)
+        vertices = world_vertices(head, make_identity(head, view.betas), view)
         ndc = ndc_from_camera(camera_from_world(vertices, camera), camera, crop)
         return rasterize(ndc, mesh_faces(head), _SIZE)
 
     @jax.jit
     def picture(view, appearance):
-        return render(head, make_identity(head, view.shape), view, camera, crop, appearance, _SIZE)
+        return render(head, make_identity(head, view.betas), view, camera, crop, appearance, _SIZE)
 
     views = [Coefficients(*(field[k] for field in views)) for k in range(n)]
     shown = [jax.tree.map(np.asarray, fragments(view)) for view in views]
@@ -480,47 +473,6 @@ def with_landmarks(head: HeadAsset, landmarker: Landmarker | None = None) -> tup
     marks = embed(head, landmarker)
     openings = check_embedding(head, marks)
     way = "closest points" if landmarker is None else "networks"
-    note = f"{head.provenance}; {LANDMARK_SET} by data_prep.landmarks.embed ({way})"
+    note = f"{head.provenance}; {LANDMARK_SET} by data_prep.embed_landmarks ({way})"
     landmarks = head.landmarks | {LANDMARK_SET: marks}
     return dataclasses.replace(head, landmarks=landmarks, provenance=note), openings
-
-
-def main(argv: list[str] | None = None) -> int:
-    from data_prep.dataset.clips import load_any_head
-    from data_prep.landmarks.head_sheet import head_sheet
-
-    parser = argparse.ArgumentParser(
-        prog="python -m data_prep.landmarks.embed", description=__doc__.split("\n\n")[0]
-    )
-    parser.add_argument("head", help="head asset (.npz), or the ICT-FaceKit arrays")
-    parser.add_argument("--out", type=Path, required=True, help="the asset to write, with the landmarks")
-    parser.add_argument("--wheel", help="the mediapipe 0.10.21 wheel with the networks (else the cache)")
-    parser.add_argument("--no-networks", action="store_true", help="by closest points alone")
-    parser.add_argument("--sheet", type=Path, help="also write pictures of the head with its landmarks")
-    args = parser.parse_args(argv)
-    try:
-        if args.out.suffix != ".npz":
-            raise HeadAssetError(f"{args.out}: a head asset ends in .npz. Choose such a name for --out.")
-        landmarker = None
-        if not args.no_networks:
-            landmarker = Landmarker(fetch_models(args.wheel))
-        head, openings = with_landmarks(load_any_head(args.head), landmarker)
-        digest = save_head(args.out, head)
-    except (HeadAssetError, LandmarkError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    for opening in openings:
-        print(
-            f"{opening.part}: gap over width {opening.rest:.3f} at rest, {opening.least:.3f} by "
-            f"{opening.least_by}, {opening.most:.3f} by {opening.most_by}"
-        )
-    held = int((np.asarray(head.landmarks[LANDMARK_SET].face) >= 0).sum())
-    print(f"{args.out}: {head.name} with {held} of {N_POINTS} landmarks, sha256 {digest}")
-    if args.sheet is not None:
-        Image.fromarray(head_sheet(head)).save(args.sheet)
-        print(f"{args.sheet}: pictures of it")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

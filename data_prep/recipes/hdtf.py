@@ -30,6 +30,7 @@ from data_prep.recipes.recipe import (
     check_recipe_arguments,
     finish,
     parse_time,
+    youtube_id,
 )
 
 PARTS = ("RD", "WDA", "WRA")
@@ -88,12 +89,6 @@ def identity_of(part: str, name: str) -> str:
     """The person: names end in the number of their video, except the radio shows, whose guests change."""
     person = re.sub(r"[_\d]+$", "", name)
     return f"{part}_{name}" if part == "RD" or not person else person
-
-
-def youtube_id(url: str) -> str | None:
-    """The id in a YouTube address, or None."""
-    found = re.search(r"(?:[?&]v=|youtu\.be/|/shorts/|/embed/)([\w-]{11})", url)
-    return found[1] if found else None
 
 
 def _box(values: Sequence[str], height: tuple[int, list[str]] | None):

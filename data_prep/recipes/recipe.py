@@ -12,6 +12,7 @@ import argparse
 import csv
 import functools
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -72,6 +73,12 @@ class WantedVideo(NamedTuple):
     names: tuple[str, ...]
     url: str
     clips: tuple[WantedClip, ...]
+
+
+def youtube_id(url: str) -> str | None:
+    """The id in a YouTube address, or None."""
+    found = re.search(r"(?:[?&]v=|youtu\.be/|/shorts/|/embed/)([\w-]{11})", url)
+    return found[1] if found else None
 
 
 def parse_time(text: str) -> Fraction:

@@ -20,7 +20,6 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from data_prep.recipes.hdtf import youtube_id
 from data_prep.recipes.recipe import (
     RecipeError,
     WantedClip,
@@ -28,6 +27,7 @@ from data_prep.recipes.recipe import (
     add_recipe_arguments,
     check_recipe_arguments,
     finish,
+    youtube_id,
 )
 
 _LICENCE = "TalkVid list CC BY-NC 4.0; video: its owner's terms"

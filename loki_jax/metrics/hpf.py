@@ -17,6 +17,9 @@ class HeadPoseFollow(NamedTuple):
         frame (which counts, with 0); None where fewer than two frames are common.
       absolute_degrees: mean angle between the rotations themselves, which HPF is blind to; None
         as above.
+      aligned_degrees: as `degrees`, but relative to the best constant rotation between the two tracks (one
+        Procrustes alignment over all common frames) instead of frame 0, whose noise enters every frame of
+        `degrees`; None as above.
       track_rate: share of the asked frames that both clips have; 0 where there is no value.
       n_frames: number of common frames.
       per_frame: angle of every asked frame, NaN where it is not common.
@@ -24,6 +27,7 @@ class HeadPoseFollow(NamedTuple):
 
     degrees: float | None
     absolute_degrees: float | None
+    aligned_degrees: float | None
     track_rate: float
     n_frames: int
     per_frame: Float[np.ndarray, " n"]
@@ -86,7 +90,7 @@ def head_pose_follow(
     index = np.flatnonzero(common)
     per_frame = np.full(asked, np.nan)
     if len(index) < 2:
-        return HeadPoseFollow(None, None, 0.0, len(index), per_frame)
+        return HeadPoseFollow(None, None, None, 0.0, len(index), per_frame)
 
     def pick(value):
         return None if value is None else np.asarray(value)[index]
@@ -97,9 +101,13 @@ def head_pose_follow(
     # of the digits near 0.
     relative = (prediction * prediction[0].inv()).inv() * (target * target[0].inv())
     per_frame[index] = np.degrees(relative.magnitude())
+    # Constant offsets in the head's own frame cancel in D_t; the mean rotation is the best of them.
+    offset = (target.inv() * prediction).mean()
+    aligned = (target * offset).inv() * prediction
     return HeadPoseFollow(
         degrees=float(per_frame[index].mean()),
         absolute_degrees=float(np.degrees((prediction.inv() * target).magnitude()).mean()),
+        aligned_degrees=float(np.degrees(aligned.magnitude()).mean()),
         track_rate=len(index) / asked,
         n_frames=len(index),
         per_frame=per_frame,

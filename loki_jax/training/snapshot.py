@@ -1,6 +1,4 @@
-"""Debug snapshots: what reproduces a step that gave no finite numbers, and a program that does so.
-
-    python -m loki_jax.training.snapshot runs/hdtf/snapshots/1234
+"""Debug snapshots: what reproduces a step that gave no finite numbers (`python -m loki_jax.replay`).
 
 SNAPSHOT/snapshot.json             step, seed and key, config, code version, windows, figures; written last
 SNAPSHOT/head.npz                  the head asset
@@ -15,9 +13,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +20,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-import tyro
 from flax.traverse_util import unflatten_dict
 from ml_collections import ConfigDict
 from safetensors.flax import load_file, save_file
@@ -153,29 +147,3 @@ def replay(snapshot: Snapshot) -> dict[str, Any]:
         "batch": bad_rows,
         "gradients": [path_name(path) for path, g in named if not np.isfinite(g).all()],
     }
-
-
-@dataclass
-class Options:
-    """What `python -m loki_jax.training.snapshot` takes."""
-
-    snapshot: tyro.conf.Positional[Path]
-    """WORKDIR/snapshots/STEP"""
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    options = tyro.cli(Options, args=argv, description=__doc__.splitlines()[0])
-    try:
-        found = replay(read_snapshot(options.snapshot))
-    except CheckpointError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(f"loss {found['loss']}, gradient norm {found['grad_norm']}")
-    for line in found["batch"]:
-        print(f"not finite in the batch: {line}")
-    print("\n  ".join([f"{len(found['gradients'])} gradients are not finite", *found["gradients"][:8]]))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -13,7 +13,9 @@ or are "null_prompt". A Stable Diffusion UNet is our reference branch.
 
 from __future__ import annotations
 
+import importlib.util
 import re
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -23,6 +25,7 @@ from ml_collections import ConfigDict
 from loki_jax.models.autoencoder import AutoencoderKL, make_autoencoder
 from loki_jax.models.encoder import ConditioningEncoder
 from loki_jax.models.loki import Loki, init_params, make_loki
+from loki_jax.training.config import config_from_json, import_configs
 from loki_jax.weights.diffusers_names import diffusers_autoencoder_table, diffusers_unet_table, flax_table
 from loki_jax.weights.ldm_names import LdmWeight, Table, autoencoder_table, encoder_table, unet_table
 from loki_jax.weights.match import Drop
@@ -84,6 +87,24 @@ def sd21_config() -> ConfigDict:
         "reference": {"trainable": False, "context_dim": 1024},
         "autoencoder": {"kind": "kl", "widths": (128, 256, 512, 512), "num_res_blocks": 2, "scale": 0.18215},
     })  # fmt: skip
+
+
+def load_config(argument: str) -> ConfigDict:
+    """The config of FILE.py[:VARIANT] or of a run's `config.json`. Raises WeightsError when it is none."""
+    name, _, variant = argument.partition(":")
+    path = Path(name)
+    if not path.is_file():
+        raise WeightsError(f"--config {path}: no such file.")
+    try:
+        if path.suffix == ".json":
+            return config_from_json(path.read_text())
+        import_configs()  # a config file imports its neighbours by this name
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module.get_config(variant or None)
+    except (AttributeError, ImportError, SyntaxError, ValueError) as error:
+        raise WeightsError(f"--config {argument}: not a config file ({error}).") from error
 
 
 def make_network(model_config: ConfigDict, driver_channels: int = 45) -> Network:

@@ -204,7 +204,7 @@ def test_fit_image(head, networks, true):
 def test_crop_box_holds_the_head_in_all_frames(head, true):
     camera = make_camera((HEIGHT, WIDTH))
     box = clip_crop_box(head, true, camera, factor=1.2)
-    world = world_vertices(head, make_identity(head, jnp.asarray(true.shape)), true)
+    world = world_vertices(head, make_identity(head, jnp.asarray(true.betas)), true)
     pixels = np.asarray(project(camera_from_world(world, camera), camera))[
         :, np.asarray(mesh_render_mask(head))
     ]

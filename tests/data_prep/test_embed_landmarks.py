@@ -5,8 +5,9 @@ import dataclasses
 import numpy as np
 import pytest
 
+from data_prep.embed_landmarks import main
 from data_prep.landmarks import embed as embed_landmarks
-from data_prep.landmarks.embed import LIDS, check_embedding, embed, main, measure_openings
+from data_prep.landmarks.embed import LIDS, check_embedding, embed, measure_openings
 from loki_jax.face.asset import HeadAsset, HeadAssetError, Landmarks, load_head, save_head
 from loki_jax.face.builtin import builtin_head
 from loki_jax.face.ict import MEDIAPIPE_OF_IBUG, head_from_ict

@@ -124,7 +124,7 @@ def test_public_fit_becomes_records(head_file, tmp_path):
     }
     for ours, theirs in pairs.items():
         np.testing.assert_array_equal(getattr(found, ours), arrays[theirs])
-    np.testing.assert_array_equal(found.shape, np.tile(arrays["shape"], (N, 1)))
+    np.testing.assert_array_equal(found.betas, np.tile(arrays["shape"], (N, 1)))
     np.testing.assert_array_equal(frames[0].camera.intrinsics, [300, 310, WIDTH / 2, HEIGHT / 2])
     # The crop's middle shows that pixel of the picture, and the frames are in order.
     x0, y0, x1, y1 = frames[0].crop

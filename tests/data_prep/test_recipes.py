@@ -10,7 +10,15 @@ import pytest
 
 from data_prep.dataset.manifest import label_of, read_labels
 from data_prep.recipes import hdtf, talkvid
-from data_prep.recipes.recipe import RecipeError, WantedClip, find_video, limit_clips, parse_time, pixel_box
+from data_prep.recipes.recipe import (
+    RecipeError,
+    WantedClip,
+    find_video,
+    limit_clips,
+    parse_time,
+    pixel_box,
+    youtube_id,
+)
 from loki_jax.video.reader import MediaError, read_video
 from loki_jax.video.writer import write_video
 
@@ -195,4 +203,4 @@ def test_times_boxes_and_names(tmp_path):
     assert find_video(tmp_path, ["abc"]).name == "talk [abc].webm" and find_video(tmp_path, ["ab"]) is None
     assert find_video(tmp_path / "none", ["abc"]) is None
     for url in ("https://www.youtube.com/watch?x=1&v=abcdefgh-_1", "https://youtu.be/abcdefgh-_1?t=3"):
-        assert hdtf.youtube_id(url) == "abcdefgh-_1"
+        assert youtube_id(url) == "abcdefgh-_1"

@@ -74,3 +74,20 @@ def test_wrong_shapes_are_named():
         head_pose_follow(np.zeros((4, 3)), np.zeros((4, 3, 3)))
     with pytest.raises(ValueError, match="neck or validity 3"):
         head_pose_follow(np.zeros((4, 3)), np.zeros((4, 3)), pred_neck=np.zeros((3, 3)))
+
+
+def test_alignment_does_not_see_the_noise_of_frame_zero():
+    """One frame that is 3 degrees off: HPF pays it in every frame, the aligned variant about once."""
+    target = turning(30, 40, [0, 1, 0])
+    wrong = Rotation.from_rotvec(np.radians([3.0, 0.0, 0.0]))
+    prediction = target.copy()
+    prediction[0] = (Rotation.from_rotvec(target[0]) * wrong).as_rotvec()
+    result = head_pose_follow(prediction, target)
+    assert result.degrees == pytest.approx(3 * 29 / 30, abs=0.01)
+    assert result.aligned_degrees == pytest.approx(2 * 3 * 29 / 30**2, abs=0.01)
+
+
+def test_alignment_sees_no_constant_offset():
+    target = turning(8, 30, [0, 1, 0])
+    shifted = (Rotation.from_rotvec(target) * Rotation.from_rotvec([0.1, -0.2, 0.2])).as_rotvec()
+    assert head_pose_follow(shifted, target).aligned_degrees == pytest.approx(0, abs=1e-6)

@@ -53,9 +53,7 @@ def cache():
 def test_updates_that_are_not_finite_are_skipped_and_then_stop_the_run(tmp_path, capsys):
     shards = write_shards(tmp_path / "shards", latents=np.inf)
     config = tiny_config(shards, steps=9, checkpoint__every=1, faults__max_skips=3)
-    with pytest.raises(
-        NonFiniteError, match="3 updates in a row.*step 3.*loki_jax.training.snapshot"
-    ) as error:
+    with pytest.raises(NonFiniteError, match="3 updates in a row.*step 3.*loki_jax.replay") as error:
         train(config, tmp_path / "run")
     assert exit_code(error.value) == ExitCode.NOT_FINITE
     logged = capsys.readouterr().err
