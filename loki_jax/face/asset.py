@@ -19,8 +19,9 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Bool, Float, Int
 
+from loki_jax.arrays import ArrayLike
 from loki_jax.io import atomic_path, file_sha256
 
 FORMAT_VERSION = 1
@@ -41,8 +42,8 @@ class Landmarks:
     `face` indexes `HeadAsset.faces`; a negative entry marks a landmark this head does not have.
     """
 
-    face: Int[Array, " n"]
-    bary: Float[Array, "n 3"]
+    face: Int[ArrayLike, " n"]
+    bary: Float[ArrayLike, "n 3"]
 
 
 @jax.tree_util.register_dataclass
@@ -70,19 +71,19 @@ class HeadAsset:
         mesh needs none.
     """
 
-    template: Float[Array, "V 3"]
-    faces: Int[Array, "F 3"]
-    shape_basis: Float[Array, "n_shape V 3"]
-    expression_basis: Float[Array, "n_expr V 3"]
-    pose_correctives: Float[Array, "P V 3"]
-    joint_regressor: Float[Array, "J V"]
-    parents: Int[Array, " J"]
-    skinning_weights: Float[Array, "V J"]
-    render_mask: Bool[Array, " V"]
-    inner_mouth: Bool[Array, " V"]
-    shape_sigma: Float[Array, " n_shape"]
-    expression_sigma: Float[Array, " n_expr"]
-    expression_bounds: Float[Array, "n_expr 2"]
+    template: Float[ArrayLike, "V 3"]
+    faces: Int[ArrayLike, "F 3"]
+    shape_basis: Float[ArrayLike, "n_shape V 3"]
+    expression_basis: Float[ArrayLike, "n_expr V 3"]
+    pose_correctives: Float[ArrayLike, "P V 3"]
+    joint_regressor: Float[ArrayLike, "J V"]
+    parents: Int[ArrayLike, " J"]
+    skinning_weights: Float[ArrayLike, "V J"]
+    render_mask: Bool[ArrayLike, " V"]
+    inner_mouth: Bool[ArrayLike, " V"]
+    shape_sigma: Float[ArrayLike, " n_shape"]
+    expression_sigma: Float[ArrayLike, " n_expr"]
+    expression_bounds: Float[ArrayLike, "n_expr 2"]
     landmarks: dict[str, Landmarks]
     # Static metadata (hashable, so that a head can be a jit argument).
     name: str = dataclasses.field(metadata={"static": True})

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from loki_jax.arrays import ArrayLike
 from loki_jax.face.types import Camera
 
 _HIGHEST = jax.lax.Precision.HIGHEST
@@ -16,14 +17,14 @@ _OPENCV_FROM_WORLD = np.array([1.0, -1.0, -1.0], np.float32)
 _SMALLEST_DEPTH = 1e-8
 
 
-def camera_from_world(points: Float[Array, "*b n 3"], camera: Camera) -> Float[Array, "*b n 3"]:
+def camera_from_world(points: Float[ArrayLike, "*b n 3"], camera: Camera) -> Float[Array, "*b n 3"]:
     """World points in OpenCV camera axes: diag(1, -1, -1), then the extrinsics. Metres."""
     rotation, offset = camera.extrinsics[..., :3, :3], camera.extrinsics[..., :3, 3]
     turned = jnp.einsum("...ik,...nk->...ni", rotation, points * _OPENCV_FROM_WORLD, precision=_HIGHEST)
     return turned + offset[..., None, :]
 
 
-def project(points: Float[Array, "*b n 3"], camera: Camera) -> Float[Array, "*b n 2"]:
+def project(points: Float[ArrayLike, "*b n 3"], camera: Camera) -> Float[Array, "*b n 2"]:
     """Pixels (x right, y down, origin at the image's top-left corner) of points in camera axes.
 
     Points in the camera plane are moved off it by 1e-8 m, so that the result stays finite; points
@@ -36,7 +37,7 @@ def project(points: Float[Array, "*b n 3"], camera: Camera) -> Float[Array, "*b 
 
 
 def ndc_from_camera(
-    points: Float[Array, "*b V 3"], camera: Camera, crop: Float[Array, "*b 4"]
+    points: Float[ArrayLike, "*b V 3"], camera: Camera, crop: Float[ArrayLike, "*b 4"]
 ) -> Float[Array, "*b V 3"]:
     """The rasteriser's coordinates of mesh vertices given in camera axes.
 
@@ -53,7 +54,7 @@ def ndc_from_camera(
 
 
 def ndc_from_world(
-    points: Float[Array, "*b V 3"], camera: Camera, crop: Float[Array, "*b 4"]
+    points: Float[ArrayLike, "*b V 3"], camera: Camera, crop: Float[ArrayLike, "*b 4"]
 ) -> Float[Array, "*b V 3"]:
     """`ndc_from_camera` of mesh vertices in the world frame, metres."""
     return ndc_from_camera(camera_from_world(points, camera), camera, crop)

@@ -10,12 +10,14 @@ import numpy as np
 import scipy.sparse
 from jaxtyping import Array, Bool, Float, Real, UInt8
 
+from loki_jax.arrays import ArrayLike
+
 
 def crop_box(
-    pixels: Float[Array, "*b n 2"],
+    pixels: Float[ArrayLike, "*b n 2"],
     scale: float = 1.2,
     integer: bool = False,
-    mask: Bool[Array, " n"] | None = None,
+    mask: Bool[ArrayLike, " n"] | None = None,
 ) -> Float[Array, "*b 4"]:
     """Square box (x0, y0, x1, y1) around projected points, `scale` times their longer extent.
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from loki_jax.arrays import ArrayLike
 from loki_jax.face.asset import HeadAsset
 from loki_jax.face.rotation import matrix_from_rotvec, rotvec_from_matrix
 from loki_jax.face.skinning import make_identity
@@ -14,7 +15,7 @@ from loki_jax.face.types import Camera, Coefficients
 _HIGHEST = jax.lax.Precision.HIGHEST
 
 
-def _product(*matrices: Float[Array, "... 3 3"]) -> Float[Array, "... 3 3"]:
+def _product(*matrices: Float[ArrayLike, "... 3 3"]) -> Float[Array, "... 3 3"]:
     result = matrices[0]
     for matrix in matrices[1:]:
         result = jnp.einsum("...ij,...jk->...ik", result, matrix, precision=_HIGHEST)
@@ -27,7 +28,9 @@ def head_rotation(coefficients: Coefficients) -> Float[Array, "*b 3 3"]:
 
 
 def size_ratio(
-    head: HeadAsset, reference_betas: Float[Array, "*b n_shape"], driver_betas: Float[Array, "*b n_shape"]
+    head: HeadAsset,
+    reference_betas: Float[ArrayLike, "*b n_shape"],
+    driver_betas: Float[ArrayLike, "*b n_shape"],
 ) -> Float[Array, " *b"]:
     """Size of the reference's neutral head over the driver's.
 
@@ -49,7 +52,7 @@ def retarget(
     reference: Coefficients,
     mode: str = "relative",
     *,
-    scale: Float[Array, " *b"] | float = 1.0,
+    scale: Float[ArrayLike, " *b"] | float = 1.0,
     origin: Coefficients | None = None,
     driver_camera: Camera | None = None,
     reference_camera: Camera | None = None,

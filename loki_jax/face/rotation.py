@@ -9,12 +9,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from loki_jax.arrays import ArrayLike
+
 # Below this squared angle the Taylor series of order 2 is exact to float32 and better conditioned
 # than the closed form.
 _SMALL_SQUARED_ANGLE = 1e-4
 
 
-def matrix_from_rotvec(rotvec: Float[Array, "*b 3"]) -> Float[Array, "*b 3 3"]:
+def matrix_from_rotvec(rotvec: Float[ArrayLike, "*b 3"]) -> Float[Array, "*b 3 3"]:
     """Rotation matrices of rotation vectors (Rodrigues), with exact derivatives at zero."""
     squared = jnp.sum(rotvec * rotvec, axis=-1)[..., None, None]
     small = squared < _SMALL_SQUARED_ANGLE
@@ -32,7 +34,7 @@ def matrix_from_rotvec(rotvec: Float[Array, "*b 3"]) -> Float[Array, "*b 3 3"]:
     return identity + sine * cross + versine * (outer - squared * identity)
 
 
-def quaternion_from_matrix(matrix: Float[Array, "*b 3 3"]) -> Float[Array, "*b 4"]:
+def quaternion_from_matrix(matrix: Float[ArrayLike, "*b 3 3"]) -> Float[Array, "*b 4"]:
     """Unit quaternions with w >= 0 of rotation matrices, accurate at every angle."""
     m = matrix
     m00, m11, m22 = m[..., 0, 0], m[..., 1, 1], m[..., 2, 2]
@@ -54,14 +56,14 @@ def quaternion_from_matrix(matrix: Float[Array, "*b 3 3"]) -> Float[Array, "*b 4
     return jnp.where(q[..., :1] < 0, -q, q)
 
 
-def _safe_norm(vector: Float[Array, "*b n"]) -> Float[Array, " *b"]:
+def _safe_norm(vector: Float[ArrayLike, "*b n"]) -> Float[Array, " *b"]:
     """Euclidean norm whose gradient at the origin is zero instead of NaN."""
     squared = jnp.sum(vector * vector, axis=-1)
     positive = squared > 0
     return jnp.where(positive, jnp.sqrt(jnp.where(positive, squared, 1.0)), 0.0)
 
 
-def rotvec_from_matrix(matrix: Float[Array, "*b 3 3"]) -> Float[Array, "*b 3"]:
+def rotvec_from_matrix(matrix: Float[ArrayLike, "*b 3 3"]) -> Float[Array, "*b 3"]:
     """Rotation vectors of length at most pi; exact derivatives everywhere but at the angle pi."""
     q = quaternion_from_matrix(matrix)
     w, v = q[..., :1], q[..., 1:]
@@ -74,7 +76,7 @@ def rotvec_from_matrix(matrix: Float[Array, "*b 3 3"]) -> Float[Array, "*b 3"]:
     return v * jnp.where(small, series, 2 * jnp.arctan2(sine, w) / sine)
 
 
-def geodesic_angle(a: Float[Array, "*b 3 3"], b: Float[Array, "*b 3 3"]) -> Float[Array, " *b"]:
+def geodesic_angle(a: Float[ArrayLike, "*b 3 3"], b: Float[ArrayLike, "*b 3 3"]) -> Float[Array, " *b"]:
     """Angle in radians of the rotation that takes `a` to `b`: 2 arccos |q_a . q_b|.
 
     Computed as an arctangent, since the arccosine loses half the digits near zero. The gradient at

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from loki_jax.arrays import ArrayLike
 from loki_jax.face.asset import HeadAsset
 from loki_jax.face.rotation import matrix_from_rotvec
 from loki_jax.face.types import Coefficients
@@ -36,11 +37,11 @@ class Identity(NamedTuple):
       joints: joints of the neutral head in metres.
     """
 
-    vertices: Float[Array, "*b V_all 3"]
-    joints: Float[Array, "*b J 3"]
+    vertices: Float[ArrayLike, "*b V_all 3"]
+    joints: Float[ArrayLike, "*b J 3"]
 
 
-def _mouth_sphere(jaw: Float[Array, "*b 3"], lip: Float[Array, "*b 3"]) -> Float[Array, "*b 200 3"]:
+def _mouth_sphere(jaw: Float[ArrayLike, "*b 3"], lip: Float[ArrayLike, "*b 3"]) -> Float[Array, "*b 200 3"]:
     """Half-sphere behind the lips: ten rings of twenty vertices about the axis jaw -> lip."""
     axis = lip - jaw
     length = jnp.sqrt(jnp.sum(axis * axis, axis=-1, keepdims=True))
@@ -89,7 +90,7 @@ def _has_mouth_sphere(head: HeadAsset) -> bool:
     return head.lip_vertex >= 0
 
 
-def mesh_faces(head: HeadAsset) -> Int[Array, "F_all 3"]:
+def mesh_faces(head: HeadAsset) -> Int[ArrayLike, "F_all 3"]:
     """Triangles of the whole mesh: the asset's, then those of the inner-mouth half-sphere."""
     if not _has_mouth_sphere(head):
         return head.faces
@@ -104,7 +105,7 @@ def mesh_render_mask(head: HeadAsset) -> Bool[Array, " V_all"]:
     return jnp.concatenate([mask, jnp.ones(_MOUTH_RINGS * _MOUTH_SECTORS, bool)])
 
 
-def make_identity(head: HeadAsset, shape: Float[Array, "*b n_shape"]) -> Identity:
+def make_identity(head: HeadAsset, shape: Float[ArrayLike, "*b n_shape"]) -> Identity:
     """Neutral mesh and joints of the identity with the given shape coefficients.
 
     Raises:
@@ -143,7 +144,7 @@ def _joint_rotations(
 
 
 def _world_transforms(
-    parents: tuple[int, ...], rotations: Float[Array, "*b J 3 3"], joints: Float[Array, "*b J 3"]
+    parents: tuple[int, ...], rotations: Float[ArrayLike, "*b J 3 3"], joints: Float[ArrayLike, "*b J 3"]
 ) -> tuple[Float[Array, "*b J 3 3"], Float[Array, "*b J 3"]]:
     """Per joint the map x -> R x + t from the rest pose, composed along the kinematic chain."""
     turned, moved = [], []
@@ -166,8 +167,8 @@ def _world_transforms(
 def skin(
     head: HeadAsset,
     identity: Identity,
-    expression: Float[Array, "*b n_expr"],
-    rotations: Float[Array, "*b J 3 3"],
+    expression: Float[ArrayLike, "*b n_expr"],
+    rotations: Float[ArrayLike, "*b J 3 3"],
 ) -> Float[Array, "*b V_all 3"]:
     """Linear blend skinning with a rotation for every joint, relative to its parent.
 
@@ -275,7 +276,7 @@ def world_vertices(
 
 
 def landmark_positions(
-    head: HeadAsset, vertices: Float[Array, "*b V_all 3"], name: str
+    head: HeadAsset, vertices: Float[ArrayLike, "*b V_all 3"], name: str
 ) -> Float[Array, "*b n 3"]:
     """Positions of the landmark set `name` on the given vertices.
 

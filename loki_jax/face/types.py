@@ -11,7 +11,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from jaxtyping import Array, Float
+from jaxtyping import Float
+
+from loki_jax.arrays import ArrayLike
 
 
 class Coefficients(NamedTuple):
@@ -21,17 +23,17 @@ class Coefficients(NamedTuple):
     question ignores that rotation. One `eyes` rotation serves both eyes.
     """
 
-    betas: Float[Array, "*b n_shape"]
-    expression: Float[Array, "*b n_expr"]
-    rot: Float[Array, "*b 3"]  # global head rotation about the origin
-    tra: Float[Array, "*b 3"]  # global translation, metres
-    neck: Float[Array, "*b 3"]
-    jaw: Float[Array, "*b 3"]
-    eyes: Float[Array, "*b 3"]
+    betas: Float[ArrayLike, "*b n_shape"]
+    expression: Float[ArrayLike, "*b n_expr"]
+    rot: Float[ArrayLike, "*b 3"]  # global head rotation about the origin
+    tra: Float[ArrayLike, "*b 3"]  # global translation, metres
+    neck: Float[ArrayLike, "*b 3"]
+    jaw: Float[ArrayLike, "*b 3"]
+    eyes: Float[ArrayLike, "*b 3"]
 
 
 class Camera(NamedTuple):
     """A pinhole camera: `intrinsics` are fx, fy, cx, cy in pixels of the uncropped frame."""
 
-    intrinsics: Float[Array, "*b 4"]
-    extrinsics: Float[Array, "*b 4 4"]
+    intrinsics: Float[ArrayLike, "*b 4"]
+    extrinsics: Float[ArrayLike, "*b 4 4"]

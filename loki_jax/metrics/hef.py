@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from loki_jax.arrays import ArrayLike
 from loki_jax.face.asset import HeadAsset
 from loki_jax.face.camera import camera_from_world, ndc_from_world, project
 from loki_jax.face.crop import crop_box
@@ -46,7 +47,9 @@ class HeadExpressionFollow(NamedTuple):
 
 
 def masked_l1(
-    prediction: Float[Array, "*b h w c"], target: Float[Array, "*b h w c"], mask: Bool[Array, "*b h w"]
+    prediction: Float[ArrayLike, "*b h w c"],
+    target: Float[ArrayLike, "*b h w c"],
+    mask: Bool[ArrayLike, "*b h w"],
 ) -> Float[Array, " *b"]:
     """Mean absolute difference over the channels, then over the pixels of `mask`; 0 if it is empty."""
     difference = jnp.abs(prediction - target).mean(-1)
@@ -55,10 +58,10 @@ def masked_l1(
 
 
 def offset_map(
-    ndc: Float[Array, "*b V 3"],
-    offsets: Float[Array, "*b V 3"],
-    faces: Int[Array, "F 3"],
-    render_mask: Bool[Array, " V"],
+    ndc: Float[ArrayLike, "*b V 3"],
+    offsets: Float[ArrayLike, "*b V 3"],
+    faces: Int[ArrayLike, "F 3"],
+    render_mask: Bool[ArrayLike, " V"],
     size: int,
 ) -> tuple[Float[Array, "*b s s 3"], Bool[Array, "*b s s"]]:
     """Render expression offsets, in units of their standard deviation; 0 on the background.
@@ -74,12 +77,12 @@ def offset_map(
 
 
 def offset_distance(
-    target_ndc: Float[Array, "*b V 3"],
-    target_offsets: Float[Array, "*b V 3"],
-    swapped_ndc: Float[Array, "*b V 3"],
-    swapped_offsets: Float[Array, "*b V 3"],
-    faces: Int[Array, "F 3"],
-    render_mask: Bool[Array, " V"],
+    target_ndc: Float[ArrayLike, "*b V 3"],
+    target_offsets: Float[ArrayLike, "*b V 3"],
+    swapped_ndc: Float[ArrayLike, "*b V 3"],
+    swapped_offsets: Float[ArrayLike, "*b V 3"],
+    faces: Int[ArrayLike, "F 3"],
+    render_mask: Bool[ArrayLike, " V"],
     size: int,
 ) -> tuple[Float[Array, " *b"], Float[Array, " *b"]]:
     """HEF of posed meshes: the distance and the uncovered share of each frame.

@@ -7,11 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Shaped
 
+from loki_jax.arrays import ArrayLike
+
 _WINDOW, _SIGMA = 11, 1.5  # Wang et al. 2004
 
 
 def psnr(
-    prediction: Shaped[Array, "*b h w c"], target: Shaped[Array, "..."], max_value: float = 255.0
+    prediction: Shaped[ArrayLike, "*b h w c"], target: Shaped[ArrayLike, "..."], max_value: float = 255.0
 ) -> Float[Array, " *b"]:
     """Peak signal-to-noise ratio of each image, dB; infinite for equal images.
 
@@ -27,7 +29,7 @@ def psnr(
 
 
 def ssim(
-    prediction: Shaped[Array, "*b h w c"], target: Shaped[Array, "..."], max_value: float = 255.0
+    prediction: Shaped[ArrayLike, "*b h w c"], target: Shaped[ArrayLike, "..."], max_value: float = 255.0
 ) -> Float[Array, " *b"]:
     """Structural similarity of each image: 11 x 11 Gaussian window of sigma 1.5, mean over channels.
 
