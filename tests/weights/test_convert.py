@@ -461,16 +461,16 @@ def test_a_prediction_that_loki_does_not_start_from_is_noted(tmp_path, diffusers
 def test_config_files(tmp_path):
     program = tmp_path / "a.py"
     program.write_text("from configs.demo import get_config\n")
-    assert convert.load_config(str(program)).image_size == 64
+    assert layouts.load_config(str(program)).image_size == 64
     program.write_text(
         "def get_config(arg):\n    from configs.hdtf import get_config as g\n    return g(arg)\n"
     )
-    assert convert.load_config(f"{program}:official").sample.spacing == "official"
+    assert layouts.load_config(f"{program}:official").sample.spacing == "official"
     with pytest.raises(convert.WeightsError, match="not a config file.*nonsense"):
-        convert.load_config(f"{program}:nonsense")
+        layouts.load_config(f"{program}:nonsense")
     program.write_text("x = 1\n")
     with pytest.raises(convert.WeightsError, match="not a config file"):
-        convert.load_config(str(program))
+        layouts.load_config(str(program))
 
 
 def run_config(pretrained):
