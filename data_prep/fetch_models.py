@@ -1,24 +1,33 @@
 """Unpack the landmark models into the cache (or check those that are there)."""
 
-from __future__ import annotations
-
-import argparse
+# No postponed annotations: tyro could not resolve them when `data_prep.landmarker` runs this file.
+import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from loki_jax.fitting.model_files import LandmarkError, cache_dir, fetch_models
+import tyro
+
+from loki_jax.fitting.model_files import LandmarkError, fetch_models
+
+
+@dataclasses.dataclass(frozen=True)
+class FetchOptions:
+    """The options of the program.
+
+    Attributes:
+      wheel: the mediapipe 0.10.21 wheel, if it is not to be downloaded.
+      cache: where the models are kept (default: the user's cache folder).
+    """
+
+    wheel: str | None = None
+    cache: Path | None = None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m data_prep.fetch_models", description=__doc__.split("\n")[0]
-    )
-    parser.add_argument("--wheel", help="the mediapipe 0.10.21 wheel, if it shall not be downloaded")
-    parser.add_argument("--cache", type=Path, help=f"where the models are kept (default {cache_dir()})")
-    args = parser.parse_args(argv)
+    options = tyro.cli(FetchOptions, args=argv, description=__doc__)
     try:
-        for path in fetch_models(args.wheel, args.cache).values():
+        for path in fetch_models(options.wheel, options.cache).values():
             print(f"{path}  {path.stat().st_size / 1e6:.1f} MB, checksum right")
     except LandmarkError as error:
         print(error, file=sys.stderr)

@@ -239,12 +239,12 @@ def draw_plots(clips: list[ClipReport], names: tuple[str, ...]) -> list[tuple[st
     reach = np.stack([clip.reach for clip in clips])
     figure = Figure(figsize=(10, 0.6 + 0.14 * len(names)), layout="constrained")
     axis = figure.subplots()
-    put_global = np.arange(len(names))
+    positions = np.arange(len(names))
     axis.barh(
-        put_global, reach[..., 1].max(0) - reach[..., 0].min(0), color="#c9d8e8", label="all clips together"
+        positions, reach[..., 1].max(0) - reach[..., 0].min(0), color="#c9d8e8", label="all clips together"
     )
-    axis.barh(put_global, np.median(reach[..., 1] - reach[..., 0], axis=0), color=colour, label="median clip")
-    axis.set_yticks(put_global, names, fontsize=6)
+    axis.barh(positions, np.median(reach[..., 1] - reach[..., 0], axis=0), color=colour, label="median clip")
+    axis.set_yticks(positions, names, fontsize=6)
     axis.invert_yaxis()
     axis.margins(y=0.01)
     axis.set_xlabel("range of the axis (5 to 95 % of a clip's frames), in standard deviations of its prior")

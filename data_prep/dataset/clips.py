@@ -1,16 +1,4 @@
-"""Real clips to shards: decode, landmarks, fit, one crop box a clip, records, and a picture of each fit.
-
-    python -m data_prep.build --clips FILES_OR_FOLDERS... --head HEAD.npz --out DIR [--size 512]
-
-DIR becomes a dataset (`loki_jax.data.writer`) with additions: `overlays/CLIP.mp4`, the mesh drawn over
-each clip; `summary.json`, how good each fit is and which clips were rejected and why; `manifest.json`,
-identities, checksums and the versions that made it. HEAD is a head asset, the ICT-FaceKit arrays, or the
-word builtin. A clip that cannot be used is listed and left out; the program fails only if none can.
-
-Clips are fitted by several processes, and each finished one is kept in `DIR.work`: stop the program at
-any moment and run the same command again. DIR appears complete or not at all. Given more clips, the same
-command fits the new ones only.
-"""
+"""From a video to the records of a dataset: decode, track, fit, and crop one clip; build from many."""
 
 from __future__ import annotations
 
@@ -270,7 +258,7 @@ def build_dataset(
       labels: identities from a table (`read_labels`).
       encoder: also store its latents.
       workers: processes; 0: this one alone. Otherwise `make_landmarker` must be picklable.
-      overwrite, keep_work, say: see `data_prep.dataset.assemble.build`.
+      overwrite, keep_work, log: see `data_prep.dataset.assemble.build`.
 
     Raises:
       DatasetError: `out` is taken, or no clip could be used (the rejections are in the message).

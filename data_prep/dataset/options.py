@@ -1,3 +1,5 @@
+"""The options that the programs which make datasets share, and their messages."""
+
 from __future__ import annotations
 
 import argparse
@@ -30,7 +32,7 @@ def format_table(summary: dict[str, Any]) -> str:
 
 
 def add_dataset_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments that this program and `data_prep.import_fits` share."""
+    """Arguments of `data_prep.build` and `data_prep.import_fits`."""
     default = BuildSettings()
     parser.add_argument("--out", type=Path, required=True, help="folder of the dataset to make")
     parser.add_argument("--size", type=int, default=default.size, help="side of the stored frames in pixels")
@@ -79,7 +81,7 @@ def available_cores() -> int:
 
 
 def interrupted(out: Path) -> int:
-    """What to say, and the exit status, after Ctrl-C."""
+    """Print how to continue after Ctrl-C; returns the exit status."""
     print(
         f"\nstopped; finished clips are kept in {work_folder(out)}. Run the same command again to go on.",
         file=sys.stderr,
