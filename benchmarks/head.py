@@ -151,7 +151,7 @@ def main() -> None:
                 reye_pose=tensor["eyes"],
             ).vertices
 
-    identity = jax.block_until_ready(jax.jit(lambda s: make_identity(head, s))(given.shape[0]))
+    identity = jax.block_until_ready(jax.jit(lambda s: make_identity(head, s))(given.betas[0]))
     skinned = jax.jit(lambda identity, given: head_vertices(head, identity, given))
     offsets = jax.jit(lambda identity, given: expression_offsets(head, identity, given))
     whole = jax.jit(lambda given: head_vertices(head, make_identity(head, given.shape), given))

@@ -125,13 +125,13 @@ def our_calls(config, steps: int) -> tuple[dict, dict]:
 
     whole = lambda s: s.params | s.frozen
     draw = jax.jit(lambda c, camera, crop: driver_input(config, head, c, camera, crop))
-    put_global = (batch.coefficients, batch.camera, batch.crop)
-    driver = draw(*put_global)
+    driver_inputs = (batch.coefficients, batch.camera, batch.crop)
+    driver = draw(*driver_inputs)
     copy = jax.jit(jnp.copy)
     # A batch of 32 frames, whatever the step's own batch is (issue B, point 5).
     many = jax.tree.map(
         lambda x: jnp.concatenate([x] * -(-32 // (x.shape[0] * config.window)))[: -(-32 // config.window)],
-        put_global,
+        driver_inputs,
     )
     many_maps = draw(*many)
     vae = jax.jit(lambda p, f, r: (encode_images(networks, p, f), encode_images(networks, p, r)))
@@ -167,12 +167,12 @@ def our_calls(config, steps: int) -> tuple[dict, dict]:
 
     def sample_one():
         z = vae(whole(holder["state"]), batch.frames[:1], batch.reference[:1])[1]
-        maps = draw(*one(put_global))
+        maps = draw(*one(driver_inputs))
         return sample(whole(holder["state"]), features_of(whole(holder["state"]), z), maps, jax.random.key(1))
 
     ready = lambda call: lambda: jax.block_until_ready(call())
     calls = {
-        "driver map": ready(lambda: draw(*put_global)),
+        "driver map": ready(lambda: draw(*driver_inputs)),
         "driver maps of 32 frames": ready(lambda: draw(*many)),
         "copy of these maps": ready(lambda: copy(many_maps)),
         "VAE encode": ready(lambda: vae(whole(holder["state"]), batch.frames, batch.reference)),

@@ -53,7 +53,7 @@ def find_fits(sources: Sequence[str]) -> list[Path]:
 
 
 def read_fit(path: Path, head: HeadAsset, **options: Any) -> ImportedFit:
-    """A fit of either kind, told apart by its content.
+    """A fit of either kind, recognised by its content.
 
     Raises:
       DatasetError, MediaError: see `read_loki_fit` and `read_vhap_fit`.

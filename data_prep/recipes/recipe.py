@@ -40,7 +40,7 @@ _SHORTEST = Fraction(16, 25)  # a window of training
 
 
 class RecipeError(ValueError):
-    """Lists are missing or not as published; the message names file, line and mend."""
+    """Lists are missing or not as published; the message names file, line and remedy."""
 
 
 class WantedClip(NamedTuple):

@@ -1,4 +1,3 @@
-"""Weights of other projects in and out: readers (`sources`), names (`layouts`), accounts (`ledger`), writers.
-
-Name tables of single networks stand in `models/ldm_names.py` and `models/diffusers_names.py`.
+"""Weights of other projects in and out: readers (`sources`), layouts, key matching (`match`),
+writers (`write`). Name tables of single networks are in `ldm_names` and `diffusers_names`.
 """

@@ -1,4 +1,4 @@
-"""The account of a conversion: what became of every tensor, and where every parameter came from."""
+"""Key matching: which tensor of a source fills which parameter, and what is left out."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Drop(NamedTuple):
 
 
 class KeyMatch(NamedTuple):
-    """A balanced account.
+    """The result of `match_keys`.
 
     Attributes:
       used: parameter path -> name of the tensor that fills it.

@@ -22,7 +22,7 @@ _ALIGNMENT = 64
 def to_ours(
     tensors: Tensors, table: Table, used: dict[str, str], shapes: dict[str, tuple[int, ...]]
 ) -> Tensors:
-    """The tensors of a settled source under our paths and in our layout."""
+    """The tensors of a matched source under our paths and in our layout."""
     infos = {path: TensorInfo(shapes[path], tensors.infos[name].dtype) for path, name in used.items()}
     return Tensors(infos, lambda path: from_ldm(tensors.read(used[path]), table[path].layout), tensors.files)
 
@@ -57,7 +57,7 @@ def cast(tensors: Tensors, dtype: str) -> Tensors:
 
 
 def write_safetensors(path: Path, tensors: Tensors, metadata: dict[str, str]) -> None:
-    """Write one safetensors file, a tensor at a time. Tensors must be of a dtype of `ledger.FLOATS`."""
+    """Write one safetensors file, a tensor at a time. Tensors must be of a dtype of `match.FLOATS`."""
     header: dict[str, object] = {"__metadata__": metadata}
     end = 0
     # Wide numbers first keeps every tensor aligned to its own width.

@@ -317,11 +317,9 @@ def test_windows_of_a_damaged_record_are_replaced(shards, spoilt):
     assert len(said) == 2 and iterator.get_state()["unreadable"] == [
         record for record in (SPOILT if "frame 5)" in said[0] else SPOILT[::-1])
     ]
-    for record, put_global in zip(
-        SPOILT, ("(clip 'clip0', frame 5)", "(clip 'clip3', frame 9)"), strict=True
-    ):
+    for record, position in zip(SPOILT, ("(clip 'clip0', frame 5)", "(clip 'clip3', frame 9)"), strict=True):
         file, index = dataset.locate("train", record)
-        message = next(text for text in said if put_global in text)
+        message = next(text for text in said if position in text)
         assert f"{spoilt / file} record {index} " in message and "hash mismatch" in message
 
 

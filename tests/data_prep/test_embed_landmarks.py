@@ -56,10 +56,10 @@ def test_landmarks_lie_on_skin_and_irises_on_eyeballs(bare, marks):
     joints = [bare.joint("left_eye"), bare.joint("right_eye")]
     eye = np.asarray(bare.skinning_weights)[:, joints].max(-1) > 0.5
     assert eye[corners[468:]].all() and not eye[corners[:468]].any()
-    put_global = positions(bare, marks)
+    points = positions(bare, marks)
     # Right eye first; rims in the order nose, above, temple, below.
     for first, towards_nose in ((468, 1), (473, -1)):
-        around = put_global[first + 1 : first + 5] - put_global[first]
+        around = points[first + 1 : first + 5] - points[first]
         assert np.sign(around[0, 0]) == towards_nose and np.sign(around[2, 0]) == -towards_nose
         assert around[1, 1] > 0.004 and around[3, 1] < -0.004
 
