@@ -154,7 +154,7 @@ def main() -> None:
     identity = jax.block_until_ready(jax.jit(lambda s: make_identity(head, s))(given.betas[0]))
     skinned = jax.jit(lambda identity, given: head_vertices(head, identity, given))
     offsets = jax.jit(lambda identity, given: expression_offsets(head, identity, given))
-    whole = jax.jit(lambda given: head_vertices(head, make_identity(head, given.shape), given))
+    whole = jax.jit(lambda given: head_vertices(head, make_identity(head, given.betas), given))
     ours = np.asarray(skinned(identity, given))[:, :N_VERTICES]
     difference = float(np.abs(ours - smplx_vertices().numpy()).max())
     if difference > TOLERANCE:

@@ -10,7 +10,7 @@ import numpy as np
 
 
 class WeightsError(ValueError):
-    """Weights are missing, damaged, unsafe or of another network; the message names the file and the remedy."""
+    """Weights are missing, damaged, unsafe or of another network; the message names file and remedy."""
 
 
 class TensorInfo(NamedTuple):
