@@ -28,7 +28,7 @@ from data_prep.landmarks.marks import mark, mirror_pairs
 from data_prep.landmarks.surface import locate
 from loki_jax.face.asset import HeadAsset, HeadAssetError, Landmarks
 from loki_jax.face.builtin import builtin_head
-from loki_jax.face.camera import camera_from_world, ndc_from_camera
+from loki_jax.face.camera import ndc_from_world
 from loki_jax.face.ict import MEDIAPIPE_OF_IBUG
 from loki_jax.face.skinning import head_vertices, make_identity, mesh_faces, world_vertices
 from loki_jax.face.types import Camera, Coefficients
@@ -330,7 +330,7 @@ def observe(
     @jax.jit
     def fragments(view):
         vertices = world_vertices(head, make_identity(head, view.betas), view)
-        ndc = ndc_from_camera(camera_from_world(vertices, camera), camera, crop)
+        ndc = ndc_from_world(vertices, camera, crop)
         return rasterize(ndc, mesh_faces(head), _SIZE)
 
     @jax.jit

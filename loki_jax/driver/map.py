@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float
 from loki_jax.driver.encoding import DriverInputs, canonical_positions
 from loki_jax.driver.registry import ARMS, DEFAULT_ARM, find_arm
 from loki_jax.face.asset import HeadAsset
-from loki_jax.face.camera import camera_from_world, ndc_from_camera
+from loki_jax.face.camera import camera_from_world, ndc_from_camera, ndc_from_world
 from loki_jax.face.skinning import (
     Identity,
     expression_offsets,
@@ -39,7 +39,7 @@ def ndc_vertices(
 ) -> Float[Array, "*b V_all 3"]:
     """The posed mesh in the rasteriser's coordinates for a crop box x0, y0, x1, y1 in pixels."""
     world = world_vertices(head, identity, coefficients)
-    return ndc_from_camera(camera_from_world(world, camera), camera, crop)
+    return ndc_from_world(world, camera, crop)
 
 
 def driver_map(

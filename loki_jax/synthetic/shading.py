@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from loki_jax.face.asset import HeadAsset
-from loki_jax.face.camera import camera_from_world, ndc_from_camera
+from loki_jax.face.camera import ndc_from_world
 from loki_jax.face.skinning import Identity, mesh_faces, world_vertices
 from loki_jax.face.types import Camera, Coefficients
 from loki_jax.raster import downsample, interpolate, rasterize
@@ -78,7 +78,7 @@ def shade_mesh(
         jnp.broadcast_to(camera.intrinsics, (*batch, 4)), jnp.broadcast_to(camera.extrinsics, (*batch, 4, 4))
     )
     crop = jnp.broadcast_to(crop, (*batch, 4))
-    ndc = ndc_from_camera(camera_from_world(vertices, camera), camera, crop)
+    ndc = ndc_from_world(vertices, camera, crop)
     fragments = rasterize(ndc, faces, size * supersample)
     colour = jnp.broadcast_to(colour, (*vertices.shape[:-1], colour.shape[-1]))
     foreground = interpolate(fragments, faces, colour)

@@ -38,7 +38,7 @@ from data_prep.landmarks.marks import (
 from data_prep.landmarks.surface import locate
 from loki_jax.face.asset import HeadAsset
 from loki_jax.face.builtin import EYE, EYE_RADIUS, EYEBALL, IRIS_DEGREES, SKIN, BuiltinMesh
-from loki_jax.face.camera import camera_from_world, ndc_from_camera
+from loki_jax.face.camera import ndc_from_world
 from loki_jax.face.skinning import make_identity, world_vertices
 from loki_jax.face.types import Camera, Coefficients
 from loki_jax.fitting.landmarker import Landmarker
@@ -97,7 +97,7 @@ def _observe(head: HeadAsset, mesh: BuiltinMesh, landmarker: Landmarker, seeds: 
     def fragments(coefficients):
         vertices = world_vertices(head, make_identity(head, coefficients.betas), coefficients)
         tiled = Camera(jnp.tile(camera.intrinsics, (n, 1)), jnp.tile(camera.extrinsics, (n, 1, 1)))
-        ndc = ndc_from_camera(camera_from_world(vertices, tiled), tiled, jnp.tile(crop, (n, 1)))
+        ndc = ndc_from_world(vertices, tiled, jnp.tile(crop, (n, 1)))
         return rasterize(ndc, head.faces, _SIZE)
 
     found = fragments(views)
