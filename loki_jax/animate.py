@@ -83,7 +83,7 @@ def animate(options: AnimateOptions) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    options = tyro.cli(AnimateOptions, args=argv, description=__doc__)
+    options = tyro.cli(AnimateOptions, prog="python -m loki_jax.animate", args=argv, description=__doc__)
 
     from loki_jax.compile_cache import enable_compile_cache
 

@@ -239,7 +239,7 @@ def demo(options: DemoOptions) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    options = tyro.cli(DemoOptions, args=argv, description=__doc__)
+    options = tyro.cli(DemoOptions, prog="python -m loki_jax.demo", args=argv, description=__doc__)
 
     from loki_jax.compile_cache import enable_compile_cache
 

@@ -164,7 +164,7 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    options = tyro.cli(EvaluateOptions, args=argv, description=__doc__)
+    options = tyro.cli(EvaluateOptions, prog="python -m loki_jax.evaluate", args=argv, description=__doc__)
 
     from loki_jax.compile_cache import enable_compile_cache
 

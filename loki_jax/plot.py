@@ -243,7 +243,7 @@ def plot(options: Options) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     try:
-        plot(tyro.cli(Options, args=argv, description=__doc__))
+        plot(tyro.cli(Options, prog="python -m loki_jax.plot", args=argv, description=__doc__))
     except PlotError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

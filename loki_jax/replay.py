@@ -26,7 +26,7 @@ class Options:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    options = tyro.cli(Options, args=argv, description=__doc__)
+    options = tyro.cli(Options, prog="python -m loki_jax.replay", args=argv, description=__doc__)
     enable_compile_cache()
     from loki_jax.training.config import CheckpointError
     from loki_jax.training.snapshot import read_snapshot, replay
