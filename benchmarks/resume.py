@@ -73,7 +73,7 @@ def kill_in_loop(
     lines = []
     for line in process.stderr:
         lines.append(line)
-        if line.startswith("compiled"):
+        if line.startswith("compiling the train step took"):
             break
     os.set_blocking(process.stderr.fileno(), False)
     end = time.monotonic() + delay

@@ -37,10 +37,11 @@ from loki_jax.data.reader import open_dataset
 from loki_jax.networks import build_networks, random_params  # noqa: E402
 from loki_jax.training import checkpoint as ckpt
 from loki_jax.training.distributed import find_cluster, join  # noqa: E402
-from loki_jax.training.init import abstract_state
+from loki_jax.training.init import sharded_state
 from loki_jax.training.inputs import open_inputs, start_reading  # noqa: E402
 from loki_jax.training.logging import read_metrics  # noqa: E402
-from loki_jax.training.sharding import make_mesh, path_name, tree_shardings  # noqa: E402
+from loki_jax.training.model_file import Checkpoint, save_model_file
+from loki_jax.training.sharding import make_mesh, path_name  # noqa: E402
 from loki_jax.training.state import make_optimizer  # noqa: E402
 
 GRADIENT_BOUND, LOSS_BOUND = 1e-5, 1e-4
@@ -92,8 +93,8 @@ def write_start(shards: Path) -> None:
     # Of half the size of a common initialisation, so that activations and gradients stay moderate.
     scale = lambda x: 0.5 / np.sqrt(np.prod(x.shape[:-1])) if x.ndim > 1 else 0.1
     noisy = [x + scale(x) * rng.standard_normal(x.shape).astype(np.float32) for x in leaves]
-    model = ckpt.Checkpoint(config, jax.tree.unflatten(treedef, noisy), head, 0)
-    ckpt.save_model_file(start_file(shards), model)
+    model = Checkpoint(config, jax.tree.unflatten(treedef, noisy), head, 0)
+    save_model_file(start_file(shards), model)
 
 
 def free_port() -> int:
@@ -166,11 +167,7 @@ def restore_all(topology: Topology, shards: Path, steps: int, workdirs: list[Pat
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
     inputs = open_inputs(config, mesh)
     head = inputs.dataset.head()
-    abstract = abstract_state(config, build_networks(config, head), make_optimizer(config))
-    shardings, _ = tree_shardings(abstract, mesh, config.sharding_rules, config.sharding_min_size)
-    abstract = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings
-    )
+    abstract, _, _ = sharded_state(config, build_networks(config, head), make_optimizer(config), mesh)
     for workdir in workdirs:
         iterator = start_reading(config, inputs.windows, mesh)
         manager = ckpt.open_manager(workdir, config.checkpoint)
