@@ -163,18 +163,18 @@ class _Build:
                 self.log(f"{self.out}: complete already, {clips} clips; nothing to do")
                 self._drop_work(self.options.keep_work)
                 return self.finished.summary
-        for reason in repeated.values():
-            self.log(f"rejected: {reason}")
+        for text in repeated.values():
+            self.log(f"rejected: {text}")
         transient = self._fit(unique, make_fit)
-        accepted, rejected = [], []
+        accepted: list[PlannedClip] = []
+        rejected: list[_Rejected] = []
         for clip in self.planned:
-            reason, again = repeated.get(clip.clip_id) or self._rejection(clip), False
-            if reason is None:
-                reason, again = transient.get(clip.key), True
-            if reason is None:
-                accepted.append(clip)
+            if reason := repeated.get(clip.clip_id) or self._rejection(clip):
+                rejected.append(_Rejected(clip, reason, transient=False))
+            elif clip.key in transient:
+                rejected.append(_Rejected(clip, transient[clip.key], transient=True))
             else:
-                rejected.append(_Rejected(clip, reason, again))
+                accepted.append(clip)
         if not accepted:
             self._drop_work()
             lines = [f"\n  {entry.reason}" for entry in rejected]

@@ -119,7 +119,9 @@ def load_encoder(
     return LatentEncoder(encode, digest.hexdigest())
 
 
-def _joined(parts: Sequence[Moments]) -> Moments:
+def _joined(
+    parts: Sequence[tuple[BFloat16[np.ndarray, "_ h w c"], BFloat16[np.ndarray, "_ h w c"]]],
+) -> Moments:
     means, logvars = zip(*parts, strict=True)
     return np.concatenate(means), np.concatenate(logvars)
 

@@ -64,7 +64,9 @@ class DatasetOptions:
     overwrite: bool = False
 
     def __post_init__(self) -> None:
-        if self.size < 8 or min(self.crop_factor, self.latents_batch, self.shard_bytes, self.fps) <= 0:
+        if self.size < 8 or any(
+            n <= 0 for n in (self.crop_factor, self.latents_batch, self.shard_bytes, self.fps)
+        ):
             raise ValueError(
                 "--size must be at least 8; --crop-factor, --latents-batch, --shard-bytes, --fps positive"
             )

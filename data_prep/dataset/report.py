@@ -77,25 +77,27 @@ def report_clip(dataset: Dataset, head: HeadAsset, info: ClipInfo, fit: dict[str
     """Measure one clip on its records."""
     rows = range(info.first_record, info.first_record + info.length)
     frames = stack_frames(dataset.read(info.split, rows, with_image=False))
-    motion = frames.coefficients
-    angles = head_rotation(motion.rot, motion.neck).as_euler("YXZ", degrees=True)
+    rot, neck, expression, jaw = (
+        np.asarray(getattr(frames.coefficients, name)) for name in ("rot", "neck", "expression", "jaw")
+    )
+    angles = head_rotation(rot, neck).as_euler("YXZ", degrees=True)
     names = [name.lower().replace("_", "") for name in head.expression_names]
     if head.joint("jaw") is not None:
-        opening = float(np.degrees(np.ptp(motion.jaw[:, 0])))
+        opening = float(np.degrees(np.ptp(jaw[:, 0])))
     elif "jawopen" in names:
-        opening = 100 * float(np.ptp(motion.expression[:, names.index("jawopen")]))
+        opening = 100 * float(np.ptp(expression[:, names.index("jawopen")]))
     else:
         opening = 0.0
     blinks = [k for k, name in enumerate(names) if name.startswith("eyeblink")]
     middle = dataset.read(info.split, [rows[len(rows) // 2]])[0].image
-    quantiles = np.quantile(motion.expression, [0.05, 0.95], axis=0)
+    quantiles = np.quantile(expression, [0.05, 0.95], axis=0)
     return ClipReport(
         info=info,
         angles=angles,
         jitter=jitter_degrees(angles),
         reach=quantiles.T / np.asarray(head.expression_sigma)[:, None],
         opening=opening,
-        closures=count_closures(motion.expression[:, blinks].mean(1)) if blinks else None,
+        closures=count_closures(expression[:, blinks].mean(1)) if blinks else None,
         confidence=np.asarray(frames.confidence),
         fit=fit,
         thumbnail=None if middle is None else _thumbnail(middle),
@@ -171,11 +173,11 @@ def draw_plots(clips: list[ClipReport], names: tuple[str, ...]) -> list[tuple[st
     values_of = {
         "median error of a clip, %": [c.fit["error_percent"] for c in clips if "error_percent" in c.fit],
         "jitter of a clip, degrees": [clip.jitter for clip in clips],
-        "confidence of a frame": np.concatenate([clip.confidence for clip in clips]),
+        "confidence of a frame": np.concatenate([clip.confidence for clip in clips]).tolist(),
         "length of a clip, seconds": [clip.info.length / float(clip.info.fps) for clip in clips],
     }
     for axis, (label, values) in zip(quality.subplots(1, 4), values_of.items(), strict=True):
-        if len(values):
+        if values:
             axis.hist(values, bins=min(40, max(8, len(values) // 2)), color=colour)
         else:
             axis.text(0.5, 0.5, "not known", ha="center", transform=axis.transAxes)

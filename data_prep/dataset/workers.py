@@ -117,7 +117,7 @@ def run_parallel(
                             f"a worker process ended at its start with exit code {process.exitcode}; "
                             "its message stands above"
                         ) from None
-                    result = Died(process.exitcode)
+                    result = Died(process.exitcode or 0)
                     running.update([_start(make_work)])
                 else:
                     following = next(pending, None)

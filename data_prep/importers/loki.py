@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -40,7 +41,8 @@ def _expression(
     if values.shape[1] != _N_PUBLIC_EXPRESSION or head.name != "flame":
         return fitted_axes(values, head.n_expression, "expression", path, "--n-expression"), ()
     last = _N_PUBLIC_EXPRESSION - 1
-    result, notes = np.zeros((len(values), head.n_expression), np.float32), ()
+    result = np.zeros((len(values), head.n_expression), np.float32)
+    notes: tuple[str, ...] = ()
     plain = [index for index, name in enumerate(names) if name != "blink"][:last]
     if len(plain) < last and np.abs(values[:, len(plain) : last]).max() > 0:
         raise DatasetError(
@@ -111,22 +113,22 @@ def _public_expression(
 
 
 def clip_to_fit(
-    frames: Sequence[Frame], head: HeadAsset, name: str, *, cropped: bool = False
-) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
+    frames: Sequence[Frame], head: HeadAsset, name: str, *, crop_size: int | None = None
+) -> tuple[dict[str, Any], tuple[str, ...]]:
     """The arrays of a clip's `fit.npz`, and what could not be expressed in them.
 
     Args:
       name: what errors call the clip.
-      cropped: give the camera of the stored crops instead of that of the uncropped frames.
+      crop_size: side of the stored crops, to give their camera instead of that of the uncropped frames.
 
     Raises:
-      DatasetError: shape, camera or, with `cropped`, box change within the clip: the layout has one of each.
+      DatasetError: shape, camera or, with `crop_size`, box change within the clip; the layout has one.
     """
     stacked = stack_frames(frames)
     intrinsics = stacked.camera.intrinsics.astype(np.float64)
-    if cropped:
+    if crop_size is not None:
         boxes = stacked.crop.astype(np.float64)
-        scale = stacked.image.shape[1] / (boxes[:, 2:] - boxes[:, :2])
+        scale = crop_size / (boxes[:, 2:] - boxes[:, :2])
         intrinsics = np.concatenate(
             [intrinsics[:, :2] * scale, (intrinsics[:, 2:] - boxes[:, :2]) * scale], axis=1
         )
@@ -135,10 +137,10 @@ def clip_to_fit(
         if (values != values[0]).any():
             raise DatasetError(
                 f"{name}: its {what} changes from frame to frame, a fit.npz has one for the clip"
-                + (". Export it without `--frames`." if cropped and what == "camera" else ".")
+                + (". Export it without `--frames`." if crop_size and what == "camera" else ".")
             )
-    expression, notes = _public_expression(stacked.coefficients.expression, head)
-    arrays = {
+    expression, notes = _public_expression(np.asarray(stacked.coefficients.expression), head)
+    arrays: dict[str, Any] = {
         "shape": betas[0],
         "expr": expression,
         **{key: getattr(stacked.coefficients, field) for key, field in _MOTION.items()},
@@ -161,7 +163,10 @@ def export_clip(
     if out.exists():
         raise DatasetError(f"{out}: exists already. Choose another `--out`.")
     read = dataset.read_clip(clip)
-    arrays, notes = clip_to_fit(read, head, f"{dataset.path}: clip {clip.clip_id!r}", cropped=frames)
+    arrays, notes = clip_to_fit(
+        read, head, f"{dataset.path}: clip {clip.clip_id!r}",
+        crop_size=dataset.metadata.image_size if frames else None,
+    )  # fmt: skip
     for stale in stale_siblings(out):
         remove(stale)
     with atomic_path(out, durable=True) as partial:
@@ -170,6 +175,6 @@ def export_clip(
             pictures = partial / "images" / "cam0"
             pictures.mkdir(parents=True)
             for frame in read:
-                Image.fromarray(frame.image).save(pictures / f"{frame.frame_index:05d}.png")
+                Image.fromarray(np.asarray(frame.image)).save(pictures / f"{frame.frame_index:05d}.png")
         np.savez(partial / "fit.npz", **arrays)
     return notes

@@ -318,7 +318,7 @@ def observe(
     n = len(turns)
     zero = np.zeros((n, 3), np.float32)
     rot = np.pad(turns, ((0, 0), (0, 1))).astype(np.float32)
-    views = Coefficients(
+    turned = Coefficients(
         np.zeros((n, head.n_shape), np.float32), np.zeros((n, head.n_expression), np.float32),
         rot, zero, zero, zero, zero,
     )  # fmt: skip
@@ -339,7 +339,7 @@ def observe(
     def picture(view, appearance):
         return render(head, make_identity(head, view.betas), view, camera, crop, appearance, _SIZE)
 
-    views = [Coefficients(*(field[k] for field in views)) for k in range(n)]
+    views = [Coefficients(*(field[k] for field in turned)) for k in range(n)]
     shown = [jax.tree.map(np.asarray, fragments(view)) for view in views]
     show = lambda view, look: np.asarray(picture(view, look) * 255).astype(np.uint8)
     looks = [_painted(head, start, seed) for seed in seeds]
@@ -436,8 +436,8 @@ def measure_openings(head: HeadAsset, marks: Landmarks) -> list[Opening]:
         # Signed along the height: lids that have changed places are not open.
         gap = (points[:, upper[middle], 1] - points[:, lower[middle], 1]).mean(1) / width
         low, high = int(np.argmin(gap)), int(np.argmax(gap))
-        gaps = (float(gap[k]) for k in (0, low, high))
-        openings.append(Opening(part, *gaps, moves[low][0], moves[high][0]))
+        rest, least, most = gap[[0, low, high]].tolist()
+        openings.append(Opening(part, rest, least, most, moves[low][0], moves[high][0]))
     return openings
 
 

@@ -120,13 +120,13 @@ def head_sheet(head: HeadAsset, cell: int = 160, batch: int = 10) -> UInt8[np.nd
     shown = rest[np.asarray(mesh_render_mask(head))]
     box = crop_box(project(camera_from_world(shown, camera), camera), scale=1.25)
 
-    images = []
+    parts = []
     for start in range(0, len(pictures), batch):
         part = [p.coefficients for p in pictures[start : start + batch]]
         part += [part[-1]] * (batch - len(part))  # one compiled size for all
         stacked = jax.tree.map(lambda *fields: jnp.stack(fields), *part)
-        images.append(np.asarray(shaded_heads(head, stacked, camera, box, cell)))
-    images = np.concatenate(images)[: len(pictures)]
+        parts.append(np.asarray(shaded_heads(head, stacked, camera, box, cell)))
+    images = np.concatenate(parts)[: len(pictures)]
     cells = [(p.caption, image) for p, image in zip(pictures, images, strict=True)]
 
     frontal = next(image for caption, image in cells if caption == "turned +0")

@@ -86,7 +86,7 @@ class RecipeOptions:
     videos: Path
     out: Path
     downloader: str | None = None
-    timeout: float = 3600
+    timeout: float = 3600.0
     discard_videos: bool = False
     limit: int | None = None
     workers: int = dataclasses.field(default_factory=available_cores)

@@ -130,7 +130,7 @@ def test_labels_and_splits_may_change_without_new_fits(whole, tmp_path):
     shutil.copytree(out, tmp_path / "out")
     log = tmp_path / "log"
     labels = {path.name: {"identity": "one person", "licence": "CC0", "source": "here"} for path in paths}
-    build_fake(paths, tmp_path / "out", fit_log=log, labels=labels, validation=0)
+    build_fake(paths, tmp_path / "out", fit_log=log, labels=labels, validation=0.0)
     assert lines(log) == []
     rows = open_dataset(tmp_path / "out").clips
     assert {(row.identity, row.licence, row.source, row.split) for row in rows} == {

@@ -161,7 +161,7 @@ def test_badly_fitting_clip_is_rejected(clips, head, points, tmp_path):
 
 
 def test_small_head_is_rejected(clips, head, networks, tmp_path):
-    settings = dataclasses.replace(SETTINGS, min_face=300)
+    settings = dataclasses.replace(SETTINGS, min_face=300.0)
     with pytest.raises(DatasetError, match=r"good.mp4: the head is \d\d pixels large.*`--min-face`"):
         build_dataset([clips / "good.mp4"], head, tmp_path / "out", lambda: networks, settings, log=len)
 
