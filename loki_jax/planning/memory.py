@@ -10,16 +10,17 @@ full size in float32, XLA for CPU wanted about 1.5 times the temporaries (docs/s
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, jaxprs_in_params
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 from jax.sharding import AbstractMesh, AxisType
 
 from loki_jax.models.attention import attend
 from loki_jax.planning.work import PARTS, part_of
-from loki_jax.training.flops import AttentionProduct, attention_products, live_jaxpr, operations
+from loki_jax.training.flops import AttentionProduct, attention_products, bodies, live_jaxpr, operations
 from loki_jax.training.sharding import path_name
 from loki_jax.training.state import TrainState
 
@@ -78,9 +79,9 @@ def _placement(tree: Any, shardings: Any, min_size: int) -> Placement:
     return Placement(total, per_device, sharded, small, tuple(whole))
 
 
-def batch_bytes(batch: Any) -> int:
-    """Bytes of a tree of shapes."""
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(batch))
+def tree_bytes(tree: Any) -> int:
+    """Bytes of a tree of arrays or shapes."""
+    return sum(map(_bytes, jax.tree.leaves(tree)))
 
 
 # ------------------------------------------------------------------------------------ activations
@@ -142,20 +143,13 @@ def _kept(jaxpr: Jaxpr, logits: set) -> dict[str, int]:
             if "jvp(" in scope:
                 produced.update(dict.fromkeys(equation.outvars, scope))
             continue
-        for var in equation.invars:
-            if isinstance(var, Literal):
-                continue
+        for var in _variables(equation):
             origin = produced.pop(var, None)
             if origin is not None and var.aval.shape not in logits:
                 part = part_of(origin)
                 found[part] = found.get(part, 0) + _bytes(var.aval)
-    if found:
-        return found
-    for equation in jaxpr.eqns:
-        for body in jaxprs_in_params(equation.params):
-            if inner := _kept(getattr(body, "jaxpr", body), logits):
-                return inner
-    return {}
+    inner = (_kept(body, logits) for equation in jaxpr.eqns for body in bodies(equation))
+    return found or next(filter(None, inner), {})
 
 
 def _scope(equation: Any) -> str:
@@ -163,31 +157,31 @@ def _scope(equation: Any) -> str:
     return f"{equation.source_info.name_stack}/{equation.primitive.name}"
 
 
-def _recomputed_bodies(jaxpr: Jaxpr):
+def _recomputed_bodies(jaxpr: Jaxpr) -> Iterator[Jaxpr]:
     """Bodies of the checkpointed calls of the backward pass."""
     for equation in jaxpr.eqns:
-        for body in jaxprs_in_params(equation.params):
-            body = getattr(body, "jaxpr", body)
-            if equation.primitive.name in ("remat2", "checkpoint") and "transpose(" in str(
-                equation.source_info.name_stack
-            ):
-                yield body
-            else:
-                yield from _recomputed_bodies(body)
+        recomputed = equation.primitive.name in ("remat2", "checkpoint") and "transpose(" in _scope(equation)
+        for body in bodies(equation):
+            yield from [body] if recomputed else _recomputed_bodies(body)
 
 
 def _block(body: Jaxpr, logits: set) -> int:
     """Bytes of what a block's recomputation produces and its backward pass reads."""
     produced, total = set(), 0
     for equation in body.eqns:
-        if "rematted_computation" in str(equation.source_info.name_stack):
+        if "rematted_computation" in _scope(equation):
             produced.update(equation.outvars)
             continue
-        for var in equation.invars:
-            if not isinstance(var, Literal) and var in produced and var.aval.shape not in logits:
+        for var in _variables(equation):
+            if var in produced and var.aval.shape not in logits:
                 produced.discard(var)
                 total += _bytes(var.aval)
     return total
+
+
+def _variables(equation: Any) -> list:
+    """What an equation reads, without constants."""
+    return [var for var in equation.invars if not isinstance(var, Literal)]
 
 
 def _largest_attention(products: list[AttentionProduct]) -> AttentionProduct | None:
@@ -235,14 +229,13 @@ def live_bytes(jaxpr: Jaxpr, logits: set) -> int:
 
     For programs without a backward pass (validation, sampling); calls and loop bodies count where they run.
     """
-    last = {v: i for i, eqn in enumerate(jaxpr.eqns) for v in eqn.invars if not isinstance(v, Literal)}
+    last = {var: i for i, equation in enumerate(jaxpr.eqns) for var in _variables(equation)}
     last |= {v: len(jaxpr.eqns) for v in jaxpr.outvars if not isinstance(v, Literal)}
     size = lambda v: 0 if v.aval.shape in logits else _bytes(v.aval)
     alive: dict[Any, int] = {}
     peak = 0
     for i, equation in enumerate(jaxpr.eqns):
-        bodies = [getattr(body, "jaxpr", body) for body in jaxprs_in_params(equation.params)]
-        inner = max((live_bytes(body, logits) for body in bodies), default=0)
+        inner = max((live_bytes(body, logits) for body in bodies(equation)), default=0)
         made = {v: size(v) for v in equation.outvars}
         peak = max(peak, sum(alive.values()) + max(inner, sum(made.values())))
         alive = {v: n for v, n in (alive | made).items() if last.get(v, -1) > i}
@@ -283,9 +276,3 @@ def peak_bytes(
 def abstract_mesh(data: int, fsdp: int) -> AbstractMesh:
     """The training mesh without devices: enough for shardings and shard shapes."""
     return AbstractMesh((data, fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
-
-
-def device_bytes(tree: Any, shardings: Any) -> int:
-    """Bytes of a tree of arrays or shapes on each device."""
-    leaves = zip(jax.tree.leaves(tree), jax.tree.leaves(shardings), strict=True)
-    return sum(math.prod(s.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf, s in leaves)

@@ -13,13 +13,12 @@ from loki_jax.planning.collectives import expected_collectives, sent_bytes
 from loki_jax.planning.memory import (
     abstract_mesh,
     activations,
-    batch_bytes,
     forward_bytes,
     peak_bytes,
     placements,
+    tree_bytes,
 )
 from loki_jax.planning.work import (
-    PartWork,
     Subject,
     frozen_read,
     parameters_by_part,
@@ -28,7 +27,7 @@ from loki_jax.planning.work import (
     trace_validation,
     work_by_part,
 )
-from loki_jax.training.flops import Chip
+from loki_jax.training.flops import Chip, Work
 from loki_jax.training.init import abstract_batch
 from loki_jax.training.sharding import tree_shardings
 
@@ -50,7 +49,7 @@ def check_batch(batch: int, devices: int, microbatches: int) -> int:
     return batch // devices
 
 
-def local_plan(subject: Subject, windows: int, latents: bool) -> tuple[dict[str, PartWork], Any]:
+def local_plan(subject: Subject, windows: int, latents: bool) -> tuple[dict[str, Work], Any]:
     """What does not depend on how many devices there are: work by part, and the traced step."""
     jaxpr = trace_step(subject, windows, latents)
     return work_by_part(jaxpr), jaxpr
@@ -78,8 +77,8 @@ def make_plan(
 
     local_config = config.copy_and_resolve_references()
     local_config.batch_size = windows
-    batch = batch_bytes(abstract_batch(local_config, subject.head, subject.networks if latents else None))
-    head = batch_bytes([np.asarray(leaf) for leaf in jax.tree.leaves(subject.head)])
+    batch = tree_bytes(abstract_batch(local_config, subject.head, subject.networks if latents else None))
+    head = tree_bytes(jax.tree.map(np.asarray, subject.head))
     resident = sum(on_device.values()) - on_device["gradients"] + batch + head + state.step.dtype.itemsize
     item = jnp.dtype(config.model.dtype).itemsize
     read = frozen_read(jaxpr, state)
@@ -117,10 +116,7 @@ def make_plan(
             for c, s in zip(collectives, time.collectives, strict=True)
         ],
         "time": {
-            "parts": {
-                name: {"compute": p.compute, "memory": p.memory, "bound": p.bound}
-                for name, p in time.parts.items()
-            },
+            "parts": {name: p._asdict() | {"bound": p.bound} for name, p in time.parts.items()},
             "device": time.device, "network": time.network, "overlapped": time.overlapped,
             "serial": time.serial, "floor": time.floor, "efficiency": efficiency,
             "mfu": model / (time.overlapped * chip.flops),

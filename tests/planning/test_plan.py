@@ -28,8 +28,8 @@ from loki_jax.planning.report import (
     parameter_table,
 )
 from loki_jax.planning.sweep import draw_sweep, sweep
-from loki_jax.planning.work import PARTS, PartWork, make_subject, parameters_by_part
-from loki_jax.training.flops import chip_named, live_jaxpr
+from loki_jax.planning.work import PARTS, make_subject, parameters_by_part
+from loki_jax.training.flops import Work, chip_named, live_jaxpr
 from loki_jax.training.init import abstract_batch
 from loki_jax.training.sharding import make_mesh
 from loki_jax.training.step import make_eval_step
@@ -292,9 +292,9 @@ def test_time_of_collectives_within_and_beyond_a_domain():
 
 def test_step_time_takes_the_slower_of_arithmetic_and_memory():
     chip = chip_named("h200")._replace(flops=100.0, bandwidth=10.0, link=8.0, domain=8)
-    work = dict.fromkeys(PARTS, PartWork()) | {
-        "backward": PartWork(matrix=300.0, bytes=5.0),
-        "VAE encode": PartWork(matrix=10, bytes=20),
+    work = dict.fromkeys(PARTS, Work()) | {
+        "backward": Work(matrix=300.0, bytes=5.0),
+        "VAE encode": Work(matrix=10, bytes=20),
     }
     gradients = Collective("all-reduce", "all", 8, 32, 1, "")
     time = step_time(work, 30.0, [gradients], chip, 8, 1, efficiency=0.5)
