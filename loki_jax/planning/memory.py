@@ -106,13 +106,8 @@ class Activations(NamedTuple):
     encode: int
 
 
-def activations(jaxpr: ClosedJaxpr, devices: int, microbatches: int = 1) -> Activations:
-    """Activations of a traced step (`work.trace_step`), per device.
-
-    Args:
-      devices: that share the global batch; the chunked backend sizes its blocks by the whole batch.
-      microbatches: of a step, one after another.
-    """
+def activations(jaxpr: ClosedJaxpr, microbatches: int = 1) -> Activations:
+    """Activations of the step of one device (`work.trace_step`) in so many microbatches."""
     live = live_jaxpr(jaxpr)
     products = list(attention_products(live))
     # Logits differ from backend to backend: they are counted apart.
@@ -125,7 +120,7 @@ def activations(jaxpr: ClosedJaxpr, devices: int, microbatches: int = 1) -> Acti
         largest[part] = max(largest[part], op.bytes / microbatches)
     return Activations(
         kept=kept, block=max(blocks, default=0),
-        attention=attention_bytes(_largest_attention(products), devices),
+        attention=attention_bytes(_largest_attention(products)),
         operation=int(largest["backward"]), encode=int(1.5 * largest["VAE encode"]),
     )  # fmt: skip
 
@@ -190,14 +185,11 @@ def _largest_attention(products: list[AttentionProduct]) -> AttentionProduct | N
     return max(mine, key=lambda p: math.prod(p.logits), default=None)
 
 
-def attention_bytes(largest: AttentionProduct | None, devices: int) -> dict[str, int]:
+def attention_bytes(largest: AttentionProduct | None) -> dict[str, int]:
     """Bytes that each backend needs for one attention, forward and backward, beside inputs and results.
 
     xla: all logits. chunked: one block of them. cudnn, splash: a float32 accumulator for the gradient
     of q, a log-sum-exp for each query and head, and (splash) copies padded to multiples of 128 tokens.
-
-    Args:
-      largest: on one of `devices` devices.
     """
     if largest is None:
         return dict.fromkeys(ATTENTION_BACKENDS, 0)
@@ -206,7 +198,7 @@ def attention_bytes(largest: AttentionProduct | None, devices: int) -> dict[str,
     padded = lambda tokens: -(-tokens // 128) * 128
     return {
         "xla": _BYTES_A_LOGIT * math.prod(largest.logits),
-        "chunked": _BYTES_A_LOGIT * _chunk_logits(batch * devices, n, m, width) // devices,
+        "chunked": _BYTES_A_LOGIT * _chunk_logits(batch, n, m, width),
         "cudnn": flash,
         "splash": flash + 2 * batch * width * (padded(n) + 2 * padded(m)),
     }
@@ -242,13 +234,13 @@ def live_bytes(jaxpr: Jaxpr, logits: set) -> int:
     return peak
 
 
-def forward_bytes(jaxpr: ClosedJaxpr, devices: int, backend: str) -> int:
+def forward_bytes(jaxpr: ClosedJaxpr, backend: str) -> int:
     """Bytes that a traced program without a backward pass needs on a device beside its arguments."""
     live = live_jaxpr(jaxpr)
     products = list(attention_products(live))
     largest = max(products, key=lambda p: math.prod(p.logits), default=None)
     # Forward alone needs no gradients of logits: a third of both passes.
-    attention = attention_bytes(largest, devices)[backend] // 3
+    attention = attention_bytes(largest)[backend] // 3
     return live_bytes(live, {product.logits for product in products}) + attention
 
 

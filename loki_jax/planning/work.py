@@ -98,7 +98,7 @@ def part_of(scope: str) -> str:
         return "recomputation"
     if "transpose(" in scope:
         return "backward"
-    if "shard_map" in scope:
+    if "driver_map" in scope:
         return "driver map"
     for mark, part in (
         ("Autoencoder", "VAE encode"),

@@ -27,8 +27,9 @@ RENAMED = {"accumulate": "grad_accum_steps"}
 # the mathematics, and a changed one means another run.
 RUN_KEYS = (
     "steps", "init_from", "pretrained", "log", "checkpoint", "validation", "sample", "mesh", "sharding_rules",
-    "sharding_min_size", "grad_accum_steps", "deterministic", "faults", "data.path", "data.workers",
-    "data.threads", "data.cache_mb", "data.max_corrupt_share", "model.attention_backend", "model.remat",
+    "sharding_min_size", "gradient_dtype", "grad_accum_steps", "deterministic", "faults", "data.path",
+    "data.workers", "data.threads", "data.cache_mb", "data.max_corrupt_share", "model.attention_backend",
+    "model.remat",
 )  # fmt: skip
 
 
@@ -146,6 +147,9 @@ def check_config(config: ConfigDict) -> None:
     wrong = {
         f"batch_size={batch} cannot be split into grad_accum_steps={parts} microbatches": (
             parts < 1 or batch % parts
+        ),
+        f"gradient_dtype={config.gradient_dtype!r}: use float32 or bfloat16": (
+            config.gradient_dtype not in ("float32", "bfloat16")
         ),
         f"sample.guidance={config.sample.guidance} is not a finite number": (
             not math.isfinite(config.sample.guidance)
