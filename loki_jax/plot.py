@@ -141,13 +141,13 @@ def draw_runs(runs: Sequence[Run], half_life: float | None = None) -> Figure:
         curves = {i: run.curves[quantity.key] for i, run in enumerate(runs) if quantity.key in run.curves}
         log = quantity.log and all((values > 0).all() for _, values in curves.values())
         for number, (steps, values) in curves.items():
-            style = dict(color=colours[number], marker="." if len(steps) < 40 else None)
+            colour = colours[number]
             if half_life > 0 and quantity.smooth:
-                axes.plot(steps, values, color=colours[number], linewidth=0.8, alpha=0.3)
+                axes.plot(steps, values, color=colour, linewidth=0.8, alpha=0.3)
                 # One huge gradient would hang over a plain average for twenty half-lives on a log axis.
                 scale, back = (np.log, np.exp) if log else (np.array, np.array)
                 values = back(smoothed(steps, scale(values), half_life))
-            axes.plot(steps, values, **style)
+            axes.plot(steps, values, color=colour, marker="." if len(steps) < 40 else None)
         if log:
             axes.set_yscale("log")
         else:

@@ -6,10 +6,10 @@ file) carry the version of their keys as `config_version`; `upgrade_config` read
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import sys
+import types
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -83,13 +83,9 @@ def import_configs() -> Path:
       the folder that holds `configs`.
     """
     root = Path(loki_jax.__file__).parents[1]
-    file = root / "configs" / "__init__.py"
-    if "configs" not in sys.modules and file.is_file():
-        spec = importlib.util.spec_from_file_location(
-            "configs", file, submodule_search_locations=[str(file.parent)]
-        )
-        sys.modules["configs"] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules["configs"])
+    if "configs" not in sys.modules and (root / "configs").is_dir():
+        sys.modules["configs"] = package = types.ModuleType("configs")
+        package.__path__ = [str(root / "configs")]
     return root
 
 

@@ -170,6 +170,11 @@ def live_jaxpr(jaxpr: ClosedJaxpr | Jaxpr) -> Jaxpr:
     return dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0]
 
 
+def _arrays(variables: Iterable[Any]) -> list[Any]:
+    """Shapes and dtypes of the variables that are arrays."""
+    return [var.aval for var in variables if hasattr(var.aval, "shape")]
+
+
 def bodies(equation: Any) -> list[Jaxpr]:
     """The programs within an equation: of a call, a loop, the branches of a `cond`."""
     found = jaxprs_in_params(equation.params)
@@ -200,7 +205,7 @@ def attention_products(jaxpr: Jaxpr, scope: str = "") -> Iterator[AttentionProdu
         here = f"{scope}/{equation.source_info.name_stack}"
         if equation.primitive.name == "dot_general" and equation.params["dimension_numbers"][1][0]:
             (contract, _), (axes, _) = equation.params["dimension_numbers"]
-            left, right, out = (v.aval for v in (*equation.invars[:2], equation.outvars[0]))
+            left, right, out = _arrays([*equation.invars[:2], *equation.outvars])
             if out.size > max(left.size, right.size):
                 batch, width = (math.prod(left.shape[axis] for axis in group) for group in (axes, contract))
                 yield AttentionProduct(
@@ -217,7 +222,7 @@ def _operations(jaxpr: Jaxpr, times: float, scope: str, logits: set) -> Iterator
         single = _single(equation)
         if single is not None:
             kind, flops, size = single
-            if kind == "reduction" and equation.invars[0].aval.shape in logits:
+            if kind == "reduction" and _arrays(equation.invars)[0].shape in logits:
                 size = 0.0
             yield Operation(kind, times * flops, times * size, here)
             continue
@@ -239,8 +244,7 @@ _REPEATS: dict[str, Callable[[dict], float]] = {
 def _single(equation: Any) -> tuple[str, float, float] | None:
     """(kind, operations, bytes) of an equation without a body of its own, None for any other."""
     name = equation.primitive.name
-    ins = [v.aval for v in equation.invars if hasattr(v.aval, "shape")]
-    outs = [v.aval for v in equation.outvars if hasattr(v.aval, "shape")]
+    ins, outs = _arrays(equation.invars), _arrays(equation.outvars)
     if name == "dot_general":
         (contract, _), (batch, _) = equation.params["dimension_numbers"]
         flops = 2.0 * outs[0].size * math.prod(ins[0].shape[axis] for axis in contract)

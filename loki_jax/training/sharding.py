@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, PyTree
 from ml_collections import ConfigDict
 
@@ -61,7 +61,7 @@ def leaf_spec(shape: tuple[int, ...], rule: str, fsdp: int, min_size: int) -> Pa
     return PartitionSpec(*("fsdp" if i == axis else None for i in range(len(shape))))
 
 
-def tree_shardings(tree, mesh: Mesh, rules, min_size: int):
+def tree_shardings(tree, mesh: Mesh | AbstractMesh, rules, min_size: int):
     """NamedSharding of every leaf of `tree` (arrays or ShapeDtypeStructs).
 
     Optimiser moments and the moving average carry their parameter's path as a suffix, so the same

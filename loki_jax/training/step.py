@@ -109,13 +109,15 @@ def _latents(
 
     The posterior mean, or a draw of it where each window has a key.
     """
+    images = batch.reference if prefix else batch.frames
     if batch.latent_mean is not None:
         scale = networks.autoencoder.scale
         mean = getattr(batch, f"{prefix}latent_mean").astype(jnp.float32) * scale
         logvar = getattr(batch, f"{prefix}latent_logvar").astype(jnp.float32) + 2 * jnp.log(scale)
+    elif images is None:
+        raise ValueError("a batch without images and without latents")
     else:
-        images = unit_range(batch.reference if prefix else batch.frames)
-        flat = images.reshape(-1, *images.shape[-3:])
+        flat = unit_range(images).reshape(-1, *images.shape[-3:])
         encoded = networks.autoencoder.apply({"params": params["autoencoder"]}, flat, method="encode")
         mean, logvar = (x.reshape(*images.shape[:-3], *x.shape[1:]) for x in encoded)
     return mean if keys is None else jax.vmap(sample_posterior)(keys, mean, logvar)

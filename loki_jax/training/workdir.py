@@ -53,8 +53,8 @@ def prepare_workdir(workdir: Path, config: ConfigDict, dataset: Dataset, head: H
                 f"the data uses {head.name!r}. Choose another --workdir."
             )
     starts = [json.loads(file.read_text()) for file in sorted(workdir.glob("starts/*.json"))]
-    stored = next((s["dataset"]["clips"] for s in starts if "clips" in s["dataset"]), None)
-    if stored not in (None, clips_digest(dataset)):
+    clips = next((start["dataset"]["clips"] for start in starts if "clips" in start["dataset"]), None)
+    if clips not in (None, clips_digest(dataset)):
         raise CheckpointError(
             f"{workdir}: this run was trained on other clips than {dataset.path} holds. "
             "Choose another --workdir, or start from its weights with --config.init_from."
