@@ -69,26 +69,13 @@ def expected_collectives(
     ]
     gathered = sum(leaf.size * (matrix_bytes if leaf.ndim > 1 else 4) for leaf in shards)
     split = gradient_bytes * sum(leaf.size for leaf in shards)
+    n = microbatches
     found = [
-        ("all-gather", "fsdp", fsdp, microbatches * gathered, microbatches * len(shards), "parameters"),
+        ("all-gather", "fsdp", fsdp, n * gathered, n * len(shards), "parameters"),
         ("all-gather", "fsdp", fsdp, sum(frozen), len(frozen), "frozen parameters in use"),
-        (
-            "reduce-scatter",
-            "fsdp",
-            fsdp,
-            microbatches * split,
-            microbatches * len(shards),
-            "gradients of shards",
-        ),
+        ("reduce-scatter", "fsdp", fsdp, n * split, n * len(shards), "gradients of shards"),
         ("all-reduce", "data", data, split // fsdp, len(shards), "gradients of shards"),
-        (
-            "all-reduce",
-            "all",
-            data * fsdp,
-            gradient_bytes * sum(whole),
-            len(whole),
-            "gradients of whole arrays",
-        ),
+        ("all-reduce", "all", data * fsdp, gradient_bytes * sum(whole), len(whole), "gradients of the rest"),
     ]
     return [Collective(*collective) for collective in found if collective[2] > 1 and collective[3]]
 

@@ -88,11 +88,11 @@ def test_gradients_are_summed_in_float32_unless_asked(tmp_path):
             row["bytes"] for row in rows if row["kind"] == kind and (not types or row["what"] in types)
         )
         for kind in ("all-reduce", "reduce-scatter"):
-            # A few parameters have no gradient: XLA sees that their sum is zero.
+            # A few parameters are not used: XLA drops them.
             assert total(found[dtype], kind, name) == pytest.approx(total(planned, kind), rel=0.01)
             # Numbers of other types: the loss, and the norm of the gradients.
             assert total(found[dtype], kind) - total(found[dtype], kind, name) < 1000
-        assert total(found[dtype], "all-gather") == total(planned, "all-gather") > 0
+        assert total(found[dtype], "all-gather") == pytest.approx(total(planned, "all-gather"), rel=0.01)
         assert {row["kind"] for row in found[dtype]} == {"all-reduce", "reduce-scatter", "all-gather"}
 
 
