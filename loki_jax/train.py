@@ -89,7 +89,7 @@ def train(config: ConfigDict, workdir: Path) -> float:
     )  # fmt: skip
     with log_duration("making the state of the run", lead):
         if initial is None:
-            state, run = ckpt.resume(workdir, manager, abstract, iterator)
+            state, run = ckpt.restore_state(manager, abstract, iterator)
             first, skipped = run["step"], (run["skipped"], run.get("skipped_in_row", 0))
             log(f"resumed from step {first}", lead)
         else:
@@ -151,7 +151,8 @@ def train(config: ConfigDict, workdir: Path) -> float:
         stack.enter_context(ckpt.finishing(manager, agreed=(Preempted, NonFiniteError)))
         request = stack.enter_context(StopRequest())
         early = stack.enter_context(contextlib.ExitStack())
-        early.enter_context(log_duration("steps before the first report", lead))
+        if config.log.every > 0:
+            early.enter_context(log_duration("steps before the first report", lead))
         for step in range(first + 1, config.steps + 1):
             with progress.waiting():
                 batch = next(iterator)
