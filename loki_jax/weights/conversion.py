@@ -21,7 +21,7 @@ from loki_jax.training.checkpoint import saved_steps
 from loki_jax.training.config import config_to_json, read_config
 from loki_jax.weights import layouts, sources
 from loki_jax.weights.diffusers_names import current_name
-from loki_jax.weights.match import KeyMatch, match_keys
+from loki_jax.weights.match import match_keys
 from loki_jax.weights.options import ConvertOptions
 from loki_jax.weights.tensors import Tensors, WeightsError
 from loki_jax.weights.write import cast, to_ours, to_theirs, write_flax, write_orbax, write_safetensors
@@ -71,12 +71,12 @@ def open_source(options: ConvertOptions) -> Source:
     if (path / "_METADATA").is_file():
         return source(sources.open_orbax(path), "orbax")
     if (path / "unet").is_dir():
-        flax = sources.has_flax_files(path)
-        tensors = sources.open_diffusers(path, flax)
-        if not flax:
-            tensors = sources.renamed(tensors, current_name)
+        tensors, is_flax = sources.open_diffusers(path)
         _check_settings(path, network)
-        return source(tensors, "flax" if flax else "diffusers", note=_prediction_note(path))
+        note = _prediction_note(path)
+        if is_flax:
+            return source(tensors, "flax", note=note)
+        return source(sources.renamed(tensors, current_name), "diffusers", note=note)
     if path.is_dir():
         held = ", ".join(sorted(entry.name for entry in path.iterdir())[:8]) or "nothing"
         raise WeightsError(
@@ -84,17 +84,16 @@ def open_source(options: ConvertOptions) -> Source:
             f"nor a workdir (config.json, checkpoints/); it holds {held}."
         )
     tensors = sources.open_file(path)
-    wrapped = any(name.startswith("model.model.diffusion_model.") for name in tensors.infos)
-    outer = "model." if wrapped else ""
-    of_loki = (f"{outer}ref_extractor.", f"{outer}model.diffusion_model.cond_encoder.")
-    if any(name.startswith(of_loki) for name in tensors.infos):
-        return source(tensors, "loki", wrapped)
-    if any(name.startswith("model.diffusion_model.") for name in tensors.infos):
-        return source(tensors, "ldm", wrapped)
+    names = list(tensors.infos)
+    starts = lambda *prefixes: any(name.startswith(prefixes) for name in names)
+    outer = "model." if starts("model.model.diffusion_model.") else ""
+    if starts(f"{outer}ref_extractor.", f"{outer}model.diffusion_model.cond_encoder."):
+        return source(tensors, "loki", wrapped=bool(outer))
+    if starts("model.diffusion_model."):
+        return source(tensors, "ldm")
     raise WeightsError(
-        f"{path}: neither an original Stable Diffusion checkpoint nor one of Loki; its first tensors "
-        f"are {', '.join(list(tensors.infos)[:3]) or 'none'}. For a diffusers model give the folder that "
-        "holds unet/ and vae/."
+        f"{path}: neither an original Stable Diffusion checkpoint nor one of Loki; its first tensors are "
+        f"{', '.join(names[:3]) or 'none'}. For a diffusers model give the folder that holds unet/ and vae/."
     )
 
 
@@ -119,22 +118,26 @@ def convert(source: Source, options: ConvertOptions) -> tuple[str, dict[str, Any
         raise WeightsError(f"{options.out}: exists already. Choose another --out, or remove it.")
 
     network, tensors, table = source.network, source.tensors, source.layout.table
-    match = match_keys(tensors.infos, table, network.shapes, source.layout.drops, str(source.path))
-    params = to_ours(tensors, table, match.used, network.shapes)
+    dropped = match_keys(tensors.infos, table, network.shapes, source.layout.drops, str(source.path))
+    params = to_ours(tensors, table, network.shapes)
     destination = layouts.make_layout(target, network)
     prompt = None
     if "null_prompt" in destination.table:
         params, prompt = _with_null_prompt(params, source.path, options, network.shapes["null_prompt"])
-    match = _match_target(match, params, destination, network, new_prompt=prompt is not None)
+    unplaced = _match_target(source, params, destination, new_prompt=prompt is not None)
+    new = layouts.new_parameters(network) if target == "orbax" else {}
+    if prompt is not None:
+        new["null_prompt"] = "the text encoder's output for the empty prompt"
+    used = [weight.name for weight in table.values() if weight.name not in unplaced]
     files = _hash_files(tensors.files, options.sha256)
-    dtypes = Counter(tensors.infos[name].dtype for name in match.used.values())
+    dtypes = Counter(tensors.infos[name].dtype for name in used)
     record = {
         "format": "loki_jax-conversion-1",
         "source": {"layout": source.layout.name, "files": files, "dtypes": dict(dtypes)},
         "null_prompt": prompt,
-        "used": len(match.used),
-        "dropped": _by_reason(match.dropped),
-        "new": _by_reason(match.new),
+        "used": len(used),
+        "dropped": _by_reason(dropped | unplaced),
+        "new": _by_reason(new),
     }
     if dtype is not None:
         params = cast(params, dtype)
@@ -161,8 +164,7 @@ def convert(source: Source, options: ConvertOptions) -> tuple[str, dict[str, Any
 def _check_settings(folder: Path, network: layouts.Network) -> None:
     """Compare a diffusers folder's own settings, as far as shapes do not show them, with the network's.
 
-    Raises:
-      WeightsError: the weights belong to another network of the same shapes.
+    Raises WeightsError where the weights belong to another network of the same shapes.
     """
     for part, ours in layouts.diffusers_configs(network).items():
         path = folder / part / "config.json"
@@ -172,24 +174,20 @@ def _check_settings(folder: Path, network: layouts.Network) -> None:
             theirs = dict(json.loads(path.read_text()))
         except (ValueError, TypeError) as error:
             raise WeightsError(f"{path}: not a JSON file of settings ({error}). Copy it again.") from error
-        heads = theirs.get("attention_head_dim")
-        if isinstance(heads, int):
+        if isinstance(heads := theirs.get("attention_head_dim"), int):
             theirs["attention_head_dim"] = [heads] * len(ours["block_out_channels"])
-        differing = [
-            f"{key}: {theirs[key]} there, {ours[key]} here"
-            for key in layouts.CHECKED_SETTINGS
-            if key in ours and key in theirs and theirs[key] != ours[key]
-        ]
+        checked = [key for key in layouts.CHECKED_SETTINGS if key in ours and key in theirs]
+        differing = [f"{k}: {theirs[k]} there, {ours[k]} here" for k in checked if theirs[k] != ours[k]]
         if differing:
             raise WeightsError(f"{path}: another network.\n  " + "\n  ".join(differing))
 
 
 def _prediction_note(folder: Path) -> str:
+    """What to know of a Stable Diffusion folder that its weights do not tell."""
     try:
-        scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
-        kind = scheduler.get("prediction_type", "epsilon")
-    except (OSError, ValueError, AttributeError):
-        return ""
+        kind = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())["prediction_type"]
+    except (OSError, ValueError, LookupError, TypeError):
+        kind = "epsilon"
     if kind == "epsilon":
         return ""
     return (
@@ -218,8 +216,7 @@ def _with_null_prompt(
 ) -> tuple[Tensors, dict | None]:
     """Parameters with the null prompt added or replaced, and where it came from (None: the source's own).
 
-    Raises:
-      WeightsError: neither the source nor the options give one, or it has another shape.
+    Raises WeightsError where neither the source nor the options give one, or it has another shape.
     """
     encoder, own = options.text_encoder, source / "text_encoder"
     if encoder is None and options.null_prompt is None:
@@ -249,8 +246,7 @@ def _with_null_prompt(
 def _null_prompt_of(text_encoder: Path) -> Float[np.ndarray, "1 77 d"]:
     """The text encoder's last hidden states for "", float32.
 
-    Raises:
-      WeightsError: transformers or torch is missing, or the folder is no CLIP text encoder.
+    Raises WeightsError where transformers or torch is missing, or the folder is no CLIP text encoder.
     """
     if not (text_encoder / "config.json").is_file():
         raise WeightsError(f"{text_encoder}: not a text_encoder folder of SD 2.1 (no config.json).")
@@ -275,7 +271,7 @@ def _null_prompt_of(text_encoder: Path) -> Float[np.ndarray, "1 77 d"]:
 
 def _read_npy(path: Path) -> np.ndarray:
     try:
-        array = np.load(path, allow_pickle=False)
+        array = np.load(path, mmap_mode="r", allow_pickle=False)  # mapped: no more than the file holds
     except (OSError, ValueError, EOFError) as error:
         raise WeightsError(f"{path}: not a .npy file of numbers ({error}).") from error
     if not isinstance(array, np.ndarray) or array.dtype.kind != "f":
@@ -287,43 +283,34 @@ def _read_npy(path: Path) -> np.ndarray:
 
 
 def _match_target(
-    match: KeyMatch, params: Tensors, target: layouts.Layout, network: layouts.Network, new_prompt: bool
-) -> KeyMatch:
-    """The match from source to target: what the target has no place for is dropped, what it lacks is new.
+    source: Source, params: Tensors, target: layouts.Layout, new_prompt: bool
+) -> dict[str, str]:
+    """Tensors of the source that the target has no place for -> why.
 
-    Raises:
-      WeightsError: the target needs parameters that the source does not have.
+    Raises WeightsError where the target needs parameters that the source does not have, or lacks others.
     """
+    shapes = source.network.shapes
     if lacking := sorted(target.table.keys() - params.infos.keys()):
-        named = "\n  ".join(f"{path} {network.shapes[path]}" for path in lacking[:8])
+        named = "\n  ".join(f"{path} {shapes[path]}" for path in lacking[:8])
         raise WeightsError(
             f"--to {target.name}: needs {len(lacking)} parameters that the source does not have:\n  {named}\n"
             "A backbone gives orbax, diffusers, flax or ldm; a Loki checkpoint or a run also loki, workdir."
         )
     parts = {"generation": "generation branch", "null_prompt": "null prompt"}
-    used, dropped = {}, dict(match.dropped)
-    for path, name in match.used.items():
-        if path in target.table:
-            used[path] = name
-            continue
+    unplaced = {}
+    for path, (name, _) in source.layout.table.items():
         part = path.partition("/")[0]
-        if part not in parts:
-            raise WeightsError(f"--to {target.name}: no place for {name} {network.shapes[path]}.")
-        dropped[name] = f"the {parts[part]} has no place in layout {target.name}"
-    new = layouts.new_parameters(network) if target.name == "orbax" else {}
-    if new_prompt:
-        new["null_prompt"] = "the text encoder's output for the empty prompt"
-        if "null_prompt" in used:
-            dropped[used.pop("null_prompt")] = "replaced by the null prompt that was given"
-    return KeyMatch(used, dropped, new)
+        if path == "null_prompt" and new_prompt:
+            unplaced[name] = "replaced by the null prompt that was given"
+        elif path not in target.table and part in parts:
+            unplaced[name] = f"the {parts[part]} has no place in layout {target.name}"
+        elif path not in target.table:
+            raise WeightsError(f"--to {target.name}: no place for {name} {shapes[path]}.")
+    return unplaced
 
 
 def _hash_files(files: Sequence[Path], expected: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """Name, size and SHA-256 of files.
-
-    Raises:
-      WeightsError: none of them has one of the expected digests.
-    """
+    """Name, size and SHA-256 of files. Raises WeightsError where none has one of the expected digests."""
     found = [{"name": f.name, "bytes": f.stat().st_size, "sha256": file_sha256(f)} for f in files]
     for wanted in expected:
         if wanted.lower() not in {entry["sha256"] for entry in found}:

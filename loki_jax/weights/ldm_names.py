@@ -7,12 +7,9 @@ reads files.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
-from jaxtyping import PyTree
 
 from loki_jax.models.autoencoder import AutoencoderKL
 from loki_jax.models.encoder import ConditioningEncoder
@@ -133,7 +130,6 @@ def encoder_table(encoder: ConditioningEncoder, prefix: str = "") -> Table:
 
 def autoencoder_table(autoencoder: AutoencoderKL, prefix: str = "") -> Table:
     """Every parameter of the VAE. Public prefix: "first_stage_model."."""
-    levels, blocks = len(autoencoder.widths), autoencoder.num_res_blocks
     table: Table = {}
     for part in ("encoder", "decoder"):
         table |= _layer(f"{part}/conv_in", f"{part}.conv_in", "conv")
@@ -142,22 +138,18 @@ def autoencoder_table(autoencoder: AutoencoderKL, prefix: str = "") -> Table:
         table |= _block(f"{part}/middle/attention", f"{part}.mid.attn_1", _VAE_ATTENTION)
         table |= _layer(f"{part}/norm_out", f"{part}.norm_out", "vector")
         table |= _layer(f"{part}/conv_out", f"{part}.conv_out", "conv")
-    below = autoencoder.widths[0]
-    for level, width in enumerate(autoencoder.widths):
-        for i in range(blocks):
-            ours, theirs = f"encoder/down_{level}_residual_{i}", f"encoder.down.{level}.block.{i}"
-            table |= _block(ours, theirs, _RESIDUAL, "nin_shortcut" if below != width else None)
-            below = width
-        if level + 1 < levels:
-            theirs = f"encoder.down.{level}.downsample.conv"
-            table |= _layer(f"encoder/down_{level}_sample", theirs, "conv")
-    for level, width in reversed(list(enumerate(autoencoder.widths))):
-        for i in range(blocks + 1):
-            ours, theirs = f"decoder/up_{level}_residual_{i}", f"decoder.up.{level}.block.{i}"
-            table |= _block(ours, theirs, _RESIDUAL, "nin_shortcut" if below != width else None)
-            below = width
-        if level:
-            table |= _layer(f"decoder/up_{level}_sample", f"decoder.up.{level}.upsample.conv", "conv")
+    below, last = autoencoder.widths[0], len(autoencoder.widths) - 1
+    for part, side, sample in (("encoder", "down", "downsample"), ("decoder", "up", "upsample")):
+        for level in range(last + 1) if side == "down" else range(last, -1, -1):
+            width = autoencoder.widths[level]
+            for i in range(autoencoder.num_res_blocks + (side == "up")):
+                skip = "nin_shortcut" if below != width else None
+                ours, theirs = f"{part}/{side}_{level}_residual_{i}", f"{part}.{side}.{level}.block.{i}"
+                table |= _block(ours, theirs, _RESIDUAL, skip)
+                below = width
+            if level != (last if side == "down" else 0):
+                theirs = f"{part}.{side}.{level}.{sample}.conv"
+                table |= _layer(f"{part}/{side}_{level}_sample", theirs, "conv")
     table |= _layer("quant", "quant_conv", "conv1x1") | _layer("post_quant", "post_quant_conv", "conv1x1")
     return prefixed(table, theirs=prefix)
 
@@ -201,26 +193,3 @@ def from_ldm(array: np.ndarray, layout: str) -> np.ndarray:
     if layout == "conv":
         return array.transpose(2, 3, 1, 0)
     return array.reshape(array.shape[2:]) if layout == "pointwise" else array
-
-
-def params_from_ldm(state: Mapping[str, np.ndarray], table: Table) -> PyTree:
-    """Nested parameters taken from a state dict; its other entries are ignored.
-
-    Raises:
-      KeyError: the state dict lacks weights of the table; the first eight are named.
-    """
-    missing = [weight.name for weight in table.values() if weight.name not in state]
-    if missing:
-        named = ", ".join(missing[:8]) + (" ..." if len(missing) > 8 else "")
-        raise KeyError(f"the state dict lacks {len(missing)} of {len(table)} weights: {named}")
-    flat = {tuple(path.split("/")): from_ldm(state[name], layout) for path, (name, layout) in table.items()}
-    return unflatten_dict(flat)
-
-
-def params_to_ldm(params: PyTree, table: Table) -> dict[str, np.ndarray]:
-    """State dict of nested parameters. Raises KeyError when the paths are not exactly the table's."""
-    flat = flatten_dict(params, sep="/")
-    if flat.keys() != table.keys():
-        unmatched = sorted(flat.keys() ^ table.keys())
-        raise KeyError(f"parameters without a name, or names without a parameter: {unmatched}")
-    return {table[path].name: to_ldm(np.asarray(value), table[path].layout) for path, value in flat.items()}

@@ -23,27 +23,13 @@ class Drop(NamedTuple):
     reason: str
 
 
-class KeyMatch(NamedTuple):
-    """The result of `match_keys`.
-
-    Attributes:
-      used: parameter path -> name of the tensor that fills it.
-      dropped: name of a tensor -> why it is left out.
-      new: path of a parameter that the source does not fill -> where it comes from instead.
-    """
-
-    used: dict[str, str]
-    dropped: dict[str, str]
-    new: dict[str, str]
-
-
 def match_keys(
     infos: Mapping[str, TensorInfo],
     table: Table,
     shapes: Mapping[str, tuple[int, ...]],
     drops: Sequence[Drop],
     source: str,
-) -> KeyMatch:
+) -> dict[str, str]:
     """Match the tensors of a source to the parameters of a table, without reading any.
 
     Args:
@@ -52,6 +38,9 @@ def match_keys(
       shapes: shapes of our parameters by path; may hold more than the table.
       drops: rules for tensors that are left out; a tensor the table names is never left out.
       source: what errors call the source.
+
+    Returns:
+      name of each tensor that is left out -> why.
 
     Raises:
       WeightsError: tensors are missing, have another shape or are no floating-point numbers, or are
@@ -84,7 +73,7 @@ def match_keys(
             + "\n".join(_problem(kind, lines) for kind, lines in problems.items() if lines)
             + "\nGive the weights that fit, or the --config that they were made with."
         )
-    return KeyMatch({path: name for name, path in names.items()}, dropped, {})
+    return dropped
 
 
 def state_shape(shape: tuple[int, ...], layout: str) -> tuple[int, ...]:

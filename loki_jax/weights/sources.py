@@ -66,35 +66,27 @@ def open_file(path: Path) -> Tensors:
     return tensors._replace(read=read)
 
 
-def open_diffusers(folder: Path, flax: bool) -> Tensors:
-    """UNet and VAE of a diffusers folder; names are "unet/..." and "vae/...".
+def open_diffusers(folder: Path) -> tuple[Tensors, bool]:
+    """UNet and VAE of a diffusers folder ("unet/...", "vae/..."), and whether they are Flax files.
 
-    Args:
-      flax: take the Flax files (`diffusion_flax_model.msgpack`) instead of PyTorch's.
+    The UNet's files decide: PyTorch's are preferred to Flax files (`diffusion_flax_model.msgpack`).
 
     Raises:
       WeightsError: a network has no file of that kind, or it cannot be read.
     """
-    parts = []
-    wanted = (FLAX_FILE,) if flax else DIFFUSERS_FILES
-    for part in ("unet", "vae"):
-        found = [folder / part / name for name in wanted if (folder / part / name).is_file()]
-        if not found:
-            there = sorted(p.name for p in (folder / part).glob("*")) or "nothing"
+    held = {part: {path.name for path in (folder / part).glob("*")} for part in ("unet", "vae")}
+    is_flax = FLAX_FILE in held["unet"] and held["unet"].isdisjoint(DIFFUSERS_FILES)
+    wanted, parts = (FLAX_FILE,) if is_flax else DIFFUSERS_FILES, []
+    for part, names in held.items():
+        found = next((name for name in wanted if name in names), None)
+        if found is None:
             raise WeightsError(
-                f"{folder / part}: expected {' or '.join(wanted)}, found {there}. "
+                f"{folder / part}: expected {' or '.join(wanted)}, found {sorted(names) or 'nothing'}. "
                 "Give the folder that holds unet/ and vae/; rename a variant (.fp16.) to the plain name."
             )
-        tensors = open_file(found[0])
+        tensors = open_file(folder / part / found)
         parts.append(tensors.pick({f"{part}/{name}": name for name in tensors.infos}))
-    return merge(*parts)
-
-
-def has_flax_files(folder: Path) -> bool:
-    """Whether a diffusers folder holds the UNet in Flax files only."""
-    return (folder / "unet" / FLAX_FILE).is_file() and not any(
-        (folder / "unet" / name).is_file() for name in DIFFUSERS_FILES
-    )
+    return merge(*parts), is_flax
 
 
 def open_orbax(folder: Path) -> Tensors:

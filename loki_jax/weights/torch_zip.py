@@ -95,7 +95,14 @@ def _allowed_globals() -> dict[tuple[str, str], Any]:
         __setitem__ = __setstate__ = append = extend = add = ignore
 
     def rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_rest: Any) -> _Tensor:
-        return _describe(storage, offset, shape, strides)
+        """A tensor whose elements all lie within its storage."""
+        numbers = (offset, *shape, *strides)
+        if not isinstance(storage, _Storage) or any(type(n) is not int or n < 0 for n in numbers):
+            raise ValueError("a tensor is no view of a storage")
+        last = offset + sum((n - 1) * step for n, step in zip(shape, strides, strict=True))
+        if 0 not in shape and last >= storage.size:
+            raise ValueError(f"a tensor of shape {tuple(shape)} reaches beyond its storage")
+        return _Tensor(storage, offset, tuple(shape), tuple(strides))
 
     def rebuild_parameter(data: Any, *_rest: Any) -> Any:
         return data
@@ -107,17 +114,6 @@ def _allowed_globals() -> dict[tuple[str, str], Any]:
     allowed["torch._utils", "_rebuild_parameter"] = rebuild_parameter
     allowed["collections", "OrderedDict"] = OrderedDict
     return allowed
-
-
-def _describe(storage: Any, offset: Any, shape: Any, strides: Any) -> _Tensor:
-    """A tensor whose elements all lie within its storage."""
-    numbers = (offset, *shape, *strides)
-    if not isinstance(storage, _Storage) or any(type(n) is not int or n < 0 for n in numbers):
-        raise ValueError("a tensor is no view of a storage")
-    last = offset + sum((n - 1) * step for n, step in zip(shape, strides, strict=True))
-    if 0 not in shape and last >= storage.size:
-        raise ValueError(f"a tensor of shape {tuple(shape)} reaches beyond its storage")
-    return _Tensor(storage, offset, tuple(shape), tuple(strides))
 
 
 class _TensorUnpickler(pickle.Unpickler):

@@ -21,12 +21,11 @@ from loki_jax.weights.tensors import SAFETENSORS_DTYPES, TensorInfo, Tensors, We
 _ALIGNMENT = 64
 
 
-def to_ours(
-    tensors: Tensors, table: Table, used: dict[str, str], shapes: dict[str, tuple[int, ...]]
-) -> Tensors:
-    """The tensors of a matched source under our paths and in our layout."""
-    infos = {path: TensorInfo(shapes[path], tensors.infos[name].dtype) for path, name in used.items()}
-    return Tensors(infos, lambda path: from_ldm(tensors.read(used[path]), table[path].layout), tensors.files)
+def to_ours(tensors: Tensors, table: Table, shapes: dict[str, tuple[int, ...]]) -> Tensors:
+    """The tensors that a table names, under our paths and in our layout."""
+    infos = {path: TensorInfo(shapes[path], tensors.infos[name].dtype) for path, (name, _) in table.items()}
+    read = lambda path: from_ldm(tensors.read(table[path].name), table[path].layout)
+    return Tensors(infos, read, tensors.files)
 
 
 def to_theirs(params: Tensors, table: Table) -> Tensors:

@@ -117,7 +117,8 @@ def test_diffusers_to_orbax_and_back(tmp_path, network, options, kind):
     target = "flax" if kind == "flax" else "diffusers"
     run(tmp_path / "ours", tmp_path / "back", to=target, config=options["config"])
     if kind == "flax":
-        back = sources.open_diffusers(tmp_path / "back", flax=True)
+        back, is_flax = sources.open_diffusers(tmp_path / "back")
+        assert is_flax
         assert_same_bits({name: back.read(name) for name in back.infos}, state)
     else:
         assert_same_bits(read_diffusers(tmp_path / "back"), state)
