@@ -5,8 +5,8 @@ import subprocess
 import sys
 
 import pytest
-
 from benchmarks.tiny_run import ROOT, environment, write_shards
+
 from loki_jax.face.builtin import builtin_head
 from loki_jax.planning.report import make_plan
 from loki_jax.planning.work import make_subject
