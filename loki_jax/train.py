@@ -121,13 +121,13 @@ def train(config: ConfigDict, workdir: Path) -> float:
         traced = train_step.trace(state, global_batch(windows[0], mesh), device_head)
         train_step = traced.lower().compile()
     wait_for_all("compiled")
-    flops, chip = work_of(traced.jaxpr).model, chip_of(jax.devices()[0])
+    flops, chip = work_of(traced.jaxpr).model, chip_of(jax.devices()[0].device_kind)
     peak = f"{chip.name}, {chip.flops:.3g} FLOP/s" if chip else "no peak known, so no MFU"
     log(f"{flops:.3g} FLOP a step; chip: {peak}", lead)
 
     # ------------------------------------------------------------------------------------ loop
     progress = Progress(first, config.steps, config.batch_size, flops, chip and chip.flops * mesh.size)
-    watchdog = Watchdog(config.faults.hang_seconds, config.faults.slow_seconds)
+    watchdog = Watchdog(float(config.faults.hang_seconds), float(config.faults.slow_seconds))
     averaged = lambda state: (state.params if state.ema is None else state.ema) | state.frozen
     due = lambda step, every: every > 0 and (step % every == 0 or step == config.steps)
     loss = float("nan")

@@ -72,9 +72,9 @@ def chip_named(name: str) -> Chip:
     raise ValueError(f"unknown chip {name!r}; known are {', '.join(chip.name for chip in CHIPS)}")
 
 
-def chip_of(device: jax.Device) -> Chip | None:
-    """The chip a device is, by its exact kind; None where no peak figures are known (a CPU, a PCIe H100)."""
-    return next((chip for chip in CHIPS if device.device_kind in chip.kinds), None)
+def chip_of(kind: str) -> Chip | None:
+    """The chip of a device of this `device_kind`; None where no peak is known (a CPU, a PCIe H100)."""
+    return next((chip for chip in CHIPS if kind in chip.kinds), None)
 
 
 class Operation(NamedTuple):
