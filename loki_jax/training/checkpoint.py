@@ -121,12 +121,12 @@ def save_state(
 
 
 def restore_state(manager: ocp.CheckpointManager, abstract: TrainState, iterator) -> tuple[TrainState, dict]:
-    """The newest whole checkpoint, placed as `abstract` says (any mesh, any number of processes).
+    """The newest whole checkpoint and the frozen parameters, placed as `abstract` says.
 
-    Sets the state of `iterator`.
+    Any mesh and any number of processes will do. Sets the state of `iterator`.
 
     Args:
-      abstract: TrainState of ShapeDtypeStructs with shardings; its `frozen` part is passed through.
+      abstract: TrainState of ShapeDtypeStructs with shardings.
 
     Returns:
       (state, what `save_state` wrote as "run").
@@ -160,10 +160,9 @@ def restore_state(manager: ocp.CheckpointManager, abstract: TrainState, iterator
         raise CheckpointError(f"{folder}: {_listed(bad)} {older}")
     iterator.set_state(restored.data)
     ema = None if abstract.ema is None else restored.ema
-    state = TrainState(
-        jnp.asarray(step, jnp.int32), restored.params, ema, restored.optimizer, abstract.frozen
-    )
-    return state, restored.run
+    count = put_global(jnp.asarray(step, jnp.int32), abstract.step.sharding)
+    frozen = restore_frozen(Path(manager.directory).parent, abstract.frozen)
+    return TrainState(count, restored.params, ema, restored.optimizer, frozen), restored.run
 
 
 # What Orbax raises on a folder that is damaged.
@@ -184,15 +183,6 @@ def start(
     save_frozen(workdir, frozen)
     create = lambda trained, frozen: create_state(trained, frozen, optimizer, keep_ema)
     return jax.jit(create, out_shardings=shardings)(trained, frozen)
-
-
-def resume(
-    workdir: Path, manager: ocp.CheckpointManager, abstract: TrainState, iterator
-) -> tuple[TrainState, dict]:
-    """`restore_state` with the frozen parameters."""
-    state, run = restore_state(manager, abstract, iterator)
-    step = put_global(state.step, abstract.step.sharding)
-    return state._replace(step=step, frozen=restore_frozen(workdir, abstract.frozen)), run
 
 
 def _stored_shapes(folder: Path):

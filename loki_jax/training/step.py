@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
+from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray, PyTree
 from ml_collections import ConfigDict
 
 from loki_jax.data.schema import Batch
@@ -34,13 +34,13 @@ from loki_jax.training.sharding import BATCH_AXES, gather_params, mean_over_devi
 from loki_jax.training.state import TrainState, update_ema
 
 
-def window_keys(key: PRNGKeyArray, rows: Int[Array, " b"]) -> PRNGKeyArray:
+def window_keys(key: PRNGKeyArray, rows: Int[Array, " b"]) -> Key[Array, " b"]:
     """A key for each window, by its row in the global batch: draws are the same however a batch is cut up."""
     return jax.vmap(jax.random.fold_in, (None, 0))(key, rows)
 
 
-def dropout_masks(keys: PRNGKeyArray, dropout: ConfigDict) -> tuple[Array, Array]:
-    """(keep identity, keep motion), (B,) bool each, for keys (B,).
+def dropout_masks(keys: Key[Array, " b"], dropout: ConfigDict) -> tuple[Bool[Array, " b"], Bool[Array, " b"]]:
+    """(keep identity, keep motion) of each window.
 
     Exclusive shares lose one, the other or both.
     """
@@ -55,7 +55,7 @@ def make_loss(config: ConfigDict, networks: Networks) -> Callable:
     """loss(trained, frozen, batch, head, keys, dropout) -> scalar; `keys` (B,) of `window_keys`."""
 
     def loss(
-        trained: PyTree, frozen: PyTree, batch: Batch, head: HeadAsset, keys: PRNGKeyArray, dropout: bool
+        trained: PyTree, frozen: PyTree, batch: Batch, head: HeadAsset, keys: Key[Array, " b"], dropout: bool
     ):
         params = trained | frozen
         keys_of = jax.vmap(lambda key: jax.random.split(key, 4), out_axes=1)(keys)
@@ -103,7 +103,7 @@ def _drivers(
 
 
 def _latents(
-    networks: Networks, params: PyTree, batch: Batch, prefix: str, keys: PRNGKeyArray | None
+    networks: Networks, params: PyTree, batch: Batch, prefix: str, keys: Key[Array, " b"] | None
 ) -> Float[Array, "b *t h w c"]:
     """Latents of the frames or of the reference: from the shards where they hold them, else encoded.
 
@@ -206,7 +206,7 @@ def make_eval_step(config: ConfigDict, networks: Networks, mesh: Mesh) -> Callab
     """
     loss_of = make_loss(config, networks)
 
-    def evaluate(trained: PyTree, frozen: PyTree, batch: Batch, head: HeadAsset, index: int):
+    def evaluate(trained: PyTree, frozen: PyTree, batch: Batch, head: HeadAsset, index: Int[Array, ""] | int):
         params = {"params": trained, "frozen": frozen}
         specs = param_specs(config, mesh, params)
 
