@@ -60,28 +60,31 @@ def attend(
     return _xla(q, k, v)
 
 
-def attend_shared(
+def attend_frames(
     q: Float[Array, "b t n heads d"],
     k: Float[Array, "b t n heads d"],
     v: Float[Array, "b t n heads d"],
-    shared_k: Float[Array, "b m heads d"],
-    shared_v: Float[Array, "b m heads d"],
+    shared_k: Float[Array, "b m heads d"] | None = None,
+    shared_v: Float[Array, "b m heads d"] | None = None,
     backend: str = "auto",
 ) -> Float[Array, "b t n heads d"]:
-    """Attention within each frame, with further keys and values that all frames of a sample share.
+    """Attention within each frame, optionally with further tokens that all frames of a sample share.
 
-    The same as `attend` on every frame with the shared tokens appended. The shared keys and values
-    are copied to the frames: the copies are small beside the logits, the fused kernels need them, and on
-    CPU this is faster than attending to both parts separately and joining them.
+    The same as `attend` on every frame with the shared keys and values appended. They are copied to the
+    frames: the copies are small beside the logits, the fused kernels need them, and on CPU this is
+    faster than attending to both parts separately and joining them.
 
     Raises:
       ValueError: as `attend`.
     """
     b, t = q.shape[:2]
     flat = lambda x: x.reshape(b * t, *x.shape[2:])
-    append = lambda own, shared: flat(
-        jnp.concatenate([own, jnp.broadcast_to(shared[:, None], (b, t, *shared.shape[1:]))], axis=2)
-    )
+
+    def append(own, shared):
+        if shared is None:
+            return flat(own)
+        return flat(jnp.concatenate([own, jnp.broadcast_to(shared[:, None], (b, t, *shared.shape[1:]))], 2))
+
     return attend(flat(q), append(k, shared_k), append(v, shared_v), backend).reshape(q.shape)
 
 
