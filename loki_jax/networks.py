@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree, UInt8
@@ -12,9 +13,8 @@ from ml_collections import ConfigDict
 from loki_jax.arrays import ArrayLike
 from loki_jax.diffusion.sampler import ddim_sample
 from loki_jax.diffusion.schedule import Schedule, make_schedule
-from loki_jax.driver.encoding import DriverInputs
 from loki_jax.driver.map import driver_map
-from loki_jax.driver.registry import DEFAULT_ARM, driver_channels, find_arm, find_map_arm
+from loki_jax.driver.registry import DEFAULT_ARM, driver_channels, find_arm
 from loki_jax.face.asset import HeadAsset
 from loki_jax.face.skinning import make_identity
 from loki_jax.face.types import Camera, Coefficients
@@ -99,7 +99,7 @@ def driver_input(
     name, dtype = config.driver.arm, jnp.dtype(config.model.dtype)
     arm = find_arm(name)
     if not arm.spatial:
-        return arm.encode(DriverInputs(head=head, coefficients=coefficients), dtype)
+        return arm.encode(head, coefficients)
     identity = make_identity(head, coefficients.betas[:, :1])
     return driver_map(head, identity, coefficients, camera, crop, config.image_size, name, dtype)
 
@@ -116,12 +116,12 @@ def driver_preview(
     if not find_arm(config.driver.arm).spatial:
         identity = make_identity(head, coefficients.betas[:, :1])
         driver = driver_map(head, identity, coefficients, camera, crop, config.image_size, DEFAULT_ARM)
-    return find_map_arm(config.driver.arm).preview(driver)
+    return find_arm(config.driver.arm).preview(driver)
 
 
 def unit_range(images: Images) -> Float[Array, "*b s s 3"]:
     """uint8 RGB -> float32 in [-1, 1]."""
-    return images.astype(jnp.float32) / 127.5 - 1.0
+    return jnp.asarray(images).astype(jnp.float32) / 127.5 - 1.0
 
 
 def encode_images(
@@ -129,15 +129,14 @@ def encode_images(
 ) -> Latents:
     """Scaled latents: the posterior mean, or a random draw when a key is given."""
     flat = unit_range(images.reshape(-1, *images.shape[-3:]))
-    mean, logvar = networks.autoencoder.apply({"params": params["autoencoder"]}, flat, method="encode")
+    mean, logvar = _apply(networks.autoencoder, params["autoencoder"], "encode", flat)
     latents = mean if key is None else sample_posterior(key, mean, logvar)
     return latents.reshape(*images.shape[:-3], *latents.shape[1:])
 
 
-def decode_latents(networks: Networks, params: PyTree, latents: Latents) -> Images:
+def decode_latents(networks: Networks, params: PyTree, latents: Latents) -> UInt8[Array, "*b s s 3"]:
     """Latents -> uint8 RGB, one frame at a time (the decoder's activations are the largest there are)."""
-    variables = {"params": params["autoencoder"]}
-    decode = lambda z: networks.autoencoder.apply(variables, z[None], method="decode")[0]
+    decode = lambda z: _apply(networks.autoencoder, params["autoencoder"], "decode", z[None])[0]
     images = jax.lax.map(decode, latents.reshape(-1, *latents.shape[-3:]))
     images = jnp.round(jnp.clip(images * 127.5 + 127.5, 0, 255)).astype(jnp.uint8)
     return images.reshape(*latents.shape[:-3], *images.shape[1:])
@@ -155,7 +154,7 @@ def reference_features(
       condition: encoded driver map of the portrait itself, where `config.model.reference.driver` asks for it.
     """
     context = _null_prompt(params, latent.shape[0]) if "null_prompt" in params else None
-    return networks.loki.apply(_loki_params(params), latent, context, condition, method="reference_features")
+    return _apply(networks.loki, _loki_params(params), "reference_features", latent, context, condition)
 
 
 def portrait_features(
@@ -178,7 +177,7 @@ def portrait_features(
 
 def encode_condition(networks: Networks, params: PyTree, driver: Driver) -> Float[Array, "b t h w c0"]:
     """The generation UNet's residual."""
-    return networks.loki.apply(_loki_params(params), driver, method="encode_condition")
+    return _apply(networks.loki, _loki_params(params), "encode_condition", driver)
 
 
 def denoise(networks: Networks, params: PyTree, x, timesteps, condition, features):
@@ -186,7 +185,7 @@ def denoise(networks: Networks, params: PyTree, x, timesteps, condition, feature
     has_context = networks.loki.generation.unet.context_dim is not None
     context = _null_prompt(params, x.shape[0]) if has_context else None
     inputs = x, timesteps, condition, features, context
-    return networks.loki.apply(_loki_params(params), *inputs, method="denoise")
+    return _apply(networks.loki, _loki_params(params), "denoise", *inputs)
 
 
 def _null_prompt(params: PyTree, batch: int) -> Float[Array, "b l e"]:
@@ -194,7 +193,12 @@ def _null_prompt(params: PyTree, batch: int) -> Float[Array, "b l e"]:
 
 
 def _loki_params(params: PyTree) -> dict:
-    return {"params": {"generation": params["generation"], "reference": params["reference"]}}
+    return {name: params[name] for name in ("generation", "reference")}
+
+
+def _apply(module: nn.Module, params: PyTree, method: str, *inputs) -> Any:
+    """`Module.apply`, which gives a pair only where variables are mutable; none are here."""
+    return module.apply({"params": params}, *inputs, method=method)
 
 
 def initial_noise(

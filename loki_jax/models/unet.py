@@ -69,17 +69,17 @@ class Attention(nn.Module):
         source = tokens if context is None else context
         q, k, v = split(to_q(tokens)), split(to_k(source)), split(to_v(source))
         # The reference goes through the same projections as the frames' own tokens.
-        shared = () if extra is None else (split(to_k(extra)), split(to_v(extra)))
+        shared = None if extra is None else (split(to_k(extra)), split(to_v(extra)))
         if mode == "temporal":
             per_pixel = lambda x: x.swapaxes(1, 2).reshape(b * n, t, *x.shape[3:])
             out = attend(per_pixel(q), per_pixel(k), per_pixel(v), backend)
             out = out.reshape(b, n, t, channels).swapaxes(1, 2)
         elif mode == "spatial" and t > 1:
-            out = attend_frames(q, k, v, *shared, backend=backend)
+            out = attend_frames(q, k, v, shared, backend)
         else:
             whole = lambda x: x.reshape(b, -1, *x.shape[-2:])
             k, v = whole(k), whole(v)
-            if shared:
+            if shared is not None:
                 k, v = (jnp.concatenate(pair, axis=1) for pair in zip((k, v), shared, strict=True))
             out = attend(whole(q), k, v, backend)
         return dense(channels, "out", dtype, zero_init=self.zero_init)(out.reshape(b, t, n, channels))

@@ -180,7 +180,7 @@ def test_shared_tokens_are_appended_to_every_frame():
     keys = jax.random.split(jax.random.key(0), 5)
     q, k, v = (jax.random.normal(key, (batch, frames, n, 2, 4)) for key in keys[:3])
     shared_k, shared_v = (jax.random.normal(key, (batch, m, 2, 4)) for key in keys[3:])
-    out = attend_frames(q, k, v, shared_k, shared_v)
+    out = attend_frames(q, k, v, (shared_k, shared_v))
     for frame in range(frames):
         expected = attend(
             q[:, frame],
