@@ -142,18 +142,12 @@ def restore_state(manager: ocp.CheckpointManager, abstract: TrainState, iterator
     if abstract.ema is not None:
         trees["ema"] = abstract.ema
     older = f"Move {folder} away to go on from the checkpoint before it."
-    for name, wanted in trees.items():
-        try:
-            stored = leaf_shapes(_stored_shapes(folder / name))
-        except _UNREADABLE as error:
-            raise CheckpointError(f"{folder / name}: not readable ({error}). {older}") from error
-        check_fit(stored, wanted, str(folder / name))
     items = {name: ocp.args.StandardRestore(tree) for name, tree in trees.items()}
     items |= {"data": ocp.args.JsonRestore(), "run": ocp.args.JsonRestore()}
-    try:
+    with _reading(folder, older):
+        for name, wanted in trees.items():
+            check_fit(leaf_shapes(_stored_shapes(folder / name)), wanted, str(folder / name))
         restored = manager.restore(step, args=ocp.args.Composite(**items))
-    except _UNREADABLE as error:
-        raise CheckpointError(f"{folder}: cannot be read ({error}). {older}") from error
     if restored.run["step"] != step:
         raise CheckpointError(f"{folder}: holds step {restored.run['step']}. {older}")
     if bad := nonfinite_arrays({name: restored[name] for name in trees}):
@@ -165,8 +159,15 @@ def restore_state(manager: ocp.CheckpointManager, abstract: TrainState, iterator
     return TrainState(count, restored.params, ema, restored.optimizer, frozen), restored.run
 
 
-# What Orbax raises on a folder that is damaged.
-_UNREADABLE = (ValueError, OSError, KeyError, AttributeError)
+@contextlib.contextmanager
+def _reading(path: Path, remedy: str) -> Iterator[None]:
+    """Whatever Orbax raises on a folder that is damaged becomes a CheckpointError."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except (ValueError, OSError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error}). {remedy}") from error
 
 
 def start(
@@ -276,14 +277,9 @@ def restore_frozen(workdir: Path, abstract):
             f"{path}: missing, but this run has parameters that are not trained. Copy the whole workdir, "
             "or start a new run from its weights with --config.init_from."
         )
-    try:
+    with _reading(path, "Copy it again."), ocp.StandardCheckpointer() as checkpointer:
         check_fit(leaf_shapes(_stored_shapes(path)), abstract, str(path))
-        with ocp.StandardCheckpointer() as checkpointer:
-            return checkpointer.restore(path, abstract)
-    except CheckpointError:
-        raise
-    except _UNREADABLE as error:
-        raise CheckpointError(f"{path}: cannot be read ({error}). Copy it again.") from error
+        return checkpointer.restore(path, abstract)
 
 
 def load_checkpoint(source: str | os.PathLike, use_ema: bool = True) -> Checkpoint:
@@ -323,10 +319,11 @@ def load_checkpoint(source: str | os.PathLike, use_ema: bool = True) -> Checkpoi
             f"{folder}: no checkpoint of step {step}; there are {', '.join(map(str, saved))}."
         )
     item = "ema" if use_ema and (folder / str(step) / "ema").exists() else "params"
-    # The pixel autoencoder has no parameters, and files keep no empty dict.
-    params = {"autoencoder": {}} | restore_as_numpy((folder / str(step) / item).absolute())
-    if (path / "frozen").is_dir():
-        params |= restore_as_numpy((path / "frozen").absolute())
+    with _reading(folder / str(step), "Copy the workdir again."):
+        # The pixel autoencoder has no parameters, and files keep no empty dict.
+        params = {"autoencoder": {}} | restore_as_numpy((folder / str(step) / item).absolute())
+        if (path / "frozen").is_dir():
+            params |= restore_as_numpy((path / "frozen").absolute())
     return Checkpoint(config, check_finite(params, str(folder / str(step))), head, step)
 
 
