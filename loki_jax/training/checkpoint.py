@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 from collections.abc import Callable, Iterator
 from importlib import resources
@@ -30,7 +31,10 @@ from etils import epath
 from ml_collections import ConfigDict
 from orbax.checkpoint.checkpoint_managers import preservation_policy as preservation
 
+from loki_jax.diffusion.loss import check_prediction
+from loki_jax.diffusion.schedule import ddim_timesteps
 from loki_jax.face.asset import load_head
+from loki_jax.networks import build_networks, random_params
 from loki_jax.training.config import CheckpointError, NonFiniteError, config_to_json, read_config
 from loki_jax.training.model_file import Checkpoint, load_model_file
 from loki_jax.training.sharding import path_name, put_global
@@ -245,6 +249,35 @@ def check_fit(found: dict[str, tuple[int, ...]], wanted, source: str) -> None:
         )
 
 
+def _check_model(checkpoint: Checkpoint, source: str) -> None:
+    """Refuse a model whose config describes no networks that can animate, or others than its parameters'.
+
+    Raises:
+      CheckpointError: says what is wrong with the config, or names the first paths and shapes that differ.
+    """
+    config, params, head, _ = checkpoint
+    arrays = len(jax.tree.leaves(params))
+    try:
+        # Tracing takes time and memory by the depth that a config claims.
+        branches = [config.model.unet, config.model.reference, config.model.encoder, config.model.autoencoder]
+        depths = [branch.get("num_res_blocks", 1) for branch in branches]
+        if max(*depths, *(len(jax.tree.leaves(branch.to_dict())) for branch in branches)) > arrays:
+            raise ValueError(f"it has more layers than the file has arrays, {arrays}")
+        if min(config.window, config.image_size) < 1 or not math.isfinite(config.sample.guidance):
+            raise ValueError("window, image_size or sample.guidance is out of range")
+        if not isinstance(config.driver.neck, bool) or not isinstance(config.diffusion.clip, float | int):
+            raise ValueError("driver.neck or diffusion.clip is of another type")
+        ddim_timesteps(config.sample.steps, config.sample.spacing)
+        check_prediction(config.diffusion.prediction)
+        networks = build_networks(config, head)
+        wanted = jax.eval_shape(lambda: random_params(networks, jax.random.key(0)))
+    except Exception as error:  # a damaged config can hold anything
+        raise CheckpointError(
+            f"{source}: its config describes no model ({type(error).__name__}: {error}). Copy it again."
+        ) from error
+    check_fit(leaf_shapes({key: params.get(key, {}) for key in wanted}), wanted, source)
+
+
 def saved_steps(workdir: Path) -> list[int]:
     """Steps of the whole checkpoints in a workdir, ascending."""
     folder = workdir / "checkpoints"
@@ -297,6 +330,7 @@ def load_checkpoint(source: str | os.PathLike, use_ema: bool = True) -> Checkpoi
     if path.suffix == ".safetensors":
         checkpoint = load_model_file(path)
         check_finite(checkpoint.params, str(path))
+        _check_model(checkpoint, str(path))
         return checkpoint
     if path.parent.name == "checkpoints" and path.name.isdigit():
         path, step = path.parent.parent, int(path.name)

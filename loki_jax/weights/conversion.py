@@ -58,10 +58,16 @@ def open_source(options: ConvertOptions) -> Source:
         config = read_config(path / "config.json")
     else:
         config = ConfigDict({"model": layouts.sd21_config().to_dict()})
-    channels = find_map_arm(config.driver.arm if "driver" in config else DEFAULT_ARM).channels
-    if callable(channels):
-        channels = channels(builtin_head())
-    network = layouts.make_network(config.model, channels)
+    try:
+        channels = find_map_arm(config.driver.arm if "driver" in config else DEFAULT_ARM).channels
+        if callable(channels):
+            channels = channels(builtin_head())
+        network = layouts.make_network(config.model, channels)
+    except WeightsError:
+        raise
+    except Exception as error:  # a damaged config can hold anything
+        file = options.config or path / "config.json"
+        raise WeightsError(f"{file}: describes no network ({type(error).__name__}: {error}).") from error
 
     def source(tensors: Tensors, layout: str, wrapped: bool = False, note: str = "") -> Source:
         return Source(path, tensors, layouts.make_layout(layout, network, wrapped), config, network, note)
