@@ -124,10 +124,7 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
         "estimator": "photometric" if known is not None else "landmarks",
         "frames": following.pose.n_frames,
         "track_rate": following.pose.track_rate,
-        "hpf": following.pose.degrees,
-        "absolute_pose": following.pose.absolute_degrees,
-        "hpf_aligned": following.pose.aligned_degrees,
-        "hef": following.expression.distance,
+        **following.scores(),
         "hef_uncovered": following.expression.uncovered,
         "hef_size": options.hef_size,
     }
@@ -135,7 +132,7 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
 
     # --------------------------------------------------------------------------------- aligned frames
     if options.truth is not None:
-        if options.truth == "render":
+        if known is not None and options.truth == "render":
             coefficients = retarget_clip(head, driver, known[0], options.mode)
             truth = rendered_truth(head, coefficients, *known, frames.shape[1])
         else:

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError, deserialize, safe_open
 from safetensors.flax import save_file
 
 from loki_jax.face.asset import HeadAsset
@@ -71,9 +72,9 @@ def load_model_file(path: Path) -> Checkpoint:
     if not path.is_file():
         raise CheckpointError(f"{path}: no such model file. Give a workdir of loki_jax.train instead.")
     try:
-        with safe_open(str(path), framework="flax") as file:
+        with safe_open(str(path), framework="numpy") as file:
             metadata = file.metadata() or {}
-            tensors = {key: file.get_tensor(key).astype(jnp.float32) for key in file.keys()}
+        stored = deserialize(path.read_bytes())
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: not a readable safetensors file ({error}). Copy it again.") from error
     if metadata.get("format") != "loki_jax-1":
@@ -85,6 +86,11 @@ def load_model_file(path: Path) -> Checkpoint:
         head_name, geometry = metadata["head"], metadata["head_geometry"]
     except (KeyError, ValueError, AttributeError, TypeError) as error:
         raise CheckpointError(f"{path}: its metadata are damaged ({error}). Copy it again.") from error
+    # On the host: as jax arrays every shape would compile its own conversion.
+    tensors = {
+        key: np.frombuffer(tensor["data"], ml_dtypes.bfloat16).reshape(tensor["shape"]).astype(np.float32)
+        for key, tensor in stored
+    }
     head = builtin_head()
     if head_name != head.name or geometry != _geometry_digest(head):
         raise CheckpointError(
