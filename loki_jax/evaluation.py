@@ -43,6 +43,7 @@ def measure_following(
     size: int = 512,
     prediction_valid: Bool[np.ndarray, " n"] | None = None,
     target_valid: Bool[np.ndarray, " n"] | None = None,
+    prediction_camera: Camera | None = None,
 ) -> Following:
     """HPF and HEF of fitted coefficients against a driver's; frames not tracked in both count in neither.
 
@@ -50,12 +51,15 @@ def measure_following(
       prediction, target: fields (n, ...); `target` is the driver's, and so is `camera`.
       size: edge of HEF's renders in pixels.
       prediction_valid, target_valid: which frames (n,) were tracked; None: all.
+      prediction_camera: the prediction's; None: one whose extrinsics do not turn the world.
     """
     to_numpy = lambda tree: jax.tree.map(np.asarray, tree)
     prediction, target = to_numpy(prediction), to_numpy(target)
     pose = head_pose_follow(
         prediction.rot, target.rot, prediction.neck, target.neck,
         pred_valid=prediction_valid, target_valid=target_valid,
+        pred_extrinsics=None if prediction_camera is None else np.asarray(prediction_camera.extrinsics),
+        target_extrinsics=np.asarray(camera.extrinsics),
     )  # fmt: skip
     tracked = np.flatnonzero(np.isfinite(pose.per_frame))
     pick = lambda tree: jax.tree.map(lambda x: x[tracked], tree)
@@ -189,7 +193,10 @@ def evaluate_pairs(
         per_frame[row] = []
         for i, pair in enumerate(pairs):
             one = jax.tree.map(lambda x, i=i: x[i], fitted)
-            following = measure_following(head, one, pair.driver.coefficients, pair.driver.camera, size)
+            following = measure_following(
+                head, one, pair.driver.coefficients, pair.driver.camera, size,
+                prediction_camera=pair.reference.camera,
+            )  # fmt: skip
             entry = {
                 "hpf": following.pose.degrees,
                 "hef": following.expression.distance,

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from loki_jax.face.asset import HeadAsset
-from loki_jax.face.retarget import retarget, size_ratio
+from loki_jax.face.retarget import fold_neck, neck_joint, retarget, size_ratio
 from loki_jax.face.types import Camera, Coefficients
 from loki_jax.networks import (
     build_networks,
@@ -72,12 +72,17 @@ class Sampling(NamedTuple):
 
 
 def retarget_clip(
-    head: HeadAsset, driver: DrivingClip, reference: Portrait, mode: str = "relative"
+    head: HeadAsset, driver: DrivingClip, reference: Portrait, mode: str = "relative", neck: bool = True
 ) -> Coefficients:
-    """The coefficients (N, ...) with which `reference` follows `driver` (method, section 9)."""
+    """The coefficients (N, ...) with which `reference` follows `driver` (method, section 9).
+
+    Args:
+      neck: False for a model whose driver map leaves the neck out: in relative mode its bend becomes part of
+        `rot` and `tra`.
+    """
     as_arrays = functools.partial(jax.tree.map, jnp.asarray)
     own, driving = as_arrays(reference.coefficients), as_arrays(driver.coefficients)
-    return retarget(
+    moved = retarget(
         driving,
         own,
         mode,
@@ -85,6 +90,9 @@ def retarget_clip(
         driver_camera=as_arrays(driver.camera),
         reference_camera=as_arrays(reference.camera),
     )
+    if neck or mode == "absolute":
+        return moved
+    return fold_neck(moved, neck_joint(head, own.betas))
 
 
 class LokiPipeline:
@@ -165,7 +173,7 @@ class LokiPipeline:
           ValueError: an option is out of range.
         """
         steps, guidance, mode = self.sampling(steps, guidance, mode)
-        coefficients = stack_trees([retarget_clip(self.head, clip, portrait, mode)])
+        coefficients = stack_trees([retarget_clip(self.head, clip, portrait, mode, self.config.driver.neck)])
         one = stack_trees([portrait])
         windows = self.windows_of_batch(
             one, coefficients, one.camera, one.crop, steps=steps, guidance=guidance, seed=seed

@@ -12,6 +12,9 @@ from loki_jax.fitting.landmarker import FaceBox, Landmarker, Region, box_overlap
 from loki_jax.fitting.model_files import LandmarkError
 from loki_jax.fitting.points import N_POINTS
 
+# Uncropped RGB frames: an array or any sequence of them.
+Frames = Sequence[UInt8[np.ndarray, "h w 3"]] | UInt8[np.ndarray, "n h w 3"]
+
 
 class Track(NamedTuple):
     """Landmarks of one face through a clip; frames without the face have zero confidence.
@@ -63,7 +66,7 @@ def image_landmarks(
 
 def clip_landmarks(
     landmarker: Landmarker,
-    frames: Sequence[UInt8[np.ndarray, "h w 3"]],
+    frames: Frames,
     face: int | None = None,
     name: str = "clip",
     probes: int = 8,
