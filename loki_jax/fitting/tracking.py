@@ -33,13 +33,18 @@ class Track(NamedTuple):
 
 
 def image_landmarks(
-    landmarker: Landmarker, image: UInt8[np.ndarray, "h w 3"], face: int | None = None, name: str = "image"
+    landmarker: Landmarker,
+    image: UInt8[np.ndarray, "h w 3"],
+    face: int | None = None,
+    name: str = "image",
+    unbias: bool = True,
 ) -> Track:
     """Landmarks of a portrait, as a track of one frame.
 
     Args:
       face: index of the wanted face, largest first; None: the only, or by far the largest, face.
       name: what error messages call the image.
+      unbias: correct the points by `Landmarker.unbias`.
 
     Raises:
       LandmarkError: no face, no face of that index, or two faces of about the same size and no index.
@@ -61,6 +66,7 @@ def image_landmarks(
             f"{name}: something like a face was found, but no landmarks on it (score {score:.2f}). "
             "Use a picture with a visible, upright face."
         )
+    points = landmarker.unbias(points) if unbias else points
     return Track(points[None], confidence[None], np.array([score], np.float32), len(faces))
 
 
@@ -111,6 +117,8 @@ def clip_landmarks(
             if found is not None:
                 points[index], confidence[index], score[index] = found
                 last = points[index]
+    for index in np.flatnonzero(score):
+        points[index] = landmarker.unbias(points[index])
     return Track(points, confidence, score, len(tracks))
 
 
