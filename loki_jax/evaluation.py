@@ -53,6 +53,7 @@ def measure_following(
     size: int = 512,
     prediction_valid: Bool[np.ndarray, " n"] | None = None,
     target_valid: Bool[np.ndarray, " n"] | None = None,
+    prediction_camera: Camera | None = None,
 ) -> Following:
     """HPF and HEF of fitted coefficients against a driver's; frames not tracked in both count in neither.
 
@@ -60,11 +61,14 @@ def measure_following(
       prediction, target: fields (n, ...); `target` is the driver's, and so is `camera`.
       size: edge of HEF's renders in pixels.
       prediction_valid, target_valid: which frames (n,) were tracked; None: all.
+      prediction_camera: the prediction's; None: one whose extrinsics do not turn the world.
     """
     pose = head_pose_follow(
         np.asarray(prediction.rot), np.asarray(target.rot),
         np.asarray(prediction.neck), np.asarray(target.neck),
         pred_valid=prediction_valid, target_valid=target_valid,
+        pred_extrinsics=None if prediction_camera is None else np.asarray(prediction_camera.extrinsics),
+        target_extrinsics=np.asarray(camera.extrinsics),
     )  # fmt: skip
     tracked = np.flatnonzero(np.isfinite(pose.per_frame))
     pick = lambda tree: jax.tree.map(lambda x: np.asarray(x)[tracked], tree)
@@ -198,7 +202,10 @@ def evaluate_pairs(
         per_frame[row] = []
         for i, pair in enumerate(pairs):
             one = jax.tree.map(lambda x, i=i: x[i], fitted)
-            following = measure_following(head, one, pair.driver.coefficients, pair.driver.camera, size)
+            following = measure_following(
+                head, one, pair.driver.coefficients, pair.driver.camera, size,
+                prediction_camera=pair.reference.camera,
+            )  # fmt: skip
             shown = videos[row][i]
             if row == "refit":
                 # The truth itself has no finite PSNR; what the estimator sees in it has.

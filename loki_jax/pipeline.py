@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from loki_jax.face.asset import HeadAsset
-from loki_jax.face.retarget import retarget, size_ratio
+from loki_jax.face.retarget import fold_neck, neck_joint, retarget, size_ratio
 from loki_jax.face.types import Camera, Coefficients
 from loki_jax.networks import (
     build_networks,
@@ -71,19 +71,29 @@ class Sampling(NamedTuple):
 
 
 def retarget_clip(
-    head: HeadAsset, driver: DrivingClip, reference: Portrait, mode: str = "relative"
+    head: HeadAsset, driver: DrivingClip, reference: Portrait, mode: str = "relative", neck: bool = True
 ) -> Coefficients:
-    """The coefficients (N, ...) with which `reference` follows `driver` (method, section 9)."""
-    return _retarget(head, driver.coefficients, reference.coefficients, mode, driver.camera, reference.camera)
+    """The coefficients (N, ...) with which `reference` follows `driver` (method, section 9).
+
+    Args:
+      neck: False for a model whose driver map leaves the neck out: in relative mode its bend becomes part of
+        `rot` and `tra`.
+    """
+    return _retarget(
+        head, driver.coefficients, reference.coefficients, mode, driver.camera, reference.camera, neck
+    )
 
 
 # Compiled: operation by operation it would take as long as a few frames of the animation.
-@functools.partial(jax.jit, static_argnames="mode")
-def _retarget(head, driver, own, mode, driver_camera, reference_camera):
-    return retarget(
+@functools.partial(jax.jit, static_argnames=("mode", "neck"))
+def _retarget(head, driver, own, mode, driver_camera, reference_camera, neck):
+    moved = retarget(
         driver, own, mode, scale=size_ratio(head, own.betas, driver.betas[0]),
         driver_camera=driver_camera, reference_camera=reference_camera,
     )  # fmt: skip
+    if neck or mode == "absolute":
+        return moved
+    return fold_neck(moved, neck_joint(head, own.betas))
 
 
 class LokiPipeline:
@@ -164,7 +174,7 @@ class LokiPipeline:
           ValueError: an option is out of range.
         """
         steps, guidance, mode = self.sampling(steps, guidance, mode)
-        coefficients = stack_trees([retarget_clip(self.head, clip, portrait, mode)])
+        coefficients = stack_trees([retarget_clip(self.head, clip, portrait, mode, self.config.driver.neck)])
         one = stack_trees([portrait])
         windows = self.windows_of_batch(
             one, coefficients, one.camera, one.crop, steps=steps, guidance=guidance, seed=seed

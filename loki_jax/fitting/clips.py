@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Sequence
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -25,7 +24,7 @@ from loki_jax.fitting.fit import DEFAULT_SETTINGS, FitResult, fit_landmarks
 from loki_jax.fitting.landmarker import Landmarker
 from loki_jax.fitting.model_files import fetch_models
 from loki_jax.fitting.problem import FitSettings, pad_frames
-from loki_jax.fitting.tracking import Track, clip_landmarks, image_landmarks
+from loki_jax.fitting.tracking import Frames, Track, clip_landmarks, image_landmarks
 from loki_jax.video import read_image, read_video, resample_to_fps
 
 CROP_FACTOR = 1.2
@@ -35,7 +34,7 @@ class FittedClip(NamedTuple):
     """A clip (or, with one frame, a portrait) and the head fitted to it.
 
     Attributes:
-      frames: uncropped RGB frames (H, W, 3), an array or any sequence of them.
+      frames: uncropped RGB frames.
       fps: frame rate; of a portrait 25, which then means nothing.
       track: its landmarks.
       fit: coefficients (N, ...), camera and errors.
@@ -44,7 +43,7 @@ class FittedClip(NamedTuple):
       name: file, or what errors call it.
     """
 
-    frames: Sequence[UInt8[np.ndarray, "H W 3"]]
+    frames: Frames
     fps: Fraction
     track: Track
     fit: FitResult
@@ -82,9 +81,10 @@ def fit_image(
       MediaError, LandmarkError, FitError: the picture cannot be read, has no (single) face, or the
         head has no landmarks.
     """
-    is_array = isinstance(image, np.ndarray)
-    name = name or ("image" if is_array else str(image))
-    pixels = image if is_array else read_image(image)
+    if isinstance(image, np.ndarray):
+        pixels, name = image, name or "image"
+    else:
+        pixels, name = read_image(image), name or str(image)
     track = image_landmarks(landmarker or default_landmarker(), pixels, face, name)
     return fit_track(
         pixels[None],
@@ -122,17 +122,16 @@ def fit_video(
         landmarks.
       ValueError: an array without `fps`.
     """
-    is_array = isinstance(video, np.ndarray)
-    name = name or ("clip" if is_array else str(video))
-    if is_array:
+    frames: Frames
+    if isinstance(video, np.ndarray):
         if fps is None:
             raise ValueError("frames given as an array need their frame rate: pass fps")
-        frames = video
+        frames, name = video, name or "clip"
     else:
         clip = read_video(video)
-        if fps is not None and clip.fps != fps:
+        if fps is not None:
             clip = resample_to_fps(clip, fps)
-        frames, fps = clip.frames, clip.fps
+        frames, fps, name = clip.frames, clip.fps, name or str(video)
     track = clip_landmarks(landmarker or default_landmarker(), frames, face, name)
     return fit_track(
         frames, fps, track, head, focal=focal, crop_factor=crop_factor, settings=settings, name=name
@@ -183,7 +182,7 @@ def _extent(head: HeadAsset, coefficients: Coefficients, camera: Camera) -> tupl
 
 
 def fit_track(
-    frames: Sequence[UInt8[np.ndarray, "H W 3"]],
+    frames: Frames,
     fps: Fraction,
     track: Track,
     head: HeadAsset,

@@ -20,6 +20,7 @@ from jaxtyping import Float, UInt8
 
 from loki_jax.fitting.model_files import LandmarkError
 from loki_jax.fitting.points import IRIS_LEFT, IRIS_RIGHT, LIDS_LEFT, LIDS_RIGHT, N_POINTS, OUTER_EYE_CORNERS
+from loki_jax.fitting.pose_bias import pose_bias
 
 
 class FaceBox(NamedTuple):
@@ -257,6 +258,10 @@ class Landmarker:
         """The region of the next frame, from this frame's points."""
         left, right = OUTER_EYE_CORNERS
         return Region.around(points[:468, :2], _angle(points[left], points[right]), 1.5)
+
+    def unbias(self, points: Float[np.ndarray, "478 3"]) -> Float[np.ndarray, "478 3"]:
+        """Points of `points_in` without what the face network gets wrong as heads nod (`pose_bias`)."""
+        return pose_bias().correct(points)
 
 
 def _invoke(network, value: np.ndarray, widths: tuple[int, ...]) -> list[np.ndarray]:

@@ -12,6 +12,9 @@ from loki_jax.fitting.landmarker import FaceBox, Landmarker, Region, box_overlap
 from loki_jax.fitting.model_files import LandmarkError
 from loki_jax.fitting.points import N_POINTS
 
+# Uncropped RGB frames: an array or any sequence of them.
+Frames = Sequence[UInt8[np.ndarray, "h w 3"]] | UInt8[np.ndarray, "n h w 3"]
+
 
 class Track(NamedTuple):
     """Landmarks of one face through a clip; frames without the face have zero confidence.
@@ -30,13 +33,18 @@ class Track(NamedTuple):
 
 
 def image_landmarks(
-    landmarker: Landmarker, image: UInt8[np.ndarray, "h w 3"], face: int | None = None, name: str = "image"
+    landmarker: Landmarker,
+    image: UInt8[np.ndarray, "h w 3"],
+    face: int | None = None,
+    name: str = "image",
+    unbias: bool = True,
 ) -> Track:
     """Landmarks of a portrait, as a track of one frame.
 
     Args:
       face: index of the wanted face, largest first; None: the only, or by far the largest, face.
       name: what error messages call the image.
+      unbias: correct the points by `Landmarker.unbias`.
 
     Raises:
       LandmarkError: no face, no face of that index, or two faces of about the same size and no index.
@@ -58,12 +66,13 @@ def image_landmarks(
             f"{name}: something like a face was found, but no landmarks on it (score {score:.2f}). "
             "Use a picture with a visible, upright face."
         )
+    points = landmarker.unbias(points) if unbias else points
     return Track(points[None], confidence[None], np.array([score], np.float32), len(faces))
 
 
 def clip_landmarks(
     landmarker: Landmarker,
-    frames: Sequence[UInt8[np.ndarray, "h w 3"]],
+    frames: Frames,
     face: int | None = None,
     name: str = "clip",
     probes: int = 8,
@@ -108,6 +117,8 @@ def clip_landmarks(
             if found is not None:
                 points[index], confidence[index], score[index] = found
                 last = points[index]
+    for index in np.flatnonzero(score):
+        points[index] = landmarker.unbias(points[index])
     return Track(points, confidence, score, len(tracks))
 
 

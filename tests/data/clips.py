@@ -21,7 +21,7 @@ def small_head(n_shape=4, n_expression=6, vertices=7, name="small"):
         expression_basis=rng.normal(size=(n_expression, vertices, 3)).astype(np.float32),
         pose_correctives=np.zeros((0, vertices, 3), np.float32),
         joint_regressor=np.full((2, vertices), 1 / vertices, np.float32),
-        parents=np.array([-1, 0], np.int32),
+        parents=(-1, 0),
         skinning_weights=np.full((vertices, 2), 0.5, np.float32),
         render_mask=np.ones(vertices, bool),
         inner_mouth=np.zeros(vertices, bool),
