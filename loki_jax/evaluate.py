@@ -59,6 +59,14 @@ class EvaluateOptions:
     """pose of --truth render"""
     hef_size: int = 512
     """edge of HEF's renders in pixels"""
+    face: int | None = None
+    """which face of the video, 0 the largest (default: the largest)"""
+    driver_face: int | None = None
+    """which face of the driver, as the animation followed it"""
+    all_shots: bool = False
+    """the animation follows the driver over cuts (default: its longest shot)"""
+    allow_lost: bool = False
+    """accept a driver whose face is not visible in most frames"""
     floor: bool = True
     """measure what a perfect video would score at this resolution and codec, too"""
 
@@ -113,7 +121,10 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
     frames = video.frames
     known = None if options.reference is None else known_appearance(options.reference, head)
     # Frames are compared at equal times, whatever the rates of the files.
-    driver = load_driving_clip(options.driver, head, frames.shape[1]).at_rate(video.fps)
+    driver = load_driving_clip(
+        options.driver, head, frames.shape[1],
+        face=options.driver_face, all_shots=options.all_shots, allow_lost=options.allow_lost,
+    ).at_rate(video.fps)  # fmt: skip
 
     # ----------------------------------------------------------------------------- pose and expression
     def follow(shown: np.ndarray) -> Following:
@@ -126,7 +137,11 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
                 raise MediaError(f"{options.video}: {error}.") from error
             valid, camera = np.ones(len(shown), bool), known[0].camera
         else:
-            clip = fit_clip(shown, head, LARGEST_FIT, fps=video.fps, name=options.video)
+            # What is lost counts in the track rate; a cut within a result is its fault.
+            clip = fit_clip(
+                shown, head, LARGEST_FIT,
+                fps=video.fps, name=options.video, face=options.face, all_shots=True, allow_lost=True,
+            )  # fmt: skip
             fitted, valid, camera = clip.coefficients, clip.valid, clip.camera
         return measure_following(
             head, fitted, driver.coefficients, driver.camera, options.hef_size, valid, driver.valid, camera
@@ -190,16 +205,9 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> int:
     options = tyro.cli(EvaluateOptions, prog="python -m loki_jax.evaluate", args=argv, description=__doc__)
 
-    from loki_jax.compile_cache import enable_compile_cache
+    from loki_jax.program import run_program
 
-    enable_compile_cache()
-    # MediaError, DatasetError, HeadAssetError and FitError are all ValueErrors.
-    try:
-        evaluate(options)
-    except (ValueError, LandmarkError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return run_program(evaluate, options)
 
 
 if __name__ == "__main__":

@@ -65,7 +65,8 @@ class VideoWriter:
     """Writes H.264 (yuv420p, BT.709) frame by frame; the file appears when the writer closes without error.
 
     Use as a context manager: on an exception nothing is left behind. Arguments and errors: `write_video`; and
-    `codec`, FFmpeg's name of another encoder, with `bit_rate` in bits a second instead of `crf`.
+    `audio_start`, the time of the first frame in `audio_from` in seconds after its first picture; `codec`,
+    FFmpeg's name of another encoder, with `bit_rate` in bits a second instead of `crf`.
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class VideoWriter:
         fps: Fraction,
         *,
         audio_from: str | os.PathLike | None = None,
+        audio_start: Fraction = Fraction(0),
         synthetic: bool = True,
         crf: int = 16,
         codec: str = "libx264",
@@ -108,7 +110,7 @@ class VideoWriter:
                 with VideoReader(audio_from) as reader:
                     has_audio = reader.has_audio
                 if has_audio:
-                    self._audio = AudioTrack(Path(audio_from), self._container)
+                    self._audio = AudioTrack(Path(audio_from), self._container, audio_start)
                     stack.callback(self._audio.close)
             self._open = stack.pop_all()  # what ends with `close`, or with an exception
 
