@@ -32,7 +32,7 @@ from loki_jax.fitting.landmarker import Landmarker
 from loki_jax.fitting.points import LANDMARK_SET
 from loki_jax.fitting.problem import FitError, FitSettings
 from loki_jax.fitting.refine import refine
-from loki_jax.fitting.tracking import clip_landmarks, cut_track, steady_run
+from loki_jax.fitting.tracking import cut_track, find_face, steady_run
 from loki_jax.io import file_sha256
 from loki_jax.video import VideoReader, write_video
 
@@ -82,8 +82,8 @@ def fit_clip(path: Path, head: HeadAsset, landmarker: Landmarker, options: Build
       MediaError, LandmarkError, FitError: the file cannot be read, shows no face, or does not fit.
       RejectedClip: it is too long for the memory, too short, or badly fitted.
     """
-    frames = _decode(path, probe_clip(path), options)
-    track = clip_landmarks(landmarker, frames, options.face, str(path))
+    decoded = _decode(path, probe_clip(path), options)
+    frames, track = find_face(landmarker, decoded, options.face, str(path))
     start, stop = steady_run(track)
     if stop - start < options.min_frames:
         raise RejectedClip(
