@@ -42,7 +42,7 @@ class Options(BuildOptions):
     wheel: str | None = None
 
 
-def build(options: Options) -> int:
+def build(options: Options) -> None:
     from data_prep.dataset import clips
     from data_prep.dataset.manifest import find_clips
     from data_prep.dataset.summary import format_summary
@@ -54,12 +54,11 @@ def build(options: Options) -> int:
     )
     print(format_summary(summary))
     print(f"{options.out}: {len(summary['clips'])} clips, {sum(summary['records'].values())} frames")
-    return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = cli.parse(Options, "build", __doc__, argv)
-    return cli.run(lambda: build(options), f"finished clips are kept in {options.out}.work")
+    return cli.run(build, options, f"finished clips are kept in {options.out}.work")
 
 
 if __name__ == "__main__":

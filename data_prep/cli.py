@@ -5,12 +5,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from fractions import Fraction
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import tyro
 
 from data_prep.dataset.workers import WorkerError
-from loki_jax.fitting.model_files import LandmarkError
+
+Options = TypeVar("Options")
 
 _INTERRUPTED = 130  # what shells report after Ctrl-C
 
@@ -38,21 +39,17 @@ def parse(options: Any, program: str, description: str | None, argv: Sequence[st
     )
 
 
-def run(work: Callable[[], int], kept: str = "") -> int:
-    """The exit status of a program that does `work`.
-
-    An error of the input is one line on stderr and status 1. DatasetError, MediaError, HeadAssetError,
-    FitError and RecipeError are ValueErrors.
+def run(work: Callable[[Options], object], options: Options, kept: str = "") -> int:
+    """Do the work of a program; the result is its exit status. Errors of the input are one line on stderr.
 
     Args:
       kept: what the next run goes on from after Ctrl-C; empty: nothing.
     """
-    from loki_jax.compile_cache import enable_compile_cache
+    from loki_jax.program import run_program
 
-    enable_compile_cache()
     try:
-        return work()
-    except (ValueError, LandmarkError, WorkerError, OSError) as error:
+        return run_program(work, options)
+    except (WorkerError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

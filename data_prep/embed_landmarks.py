@@ -37,7 +37,7 @@ class Options:
     sheet: Path | None = None
 
 
-def embed_landmarks(options: Options) -> int:
+def embed_landmarks(options: Options) -> None:
     from data_prep.dataset.clips import load_any_head
     from data_prep.landmarks.embed import N_POINTS, with_landmarks
     from data_prep.landmarks.head_sheet import save_sheet
@@ -56,12 +56,11 @@ def embed_landmarks(options: Options) -> int:
     if options.sheet is not None:
         save_sheet(options.sheet, head)
         print(f"{options.sheet}: pictures of it")
-    return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = cli.parse(Options, "embed_landmarks", __doc__, argv)
-    return cli.run(lambda: embed_landmarks(options))
+    return cli.run(embed_landmarks, options)
 
 
 if __name__ == "__main__":

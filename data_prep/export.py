@@ -38,7 +38,7 @@ class Options:
     frames: bool = False
 
 
-def export(options: Options) -> int:
+def export(options: Options) -> None:
     from data_prep.importers.loki import export_clip
     from loki_jax.data.reader import open_dataset
     from loki_jax.data.schema import DatasetError
@@ -58,12 +58,11 @@ def export(options: Options) -> int:
         print(f"[{number}/{len(names)}] {options.out / name}: {by_id[name].length} frames", flush=True)
     for note, count in notes.items():
         print(f"note ({count} clips): {note}")
-    return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = cli.parse(Options, "export", __doc__, argv)
-    return cli.run(lambda: export(options))
+    return cli.run(export, options)
 
 
 if __name__ == "__main__":

@@ -91,7 +91,7 @@ Options = (
 )
 
 
-def head_asset(options: Builtin | Ict | Flame) -> int:
+def head_asset(options: Builtin | Ict | Flame) -> None:
     """Write the asset and its sheet."""
     from data_prep.landmarks.embed import complete_landmarks
     from data_prep.landmarks.head_sheet import save_sheet
@@ -121,12 +121,11 @@ def head_asset(options: Builtin | Ict | Flame) -> int:
         sheet = options.sheet or options.out.with_suffix(".png")
         save_sheet(sheet, head)
         print(f"{sheet}: pictures of it")
-    return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = cli.parse(Options, "head_asset", __doc__, argv)
-    return cli.run(lambda: head_asset(options))
+    return cli.run(head_asset, options)
 
 
 if __name__ == "__main__":

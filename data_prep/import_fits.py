@@ -36,7 +36,7 @@ class Options(ImportOptions):
     out: Path
 
 
-def import_fits(options: Options) -> int:
+def import_fits(options: Options) -> None:
     from data_prep.dataset.clips import load_any_head
     from data_prep.importers.fits import find_fits, import_dataset
 
@@ -48,12 +48,11 @@ def import_fits(options: Options) -> int:
     for entry in summary["rejected"]:
         print(f"rejected  {entry['reason']}")
     print(f"{options.out}: {len(summary['clips'])} clips, {sum(summary['records'].values())} frames")
-    return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = cli.parse(Options, "import_fits", __doc__, argv)
-    return cli.run(lambda: import_fits(options), f"finished clips are kept in {options.out}.work")
+    return cli.run(import_fits, options, f"finished clips are kept in {options.out}.work")
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ class Options:
     overlays: Literal["auto", "embed", "link", "none"] = "auto"
 
 
-def report(options: Options) -> int:
+def report(options: Options) -> None:
     from data_prep.dataset.report import format_table, make_report
 
     page = options.out or options.dataset / "report.html"
@@ -46,12 +46,11 @@ def report(options: Options) -> int:
     for reason, count in Counter(entry["reason"] for entry in summary["rejected"]).most_common():
         print(f"rejected ({count}): {reason}")
     print(f"wrote {page}")
-    return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = cli.parse(Options, "report", __doc__, argv)
-    return cli.run(lambda: report(options))
+    return cli.run(report, options)
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ class Options(SynthOptions):
             raise ValueError("give either --out DIR or --preview FILE.png")
 
 
-def synth(options: Options) -> int:
+def synth(options: Options) -> None:
     from PIL import Image
 
     from data_prep.dataset.synthetic import preview, synthetic_clips
@@ -54,12 +54,11 @@ def synth(options: Options) -> int:
         clips = synthetic_clips(head, options)
         metadata = write_dataset(options.out, head, clips, options.size, overwrite=options.overwrite)
         print(f"wrote {options.out}: {metadata.records} frames, head {metadata.head_sha256[:12]}")
-    return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = cli.parse(Options, "synth", __doc__, argv)
-    return cli.run(lambda: synth(options))
+    return cli.run(synth, options)
 
 
 if __name__ == "__main__":

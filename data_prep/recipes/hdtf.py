@@ -145,16 +145,16 @@ class Options(RecipeOptions):
             raise ValueError("--max-seconds must be positive")
 
 
-def hdtf(options: Options) -> int:
+def hdtf(options: Options) -> None:
     videos, failed = read_lists(
         options.lists, options.parts, crop=options.crop, max_seconds=options.max_seconds
     )
-    return run_recipe(videos, failed, options, _LICENCE)
+    run_recipe(videos, failed, options, _LICENCE)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = cli.parse(Options, "recipes.hdtf", __doc__, argv)
-    return cli.run(lambda: hdtf(options), f"finished clips are in {options.out}")
+    return cli.run(hdtf, options, f"finished clips are in {options.out}")
 
 
 if __name__ == "__main__":

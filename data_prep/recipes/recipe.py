@@ -257,13 +257,14 @@ def limit_clips(videos: Sequence[WantedVideo], limit: int | None) -> list[Wanted
 
 def run_recipe(
     videos: Sequence[WantedVideo], failed: Sequence[tuple[str, str]], options: RecipeOptions, licence: str
-) -> int:
-    """Make the clips that are not there yet; returns the exit status.
+) -> None:
+    """Make the clips that are not there yet, and the tables of clips and failures.
 
     Args:
       failed: clips that the lists themselves rule out, with the reason.
 
     Raises:
+      RecipeError: there are no clips.
       WorkerError: the processes cannot be started.
     """
     videos = limit_clips(videos, options.limit)
@@ -298,5 +299,6 @@ def run_recipe(
         write_table(clips_table, ("clip", "identity", "source", "licence"), there)
         write_table(failed_table, ("clip", "reason"), sorted(reasons))
     print(f"{options.out}: {len(there)} clips; {len(reasons)} failed, see {failed_table}")
+    if not there:
+        raise RecipeError(f"{options.out}: no clip could be made; {failed_table} lists why.")
     print(f"next: python -m data_prep.build --clips {options.out} --identities {clips_table} ...")
-    return 0 if there else 1

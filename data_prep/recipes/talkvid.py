@@ -116,14 +116,14 @@ class Options(RecipeOptions):
             raise ValueError("--per-url and --max-seconds must be positive")
 
 
-def talkvid(options: Options) -> int:
+def talkvid(options: Options) -> None:
     videos, failed = read_lists(options.lists, per_url=options.per_url, max_seconds=options.max_seconds)
-    return run_recipe(videos, failed, options, _LICENCE)
+    run_recipe(videos, failed, options, _LICENCE)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = cli.parse(Options, "recipes.talkvid", __doc__, argv)
-    return cli.run(lambda: talkvid(options), f"finished clips are in {options.out}")
+    return cli.run(talkvid, options, f"finished clips are in {options.out}")
 
 
 if __name__ == "__main__":
