@@ -78,7 +78,7 @@ setup(
     packages=find_packages(include=["loki_jax", "loki_jax.*", "data_prep", "data_prep.*", "configs"]),
     package_data={
         # Head data and the shipped demo model.
-        "loki_jax": ["assets/**/*", "face/*.npz", "py.typed"],
+        "loki_jax": ["assets/**/*", "face/*.npz", "fitting/*.npz", "py.typed"],
         "data_prep": ["*.npz", "*.json"],
     },
     install_requires=CORE,

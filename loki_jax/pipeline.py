@@ -9,12 +9,11 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple, Protocol
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, UInt8
 
 from loki_jax.face.asset import HeadAsset
-from loki_jax.face.retarget import retarget, size_ratio
+from loki_jax.face.retarget import fold_neck, neck_joint, retarget, size_ratio
 from loki_jax.face.types import Camera, Coefficients
 from loki_jax.networks import (
     build_networks,
@@ -72,19 +71,29 @@ class Sampling(NamedTuple):
 
 
 def retarget_clip(
-    head: HeadAsset, driver: DrivingClip, reference: Portrait, mode: str = "relative"
+    head: HeadAsset, driver: DrivingClip, reference: Portrait, mode: str = "relative", neck: bool = True
 ) -> Coefficients:
-    """The coefficients (N, ...) with which `reference` follows `driver` (method, section 9)."""
-    as_arrays = functools.partial(jax.tree.map, jnp.asarray)
-    own, driving = as_arrays(reference.coefficients), as_arrays(driver.coefficients)
-    return retarget(
-        driving,
-        own,
-        mode,
-        scale=size_ratio(head, own.betas, driving.betas[0]),
-        driver_camera=as_arrays(driver.camera),
-        reference_camera=as_arrays(reference.camera),
+    """The coefficients (N, ...) with which `reference` follows `driver` (method, section 9).
+
+    Args:
+      neck: False for a model whose driver map leaves the neck out: in relative mode its bend becomes part of
+        `rot` and `tra`.
+    """
+    return _retarget(
+        head, driver.coefficients, reference.coefficients, mode, driver.camera, reference.camera, neck
     )
+
+
+# Compiled: operation by operation it would take as long as a few frames of the animation.
+@functools.partial(jax.jit, static_argnames=("mode", "neck"))
+def _retarget(head, driver, own, mode, driver_camera, reference_camera, neck):
+    moved = retarget(
+        driver, own, mode, scale=size_ratio(head, own.betas, driver.betas[0]),
+        driver_camera=driver_camera, reference_camera=reference_camera,
+    )  # fmt: skip
+    if neck or mode == "absolute":
+        return moved
+    return fold_neck(moved, neck_joint(head, own.betas))
 
 
 class LokiPipeline:
@@ -106,7 +115,7 @@ class LokiPipeline:
     def __init__(self, checkpoint: Checkpoint):
         self.config, params, self.head, self.step = checkpoint
         self.size = self.config.image_size
-        self._params = jax.tree.map(jnp.asarray, params)
+        self._params = jax.device_put(params)
         self._networks = build_networks(self.config, self.head)
         self._features = jax.jit(functools.partial(portrait_features, self.config, self._networks))
         self._window = jax.jit(self._sample_window, static_argnames=("steps", "guidance"))
@@ -165,7 +174,7 @@ class LokiPipeline:
           ValueError: an option is out of range.
         """
         steps, guidance, mode = self.sampling(steps, guidance, mode)
-        coefficients = stack_trees([retarget_clip(self.head, clip, portrait, mode)])
+        coefficients = stack_trees([retarget_clip(self.head, clip, portrait, mode, self.config.driver.neck)])
         one = stack_trees([portrait])
         windows = self.windows_of_batch(
             one, coefficients, one.camera, one.crop, steps=steps, guidance=guidance, seed=seed
@@ -197,33 +206,35 @@ class LokiPipeline:
         Yields:
           Windows (B, T, S, S, 3); the last may be shorter.
         """
-        as_arrays = functools.partial(jax.tree.map, functools.partial(jnp.asarray, dtype=jnp.float32))
-        own = as_arrays((portraits.coefficients, portraits.camera, portraits.crop))
-        features = self._features(self._params, self.head, jnp.asarray(portraits.image), *own)
+        # All preparation is on the host: on the device every operation would be compiled.
+        on_host = functools.partial(jax.tree.map, functools.partial(np.asarray, dtype=np.float32))
+        own = on_host((portraits.coefficients, portraits.camera, portraits.crop))
+        features = self._features(self._params, self.head, portraits.image, *own)
         batch, length = coefficients.expression.shape[:2]
         window = self.config.window
 
         def in_time(value):
-            value = jnp.asarray(value, jnp.float32)
-            return jnp.broadcast_to(value[:, None], (batch, window, *value.shape[1:]))
+            return np.broadcast_to(value[:, None], (batch, window, *value.shape[1:]))
 
-        camera, crop = jax.tree.map(in_time, camera), in_time(crop)
-        key = jax.random.key(seed)
+        coefficients = on_host(coefficients)
+        camera, crop = jax.tree.map(in_time, on_host((camera, crop)))
         for start in range(0, length, window):
             # The last window is filled with its last frame.
             index = np.minimum(np.arange(start, start + window), length - 1)
-            part = jax.tree.map(lambda x, index=index: jnp.asarray(x)[:, index], coefficients)
-            noise_key = jax.random.fold_in(key, start // window)
+            part = jax.tree.map(lambda x, index=index: x[:, index], coefficients)
             images = self._window(
-                self._params, self.head, features, part, camera, crop, noise_key,
-                steps=steps, guidance=guidance,
+                self._params, self.head, features, part, camera, crop, np.uint32(seed & 0xFFFFFFFF),
+                np.uint32(start // window), steps=steps, guidance=guidance,
             )  # fmt: skip
             yield Window(*(np.asarray(image)[:, : length - start] for image in images))
 
-    def _sample_window(self, params, head, features, coefficients, camera, crop, key, *, steps, guidance):
+    def _sample_window(
+        self, params, head, features, coefficients, camera, crop, seed, number, *, steps, guidance
+    ):
         """One window of B clips: frames and pictures of the driver maps, both (B,T,S,S,3) uint8; traced."""
         config, networks = self.config, self._networks
         driver = driver_input(config, head, coefficients, camera, crop)
+        key = jax.random.fold_in(jax.random.key(seed), number)
         noise = initial_noise(networks, key, *driver.shape[:2])
         frames = sample_from_features(
             config, networks, params, features, driver, noise,

@@ -30,7 +30,7 @@ from loki_jax.fitting.landmarker import Landmarker
 from loki_jax.fitting.points import LANDMARK_SET
 from loki_jax.fitting.problem import FitError, FitSettings
 from loki_jax.fitting.refine import refine
-from loki_jax.fitting.tracking import clip_landmarks, cut_track, steady_run
+from loki_jax.fitting.tracking import cut_track, find_face, steady_run
 from loki_jax.video.reader import VideoReader
 from loki_jax.video.writer import write_video
 
@@ -123,7 +123,7 @@ def fit_clip(path: Path, head: HeadAsset, landmarker: Landmarker, settings: Buil
       RejectedClip: it is too long for the memory, too short, or badly fitted.
     """
     frames = _decode(path, probe_clip(path), settings)
-    track = clip_landmarks(landmarker, frames, settings.face, str(path))
+    frames, track = find_face(landmarker, frames, settings.face, str(path))
     start, stop = steady_run(track)
     if stop - start < settings.min_frames:
         raise RejectedClip(

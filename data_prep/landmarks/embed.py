@@ -303,6 +303,11 @@ def _painted(head: HeadAsset, start: _Start, seed: int) -> Appearance:
     return dataclasses.replace(appearance, albedo=albedo.astype(np.float32))
 
 
+def paint(head: HeadAsset, seed: int) -> Appearance:
+    """Colours, light and background of a person of the built-in head on any head with known landmarks."""
+    return _painted(head, _carry_over(head), seed)
+
+
 def observe(
     head: HeadAsset, start: _Start, landmarker: Landmarker, seeds: range = range(16), keep: int = 5
 ) -> Float[np.ndarray, "478 3"]:

@@ -77,7 +77,8 @@ def load_model_file(path: Path) -> Checkpoint:
                 raise CheckpointError(
                     f"{path}: not a loki_jax model file. For other weights use `python -m loki_jax.convert`."
                 )
-            tensors = {key: file.get_tensor(key).astype(jnp.float32) for key in file.keys()}
+            # On the host: as jax arrays every shape would compile its own conversion.
+            tensors = {key: np.asarray(file.get_tensor(key)).astype(np.float32) for key in file.keys()}
         params = {"autoencoder": {}} | unflatten_dict(tensors, sep="/")
         config, step = config_from_json(metadata["config"]), int(metadata["step"])
         head_name, geometry = metadata["head"], metadata["head_geometry"]

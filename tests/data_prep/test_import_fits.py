@@ -40,7 +40,7 @@ def flame_like(n_expression=65, blink=True, n_shape=N_SHAPE):
         shape_basis=(0.001 * head.shape_basis).astype(np.float32),
         expression_basis=(0.001 * head.expression_basis).astype(np.float32),
         joint_regressor=rng.dirichlet(np.ones(VERTICES), 5).astype(np.float32),
-        parents=np.array([-1, 0, 1, 1, 1], np.int32),
+        parents=(-1, 0, 1, 1, 1),
         skinning_weights=(weights / weights.sum(1, keepdims=True)).astype(np.float32),
         joint_names=("root", "neck", "jaw", "left_eye", "right_eye"),
         expression_names=tuple(names),
