@@ -104,7 +104,7 @@ def open_source(options: ConvertOptions) -> Source:
 
 
 def convert(source: Source, options: ConvertOptions) -> tuple[str, dict[str, Any]]:
-    """Write `source` to `options.out`. Every tensor and every parameter is accounted for.
+    """Write `source` to `options.out`. Every tensor is used, or dropped for a stated reason.
 
     Returns:
       the layout written, and what `conversion.json` holds: digests of the source's files, the tensors that
