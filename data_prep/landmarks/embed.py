@@ -302,7 +302,7 @@ def _painted(head: HeadAsset, start: _Start, seed: int) -> Appearance:
     for name, (ball, places) in _eyeballs(head, vertices).items():
         source_ball, source_places = source_balls[name]
         albedo[ball] = colours[source_ball[cKDTree(source_places).query(places)[1]]]
-    return dataclasses.replace(appearance, albedo=albedo.astype(np.float32))
+    return appearance._replace(albedo=albedo.astype(np.float32))
 
 
 def paint(head: HeadAsset, seed: int) -> Appearance:
