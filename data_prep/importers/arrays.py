@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import zipfile
-import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,6 +7,7 @@ import numpy as np
 from jaxtyping import Float
 
 from loki_jax.data.schema import DatasetError
+from loki_jax.face.asset import read_npz
 from loki_jax.face.types import Camera, Coefficients
 
 
@@ -32,9 +31,8 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
     if not path.is_file():
         raise DatasetError(f"{path}: no such file. Check `--fits`.")
     try:
-        with np.load(path, allow_pickle=False) as file:
-            return {key: np.asarray(file[key]) for key in file.files}
-    except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile, zlib.error, KeyError) as error:
+        return read_npz(path)
+    except Exception as error:  # zipfile and NumPy raise many types about damaged files
         raise DatasetError(
             f"{path}: not a readable .npz file of a fit ({error}). Copy it again, or fit the clip again."
         ) from error

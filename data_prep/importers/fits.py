@@ -22,6 +22,7 @@ from loki_jax.face.asset import HeadAsset
 from loki_jax.face.crop import crop_and_resize, crop_box
 from loki_jax.face.types import Camera, Coefficients
 from loki_jax.fitting.clips import clip_crop_box, head_extent
+from loki_jax.video import MediaError
 from loki_jax.video.reader import VideoReader, resample_indices
 
 
@@ -58,11 +59,16 @@ def read_fit(path: Path, head: HeadAsset, **options: Any) -> ImportedFit:
     Raises:
       DatasetError, MediaError: see `read_loki_fit` and `read_vhap_fit`.
     """
-    if path.suffix == ".json":
-        return read_vhap_fit(path, head, **options)
-    keys = set(read_arrays(path))
-    reader = read_vhap_fit if {"rotation", "translation"} <= keys else read_loki_fit
-    return reader(path, head, **options)
+    is_vhap = path.suffix == ".json" or {"rotation", "translation"} <= read_arrays(path).keys()
+    reader = read_vhap_fit if is_vhap else read_loki_fit
+    try:
+        return reader(path, head, **options)
+    except (DatasetError, MediaError):
+        raise
+    except Exception as error:  # JSON and NumPy raise many types about damaged files
+        raise DatasetError(
+            f"{path}: damaged ({type(error).__name__}: {error}). Copy it again, or fit the clip again."
+        ) from error
 
 
 def make_import(

@@ -12,6 +12,10 @@ points.
 
 from __future__ import annotations
 
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -155,6 +159,21 @@ def _angle(left: np.ndarray, right: np.ndarray) -> float:
     return float(np.arctan2(right[1] - left[1], right[0] - left[0]))
 
 
+@contextlib.contextmanager
+def _without_info() -> Iterator[None]:
+    """Leave out the INFO lines that LiteRT, which has no option for it, writes to standard error."""
+    stderr = os.dup(2)
+    with tempfile.TemporaryFile() as captured:
+        os.dup2(captured.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
+            captured.seek(0)
+            os.write(2, b"".join(line for line in captured if not line.startswith(b"INFO:")))
+
+
 def eye_angle(face: FaceBox) -> float:
     """Angle of the line from eye to eye in radians, clockwise on screen; 0 for an upright face."""
     return _angle(face.keypoints[0], face.keypoints[1])
@@ -182,7 +201,8 @@ class Landmarker:
 
         def load(stem: str) -> Interpreter:
             network = Interpreter(model_content=models[stem].read_bytes(), num_threads=threads)
-            network.allocate_tensors()
+            with _without_info():
+                network.allocate_tensors()
             return network
 
         self._detector = load("face_detection_short_range")

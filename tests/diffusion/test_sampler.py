@@ -17,15 +17,16 @@ def test_public_sampler(golden, case):
     steps = int(steps)
     last = lambda x: np.moveaxis(x, 2, -1)  # (B,T,C,h,w) -> (B,T,h,w,C)
     condition, reference = jnp.asarray(last(data[f"{case}/cond"])), jnp.asarray(data[f"{case}/ref_z"])
-    times = []
+    times, trajectory = [], []
 
     def denoise(x, t, inputs):
         condition, reference = inputs
         jax.debug.callback(lambda t: times.append(np.asarray(t)), t, ordered=True)
+        jax.debug.callback(lambda x: trajectory.append(np.asarray(x)), x[1:], ordered=True)
         phase = jnp.sin(t.astype(jnp.float32) / 1000)[..., None, None, None]
         return 0.1 * x + phase * condition + 0.05 * reference[:, None, None, None, :]
 
-    x0, trajectory = jax.jit(
+    x0 = jax.jit(
         lambda x: ddim_sample(
             denoise,
             x,
@@ -35,7 +36,6 @@ def test_public_sampler(golden, case):
             steps=steps,
             guidance=float(guidance),
             spacing="official",
-            keep_trajectory=True,
         )
     )(jnp.asarray(last(data[f"{case}/x_T"])))
     jax.effects_barrier()

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from loki_jax.models import attention
-from loki_jax.models.attention import attend, attend_shared
+from loki_jax.models.attention import attend, attend_frames
 from loki_jax.models.autoencoder import make_autoencoder
 from loki_jax.models.loki import make_loki
 from loki_jax.weights.layouts import sd21_config
@@ -180,7 +180,7 @@ def test_shared_tokens_are_appended_to_every_frame():
     keys = jax.random.split(jax.random.key(0), 5)
     q, k, v = (jax.random.normal(key, (batch, frames, n, 2, 4)) for key in keys[:3])
     shared_k, shared_v = (jax.random.normal(key, (batch, m, 2, 4)) for key in keys[3:])
-    out = attend_shared(q, k, v, shared_k, shared_v)
+    out = attend_frames(q, k, v, (shared_k, shared_v))
     for frame in range(frames):
         expected = attend(
             q[:, frame],
