@@ -18,7 +18,7 @@ from loki_jax.face.asset import HeadAsset
 from loki_jax.face.crop import crop_and_resize
 from loki_jax.face.types import Camera, Coefficients
 from loki_jax.fitting.clips import fit_image, fit_video
-from loki_jax.video import resample_indices
+from loki_jax.video import LazyFrames, resample_indices
 
 
 class Portrait(NamedTuple):
@@ -47,7 +47,7 @@ class DrivingClip(NamedTuple):
     """A driver: a clip and the head fitted to its frames.
 
     Attributes:
-      frames: the crops, RGB, for display.
+      frames: the crops (S, S, 3), RGB, for display; of a file decoded when they are asked for.
       coefficients: fields (N, ...).
       camera: one for all frames, of the uncropped video.
       fps: exact frame rate.
@@ -57,7 +57,7 @@ class DrivingClip(NamedTuple):
       start: time of the first frame in `source`, in seconds after its first picture.
     """
 
-    frames: UInt8[np.ndarray, "n s s 3"]
+    frames: UInt8[np.ndarray, "n s s 3"] | LazyFrames
     coefficients: Coefficients
     camera: Camera
     fps: Fraction
@@ -124,7 +124,12 @@ def fit_clip(
       ValueError: an array without `fps`.
     """
     fitted = fit_video(video, head, **options)
-    frames = np.stack([crop_and_resize(frame, fitted.crop, size) for frame in fitted.frames])
+    crop = lambda frame: crop_and_resize(frame, fitted.crop, size)
+    frames: np.ndarray | LazyFrames
+    if isinstance(fitted.frames, LazyFrames):
+        frames = fitted.frames.map(crop)
+    else:
+        frames = np.stack([crop(frame) for frame in fitted.frames])
     valid = np.asarray(fitted.fit.confidence) > 0
     source = None if isinstance(video, np.ndarray) else Path(video)
     return DrivingClip(
