@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree, UInt8
@@ -196,7 +195,7 @@ def _loki_params(params: PyTree) -> dict:
     return {name: params[name] for name in ("generation", "reference")}
 
 
-def _apply(module: nn.Module, params: PyTree, method: str, *inputs) -> Any:
+def _apply(module: Loki | Autoencoder, params: PyTree, method: str, *inputs) -> Any:
     """`Module.apply`, which gives a pair only where variables are mutable; none are here."""
     return module.apply({"params": params}, *inputs, method=method)
 
