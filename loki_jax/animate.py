@@ -50,6 +50,7 @@ class AnimateOptions:
 
 def animate(options: AnimateOptions) -> None:
     """Write the animation and its panel. Raises the errors of its inputs; nothing is written then."""
+    import numpy as np
     from tqdm import tqdm
 
     from loki_jax.pictures import panel_frames
@@ -83,7 +84,7 @@ def animate(options: AnimateOptions) -> None:
         for frames, maps in pipeline.windows(portrait, clip, **sampling._asdict(), seed=options.seed):
             for frame in frames:
                 video.write(frame)
-            shown = clip.frames[done : done + len(frames)]
+            shown = np.stack(list(clip.frames[done : done + len(frames)]))
             for frame in panel_frames([portrait.image, shown, maps, frames], height):
                 panel.write(frame)
             done += len(frames)

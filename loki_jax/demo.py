@@ -210,7 +210,7 @@ def demo(options: DemoOptions) -> dict[str, Any]:
     pictures = [
         PairPictures(
             f"{pair.reference.name} following {pair.driver.name}",
-            pair.reference.image, pair.driver.frames, maps[i], pair.generated, pair.truth,
+            pair.reference.image, np.stack(list(pair.driver.frames)), maps[i], pair.generated, pair.truth,
         )
         for i, pair in enumerate(judged)
     ]  # fmt: skip

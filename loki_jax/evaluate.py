@@ -162,7 +162,7 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
         coefficients = retarget_clip(head, driver, known[0], options.mode)
         rendered = rendered_truth(head, coefficients, *known, frames.shape[1])
     if options.floor:
-        perfect = driver.frames if rendered is None else rendered
+        perfect = np.stack(list(driver.frames)) if rendered is None else rendered
         try:
             result["floor"] = _figures(follow(reencode(perfect[: len(frames)], video.fps, options.video)))
         except LandmarkError:  # the driver's face is lost at this size, which says what it says

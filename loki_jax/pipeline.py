@@ -9,12 +9,14 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, UInt8
 
 from loki_jax.face.asset import HeadAsset
 from loki_jax.face.retarget import fold_neck, neck_joint, retarget, size_ratio
 from loki_jax.face.types import Camera, Coefficients
+from loki_jax.framing import frame_animation
 from loki_jax.networks import (
     build_networks,
     driver_input,
@@ -118,7 +120,7 @@ class LokiPipeline:
         self._params = jax.device_put(params)
         self._networks = build_networks(self.config, self.head)
         self._features = jax.jit(functools.partial(portrait_features, self.config, self._networks))
-        self._window = jax.jit(self._sample_window, static_argnames=("steps", "guidance"))
+        self._window = jax.jit(self._sample_window, static_argnames=("steps", "guidance", "shared_noise"))
 
     @classmethod
     def from_checkpoint(cls, source: str | os.PathLike) -> LokiPipeline:
@@ -160,12 +162,15 @@ class LokiPipeline:
         guidance: float | None = None,
         mode: str | None = None,
         seed: int = 0,
+        shared_noise: bool = True,
     ) -> Iterator[Window]:
         """The animation of `portrait` by `clip`, window by window: memory does not grow with its length.
 
         Args:
           steps, guidance, mode: see `Sampling`; None: the config's.
           seed: of the sampler's noise.
+          shared_noise: sampling starts from the same noise in all frames, which makes them flicker less than
+            noise of their own.
 
         Yields:
           Windows (T, S, S, 3), T the frames of the model's window; the last may be shorter.
@@ -174,10 +179,21 @@ class LokiPipeline:
           ValueError: an option is out of range.
         """
         steps, guidance, mode = self.sampling(steps, guidance, mode)
-        coefficients = stack_trees([retarget_clip(self.head, clip, portrait, mode, self.config.driver.neck)])
-        one = stack_trees([portrait])
+        coefficients = retarget_clip(self.head, clip, portrait, mode, self.config.driver.neck)
+        portrait, coefficients = frame_animation(self.head, portrait, coefficients)
+        one, coefficients = (
+            stack_trees([portrait._replace(picture=None, landmarks=None)]),
+            stack_trees([coefficients]),
+        )
         windows = self.windows_of_batch(
-            one, coefficients, one.camera, one.crop, steps=steps, guidance=guidance, seed=seed
+            one,
+            coefficients,
+            one.camera,
+            one.crop,
+            steps=steps,
+            guidance=guidance,
+            seed=seed,
+            shared_noise=shared_noise,
         )
         return (Window(*(part[0] for part in window)) for window in windows)
 
@@ -195,6 +211,7 @@ class LokiPipeline:
         steps: int,
         guidance: float,
         seed: int = 0,
+        shared_noise: bool = True,
     ) -> Iterator[Window]:
         """Animate B portraits together by coefficients that are already theirs.
 
@@ -224,18 +241,32 @@ class LokiPipeline:
             part = jax.tree.map(lambda x, index=index: x[:, index], coefficients)
             images = self._window(
                 self._params, self.head, features, part, camera, crop, np.uint32(seed & 0xFFFFFFFF),
-                np.uint32(start // window), steps=steps, guidance=guidance,
+                np.uint32(start // window), steps=steps, guidance=guidance, shared_noise=shared_noise,
             )  # fmt: skip
             yield Window(*(np.asarray(image)[:, : length - start] for image in images))
 
     def _sample_window(
-        self, params, head, features, coefficients, camera, crop, seed, number, *, steps, guidance
+        self,
+        params,
+        head,
+        features,
+        coefficients,
+        camera,
+        crop,
+        seed,
+        number,
+        *,
+        steps,
+        guidance,
+        shared_noise,
     ):
         """One window of B clips: frames and pictures of the driver maps, both (B,T,S,S,3) uint8; traced."""
         config, networks = self.config, self._networks
         driver = driver_input(config, head, coefficients, camera, crop)
-        key = jax.random.fold_in(jax.random.key(seed), number)
-        noise = initial_noise(networks, key, *driver.shape[:2])
+        batch, frames = driver.shape[:2]
+        key = jax.random.fold_in(jax.random.key(seed), 0 if shared_noise else number)
+        noise = initial_noise(networks, key, batch, 1 if shared_noise else frames)
+        noise = jnp.broadcast_to(noise, (batch, frames, *noise.shape[2:]))
         frames = sample_from_features(
             config, networks, params, features, driver, noise,
             steps=steps, guidance=guidance, spacing=config.sample.spacing,

@@ -18,7 +18,7 @@ from loki_jax.face.asset import HeadAsset
 from loki_jax.face.crop import crop_and_resize
 from loki_jax.face.types import Camera, Coefficients
 from loki_jax.fitting.clips import fit_image, fit_video
-from loki_jax.video import resample_indices
+from loki_jax.video import LazyFrames, resample_indices
 
 
 class Portrait(NamedTuple):
@@ -30,6 +30,8 @@ class Portrait(NamedTuple):
       camera: of the uncropped picture.
       crop: x0, y0, x1, y1 in pixels of the uncropped picture.
       name: file or clip, for messages.
+      picture: the whole picture, RGB; None where only the crop is stored.
+      landmarks: seen in the picture, in its pixels; None: no networks have seen it.
     """
 
     image: UInt8[np.ndarray, "s s 3"]
@@ -37,13 +39,15 @@ class Portrait(NamedTuple):
     camera: Camera
     crop: Float[np.ndarray, " 4"]
     name: str
+    picture: UInt8[np.ndarray, "h w 3"] | None = None
+    landmarks: Float[np.ndarray, "478 2"] | None = None
 
 
 class DrivingClip(NamedTuple):
     """A driver: a clip and the head fitted to its frames.
 
     Attributes:
-      frames: the crops, RGB, for display.
+      frames: the crops (S, S, 3), RGB, for display; of a file decoded when they are asked for.
       coefficients: fields (N, ...).
       camera: one for all frames, of the uncropped video.
       fps: exact frame rate.
@@ -53,7 +57,7 @@ class DrivingClip(NamedTuple):
       start: time of the first frame in `source`, in seconds after its first picture.
     """
 
-    frames: UInt8[np.ndarray, "n s s 3"]
+    frames: UInt8[np.ndarray, "n s s 3"] | LazyFrames
     coefficients: Coefficients
     camera: Camera
     fps: Fraction
@@ -98,7 +102,10 @@ def fit_portrait(
     fitted = fit_image(image, head, **options)
     coefficients = jax.tree.map(lambda x: np.asarray(x)[0], fitted.fit.coefficients)
     crop = crop_and_resize(fitted.frames[0], fitted.crop, size)
-    return Portrait(crop, coefficients, fitted.fit.camera, fitted.crop, fitted.name)
+    landmarks = fitted.track.points[0, :, :2]
+    return Portrait(
+        crop, coefficients, fitted.fit.camera, fitted.crop, fitted.name, fitted.frames[0], landmarks
+    )
 
 
 def fit_clip(
@@ -117,7 +124,12 @@ def fit_clip(
       ValueError: an array without `fps`.
     """
     fitted = fit_video(video, head, **options)
-    frames = np.stack([crop_and_resize(frame, fitted.crop, size) for frame in fitted.frames])
+    crop = lambda frame: crop_and_resize(frame, fitted.crop, size)
+    frames: np.ndarray | LazyFrames
+    if isinstance(fitted.frames, LazyFrames):
+        frames = fitted.frames.map(crop)
+    else:
+        frames = np.stack([crop(frame) for frame in fitted.frames])
     valid = np.asarray(fitted.fit.confidence) > 0
     source = None if isinstance(video, np.ndarray) else Path(video)
     return DrivingClip(

@@ -1,3 +1,5 @@
+"""Arrays of a fit: read, checked, and brought into our conventions."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -38,16 +40,20 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
         ) from error
 
 
+def length(arrays: dict[str, np.ndarray], key: str) -> int:
+    """Length of an array that may be missing."""
+    return len(np.atleast_1d(arrays.get(key, np.zeros(0))))
+
+
 def check_arrays(
     path: Path, arrays: dict[str, np.ndarray], shapes: dict[str, tuple[int | None, ...]]
 ) -> None:
-    """All of `shapes` (None: any size), numbers, and finite."""
+    """Raises DatasetError unless there are arrays of all `shapes` (None: any size), finite, and frames."""
     missing = [key for key in shapes if key not in arrays]
     if missing:
         raise DatasetError(
-            f"{path}: lacks {', '.join(missing)}; it holds {', '.join(sorted(arrays)) or 'nothing'}. Give "
-            "the file "
-            "that the fitting program wrote."
+            f"{path}: lacks {', '.join(missing)}; it holds {', '.join(sorted(arrays)) or 'nothing'}. "
+            "Give the file that the fitting program wrote."
         )
     for key, shape in shapes.items():
         found = arrays[key].shape
@@ -58,6 +64,8 @@ def check_arrays(
             raise DatasetError(f"{path}: {key} has shape {found}, expected {want}. Fit the clip again.")
         if arrays[key].dtype.kind not in "fiu" or not np.isfinite(arrays[key].astype(np.float64)).all():
             raise DatasetError(f"{path}: {key} holds values that are not finite numbers. Fit the clip again.")
+    if length(arrays, "expr") == 0:
+        raise DatasetError(f"{path}: holds no frames. Fit the clip again.")
 
 
 def fitted_axes(
@@ -73,3 +81,11 @@ def fitted_axes(
     short = want - min(values.shape[-1], want)
     padding = [(0, 0)] * (values.ndim - 1) + [(0, short)]
     return np.pad(values[..., :want], padding).astype(np.float32)
+
+
+def join_coefficients(
+    shape: Float[np.ndarray, " n_shape"], expression: Float[np.ndarray, "N n_expr"], *motion: np.ndarray
+) -> Coefficients:
+    """Coefficients of N frames; `motion`: rot, tra, neck, jaw, eyes."""
+    betas = np.tile(shape, (len(expression), 1))
+    return Coefficients(betas, expression, *(np.asarray(value, np.float32) for value in motion))

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, Key, PRNGKeyArray
 
 from loki_jax.diffusion.schedule import Schedule
 
@@ -61,7 +61,7 @@ def prediction_target(
 def diffusion_loss(
     predict: Callable[[Float[Array, "b t h w c"], Int[Array, "b t"]], Float[Array, "b t h w c"]],
     x0: Float[Array, "b t h w c"],
-    key: PRNGKeyArray,
+    key: PRNGKeyArray | Key[Array, " b"],
     schedule: Schedule,
     prediction: str = "epsilon",
     shared_timesteps: float = 0.0,

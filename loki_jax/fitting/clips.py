@@ -24,8 +24,8 @@ from loki_jax.fitting.fit import DEFAULT_SETTINGS, FitResult, fit_landmarks
 from loki_jax.fitting.landmarker import Landmarker
 from loki_jax.fitting.model_files import fetch_models
 from loki_jax.fitting.problem import FitSettings, pad_frames
-from loki_jax.fitting.tracking import Frames, Track, choose_frames, cut_track, find_face
-from loki_jax.video import read_image, read_video, resample_to_fps
+from loki_jax.fitting.tracking import Track, choose_frames, cut_track, find_face
+from loki_jax.video import Frames, LazyFrames, read_image
 
 CROP_FACTOR = 1.2
 
@@ -34,7 +34,7 @@ class FittedClip(NamedTuple):
     """A clip (or, with one frame, a portrait) and the head fitted to it.
 
     Attributes:
-      frames: uncropped RGB frames.
+      frames: uncropped RGB frames; of a file decoded when they are asked for.
       fps: frame rate; of a portrait 25, which then means nothing.
       track: its landmarks.
       fit: coefficients (N, ...), camera and errors.
@@ -129,10 +129,8 @@ def fit_video(
             raise ValueError("frames given as an array need their frame rate: pass fps")
         frames, name = video, name or "clip"
     else:
-        clip = read_video(video)
-        if fps is not None:
-            clip = resample_to_fps(clip, fps)
-        frames, fps, name = clip.frames, clip.fps, name or str(video)
+        frames, name = LazyFrames(video, fps), name or str(video)
+        fps = frames.fps
     frames, track = find_face(landmarker or default_landmarker(), frames, face, name)
     start, stop = choose_frames(track, name, all_shots, allow_lost)
     fitted = fit_track(

@@ -12,12 +12,9 @@ from jaxtyping import Float, Int, UInt8
 from loki_jax.fitting.landmarker import FaceBox, Landmarker, Region, box_overlap, eye_angle
 from loki_jax.fitting.model_files import LandmarkError
 from loki_jax.fitting.points import N_POINTS
-from loki_jax.video import InputWarning
+from loki_jax.video import Frames, InputWarning, LazyFrames
 
 _CHOOSE = "Choose one with `--face INDEX` (of animate's driver: `--driver-face INDEX`)."
-
-# Uncropped RGB frames: an array or any sequence of them.
-Frames = Sequence[UInt8[np.ndarray, "h w 3"]] | UInt8[np.ndarray, "n h w 3"]
 
 
 class Track(NamedTuple):
@@ -99,6 +96,8 @@ def turn_frames(frames: Frames, turns: int) -> Frames:
     """Frames after counter-clockwise quarter turns."""
     if isinstance(frames, np.ndarray):
         return np.rot90(frames, turns, (1, 2))
+    if isinstance(frames, LazyFrames):
+        return frames.map(lambda frame: np.ascontiguousarray(np.rot90(frame, turns)))
     return [np.ascontiguousarray(np.rot90(frame, turns)) for frame in frames]
 
 
@@ -181,7 +180,7 @@ def clip_landmarks(
     points = np.zeros((len(frames), N_POINTS, 3), np.float32)
     confidence = np.zeros((len(frames), N_POINTS), np.float32)
     score = np.zeros(len(frames), np.float32)
-    scenes = np.zeros((len(frames), 18, 32, 3), np.float32)
+    scenes = np.zeros((len(frames), 18, 32, 3), np.uint8)
     patches = np.full((len(frames), 24 * 24), np.nan, np.float32)
     points[start], confidence[start], score[start] = _precise_points(
         landmarker, frames[start], landmarker.face_region(first)
@@ -221,7 +220,7 @@ def _face_patch(
 
 
 def _find_cuts(
-    scenes: Float[np.ndarray, "n 18 32 3"], patches: Float[np.ndarray, "n 576"]
+    scenes: UInt8[np.ndarray, "n 18 32 3"], patches: Float[np.ndarray, "n 576"]
 ) -> Int[np.ndarray, " cuts"]:
     """Frames that begin another shot, by thumbnails, or show another person, by patches of the face.
 
@@ -229,7 +228,8 @@ def _find_cuts(
     flicker. From one frame to the next patches of one person correlate by .8 or more, of two people by .6 or
     less (ten clips of tests/fitting/test_real_clips.py).
     """
-    change = np.abs(np.diff(scenes, axis=0)).mean((1, 2, 3))
+    pairs = zip(scenes[1:].astype(np.int16), scenes[:-1], strict=True)
+    change = np.array([np.abs(after - before).mean() for after, before in pairs])
     padded = np.pad(change, 3)
     around = np.max([np.roll(padded, shift) for shift in (-3, -2, -1, 1, 2, 3)], axis=0)[3 : 3 + len(change)]
     shot = (change > 8) & (change > 3 * around)

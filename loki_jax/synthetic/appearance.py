@@ -9,9 +9,8 @@ second). `loki_jax.synthetic.shading.render` draws them.
 
 from __future__ import annotations
 
-import dataclasses
+from typing import NamedTuple
 
-import jax
 import numpy as np
 from jaxtyping import Float
 
@@ -21,9 +20,7 @@ from loki_jax.face.asset import HeadAsset
 from loki_jax.face.builtin import BuiltinMesh, bump, hairline, smoothstep
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Appearance:
+class Appearance(NamedTuple):
     """The look of a head under one lighting; colours are linear factors in [0, 1] display units.
 
     Attributes:
@@ -43,8 +40,7 @@ class Appearance:
     background_wave: Float[ArrayLike, "*b 3"]
 
 
-@dataclasses.dataclass(frozen=True)
-class _Style:
+class _Style(NamedTuple):
     """Hair of one identity: cut and volume, drawn from a stream of its own."""
 
     cut: str  # "bald", "short", "receding", "fringe" or "long"

@@ -6,6 +6,7 @@ import sys
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 
@@ -199,7 +200,8 @@ def test_bfloat16_is_accumulated_in_float32():
     np.testing.assert_allclose(out.astype(jnp.float32), exact, atol=0.06)
 
 
-def test_errors():
+def test_errors(monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # the function's own checks are meant
     q, k, v = random_qkv(3, 4)
     with pytest.raises(ValueError, match="unknown attention backend 'flash'"):
         attend(q, k, v, "flash")
