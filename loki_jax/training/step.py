@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray, PyTree
 from ml_collections import ConfigDict
 
+from loki_jax.arrays import ArrayLike
 from loki_jax.data.schema import Batch
 from loki_jax.diffusion.loss import diffusion_loss
 from loki_jax.face.asset import HeadAsset
@@ -89,7 +91,7 @@ def make_loss(config: ConfigDict, networks: Networks) -> Callable:
 
 def _drivers(
     config: ConfigDict, networks: Networks, params: PyTree, batch: Batch, head: HeadAsset
-) -> tuple[Array, Array | None]:
+) -> tuple[ArrayLike, Array | None]:
     """The window's driver input, and the encoded one of its reference frame where the config wants it."""
     draw = jax.named_scope("driver_map")(functools.partial(driver_input, config))
     inputs = (batch.coefficients, batch.camera, batch.crop)
@@ -118,7 +120,7 @@ def _latents(
         raise ValueError("a batch without images and without latents")
     else:
         flat = unit_range(images).reshape(-1, *images.shape[-3:])
-        encoded = networks.autoencoder.apply({"params": params["autoencoder"]}, flat, method="encode")
+        encoded: Any = networks.autoencoder.apply({"params": params["autoencoder"]}, flat, method="encode")
         mean, logvar = (x.reshape(*images.shape[:-3], *x.shape[1:]) for x in encoded)
     return mean if keys is None else jax.vmap(sample_posterior)(keys, mean, logvar)
 
