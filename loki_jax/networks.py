@@ -21,7 +21,9 @@ from loki_jax.models.autoencoder import Autoencoder, make_autoencoder, sample_po
 from loki_jax.models.loki import Loki, init_params, make_loki
 from loki_jax.models.unet import Features
 
-Driver = Float[ArrayLike, "b t *s c"]  # maps (B,T,S,S,C), or vectors (B,T,C) for an arm that is not spatial
+Driver = Float[
+    ArrayLike, "b t *s channels"
+]  # maps (B,T,S,S,C), or vectors (B,T,C) for an arm that is not spatial
 Images = UInt8[ArrayLike, "*b s s 3"]  # RGB
 Latents = Float[Array, "*b h w c"]
 
