@@ -28,18 +28,11 @@ from loki_jax.fitting.landmarker import Landmarker
 from loki_jax.fitting.model_files import fetch_models
 from loki_jax.fitting.tracking import Track, clip_landmarks
 from loki_jax.synthetic.appearance import sample_appearance, sample_shape
-from tools.landmark_bias import SIZE, Posed, pose_person
+from tools.landmark_bias import SIZE, Posed, RawLandmarker, pose_person
 
 AXES = {"pitch": 0, "yaw": 1, "roll": 2}
 ANGLES = np.arange(-35.0, 36.0, 5.0)  # degrees
 STRAIGHT = np.abs(ANGLES) <= 30  # where the slope is taken
-
-
-class RawLandmarker(Landmarker):
-    """The networks without the correction of their bias."""
-
-    def unbias(self, points):
-        return points
 
 
 def turning_person(head: HeadAsset, seed: int, axis: str) -> Posed:

@@ -34,6 +34,7 @@ from loki_jax.compile_cache import enable_compile_cache
 from loki_jax.data.schema import DatasetError
 from loki_jax.face.asset import HeadAssetError
 from loki_jax.fitting.model_files import LandmarkError, fetch_models
+from loki_jax.fitting.task_file import with_task_file
 from loki_jax.fitting.problem import FitError, FitSettings
 from loki_jax.io import file_sha256
 from loki_jax.video.reader import MediaError
@@ -72,6 +73,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--wheel", help="the mediapipe 0.10.21 wheel, where the landmark models cannot be downloaded"
     )
+    parser.add_argument(
+        "--landmarker", type=Path, help="MediaPipe's face_landmarker.task, for lids and mouths that say more"
+    )
     args = parser.parse_args(argv)
     enable_compile_cache()
     check_dataset_arguments(parser, args)
@@ -105,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         paths = find_clips(args.clips)
         head = load_any_head(args.head)
         labels = None if args.identities is None else read_labels(args.identities)
-        models = fetch_models(args.wheel)
+        models = with_task_file(fetch_models(args.wheel), args.landmarker)
         encoder = None
         if args.latents is not None:
             encoder = load_encoder(

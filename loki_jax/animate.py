@@ -40,12 +40,15 @@ class AnimateOptions:
     (default: the config's)"""
     audio: bool = True
     """keep the driver's audio"""
+    landmarker: Path | None = None
+    """MediaPipe's face_landmarker.task, for lids and mouths that say more"""
 
 
 def animate(options: AnimateOptions) -> None:
     """Write the animation and its panel. Raises the errors of its inputs; nothing is written then."""
     from tqdm import tqdm
 
+    from loki_jax.fitting.clips import default_landmarker
     from loki_jax.pictures import panel_frames
     from loki_jax.pipeline import LokiPipeline
     from loki_jax.sources import load_driving_clip, load_portrait
@@ -56,8 +59,9 @@ def animate(options: AnimateOptions) -> None:
         check_output(path, [options.reference, options.driver, options.checkpoint])
     pipeline = LokiPipeline.from_checkpoint(options.checkpoint)
     sampling = pipeline.sampling(options.steps, options.guidance, options.mode)
-    portrait = load_portrait(options.reference, pipeline.head, pipeline.size)
-    clip = load_driving_clip(options.driver, pipeline.head, pipeline.size)
+    landmarker = None if options.landmarker is None else default_landmarker(options.landmarker)
+    portrait = load_portrait(options.reference, pipeline.head, pipeline.size, landmarker=landmarker)
+    clip = load_driving_clip(options.driver, pipeline.head, pipeline.size, landmarker)
     length = len(clip.frames)
     print(
         f"{clip.name}: {length} frames at {clip.fps} fps; model of step {pipeline.step}, "

@@ -59,6 +59,8 @@ class EvaluateOptions:
     """pose of --truth render"""
     hef_size: int = 512
     """edge of HEF's renders in pixels"""
+    landmarker: Path | None = None
+    """MediaPipe's face_landmarker.task, for landmark fits with better lids and mouths"""
     floor: bool = True
     """measure what a perfect video would score at this resolution and codec, too"""
 
@@ -102,6 +104,7 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
         measure_following,
         rendered_truth,
     )
+    from loki_jax.fitting.clips import default_landmarker
     from loki_jax.io import write_json
     from loki_jax.metrics.image import psnr, ssim
     from loki_jax.pictures import plot_per_frame
@@ -119,8 +122,9 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
     video = read_video(options.video)
     frames = video.frames
     known = None if options.reference is None else known_appearance(options.reference, head)
+    landmarker = None if options.landmarker is None else default_landmarker(options.landmarker)
     # Frames are compared at equal times, whatever the rates of the files.
-    driver = load_driving_clip(options.driver, head, frames.shape[1]).at_rate(video.fps)
+    driver = load_driving_clip(options.driver, head, frames.shape[1], landmarker).at_rate(video.fps)
 
     # ----------------------------------------------------------------------------- pose and expression
     def follow(shown: np.ndarray) -> Following:
@@ -133,7 +137,9 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
                 raise MediaError(f"{options.video}: {error}.") from error
             valid, camera = np.ones(len(shown), bool), known[0].camera
         else:
-            clip = fit_clip(shown, head, LARGEST_FIT, fps=video.fps, name=options.video)
+            clip = fit_clip(
+                shown, head, LARGEST_FIT, fps=video.fps, name=options.video, landmarker=landmarker
+            )
             fitted, valid, camera = clip.coefficients, clip.valid, clip.camera
         return measure_following(
             head, fitted, driver.coefficients, driver.camera, options.hef_size, valid, driver.valid, camera

@@ -18,6 +18,7 @@ from loki_jax.face.asset import HeadAsset
 from loki_jax.face.crop import crop_and_resize
 from loki_jax.face.types import Camera, Coefficients
 from loki_jax.fitting.clips import fit_image, fit_video
+from loki_jax.fitting.landmarker import Landmarker
 from loki_jax.video import resample_indices
 
 
@@ -152,7 +153,9 @@ def find_clip(folder: Path, clip_id: str, head: HeadAsset) -> tuple[Dataset, Cli
     )
 
 
-def load_portrait(source: str, head: HeadAsset, size: int, frame: int = 0) -> Portrait:
+def load_portrait(
+    source: str, head: HeadAsset, size: int, frame: int = 0, landmarker: Landmarker | None = None
+) -> Portrait:
     """A portrait from an image file (`fit_portrait`), or frame `frame` of DATASET_FOLDER:CLIP_ID as stored.
 
     Raises:
@@ -160,14 +163,16 @@ def load_portrait(source: str, head: HeadAsset, size: int, frame: int = 0) -> Po
     """
     found = split_clip_source(source)
     if found is None:
-        return fit_portrait(source, head, size)
+        return fit_portrait(source, head, size, landmarker=landmarker)
     dataset, clip = find_clip(*found, head)
     record = dataset.read_clip(clip, frame, frame + 1)[0]
     image = _stored_image(record, clip, size)
     return Portrait(image, record.coefficients, record.camera, record.crop, clip.clip_id)
 
 
-def load_driving_clip(source: str, head: HeadAsset, size: int) -> DrivingClip:
+def load_driving_clip(
+    source: str, head: HeadAsset, size: int, landmarker: Landmarker | None = None
+) -> DrivingClip:
     """A driving clip from a video file (`fit_clip`), or DATASET_FOLDER:CLIP_ID as stored.
 
     Raises:
@@ -175,7 +180,7 @@ def load_driving_clip(source: str, head: HeadAsset, size: int) -> DrivingClip:
     """
     found = split_clip_source(source)
     if found is None:
-        return fit_clip(source, head, size)
+        return fit_clip(source, head, size, landmarker=landmarker)
     dataset, clip = find_clip(*found, head)
     records = dataset.read_clip(clip)
     coefficients = stack_trees([record.coefficients for record in records])

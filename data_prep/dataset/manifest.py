@@ -27,7 +27,7 @@ from loki_jax.video.reader import MediaError
 MANIFEST_FILE = "manifest.json"
 
 # Of what `data_prep.build` does with a clip. Raise it when the same clip would give other records.
-PIPELINE_VERSION = 2
+PIPELINE_VERSION = 3
 
 _VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts")
 

@@ -24,12 +24,14 @@ class Track(NamedTuple):
       confidence: 0..1 per point.
       score: 0..1, the face network's score of the frame.
       faces: how many faces the detector saw in the frame the track starts from.
+      scores: expression scores (`task_file.SCORE_NAMES`); k is 0, or None, where no network gives them.
     """
 
     points: Float[np.ndarray, "n 478 3"]
     confidence: Float[np.ndarray, "n 478"]
     score: Float[np.ndarray, " n"]
     faces: int
+    scores: Float[np.ndarray, "n k"] | None = None
 
 
 def image_landmarks(
@@ -37,14 +39,12 @@ def image_landmarks(
     image: UInt8[np.ndarray, "h w 3"],
     face: int | None = None,
     name: str = "image",
-    unbias: bool = True,
 ) -> Track:
     """Landmarks of a portrait, as a track of one frame.
 
     Args:
       face: index of the wanted face, largest first; None: the only, or by far the largest, face.
       name: what error messages call the image.
-      unbias: correct the points by `Landmarker.unbias`.
 
     Raises:
       LandmarkError: no face, no face of that index, or two faces of about the same size and no index.
@@ -66,8 +66,9 @@ def image_landmarks(
             f"{name}: something like a face was found, but no landmarks on it (score {score:.2f}). "
             "Use a picture with a visible, upright face."
         )
-    points = landmarker.unbias(points) if unbias else points
-    return Track(points[None], confidence[None], np.array([score], np.float32), len(faces))
+    points, scores = landmarker.second_look(image, points)
+    points = landmarker.correct(points[None], np.array([score]))
+    return Track(points, confidence[None], np.array([score], np.float32), len(faces), scores[None])
 
 
 def clip_landmarks(
@@ -106,20 +107,19 @@ def clip_landmarks(
     points = np.zeros((len(frames), N_POINTS, 3), np.float32)
     confidence = np.zeros((len(frames), N_POINTS), np.float32)
     score = np.zeros(len(frames), np.float32)
-    points[start], confidence[start], score[start] = _precise_points(
-        landmarker, frames[start], landmarker.face_region(first)
-    )
+    scores = np.zeros((len(frames), landmarker.n_scores), np.float32)
+    found = _precise_points(landmarker, frames[start], landmarker.face_region(first))
+    first_points, confidence[start], score[start] = found
+    points[start], scores[start] = landmarker.second_look(frames[start], first_points)
     for order in (range(start + 1, len(frames)), range(start - 1, -1, -1)):
-        last, found_before = points[start], True
+        last, found_before = first_points, True
         for index in order:
             found = _follow(landmarker, frames[index], last, found_before)
             found_before = found is not None
             if found is not None:
-                points[index], confidence[index], score[index] = found
-                last = points[index]
-    for index in np.flatnonzero(score):
-        points[index] = landmarker.unbias(points[index])
-    return Track(points, confidence, score, len(tracks))
+                last, confidence[index], score[index] = found
+                points[index], scores[index] = landmarker.second_look(frames[index], last)
+    return Track(landmarker.correct(points, score), confidence, score, len(tracks), scores)
 
 
 def steady_run(track: Track, longest_gap: int = 2) -> tuple[int, int]:
@@ -143,7 +143,9 @@ def steady_run(track: Track, longest_gap: int = 2) -> tuple[int, int]:
 
 def cut_track(track: Track, start: int, stop: int) -> Track:
     """Frames [start, stop) of a track."""
-    return Track(track.points[start:stop], track.confidence[start:stop], track.score[start:stop], track.faces)
+    part = slice(start, stop)
+    scores = None if track.scores is None else track.scores[part]
+    return Track(track.points[part], track.confidence[part], track.score[part], track.faces, scores)
 
 
 def _follow(landmarker: Landmarker, image: np.ndarray, last: np.ndarray, found_before: bool):
