@@ -34,8 +34,8 @@ from loki_jax.compile_cache import enable_compile_cache
 from loki_jax.data.schema import DatasetError
 from loki_jax.face.asset import HeadAssetError
 from loki_jax.fitting.model_files import LandmarkError, fetch_models
-from loki_jax.fitting.task_file import with_task_file
 from loki_jax.fitting.problem import FitError, FitSettings
+from loki_jax.fitting.task_file import with_task_file
 from loki_jax.io import file_sha256
 from loki_jax.video.reader import MediaError
 
