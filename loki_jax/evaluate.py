@@ -61,6 +61,14 @@ class EvaluateOptions:
     """edge of HEF's renders in pixels"""
     landmarker: Path | None = None
     """MediaPipe's face_landmarker.task, for landmark fits with better lids and mouths"""
+    face: int | None = None
+    """which face of the video, 0 the largest (default: the largest)"""
+    driver_face: int | None = None
+    """which face of the driver, as the animation followed it"""
+    all_shots: bool = False
+    """the animation follows the driver over cuts (default: its longest shot)"""
+    allow_lost: bool = False
+    """accept a driver whose face is not visible in most frames"""
     floor: bool = True
     """measure what a perfect video would score at this resolution and codec, too"""
 
@@ -82,14 +90,7 @@ def _choose_head(options: EvaluateOptions) -> HeadAsset:
 
 def _figures(following: Following) -> dict[str, float | None]:
     pose, expression = following
-    return {
-        "track_rate": pose.track_rate,
-        "hpf": pose.degrees,
-        "absolute_pose": pose.absolute_degrees,
-        "hpf_aligned": pose.aligned_degrees,
-        "hef": expression.distance,
-        "hef_uncovered": expression.uncovered,
-    }
+    return {"track_rate": pose.track_rate} | following.scores() | {"hef_uncovered": expression.uncovered}
 
 
 def evaluate(options: EvaluateOptions) -> dict[str, Any]:
@@ -124,7 +125,10 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
     known = None if options.reference is None else known_appearance(options.reference, head)
     landmarker = None if options.landmarker is None else default_landmarker(options.landmarker)
     # Frames are compared at equal times, whatever the rates of the files.
-    driver = load_driving_clip(options.driver, head, frames.shape[1], landmarker).at_rate(video.fps)
+    driver = load_driving_clip(
+        options.driver, head, frames.shape[1], landmarker=landmarker,
+        face=options.driver_face, all_shots=options.all_shots, allow_lost=options.allow_lost,
+    ).at_rate(video.fps)  # fmt: skip
 
     # ----------------------------------------------------------------------------- pose and expression
     def follow(shown: np.ndarray) -> Following:
@@ -137,9 +141,11 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
                 raise MediaError(f"{options.video}: {error}.") from error
             valid, camera = np.ones(len(shown), bool), known[0].camera
         else:
+            # What is lost counts in the track rate; a cut within a result is its fault.
             clip = fit_clip(
-                shown, head, LARGEST_FIT, fps=video.fps, name=options.video, landmarker=landmarker
-            )
+                shown, head, LARGEST_FIT, fps=video.fps, name=options.video, landmarker=landmarker,
+                face=options.face, all_shots=True, allow_lost=True,
+            )  # fmt: skip
             fitted, valid, camera = clip.coefficients, clip.valid, clip.camera
         return measure_following(
             head, fitted, driver.coefficients, driver.camera, options.hef_size, valid, driver.valid, camera
@@ -160,7 +166,7 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
         coefficients = retarget_clip(head, driver, known[0], options.mode)
         rendered = rendered_truth(head, coefficients, *known, frames.shape[1])
     if options.floor:
-        perfect = driver.frames if rendered is None else rendered
+        perfect = np.stack(list(driver.frames)) if rendered is None else rendered
         try:
             result["floor"] = _figures(follow(reencode(perfect[: len(frames)], video.fps, options.video)))
         except LandmarkError:  # the driver's face is lost at this size, which says what it says
@@ -203,16 +209,9 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> int:
     options = tyro.cli(EvaluateOptions, prog="python -m loki_jax.evaluate", args=argv, description=__doc__)
 
-    from loki_jax.compile_cache import enable_compile_cache
+    from loki_jax.program import run_program
 
-    enable_compile_cache()
-    # MediaError, DatasetError, HeadAssetError and FitError are all ValueErrors.
-    try:
-        evaluate(options)
-    except (ValueError, LandmarkError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return run_program(evaluate, options)
 
 
 if __name__ == "__main__":

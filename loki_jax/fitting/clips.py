@@ -26,8 +26,8 @@ from loki_jax.fitting.landmarker import Landmarker
 from loki_jax.fitting.model_files import fetch_models
 from loki_jax.fitting.problem import FitSettings, pad_frames
 from loki_jax.fitting.task_file import with_task_file
-from loki_jax.fitting.tracking import Frames, Track, clip_landmarks, image_landmarks
-from loki_jax.video import read_image, read_video, resample_to_fps
+from loki_jax.fitting.tracking import Track, choose_frames, cut_track, find_face
+from loki_jax.video import Frames, LazyFrames, read_image
 
 CROP_FACTOR = 1.2
 
@@ -36,13 +36,14 @@ class FittedClip(NamedTuple):
     """A clip (or, with one frame, a portrait) and the head fitted to it.
 
     Attributes:
-      frames: uncropped RGB frames.
+      frames: uncropped RGB frames; of a file decoded when they are asked for.
       fps: frame rate; of a portrait 25, which then means nothing.
       track: its landmarks.
       fit: coefficients (N, ...), camera and errors.
       crop: one box x0, y0, x1, y1 for the whole clip, in pixels of the uncropped frame; may reach
         beyond it.
       name: file, or what errors call it.
+      start: number of the first of these frames in the video.
     """
 
     frames: Frames
@@ -51,6 +52,7 @@ class FittedClip(NamedTuple):
     fit: FitResult
     crop: Float[np.ndarray, " 4"]
     name: str
+    start: int = 0
 
 
 @functools.cache
@@ -94,17 +96,11 @@ def fit_image(
         pixels, name = image, name or "image"
     else:
         pixels, name = read_image(image), name or str(image)
-    track = image_landmarks(landmarker or default_landmarker(), pixels, face, name)
+    frames, track = find_face(landmarker or default_landmarker(), pixels[None], face, name)
     return fit_track(
-        pixels[None],
-        Fraction(25),
-        track,
-        head,
-        focal=focal,
-        crop_factor=crop_factor,
-        settings=settings,
-        name=name,
-    )
+        frames, Fraction(25), track, head,
+        focal=focal, crop_factor=crop_factor, settings=settings, name=name,
+    )  # fmt: skip
 
 
 def fit_video(
@@ -114,21 +110,26 @@ def fit_video(
     fps: Fraction | None = None,
     landmarker: Landmarker | None = None,
     face: int | None = None,
+    all_shots: bool = False,
+    allow_lost: bool = False,
     focal: float | None = None,
     crop_factor: float = CROP_FACTOR,
     settings: FitSettings = DEFAULT_SETTINGS,
     name: str | None = None,
 ) -> FittedClip:
-    """Fit a clip, given as a file or as RGB frames. Every frame gets coefficients: where the face is
-    lost they are interpolated, with confidence 0.
+    """Fit the longest shot of a clip, given as a file or as RGB frames.
+
+    Every frame of the shot gets coefficients: where the face is lost they are interpolated, with confidence
+    0.
 
     Args:
       fps: of an array its frame rate (required); of a file the rate to resample to (None: its own).
+      all_shots, allow_lost: see `loki_jax.fitting.tracking.choose_frames`.
       landmarker, face, focal, crop_factor, settings, name: as for `fit_image`.
 
     Raises:
-      MediaError, LandmarkError, FitError: the file cannot be read, shows no face, or the head has no
-        landmarks.
+      MediaError, LandmarkError, FitError: the file cannot be read, the face is not visible in most frames, or
+        the head has no landmarks.
       ValueError: an array without `fps`.
     """
     frames: Frames
@@ -137,14 +138,15 @@ def fit_video(
             raise ValueError("frames given as an array need their frame rate: pass fps")
         frames, name = video, name or "clip"
     else:
-        clip = read_video(video)
-        if fps is not None:
-            clip = resample_to_fps(clip, fps)
-        frames, fps, name = clip.frames, clip.fps, name or str(video)
-    track = clip_landmarks(landmarker or default_landmarker(), frames, face, name)
-    return fit_track(
-        frames, fps, track, head, focal=focal, crop_factor=crop_factor, settings=settings, name=name
-    )
+        frames, name = LazyFrames(video, fps), name or str(video)
+        fps = frames.fps
+    frames, track = find_face(landmarker or default_landmarker(), frames, face, name)
+    start, stop = choose_frames(track, name, all_shots, allow_lost)
+    fitted = fit_track(
+        frames[start:stop], fps, cut_track(track, start, stop), head,
+        focal=focal, crop_factor=crop_factor, settings=settings, name=name,
+    )  # fmt: skip
+    return fitted._replace(start=start)
 
 
 def clip_crop_box(

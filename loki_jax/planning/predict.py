@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from loki_jax.planning.collectives import Collective, seconds
-from loki_jax.planning.work import PartWork
-from loki_jax.training.flops import Chip
+from loki_jax.training.flops import Chip, Work
 
 # Assumed, not measured: the share of the peak that matrix work reaches, and how often activations cross
 # HBM for each time a matrix operation reads or writes them (elementwise work beside it does so once more).
@@ -55,7 +54,7 @@ class StepTime(NamedTuple):
 
 
 def step_time(
-    work: dict[str, PartWork], optimizer_bytes: float, collectives: list[Collective], chip: Chip, data: int,
+    work: dict[str, Work], optimizer_bytes: float, collectives: list[Collective], chip: Chip, data: int,
     fsdp: int, efficiency: float = EFFICIENCY,
 ) -> StepTime:  # fmt: skip
     """Predict a step from the work of one device.
@@ -78,9 +77,9 @@ def step_time(
     return StepTime(parts, times, device, network, device + exposed, device + network, floor)
 
 
-def optimizer_traffic(parameters: float, moments: float, average: float, gradients: float) -> float:
+def optimizer_traffic(parameters: int, moments: int, average: int, gradients: int) -> float:
     """Bytes AdamW and the moving average move: all read once, all but the gradients written once.
 
     Clipping by the global norm reads the gradients once more. Arguments are bytes on one device.
     """
-    return 2 * (parameters + moments + average) + 2 * gradients
+    return 2.0 * (parameters + moments + average + gradients)

@@ -13,6 +13,7 @@ from typing import Any
 import av
 import numpy as np
 from av.video.reformatter import Colorspace
+from av.video.stream import VideoStream
 from jaxtyping import UInt8
 
 from loki_jax.io import atomic_path
@@ -56,7 +57,7 @@ def check_output(path: str | os.PathLike, inputs: Iterable[str | os.PathLike] = 
         raise _unwritable(path, error) from error
 
 
-def _unwritable(path: Path, error: OSError) -> MediaError:
+def _unwritable(path: Path, error: av.error.FFmpegError | OSError) -> MediaError:
     return MediaError(f"{path}: cannot be written ({error.strerror or error}). Choose another folder.")
 
 
@@ -64,7 +65,8 @@ class VideoWriter:
     """Writes H.264 (yuv420p, BT.709) frame by frame; the file appears when the writer closes without error.
 
     Use as a context manager: on an exception nothing is left behind. Arguments and errors: `write_video`; and
-    `codec`, FFmpeg's name of another encoder, with `bit_rate` in bits a second instead of `crf`.
+    `audio_start`, the time of the first frame in `audio_from` in seconds after its first picture; `codec`,
+    FFmpeg's name of another encoder, with `bit_rate` in bits a second instead of `crf`.
     """
 
     def __init__(
@@ -73,6 +75,7 @@ class VideoWriter:
         fps: Fraction,
         *,
         audio_from: str | os.PathLike | None = None,
+        audio_start: Fraction = Fraction(0),
         synthetic: bool = True,
         crf: int = 16,
         codec: str = "libx264",
@@ -99,12 +102,15 @@ class VideoWriter:
             if synthetic:
                 self._container.metadata["comment"] = SYNTHETIC_TAG
                 self._container.metadata["synthetic"] = "true"
-            self._stream = self._container.add_stream(codec, rate=self.fps)
+            stream = self._container.add_stream(codec, rate=self.fps)
+            if not isinstance(stream, VideoStream):
+                raise ValueError(f"codec {codec!r} is not one of video")
+            self._stream = stream
             if audio_from is not None:
                 with VideoReader(audio_from) as reader:
                     has_audio = reader.has_audio
                 if has_audio:
-                    self._audio = AudioTrack(Path(audio_from), self._container)
+                    self._audio = AudioTrack(Path(audio_from), self._container, audio_start)
                     stack.callback(self._audio.close)
             self._open = stack.pop_all()  # what ends with `close`, or with an exception
 
