@@ -39,6 +39,8 @@ class AnimateOptions:
     (default: the config's)"""
     audio: bool = True
     """keep the driver's audio"""
+    landmarker: Path | None = None
+    """MediaPipe's face_landmarker.task, for lids and mouths that say more"""
     face: int | None = None
     """which face of the reference, 0 the largest (default: the only or by far the largest)"""
     driver_face: int | None = None
@@ -54,6 +56,7 @@ def animate(options: AnimateOptions) -> None:
     import numpy as np
     from tqdm import tqdm
 
+    from loki_jax.fitting.clips import default_landmarker
     from loki_jax.pictures import panel_frames
     from loki_jax.pipeline import LokiPipeline
     from loki_jax.sources import load_driving_clip, load_portrait, split_clip_source
@@ -71,9 +74,12 @@ def animate(options: AnimateOptions) -> None:
             InputWarning,
             stacklevel=1,
         )
-    portrait = load_portrait(options.reference, pipeline.head, pipeline.size, face=options.face)
+    landmarker = None if options.landmarker is None else default_landmarker(options.landmarker)
+    portrait = load_portrait(
+        options.reference, pipeline.head, pipeline.size, face=options.face, landmarker=landmarker
+    )
     clip = load_driving_clip(
-        options.driver, pipeline.head, pipeline.size,
+        options.driver, pipeline.head, pipeline.size, landmarker=landmarker,
         face=options.driver_face, all_shots=options.all_shots, allow_lost=options.allow_lost,
     )  # fmt: skip
     length = len(clip.frames)
