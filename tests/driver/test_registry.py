@@ -8,11 +8,11 @@ import pytest
 from benchmarks.tiny_run import SIZE, tiny_config, write_shards
 from loki_jax.driver.registry import ARMS, DriverArm, driver_channels, find_arm, find_map_arm
 from loki_jax.face.builtin import builtin_head
+from loki_jax.face.normals import vertex_normals
 from loki_jax.networks import driver_input, driver_preview
 from loki_jax.pipeline import LokiPipeline, retarget_clip
 from loki_jax.raster import interpolate
 from loki_jax.sources import load_driving_clip, load_portrait
-from loki_jax.synthetic.shading import vertex_normals
 from loki_jax.train import train
 
 
