@@ -1,0 +1,211 @@
+"""Where each pixel of a frame comes from in the portrait: the flow of the head and its extension."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+import scipy.spatial
+from jaxtyping import Array, Float, Int
+
+from loki_jax.arrays import ArrayLike
+from loki_jax.face.asset import HeadAsset
+from loki_jax.face.camera import camera_from_world, ndc_from_camera, project
+from loki_jax.face.retarget import head_rotation
+from loki_jax.face.skinning import (
+    Identity,
+    landmark_positions,
+    mesh_faces,
+    mesh_render_mask,
+    template_vertices,
+    world_vertices,
+)
+from loki_jax.face.types import Camera, Coefficients
+from loki_jax.fitting.points import FACE_OVAL, IRISES, LANDMARK_SET
+from loki_jax.flow import MeshView, flow_between, head_parts, view_cosines, view_mesh
+from loki_jax.geometry.extend import keep_border, push_pull
+from loki_jax.geometry.warp import sample_grid
+from loki_jax.raster import clear_hidden_faces, interpolate, rasterize
+
+_FACE_REACH = (0.012, 0.035)  # metres from the landmarks where the face's own motion begins and ceases to count
+_CHIN = 152
+
+
+class Rig(NamedTuple):
+    """What the motion of a portrait's head is computed from; made once a portrait.
+
+    Attributes:
+      view: the head in the portrait.
+      mirror: vertex on the other side of the head.
+      face: share in [0, 1] to which a vertex belongs to the face.
+      centre: of the head, in the head's axes, metres.
+      radius: half the width of the head in the portrait, pixels.
+      chin: distance of the chin from the centre, in radii.
+    """
+
+    view: MeshView
+    mirror: Int[ArrayLike, " V"]
+    face: Float[ArrayLike, " V"]
+    centre: Float[ArrayLike, " 3"]
+    radius: Float[ArrayLike, ""]
+    chin: Float[ArrayLike, ""]
+
+
+class Motion(NamedTuple):
+    """Motion of one frame, on a grid of s x s points over a box of the picture.
+
+    Attributes:
+      box: x0, y0, x1, y1.
+      residual: displacement beyond that of the surroundings, pixels.
+      hidden: share to which the other side of the head serves better.
+      mirrored: position of the same point on the other side of the head, picture pixels.
+      turn, origin, rest: the similarity of the surroundings: a target point x is at turn (x - origin) + rest in
+        the portrait.
+      reach: where the surroundings come to rest, in radii.
+    """
+
+    box: Float[Array, " 4"]
+    residual: Float[Array, "s s 2"]
+    hidden: Float[Array, "s s"]
+    mirrored: Float[Array, "s s 2"]
+    turn: Float[Array, "2 2"]
+    origin: Float[Array, " 2"]
+    rest: Float[Array, " 2"]
+    reach: Float[Array, ""]
+
+
+def make_rig(
+    head: HeadAsset, identity: Identity, coefficients: Coefficients, camera: Camera, crop: Float[ArrayLike, " 4"]
+) -> Rig:
+    """The rig of a portrait: `identity` is the aligned one, coefficients have no leading axes."""
+    template = np.asarray(template_vertices(head), np.float64)
+    points = camera_from_world(world_vertices(head, identity, coefficients), camera)
+    view = view_mesh(points, mesh_faces(head), head_parts(head), camera, jnp.asarray(crop, jnp.float32), 512)
+    _, mirror = scipy.spatial.cKDTree(template).query(template * np.array([-1.0, 1.0, 1.0]))
+    marks = np.asarray(landmark_positions(head, jnp.asarray(template, jnp.float32), LANDMARK_SET))
+    present = np.asarray(head.landmarks[LANDMARK_SET].face) >= 0
+    distance, _ = scipy.spatial.cKDTree(marks[present]).query(template)
+    low, high = _FACE_REACH
+    face = 1 - np.clip((distance - low) / (high - low), 0, 1)
+
+    neutral = np.asarray(landmark_positions(head, jnp.asarray(identity.vertices), LANDMARK_SET))
+    oval = neutral[np.array(FACE_OVAL)]
+    eyes = neutral[np.array(IRISES)].mean(0)
+    # Between the ears: behind the eyes at half their height over the chin.
+    centre = np.array([oval[:, 0].mean(), eyes[1], oval[:, 2].mean() - 0.02], np.float32)
+    rotation = np.asarray(head_rotation(coefficients))
+    world = neutral @ rotation.T + np.asarray(coefficients.tra)
+    pixels = np.asarray(project(camera_from_world(jnp.asarray(world), camera), camera))
+    width = np.ptp(neutral[np.array(FACE_OVAL), 0])
+    middle = np.asarray(
+        camera_from_world(jnp.asarray((rotation @ centre + np.asarray(coefficients.tra))[None]), camera)
+    )
+    radius = 0.6 * width * np.asarray(camera.intrinsics)[0] / middle[0, 2]
+    place = np.asarray(project(jnp.asarray(middle), camera))[0]
+    chin = np.linalg.norm(pixels[_CHIN] - place) / radius
+    return Rig(
+        view, mirror.astype(np.int32), face.astype(np.float32), centre,
+        np.float32(radius), np.float32(chin),
+    )  # fmt: skip
+
+
+def head_motion(
+    head: HeadAsset,
+    identity: Identity,
+    rig: Rig,
+    portrait: Coefficients,
+    target: Coefficients,
+    camera: Camera,
+    size: int,
+    extent: tuple[int, int],
+) -> Motion:
+    """Motion of one frame.
+
+    Args:
+      identity: the aligned one, for the openings of `target`.
+      portrait, target: coefficients without leading axes.
+      camera: of the portrait and the result.
+      size: s, of the grid; a multiple of 64.
+      extent: width and height of the picture.
+    """
+    faces = mesh_faces(head)
+    points = camera_from_world(world_vertices(head, identity, target), camera)
+    origin, depth = _centre(rig, target, camera)
+    rest, depth_there = _centre(rig, portrait, camera)
+    scale = depth / depth_there
+    half = 2.0 * rig.radius / scale
+    box = jnp.concatenate([origin - half, origin + half])
+    vertices, cosines = ndc_from_camera(points, camera, box), view_cosines(points, faces)
+    fragments = clear_hidden_faces(rasterize(vertices, faces, size), faces, mesh_render_mask(head))
+    flow = flow_between(rig.view, vertices, points[..., 2], cosines, fragments, faces, head_parts(head))
+
+    there = rig.view.crop[:2] + (1 - rig.view.vertices[..., :2]) / 2 * (rig.view.crop[2:] - rig.view.crop[:2])
+    seen = jnp.clip(4 * rig.view.facing, 0.0, 1.0)
+    attributes = jnp.concatenate([there[rig.mirror], seen[rig.mirror, None], rig.face[:, None]], axis=-1)
+    mirrored = interpolate(fragments, faces, attributes)
+    skin = flow.coverage * mirrored[..., 3] * (1 - flow.eyeball) * (1 - flow.inner_mouth)
+
+    motion = Motion(
+        box, jnp.zeros((size, size, 2)), jnp.zeros((size, size)), mirrored[..., :2],
+        scale * _turn(portrait, target, camera), origin, rest, _reach(rig, origin - rest),
+    )  # fmt: skip
+    axis = (jnp.arange(size) + 0.5) / size * 2 * half
+    grid = jnp.stack(jnp.broadcast_arrays(box[0] + axis[None], box[1] + axis[:, None]), -1)
+    around = surroundings(motion, rig, grid)
+    weight = skin * flow.visibility
+    edge = 1 - jnp.max(jnp.abs(grid - origin), -1) / half
+    weight = weight * jnp.clip(8 * edge, 0.0, 1.0)
+    residual = push_pull(flow.position - grid - around, weight)
+    residual = residual * jnp.clip(8 * edge, 0.0, 1.0)[..., None]
+    # What the target shows better than the portrait did, and the other side of the portrait too.
+    turned = jnp.clip(flow.facing[..., 1] / 0.3, 0.0, 1.0) - jnp.clip(flow.facing[..., 0] / 0.3, 0.0, 1.0)
+    hidden = skin * jnp.clip(turned, 0.0, 1.0) * (1 - flow.visibility) * mirrored[..., 2]
+    return motion._replace(residual=residual, hidden=hidden)
+
+
+def surroundings(motion: Motion, rig: Rig, position: Float[Array, "*b 2"]) -> Float[Array, "*b 2"]:
+    """Displacement of what is around the head, pixels: that of the head's centre plane, at rest far from it."""
+    from_head = jnp.einsum("ij,...j->...i", motion.turn, position - motion.origin)
+    shift = from_head + motion.rest - position
+    x, y = from_head[..., 0] / rig.radius, from_head[..., 1] / rig.radius
+    distance = jnp.sqrt(x * x + y * y + 1e-6)
+    # Shoulders are near below the chin, the background is far above and beside the head.
+    below = jnp.clip(y / distance, 0.0, 1.0) ** 2
+    start = 1.1 + below * (rig.chin - 1.1)
+    stop = motion.reach * (1 - below) + below * (rig.chin + 0.55 * (motion.reach - 1.1))
+    t = jnp.clip((distance - start) / (stop - start), 0.0, 1.0)
+    return shift * (1 - t * t * (3 - 2 * t))[..., None]
+
+
+def source_positions(
+    motion: Motion, rig: Rig, position: Float[Array, "*b 2"], extent: tuple[int, int]
+) -> tuple[Float[Array, "*b 2"], Float[Array, "*b"], Float[Array, "*b 2"]]:
+    """Where the pixels at `position` come from: place, share of the mirrored place, mirrored place."""
+    grid = jnp.concatenate([motion.residual, motion.hidden[..., None], motion.mirrored], axis=-1)
+    values = sample_grid(grid, motion.box, position)
+    shift = surroundings(motion, rig, position) + values[..., :2]
+    return position + keep_border(position, shift, extent), values[..., 2], values[..., 3:]
+
+
+def _centre(rig: Rig, coefficients: Coefficients, camera: Camera) -> tuple[Float[Array, " 2"], Float[Array, ""]]:
+    """Pixel and depth of the head's centre."""
+    world = head_rotation(coefficients) @ rig.centre + coefficients.tra
+    point = camera_from_world(world[None], camera)
+    return project(point, camera)[0], point[0, 2]
+
+
+def _turn(portrait: Coefficients, target: Coefficients, camera: Camera) -> Float[Array, "2 2"]:
+    """Rotation in the picture plane from the target to the portrait."""
+    flip = jnp.array([1.0, -1.0, -1.0])
+    axes = camera.extrinsics[:3, :3] * flip
+    turned = axes @ head_rotation(portrait) @ head_rotation(target).T @ axes.T
+    cosine, sine = turned[0, 0] + turned[1, 1], turned[1, 0] - turned[0, 1]
+    norm = jnp.sqrt(cosine**2 + sine**2 + 1e-12)
+    return jnp.array([[cosine, -sine], [sine, cosine]]) / norm
+
+
+def _reach(rig: Rig, shift: Float[Array, " 2"]) -> Float[Array, ""]:
+    """Far enough for a displacement not to fold the picture."""
+    return 2.2 + 2.0 * jnp.sqrt(jnp.sum(shift**2) + 1e-6) / rig.radius
+
