@@ -112,25 +112,22 @@ def make_rig(
 
 def head_motion(
     head: HeadAsset,
-    identity: Identity,
+    points: Float[Array, "V 3"],
     rig: Rig,
     portrait: Coefficients,
     target: Coefficients,
     camera: Camera,
     size: int,
-    extent: tuple[int, int],
 ) -> Motion:
     """Motion of one frame.
 
     Args:
-      identity: the aligned one, for the openings of `target`.
+      points: vertices of the target in camera axes.
       portrait, target: coefficients without leading axes.
       camera: of the portrait and the result.
       size: s, of the grid; a multiple of 64.
-      extent: width and height of the picture.
     """
     faces = mesh_faces(head)
-    points = camera_from_world(world_vertices(head, identity, target), camera)
     origin, depth = _centre(rig, target, camera)
     rest, depth_there = _centre(rig, portrait, camera)
     scale = depth / depth_there

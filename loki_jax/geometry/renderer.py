@@ -11,22 +11,29 @@ import numpy as np
 from jaxtyping import Array, Float, UInt8
 
 from loki_jax.face.asset import HeadAsset
-from loki_jax.face.skinning import Identity, make_identity
+from loki_jax.face.camera import camera_from_world, project
+from loki_jax.face.skinning import Identity, landmark_positions, make_identity, world_vertices
 from loki_jax.face.types import Camera, Coefficients
+from loki_jax.fitting.points import LANDMARK_SET
 from loki_jax.geometry.align import Alignment, align, aligned_identity, no_alignment
+from loki_jax.geometry.eyes import IRIS_CENTRES, Eye, make_eye, paint_eye
 from loki_jax.geometry.motion import Rig, head_motion, make_rig, source_positions
-from loki_jax.geometry.warp import (
-    Texture,
-    make_texture,
-    region_positions,
-    sample,
-    shrinkage,
-    to_uint8,
+from loki_jax.geometry.mouth import Mouth, make_mouth, paint_mouth
+from loki_jax.geometry.outline import (
+    EYE_OUTLINES,
+    INNER_LIPS,
+    distance_inside,
+    fill_smoothly,
+    patch_size,
+    region_box,
 )
+from loki_jax.geometry.warp import Texture, make_texture, region_positions, sample, shrinkage, to_uint8
+
+_CHIN = 152
 
 
 class Scene(NamedTuple):
-    """A portrait made ready for animation: pytree of arrays."""
+    """A portrait made ready for animation."""
 
     identity: Identity
     alignment: Alignment
@@ -34,6 +41,23 @@ class Scene(NamedTuple):
     coefficients: Coefficients
     camera: Camera
     skin: Texture
+    eyes: tuple[Eye, Eye]
+    mouth: Mouth
+
+
+class Layout(NamedTuple):
+    """Sizes that a compiled frame depends on, pixels.
+
+    Attributes:
+      extent: width and height of the picture.
+      grid: side of the grid of the motion.
+      eye, mouth: height and width of their patches.
+    """
+
+    extent: tuple[int, int]
+    grid: int
+    eye: tuple[int, int]
+    mouth: tuple[int, int]
 
 
 def make_scene(
@@ -42,34 +66,118 @@ def make_scene(
     coefficients: Coefficients,
     camera: Camera,
     crop: Float[np.ndarray, " 4"],
-    points: Float[np.ndarray, "478 _"] | None,
-) -> Scene:
-    coefficients = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), coefficients)
-    camera = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), camera)
+    seen: Float[np.ndarray, "478 _"] | None,
+) -> tuple[Scene, Layout]:
+    """A portrait made ready, and the sizes of its frames.
+
+    Args:
+      picture: RGB.
+      coefficients: of the portrait, without leading axes.
+      camera, crop: of the picture; the head's box in its pixels.
+      seen: landmarks in the picture, pixels; None: those of the head.
+    """
+    as_arrays = functools.partial(jax.tree.map, lambda x: jnp.asarray(x, jnp.float32))
+    coefficients, camera = as_arrays(coefficients), as_arrays(camera)
     identity = make_identity(head, coefficients.betas)
-    if points is None:
+    if seen is None:
         alignment = no_alignment(identity.vertices.shape[0])
     else:
-        alignment = align(head, identity, coefficients, camera, points)
+        alignment = align(head, identity, coefficients, camera, seen)
     aligned = aligned_identity(head, identity, alignment, coefficients)
+    world = world_vertices(head, aligned, coefficients)
+    places = camera_from_world(landmark_positions(head, world, LANDMARK_SET), camera)
+    marks = np.asarray(project(places, camera))
+    seen = marks if seen is None else seen[:, :2]
+    neutral = np.asarray(landmark_positions(head, jnp.asarray(aligned.vertices), LANDMARK_SET))
+
+    limit = picture.shape[:2]
+    widths = [np.linalg.norm(marks[o[8]] - marks[o[0]]) for o in EYE_OUTLINES]
+    eye_patch = patch_size(1.7 * max(widths), limit)
+    mouth_patch = patch_size(2.0 * np.linalg.norm(marks[78] - marks[308]), limit)
+    eyes = [make_eye(picture, marks, seen, side, eye_patch) for side in (0, 1)]
+    white = np.mean([_white(picture, marks, eye) for eye in eyes], axis=0)
+    mouth = make_mouth(
+        head, aligned, picture, np.asarray(camera_from_world(world, camera)), neutral, marks,
+        np.asarray(places[_CHIN]), white, mouth_patch,
+    )  # fmt: skip
     rig = make_rig(head, aligned, coefficients, camera, crop)
-    return jax.tree.map(jnp.asarray, Scene(identity, alignment, rig, coefficients, camera, make_texture(picture)))
+    skin = make_texture(_without_openings(picture, marks))
+    scene = Scene(identity, alignment, rig, coefficients, camera, skin, (eyes[0], eyes[1]), mouth)
+    grid = int(np.clip(64 * np.ceil(4.0 * float(rig.radius) / 1.25 / 64), 192, 640))
+    layout = Layout((limit[1], limit[0]), grid, eye_patch, mouth_patch)
+    return jax.tree.map(jnp.asarray, scene), layout
 
 
-@functools.partial(jax.jit, static_argnames=("size", "extent"))
+def _white(picture, marks, eye: Eye) -> Float[np.ndarray, " 3"]:
+    """White of an eye, or where it shows none the light skin of the face."""
+    x, y, radius = *np.asarray(eye.iris, float), float(eye.radius)
+    height, width, _ = picture.shape
+    rows, columns = np.mgrid[:height, :width]
+    reach = slice(max(0, int(y - 4 * radius)), int(y + 4 * radius) + 1)
+    across = slice(max(0, int(x - 4 * radius)), int(x + 4 * radius) + 1)
+    position = np.stack([columns[reach, across] + 0.5, rows[reach, across] + 0.5], -1).astype(np.float32)
+    inside = np.asarray(distance_inside(position, np.asarray(eye.outline)))
+    away = np.linalg.norm(position - np.array([x, y]), axis=-1) > 1.2 * radius
+    values = picture[reach, across][(inside > 1) & away].astype(np.float64)
+    cheeks = np.clip(marks[[50, 280, 9]].astype(int), 0, [width - 1, height - 1])
+    skin = picture[cheeks[:, 1], cheeks[:, 0]].astype(np.float64)
+    skin = skin[np.argmax(skin.mean(-1))]
+    plain = np.minimum(255, 1.05 * (0.6 * skin + 0.4 * skin.mean()))
+    if len(values) < 10:
+        return plain
+    bright = values[values.mean(-1) >= np.percentile(values.mean(-1), 70)].mean(0)
+    return bright if bright.mean() > 0.75 * plain.mean() else plain
+
+
+def _without_openings(picture, marks) -> UInt8[np.ndarray, "h w 3"]:
+    """The picture with skin in place of eyes and inner mouth."""
+    result = picture.copy()
+    for outline in (*EYE_OUTLINES, INNER_LIPS):
+        points = marks[np.array(outline)]
+        rows, columns = region_box(points, 0.6, picture.shape[:2])
+        y, x = np.mgrid[rows, columns]
+        inside = np.asarray(distance_inside(np.stack([x, y], -1).astype(np.float32) + 0.5, points))
+        part = result[rows, columns].astype(np.float64)
+        hole = inside > 1.5
+        if not hole.any():
+            continue
+        # What is just outside is lashes and shadow; the skin is beyond.
+        filled = fill_smoothly(part, inside < -0.05 * np.ptp(points[:, 0]))
+        share = np.clip(inside - 1.0, 0, 1)[..., None]
+        result[rows, columns] = np.rint(part + share * (filled - part)).astype(np.uint8)
+    return result
+
+
+@functools.partial(jax.jit, static_argnames=("layout",))
 def render_frames(
-    head: HeadAsset, scene: Scene, target: Coefficients, size: int, extent: tuple[int, int]
+    head: HeadAsset, scene: Scene, target: Coefficients, layout: Layout
 ) -> UInt8[Array, "n h w 3"]:
-    def one(target):
-        identity = aligned_identity(head, scene.identity, scene.alignment, target)
-        motion = head_motion(
-            head, identity, scene.rig, scene.coefficients, target, scene.camera, size, extent
-        )
-        position = region_positions(extent[1], extent[0])
-        place, hidden, mirrored = source_positions(motion, scene.rig, position, extent)
-        image = sample(scene.skin, place, shrinkage(place))
-        other = sample(scene.skin, mirrored)
-        image = image + hidden[..., None] * (other - image)
-        return to_uint8(image[..., :3])
+    """Frames of a scene for coefficients (n, ...), one after another."""
+    return jax.lax.map(lambda t: render_frame(head, scene, t, layout), target)
 
-    return jax.lax.map(one, target)
+
+def render_frame(
+    head: HeadAsset, scene: Scene, target: Coefficients, layout: Layout
+) -> UInt8[Array, "h w 3"]:
+    """One frame of a scene; `target` has no leading axes."""
+    camera = scene.camera
+    identity = aligned_identity(head, scene.identity, scene.alignment, target)
+    world = world_vertices(head, identity, target)
+    points = camera_from_world(world, camera)
+    places = camera_from_world(landmark_positions(head, world, LANDMARK_SET), camera)
+    marks = project(places, camera)
+    motion = head_motion(head, points, scene.rig, scene.coefficients, target, camera, layout.grid)
+
+    width, height = layout.extent
+    place, hidden, mirrored = source_positions(
+        motion, scene.rig, region_positions(height, width), layout.extent
+    )
+    image = sample(scene.skin, place, shrinkage(place))
+    other = sample(scene.skin, mirrored)
+    image = image + hidden[..., None] * (other - image)
+    image = paint_mouth(
+        image, scene.mouth, marks[jnp.array(INNER_LIPS)], points, places[_CHIN], camera, layout.mouth
+    )
+    for eye, outline, iris in zip(scene.eyes, EYE_OUTLINES, IRIS_CENTRES, strict=True):
+        image = paint_eye(image, eye, marks[jnp.array(outline)], marks[iris], motion.turn, layout.eye)
+    return to_uint8(image[..., :3])
