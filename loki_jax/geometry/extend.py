@@ -60,8 +60,8 @@ def keep_border(
 ) -> Float[Array, "*b 2"]:
     """Displacements that leave the picture's border where it is and never reach beyond it.
 
-    At a distance d from a border a displacement m across it becomes m d / (d + |m|). Along the border
-    displacements stay.
+    At a distance d from a border a displacement m across it becomes m d / (d^4 + m^4)^(1/4): all of it from
+    2 m on, and never so much that the picture folds. Along the border displacements stay.
 
     Args:
       extent: width and height of the picture.
@@ -69,4 +69,11 @@ def keep_border(
     limit = jnp.array(extent, jnp.float32)
     near = jnp.minimum(position, limit - position) - 0.5  # from the outermost pixels' centres
     near = jnp.maximum(near, 0.0)
-    return shift * near / (near + jnp.abs(shift) + 1e-6)
+    return shift * soft_share(near, jnp.abs(shift))
+
+
+def soft_share(room: Float[Array, "*b"], amount: Float[Array, "*b"]) -> Float[Array, "*b"]:
+    """Factor by which `amount` has to be multiplied so that it stays below `room`."""
+    room, amount = room + 1e-3, amount + 1e-6
+    ratio = room / jnp.maximum(room, amount)
+    return ratio / jnp.sqrt(jnp.sqrt(ratio**4 + (amount / jnp.maximum(room, amount)) ** 4))

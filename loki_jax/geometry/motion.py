@@ -13,6 +13,7 @@ from loki_jax.arrays import ArrayLike
 from loki_jax.face.asset import HeadAsset
 from loki_jax.face.camera import camera_from_world, ndc_from_camera, project
 from loki_jax.face.retarget import head_rotation
+from loki_jax.face.rotation import matrix_from_rotvec, rotvec_from_matrix
 from loki_jax.face.skinning import (
     Identity,
     landmark_positions,
@@ -24,12 +25,13 @@ from loki_jax.face.skinning import (
 from loki_jax.face.types import Camera, Coefficients
 from loki_jax.fitting.points import FACE_OVAL, IRISES, LANDMARK_SET
 from loki_jax.flow import MeshView, flow_between, head_parts, view_cosines, view_mesh
-from loki_jax.geometry.extend import keep_border, push_pull
+from loki_jax.geometry.extend import keep_border, push_pull, soft_share
 from loki_jax.geometry.warp import sample_grid
 from loki_jax.raster import clear_hidden_faces, interpolate, rasterize
 
 _FACE_REACH = (0.012, 0.035)  # metres from the landmarks where the face's own motion begins and ceases to count
 _CHIN = 152
+TURN_LIMIT = np.radians(45.0)
 
 
 class Rig(NamedTuple):
@@ -159,6 +161,31 @@ def head_motion(
     turned = jnp.clip(flow.facing[..., 1] / 0.3, 0.0, 1.0) - jnp.clip(flow.facing[..., 0] / 0.3, 0.0, 1.0)
     hidden = skin * jnp.clip(turned, 0.0, 1.0) * (1 - flow.visibility) * mirrored[..., 2]
     return motion._replace(residual=residual, hidden=hidden)
+
+
+def limit_motion(
+    rig: Rig, portrait: Coefficients, target: Coefficients, camera: Camera, extent: tuple[int, int]
+) -> Coefficients:
+    """The target within what one portrait can show: turned from it by less than 45 degrees (`TURN_LIMIT`),
+    and moved no further than to where the head fills the picture's border. Small motions are not changed.
+    """
+    there = head_rotation(portrait)
+    turn = rotvec_from_matrix(head_rotation(target) @ there.T)
+    angle = jnp.sqrt(jnp.sum(turn**2) + 1e-12)
+    limited = matrix_from_rotvec(turn * soft_share(jnp.float32(TURN_LIMIT), angle)) @ there
+    rot = rotvec_from_matrix(limited @ matrix_from_rotvec(target.neck).T)
+    before = head_rotation(target) @ rig.centre + target.tra
+    # The head turns about its centre where its turn is limited.
+    target = target._replace(rot=rot, tra=before - limited @ rig.centre)
+
+    origin, depth = _centre(rig, target, camera)
+    rest, _ = _centre(rig, portrait, camera)
+    shift, limit = origin - rest, jnp.array(extent, jnp.float32)
+    room = jnp.where(shift > 0, limit - rest, rest) - 0.9 * rig.radius
+    excess = shift * (soft_share(jnp.maximum(room, 0.0), jnp.abs(shift)) - 1)
+    in_camera = jnp.append(excess * depth / camera.intrinsics[:2], 0.0)
+    flip = jnp.array([1.0, -1.0, -1.0])
+    return target._replace(tra=target.tra + flip * (camera.extrinsics[:3, :3].T @ in_camera))
 
 
 def surroundings(motion: Motion, rig: Rig, position: Float[Array, "*b 2"]) -> Float[Array, "*b 2"]:

@@ -112,7 +112,8 @@ def make_mouth(
     unit = np.linalg.norm(neutral[_LEFT] - neutral[_RIGHT]) / _MOUTH_WIDTH / 1000
     line = (neutral[_TOP] + neutral[_BOTTOM]) / 2
 
-    lips = np.clip(marks[[0, 17, 37, 267, 84, 314]], 0, np.array(picture.shape[1::-1]) - 1).astype(int)
+    middle = (marks[[0, 17, 37, 267, 84, 314]] + marks[[13, 14, 82, 312, 87, 317]]) / 2
+    lips = np.clip(middle, 0, np.array(picture.shape[1::-1]) - 1).astype(int)
     lip = picture[lips[:, 1], lips[:, 0]].astype(np.float64).mean(0)
     teeth = 0.9 * white + 0.04 * (lip - white)
     gums = 0.62 * lip + 0.1 * white
@@ -228,9 +229,9 @@ def _paint_arch(place, inside, mouth: Mouth, jaw, pixel):
 
     def row(gaps):
         between = sum(jnp.exp(-(((x - gap) / (0.35 + 0.3 * blur)) ** 2)) for gap in gaps)
-        return 1 - 0.22 * between / (1 + 0.4 * blur)
+        return 1 - 0.15 * between / (1 + 0.4 * blur)
 
-    side = 1 - 0.75 * jnp.clip(x / 27, 0, 1) ** 1.7
+    side = 1 - 0.7 * jnp.clip(x / 28, 0, 1) ** 2
     # Edges of teeth are round, canines are a little longer.
     upper_edge = _UPPER_EDGE + 0.05 * jnp.maximum(x - 6, 0)
     lower_edge = _LOWER_EDGE - 0.03 * x
@@ -246,7 +247,7 @@ def _paint_arch(place, inside, mouth: Mouth, jaw, pixel):
     back = dark + (0.62 * tongue)[..., None] * (gums - dark)
     colour = back + is_lower[..., None] * (lower - back)
     colour = colour + is_upper[..., None] * (upper - colour)
-    lit = side * (0.5 + 0.5 * smoothstep(0.0, 3.5, inside))
+    lit = side * (0.7 + 0.3 * smoothstep(0.0, 2.5, inside))
     return dark + lit[..., None] * (colour - dark)
 
 

@@ -20,17 +20,14 @@ def distance_inside(
     position: Float[ArrayLike, "*b 2"], outline: Float[ArrayLike, "n 2"]
 ) -> Float[Array, "*b"]:
     """Distance to a closed outline, positive inside of it."""
-    position, outline = jnp.asarray(position), jnp.asarray(outline)
-    nearest = jnp.full(position.shape[:-1], jnp.inf)
-    inside = jnp.zeros(position.shape[:-1], bool)
-    for k in range(outline.shape[0]):
-        a, b = outline[k], outline[(k + 1) % outline.shape[0]]
-        edge, to = b - a, position - a
-        along = jnp.clip((to @ edge) / (edge @ edge + 1e-9), 0.0, 1.0)
-        nearest = jnp.minimum(nearest, jnp.sum((to - along[..., None] * edge) ** 2, -1))
-        crosses = (a[1] <= position[..., 1]) != (b[1] <= position[..., 1])
-        left_of = (position[..., 0] - a[0]) * (b[1] - a[1]) - (position[..., 1] - a[1]) * (b[0] - a[0])
-        inside = inside ^ (crosses & ((left_of < 0) == (b[1] > a[1])))
+    a = jnp.asarray(outline)
+    b = jnp.roll(a, -1, axis=0)
+    edge, to = b - a, jnp.asarray(position)[..., None, :] - a
+    along = jnp.clip(jnp.sum(to * edge, -1) / (jnp.sum(edge * edge, -1) + 1e-9), 0.0, 1.0)
+    nearest = jnp.min(jnp.sum((to - along[..., None] * edge) ** 2, -1), -1)
+    crosses = (to[..., 1] >= 0) != (to[..., 1] >= edge[..., 1])
+    beside = (to[..., 0] * edge[..., 1] - to[..., 1] * edge[..., 0] < 0) == (edge[..., 1] > 0)
+    inside = jnp.sum(crosses & beside, -1) % 2 == 1
     return jnp.where(inside, 1.0, -1.0) * jnp.sqrt(nearest + 1e-12)
 
 

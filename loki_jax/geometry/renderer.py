@@ -17,7 +17,7 @@ from loki_jax.face.types import Camera, Coefficients
 from loki_jax.fitting.points import LANDMARK_SET
 from loki_jax.geometry.align import Alignment, align, aligned_identity, no_alignment
 from loki_jax.geometry.eyes import IRIS_CENTRES, Eye, make_eye, paint_eye
-from loki_jax.geometry.motion import Rig, head_motion, make_rig, source_positions
+from loki_jax.geometry.motion import Rig, head_motion, limit_motion, make_rig, source_positions
 from loki_jax.geometry.mouth import Mouth, make_mouth, paint_mouth
 from loki_jax.geometry.outline import (
     EYE_OUTLINES,
@@ -161,6 +161,7 @@ def render_frame(
 ) -> UInt8[Array, "h w 3"]:
     """One frame of a scene; `target` has no leading axes."""
     camera = scene.camera
+    target = limit_motion(scene.rig, scene.coefficients, target, camera, layout.extent)
     identity = aligned_identity(head, scene.identity, scene.alignment, target)
     world = world_vertices(head, identity, target)
     points = camera_from_world(world, camera)
