@@ -74,8 +74,14 @@ def align(
     marks = head.landmarks[LANDMARK_SET]
     present = np.asarray(marks.face) >= 0
     n_vertices = np.asarray(identity.vertices).shape[-2]
-    canonical = np.asarray(landmark_positions(head, jnp.asarray(identity.vertices), LANDMARK_SET), np.float64)
+    domain = _open_mouth(head, identity, coefficients)
+    canonical = np.asarray(landmark_positions(head, domain, LANDMARK_SET), np.float64)
     used = present & ~np.isin(np.arange(len(present)), IRISES)
+    # Of landmarks at one place of the head, those of the openings count.
+    order = np.concatenate([np.concatenate(OPENINGS, axis=None), np.arange(len(present))])
+    order = order[np.sort(np.unique(order, return_index=True)[1])]
+    _, first = np.unique(np.round(canonical[order], 4), axis=0, return_index=True)
+    used &= np.isin(np.arange(len(present)), order[first])
     # The network slides the face oval along the silhouette.
     trust = np.where(np.isin(np.arange(len(present)), FACE_OVAL), 0.5, 1.0)
     alignment = no_alignment(n_vertices)._replace(
@@ -89,8 +95,8 @@ def align(
             apart[k, upper], apart[k, lower] = half, -half
         together = residual - apart.sum(0)
         alignment = alignment._replace(
-            common=alignment.common + _spread(identity, canonical, together, used),
-            opening=alignment.opening + np.stack([_spread(identity, canonical, x, used) for x in apart]),
+            common=alignment.common + _spread(domain, canonical, together, used),
+            opening=alignment.opening + np.stack([_spread(domain, canonical, x, used) for x in apart]),
         )
     return alignment
 
@@ -124,9 +130,18 @@ def _residual(head, identity, coefficients, camera, alignment, points) -> Float[
     return in_world @ np.asarray(head_rotation(coefficients))
 
 
-def _spread(identity: Identity, canonical, values, used) -> Float[np.ndarray, "V 3"]:
+def _open_mouth(head: HeadAsset, identity: Identity, coefficients: Coefficients) -> Float[Array, "V 3"]:
+    """The neutral head with its mouth open, where upper and lower lip are far from each other; metres."""
+    still = jax.tree.map(jnp.zeros_like, coefficients)
+    if head.joint("jaw") is not None:
+        return head_vertices(head, identity, still._replace(jaw=jnp.array([0.4, 0.0, 0.0])))
+    axis = np.array([name.lower() == "jawopen" for name in head.expression_names], np.float32)
+    return head_vertices(head, identity, still._replace(expression=jnp.asarray(axis)))
+
+
+def _spread(domain, canonical, values, used) -> Float[np.ndarray, "V 3"]:
     """Values at landmarks, smoothly interpolated to all vertices, fading away from the landmarks."""
-    vertices = np.asarray(identity.vertices, np.float64)
+    vertices = np.asarray(domain, np.float64)
     smooth = scipy.interpolate.RBFInterpolator(
         canonical[used], values[used], kernel="linear", smoothing=2e-4, degree=0
     )

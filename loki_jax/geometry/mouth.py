@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
@@ -36,6 +37,7 @@ _UPPER_EDGE, _UPPER_GUM = -2.0, 8.0  # of the front teeth, above the line of the
 _LOWER_EDGE, _LOWER_GUM = -1.5, -9.5
 _UPPER_GAPS = (0.0, 8.5, 15.0, 22.5, 29.5)  # between teeth, from the middle
 _LOWER_GAPS = (0.0, 5.3, 11.2, 18.0, 25.0)
+MARGIN = 0.02  # of the width of the mouth, around open lips
 _TOP, _BOTTOM, _CHIN, _RIGHT, _LEFT = 13, 14, 152, 78, 308
 
 
@@ -53,7 +55,10 @@ class Mouth(NamedTuple):
       pose: that map (3, 4) in the portrait.
       jaw: the chin in the head's axes in the portrait, metres.
       jaw_rest: the chin of the neutral head.
+      upper_edge: of the upper front teeth, above `line`, millimetres of the arch.
       open: share to which the portrait's mouth is open wide.
+      gap: between the lips, in widths of the mouth.
+      margin: around the inner lips, in widths of the mouth, that counts as open mouth while that gap is open.
       colours: of teeth, gums and dark, in [0, 255].
     """
 
@@ -67,7 +72,10 @@ class Mouth(NamedTuple):
     pose: Float[ArrayLike, "3 4"]
     jaw: Float[ArrayLike, " 3"]
     jaw_rest: Float[ArrayLike, " 3"]
+    upper_edge: Float[ArrayLike, ""]
     open: Float[ArrayLike, ""]
+    gap: Float[ArrayLike, ""]
+    margin: Float[ArrayLike, ""]
     colours: Float[ArrayLike, "3 3"]
 
 
@@ -75,6 +83,7 @@ def make_mouth(
     head: HeadAsset,
     identity: Identity,
     picture: UInt8[np.ndarray, "h w 3"],
+    camera: Camera,
     points: Float[np.ndarray, "V 3"],
     neutral: Float[np.ndarray, "478 3"],
     marks: Float[np.ndarray, "478 2"],
@@ -99,9 +108,9 @@ def make_mouth(
     position = np.asarray(patch_positions((jnp.int32(row), jnp.int32(column)), size))
     inside = np.asarray(distance_inside(position, outline))
     gap = 2 * inside.max() / width
-    seen = np.clip((inside - 0.004 * width) / (0.012 * width + 0.5) + 0.5, 0, 1) * np.clip(
-        (gap - 0.03) / 0.03, 0, 1
-    )
+    is_open = np.clip((gap - 0.03) / 0.03, 0, 1)
+    # With the blurred edge of the lips.
+    seen = is_open * np.clip((inside + (MARGIN + 0.01) * width) / (0.01 * width + 0.5), 0, 1)
 
     steady = _steady_vertices(head, neutral)
     vertices = np.asarray(identity.vertices, np.float64)
@@ -115,7 +124,21 @@ def make_mouth(
     middle = (marks[[0, 17, 37, 267, 84, 314]] + marks[[13, 14, 82, 312, 87, 317]]) / 2
     lips = np.clip(middle, 0, np.array(picture.shape[1::-1]) - 1).astype(int)
     lip = picture[lips[:, 1], lips[:, 0]].astype(np.float64).mean(0)
-    teeth = 0.9 * white + 0.04 * (lip - white)
+    white = white * max(1.0, 0.9 * lip.max() / white.max())
+    teeth = 0.95 * white + 0.06 * (lip - white)
+    upper_edge = _UPPER_EDGE
+    camera = jax.tree.map(np.asarray, camera)
+    if is_open > 0:
+        middle = marks[_TOP] + np.linspace(0.1, 0.9, 9)[:, None] * (marks[_BOTTOM] - marks[_TOP])
+        columns_, rows_ = np.clip(middle.astype(int) - [column, row], 0, np.array(size[::-1]) - 1).T
+        shown = crop[rows_, columns_].astype(np.float64)
+        bright = shown.mean(-1) > 0.55 * teeth.mean()
+        if bright[:6].mean() > 0.6:
+            teeth = np.median(shown[bright], axis=0) / 0.92
+        if bright[-3:].all():
+            # The upper teeth reach down to the lower lip.
+            below = _meet_arch(marks[_BOTTOM][None], line, unit, pose, camera)[0, 1]
+            upper_edge = min(upper_edge, (float(below) - line[1]) / unit - 0.7)
     gums = 0.62 * lip + 0.1 * white
     dark = 0.13 * lip
     return Mouth(
@@ -129,7 +152,10 @@ def make_mouth(
         pose.astype(np.float32),
         jaw.astype(np.float32),
         neutral[_CHIN].astype(np.float32),
+        np.float32(upper_edge),
         np.float32(np.clip((gap - 0.12) / 0.15, 0, 1)),
+        np.float32(np.linalg.norm(outline[15] - outline[5]) / width),
+        np.float32(MARGIN * is_open),
         np.stack([teeth, gums, dark]).astype(np.float32),
     )
 
@@ -167,17 +193,20 @@ def paint_mouth(
     position = patch_positions(corner, size)
     inside = distance_inside(position, outline)
     pose = points[mouth.steady].T @ mouth.inverse
-    place = _meet_arch(position, mouth, pose, camera)
+    place = _meet_arch(position, mouth.line, mouth.unit, pose, camera)
     jaw = jnp.linalg.solve(pose[:, :3], chin - pose[:, 3])
 
+    # The lips' own edges are blurred with what is behind them; closed lips have nothing behind them.
+    gap = jnp.linalg.norm(outline[15] - outline[5])
     span = jnp.sqrt(jnp.sum((outline[10] - outline[0]) ** 2) + 1e-6)
     pixel = mouth.unit * 1000 * _MOUTH_WIDTH / span  # metres
-    colour = _paint_arch(place, inside * pixel / mouth.unit / 1.0, mouth, jaw, pixel / mouth.unit)
+    margin = mouth.margin * span * jnp.clip(gap / (mouth.gap * span + 1e-6), 0.0, 1.0)
+    colour = _paint_arch(place, inside * pixel / mouth.unit, mouth, jaw, pixel / mouth.unit)
 
     # The portrait's own teeth: those of the upper jaw, towards the lower lip those of the lower one.
     upper = _project_with(mouth.pose, place, camera)
     lower = _project_with(mouth.pose, place - (jaw - mouth.jaw), camera)
-    edges = _meet_arch(outline[jnp.array([15, 5])], mouth, pose, camera)[..., 1]
+    edges = _meet_arch(outline[jnp.array([15, 5])], mouth.line, mouth.unit, pose, camera)[..., 1]
     down = (edges[0] - place[..., 1]) / jnp.maximum(edges[0] - edges[1], 1e-4)
     share = mouth.open * smoothstep(0.35, 0.85, down)[..., None]
     own = sample(mouth.inner, upper + share * (lower - upper) - mouth.corner)
@@ -185,28 +214,27 @@ def paint_mouth(
     painted = colour + seen * (own[..., :3] - colour)
 
     # As long as nothing moves the picture is right as it is.
-    moved = jnp.max(jnp.linalg.norm(_project_with(mouth.pose, _meet_arch(outline, mouth, pose, camera), camera)
+    moved = jnp.max(jnp.linalg.norm(_project_with(mouth.pose, _meet_arch(outline, mouth.line, mouth.unit, pose, camera), camera)
                                     - mouth.outline, axis=-1))  # fmt: skip
     changed = smoothstep(0.01, 0.05, moved / span)
     still = sample(mouth.inner, upper - mouth.corner)[..., :3]
     result = still + changed * (painted - still)
     result = jnp.concatenate([result, jnp.zeros_like(result[..., :1])], -1)
-    return paint_patch(image, result, jnp.clip(0.5 + inside, 0.0, 1.0), corner)
+    return paint_patch(image, result, jnp.clip(0.5 + inside + margin, 0.0, 1.0), corner)
 
 
-def _meet_arch(position, mouth: Mouth, pose, camera: Camera):
+def _meet_arch(position, line, unit, pose, camera: Camera):
     """Where the rays of pixels meet the arch of the teeth, in the head's axes, metres."""
     ray = (position - camera.intrinsics[2:]) / camera.intrinsics[:2]
     ray = jnp.concatenate([ray, jnp.ones_like(ray[..., :1])], -1)
     inverse = jnp.linalg.inv(pose[:, :3])
     start = -inverse @ pose[:, 3]
     direction = jnp.einsum("ij,...j->...i", inverse, ray)
-    unit = mouth.unit
-    depth = jnp.full(position.shape[:-1], mouth.line[2] - _SETBACK * unit)
+    depth = jnp.full(position.shape[:-1], line[2] - _SETBACK * unit)
     for _ in range(3):
         point = start + ((depth - start[2]) / direction[..., 2])[..., None] * direction
-        across = (point[..., 0] - mouth.line[0]) / unit
-        depth = mouth.line[2] - _SETBACK * unit - unit * jnp.minimum(across**2 / (2 * _ARCH), 25.0)
+        across = (point[..., 0] - line[0]) / unit
+        depth = line[2] - _SETBACK * unit - unit * jnp.minimum(across**2 / (2 * _ARCH), 25.0)
     return point
 
 
@@ -233,7 +261,7 @@ def _paint_arch(place, inside, mouth: Mouth, jaw, pixel):
 
     side = 1 - 0.7 * jnp.clip(x / 28, 0, 1) ** 2
     # Edges of teeth are round, canines are a little longer.
-    upper_edge = _UPPER_EDGE + 0.05 * jnp.maximum(x - 6, 0)
+    upper_edge = mouth.upper_edge + 0.05 * jnp.maximum(x - 6, 0)
     lower_edge = _LOWER_EDGE - 0.03 * x
     is_upper = above(upper_edge, y) * (x < 30)
     is_lower = (1 - above(lower_edge, below)) * (x < 27)

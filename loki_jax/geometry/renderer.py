@@ -97,11 +97,11 @@ def make_scene(
     eyes = [make_eye(picture, marks, seen, side, eye_patch) for side in (0, 1)]
     white = np.mean([_white(picture, marks, eye) for eye in eyes], axis=0)
     mouth = make_mouth(
-        head, aligned, picture, np.asarray(camera_from_world(world, camera)), neutral, marks,
+        head, aligned, picture, camera, np.asarray(camera_from_world(world, camera)), neutral, marks,
         np.asarray(places[_CHIN]), white, mouth_patch,
     )  # fmt: skip
     rig = make_rig(head, aligned, coefficients, camera, crop)
-    skin = make_texture(_without_openings(picture, marks))
+    skin = make_texture(_without_openings(picture, marks, float(mouth.margin)))
     scene = Scene(identity, alignment, rig, coefficients, camera, skin, (eyes[0], eyes[1]), mouth)
     grid = int(np.clip(64 * np.ceil(4.0 * float(rig.radius) / 1.25 / 64), 192, 640))
     layout = Layout((limit[1], limit[0]), grid, eye_patch, mouth_patch)
@@ -126,10 +126,10 @@ def _white(picture, marks, eye: Eye) -> Float[np.ndarray, " 3"]:
     if len(values) < 10:
         return plain
     bright = values[values.mean(-1) >= np.percentile(values.mean(-1), 70)].mean(0)
-    return bright if bright.mean() > 0.75 * plain.mean() else plain
+    return bright * max(1.0, 0.9 * plain.mean() / bright.mean())
 
 
-def _without_openings(picture, marks) -> UInt8[np.ndarray, "h w 3"]:
+def _without_openings(picture, marks, lip_margin: float) -> UInt8[np.ndarray, "h w 3"]:
     """The picture with skin in place of eyes and inner mouth."""
     result = picture.copy()
     for outline in (*EYE_OUTLINES, INNER_LIPS):
@@ -138,11 +138,13 @@ def _without_openings(picture, marks) -> UInt8[np.ndarray, "h w 3"]:
         y, x = np.mgrid[rows, columns]
         inside = np.asarray(distance_inside(np.stack([x, y], -1).astype(np.float32) + 0.5, points))
         part = result[rows, columns].astype(np.float64)
-        hole = inside > 1.5
-        if not hole.any():
+        width = np.ptp(points[:, 0])
+        if outline is INNER_LIPS:
+            inside = inside + lip_margin * width
+        if inside.max() < 1.5:
             continue
         # What is just outside is lashes and shadow; the skin is beyond.
-        filled = fill_smoothly(part, inside < -0.05 * np.ptp(points[:, 0]))
+        filled = fill_smoothly(part, inside < -0.05 * width)
         share = np.clip(inside - 1.0, 0, 1)[..., None]
         result[rows, columns] = np.rint(part + share * (filled - part)).astype(np.uint8)
     return result
