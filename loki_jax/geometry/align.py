@@ -35,6 +35,8 @@ OPENINGS = tuple(np.array(pairs).T for pairs in (_INNER_LIPS, _RIGHT_LIDS, _LEFT
 
 _REACH = 0.02  # metres from the nearest landmark within which a displacement fades by 1/e
 _CLOSED = 0.0004  # metres: an opening smaller than this is closed
+_BLINK = (0.2, 0.6)  # of the neutral opening: below the first lids are shut, from the second on as the model says
+_LIPS = (0.0012, 0.005)  # metres, the same for lips
 _ROUNDS = 3
 
 
@@ -45,18 +47,21 @@ class Alignment(NamedTuple):
       common: of all poses.
       opening: further ones for lips, right and left lids, at the openings of the portrait.
       gaps: those openings: mean distance between upper and lower points of the model, metres.
+      closing: displacement that closes lips, right and left lids, per metre between them.
+      limits: openings below the first are shut, from the second on they are as the model says; metres.
     """
 
     common: Float[ArrayLike, "V 3"]
     opening: Float[ArrayLike, "3 V 3"]
     gaps: Float[ArrayLike, " 3"]
+    closing: Float[ArrayLike, "3 V 3"]
+    limits: Float[ArrayLike, "2 3"]
 
 
 def no_alignment(n_vertices: int) -> Alignment:
     """The head as it was fitted."""
-    return Alignment(
-        np.zeros((n_vertices, 3), np.float32), np.zeros((3, n_vertices, 3), np.float32), np.ones(3, np.float32)
-    )
+    zero = np.zeros((3, n_vertices, 3), np.float32)
+    return Alignment(zero[0], zero, np.ones(3, np.float32), zero, np.array([[0.0] * 3, [1e-6] * 3], np.float32))
 
 
 def align(
@@ -84,9 +89,19 @@ def align(
     used &= np.isin(np.arange(len(present)), order[first])
     # The network slides the face oval along the silhouette.
     trust = np.where(np.isin(np.arange(len(present)), FACE_OVAL), 0.5, 1.0)
+    neutral = np.asarray(landmark_positions(head, jnp.asarray(identity.vertices), LANDMARK_SET), np.float64)
+    wide = np.asarray(openings(head, jnp.asarray(identity.vertices)))
+    shut = np.zeros((3, len(present), 3))
+    for k, (upper, lower) in enumerate(OPENINGS):
+        way = _toward(neutral[lower] - neutral[upper])
+        # The upper lid comes down to the lower one, lips meet half-way.
+        shut[k, upper], shut[k, lower] = (way, 0 * way) if k else (way / 2, -way / 2)
     alignment = no_alignment(n_vertices)._replace(
-        gaps=np.asarray(openings(head, head_vertices(head, identity, coefficients)))
+        closing=np.stack([_spread(domain, canonical, x, used) for x in shut]),
+        limits=np.array([[low, *(_BLINK[j] * wide[1:])] for j, low in enumerate(_LIPS)], np.float32),
     )
+    gaps = openings(head, head_vertices(head, identity, coefficients))
+    alignment = alignment._replace(gaps=np.asarray(_blinked(alignment, gaps)))
     for _ in range(_ROUNDS):
         residual = trust[:, None] * _residual(head, identity, coefficients, camera, alignment, points)
         apart = np.zeros((3, len(present), 3))
@@ -113,9 +128,24 @@ def aligned_identity(
 ) -> Identity:
     """The identity whose vertices are displaced for the openings of `coefficients` (*b): vertices (*b, V, 3)."""
     gaps = openings(head, head_vertices(head, identity, coefficients))
-    share = jnp.clip((gaps + _CLOSED) / (alignment.gaps + _CLOSED), 0.0, 1.0)
-    opening = sum(share[..., k, None, None] * alignment.opening[k] for k in range(3))
-    return identity._replace(vertices=identity.vertices + alignment.common + opening)
+    blinked = _blinked(alignment, gaps)
+    share = jnp.clip((blinked + _CLOSED) / (alignment.gaps + _CLOSED), 0.0, 1.0)
+    offset = sum(share[..., k, None, None] * alignment.opening[k] for k in range(3))
+    extra = gaps - blinked
+    offset = offset + sum(extra[..., k, None, None] * alignment.closing[k] for k in range(3))
+    return identity._replace(vertices=identity.vertices + alignment.common + offset)
+
+
+def _blinked(alignment: Alignment, gaps: Float[Array, "*b 3"]) -> Float[Array, "*b 3"]:
+    """Openings where those that are nearly closed are shut: fits of blinks and of closed lips stop short."""
+    shut, full = alignment.limits
+    return jnp.where(gaps < full, jnp.maximum(gaps - shut, 0.0) * full / (full - shut), gaps)
+
+
+def _toward(offset: Float[np.ndarray, "n 3"]) -> Float[np.ndarray, "n 3"]:
+    """Offsets from upper to lower points over their mean length; straight down where they hardly differ."""
+    length = np.linalg.norm(offset, axis=-1).mean()
+    return offset / length if length > _CLOSED else np.broadcast_to([0.0, -1.0, 0.0], offset.shape)
 
 
 def _residual(head, identity, coefficients, camera, alignment, points) -> Float[np.ndarray, "478 3"]:

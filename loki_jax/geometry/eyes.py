@@ -17,6 +17,7 @@ from loki_jax.geometry.outline import (
     EYE_OUTLINES,
     distance_inside,
     fill_smoothly,
+    nearest_on_line,
     paint_patch,
     patch_corner,
     patch_positions,
@@ -26,6 +27,8 @@ from loki_jax.geometry.warp import Texture, make_texture, sample
 
 IRIS_CENTRES = (468, 473)
 _CORNERS = (0, 8)  # of an outline
+_UPPER = np.array([0, 15, 14, 13, 12, 11, 10, 9, 8])  # the upper lid, of an outline, from the outer corner
+LASHES = 0.1  # height of the lashes above the upper lid's edge, in widths of the eye
 
 
 class Eye(NamedTuple):
@@ -181,7 +184,26 @@ def paint_eye(
     changed = smoothstep(0.01, 0.05, jnp.maximum(lid_move, gaze_move) / span)
     colour = own + changed * (ball - own)
     alpha = jnp.clip(0.5 + lids, 0.0, 1.0)
-    return paint_patch(image, colour, alpha, corner)
+    image = paint_patch(image, colour, alpha, corner)
+
+    # Lashes keep their size while the skin of the lid is stretched.
+    edge, edge_there = nearest_on_line(position, outline[_UPPER], eye.model_outline[_UPPER])
+    lashes = sample(eye.still, edge_there + jnp.einsum("ij,...j->...i", turn, position - edge) - eye.corner)
+    height = above_lid(position, edge, outline) / (LASHES * span / scale)
+    alpha = jnp.where(height >= 0, 1 - smoothstep(0.7, 1.0, height), 0.0) * (1 - alpha)
+    return paint_patch(image, lashes, alpha, corner)
+
+
+def above_lid(
+    position: Float[ArrayLike, "*b 2"], edge: Float[ArrayLike, "*b 2"], outline: Float[ArrayLike, "16 2"]
+) -> Float[Array, "*b"]:
+    """Distance of positions from their nearest points on the upper lid's edge; negative below it."""
+    outline = jnp.asarray(outline)
+    along = outline[_CORNERS[1]] - outline[_CORNERS[0]]
+    up = jnp.array([-along[1], along[0]])
+    up = up * jnp.where(up[1] > 0, -1.0, 1.0)
+    offset = jnp.asarray(position) - edge
+    return jnp.sign(offset @ up) * jnp.sqrt(jnp.sum(offset**2, -1) + 1e-12)
 
 
 def _corner_map(outline, portrait_outline, turn):
@@ -195,3 +217,13 @@ def _corner_map(outline, portrait_outline, turn):
     scale = jnp.sqrt(turn[0, 0] ** 2 + turn[1, 0] ** 2)
     matrix = jnp.outer(there / length, along / length) + scale * jnp.outer(across_there, across)
     return lambda x: c + jnp.einsum("ij,...j->...i", matrix, x - a)
+
+
+def lash_share(
+    position: Float[np.ndarray, "*b 2"], outline: Float[np.ndarray, "16 2"]
+) -> Float[np.ndarray, "*b"]:
+    """Share in [0, 1] to which positions of the portrait are lashes that `paint_eye` always paints over."""
+    edge, _ = nearest_on_line(position, outline[_UPPER], outline[_UPPER])
+    width = np.linalg.norm(outline[_CORNERS[1]] - outline[_CORNERS[0]])
+    height = np.asarray(above_lid(position, edge, outline)) / (LASHES * width)
+    return np.where(height >= 0, np.clip((0.7 - height) / 0.2, 0, 1), 0.0)

@@ -31,6 +31,20 @@ def distance_inside(
     return jnp.where(inside, 1.0, -1.0) * jnp.sqrt(nearest + 1e-12)
 
 
+def nearest_on_line(
+    position: Float[ArrayLike, "*b 2"], line: Float[ArrayLike, "n 2"], other: Float[ArrayLike, "n 2"]
+) -> tuple[Float[Array, "*b 2"], Float[Array, "*b 2"]]:
+    """The nearest point of a line through n points, and the same point of another line."""
+    line, other = jnp.asarray(line), jnp.asarray(other)
+    a, edge = line[:-1], line[1:] - line[:-1]
+    to = jnp.asarray(position)[..., None, :] - a
+    along = jnp.clip(jnp.sum(to * edge, -1) / (jnp.sum(edge * edge, -1) + 1e-9), 0.0, 1.0)
+    nearest = jnp.argmin(jnp.sum((to - along[..., None] * edge) ** 2, -1), -1)
+    share = jnp.take_along_axis(along, nearest[..., None], -1)
+    there = other[:-1][nearest] + share * (other[1:] - other[:-1])[nearest]
+    return a[nearest] + share * edge[nearest], there
+
+
 def smoothstep(low: float, high: float, x: Array) -> Array:
     """Cubic step from 0 at `low` to 1 at `high`."""
     t = jnp.clip((x - low) / (high - low), 0.0, 1.0)

@@ -16,7 +16,7 @@ from loki_jax.face.skinning import Identity, landmark_positions, make_identity, 
 from loki_jax.face.types import Camera, Coefficients
 from loki_jax.fitting.points import LANDMARK_SET
 from loki_jax.geometry.align import Alignment, align, aligned_identity, no_alignment
-from loki_jax.geometry.eyes import IRIS_CENTRES, Eye, make_eye, paint_eye
+from loki_jax.geometry.eyes import IRIS_CENTRES, LASHES, Eye, lash_share, make_eye, paint_eye
 from loki_jax.geometry.motion import Rig, head_motion, limit_motion, make_rig, source_positions
 from loki_jax.geometry.mouth import Mouth, make_mouth, paint_mouth
 from loki_jax.geometry.outline import (
@@ -136,7 +136,8 @@ def _without_openings(picture, marks, lip_margin: float) -> UInt8[np.ndarray, "h
         points = marks[np.array(outline)]
         rows, columns = region_box(points, 0.6, picture.shape[:2])
         y, x = np.mgrid[rows, columns]
-        inside = np.asarray(distance_inside(np.stack([x, y], -1).astype(np.float32) + 0.5, points))
+        position = np.stack([x, y], -1).astype(np.float32) + 0.5
+        inside = np.asarray(distance_inside(position, points))
         part = result[rows, columns].astype(np.float64)
         width = np.ptp(points[:, 0])
         if outline is INNER_LIPS:
@@ -144,8 +145,13 @@ def _without_openings(picture, marks, lip_margin: float) -> UInt8[np.ndarray, "h
         if inside.max() < 1.5:
             continue
         # What is just outside is lashes and shadow; the skin is beyond.
-        filled = fill_smoothly(part, inside < -0.05 * width)
+        beyond = inside < -0.05 * width
+        if outline is not INNER_LIPS:
+            beyond = inside < -LASHES * width
+        filled = fill_smoothly(part, beyond)
         share = np.clip(inside - 1.0, 0, 1)[..., None]
+        if outline is not INNER_LIPS:
+            share = np.maximum(share, lash_share(position, points)[..., None])
         result[rows, columns] = np.rint(part + share * (filled - part)).astype(np.uint8)
     return result
 
