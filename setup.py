@@ -34,6 +34,7 @@ CORE = [
     "matplotlib>=3.9",
     "av>=15.0",
     "safetensors>=0.5",
+    "msgpack>=1.0",  # Flax files; Flax depends on it, too
 ]
 
 EXTRAS = {

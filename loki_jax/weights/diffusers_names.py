@@ -74,15 +74,15 @@ def diffusers_autoencoder_table(autoencoder: AutoencoderKL, prefix: str = "") ->
     for path, (_, layout) in autoencoder_table(autoencoder).items():
         module, _, leaf = path.rpartition("/")
         part, _, rest = module.partition("/")
+        block, _, layer = rest.rpartition("/")
         if not rest:
             name = _VAE_LAYERS[part]
-        elif rest.startswith("middle/attention/"):
-            name = f"{part}.mid_block.attentions.0.{_VAE_ATTENTION[rest.removeprefix('middle/attention/')]}"
-            layout = "linear" if layout == "conv1x1" else layout
+        elif not block:
+            name = f"{part}.{_block(layer, len(autoencoder.widths))}"
         else:
-            block, layer = re.fullmatch(r"(middle/\w+?|\w+?)(?:/(\w+))?", rest).groups()
-            name = f"{part}.{_block(block, len(autoencoder.widths))}"
-            name += f".{_VAE_LAYERS.get(layer, layer)}" if layer else ""
+            if block == "middle/attention":
+                layer, layout = _VAE_ATTENTION[layer], "linear" if layout == "conv1x1" else layout
+            name = f"{part}.{_block(block, len(autoencoder.widths))}.{_VAE_LAYERS.get(layer, layer)}"
         table[path] = LdmWeight(f"{prefix}{name}.{_leaf(leaf)}", layout)
     return table
 
@@ -98,14 +98,13 @@ def flax_table(table: Table) -> Table:
     """The same weights in diffusers' Flax models, from a table of its PyTorch models."""
     flax = {}
     for path, (name, layout) in table.items():
-        if path.startswith(("encoder/", "decoder/")) or "/encoder/" in path or "/decoder/" in path:
+        if re.search("(^|/)(encoder|decoder)/", path):
             for new, old in _VAE_ATTENTION_OLD.items():
                 name = name.replace(f"mid_block.attentions.0.{new}.", f"mid_block.attentions.0.{old}.")
         module, _, _ = name.rpartition(".")
         module = re.sub(r"\.(\d+)", r"_\1", module).replace(".", "/")
-        flax[path] = LdmWeight(
-            f"{module}/{path.rpartition('/')[2]}", "pointwise" if layout == "conv1x1" else "vector"
-        )
+        layout = "pointwise" if layout == "conv1x1" else "vector"
+        flax[path] = LdmWeight(f"{module}/{path.rpartition('/')[2]}", layout)
     return flax
 
 

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks.tiny_run import SIZE, tiny_config, write_shards
 from configs import demo, hdtf
 from loki_jax.data.schema import DatasetError
 from loki_jax.face.builtin import builtin_head
@@ -19,6 +18,7 @@ from loki_jax.training.config import CheckpointError
 from loki_jax.training.init import initial_params
 from loki_jax.training.logging import read_metrics
 from loki_jax.training.model_file import load_model_file, save_model_file
+from tests.training.tiny_run import SIZE, tiny_config, write_shards
 
 
 @pytest.fixture(scope="module")

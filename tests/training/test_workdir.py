@@ -6,7 +6,6 @@ import shutil
 import jax
 import pytest
 
-from benchmarks.tiny_run import tiny_config, write_shards
 from configs import hdtf
 from loki_jax.data.reader import open_dataset
 from loki_jax.diffusion.schedule import make_schedule
@@ -17,6 +16,7 @@ from loki_jax.training.faults import ExitCode, exit_code
 from loki_jax.training.samples import check_sampling
 from loki_jax.training.sharding import make_mesh
 from loki_jax.training.workdir import clips_digest, describe_run, prepare_workdir, record_start
+from tests.training.tiny_run import tiny_config, write_shards
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +51,13 @@ def test_a_workdir_whose_checkpoints_are_gone_is_refused(shards, trained):
     config, dataset = tiny_config(shards), open_dataset(shards)
     with pytest.raises(CheckpointError, match=r"checkpoints: missing, but metrics.jsonl"):
         prepare_workdir(trained, config, dataset, dataset.head())
+    (trained / "checkpoints").mkdir()
+    prepare_workdir(trained, config, dataset, dataset.head())  # ended before its first checkpoint
+    (trained / "events.jsonl").write_text('{"step": 2, "time": 0.0, "event": "saved"}\n')
+    with pytest.raises(CheckpointError, match=r"checkpoints: empty, but events.jsonl"):
+        prepare_workdir(trained, config, dataset, dataset.head())
+    (trained / "checkpoints").rmdir()
+    (trained / "events.jsonl").unlink()
     # A run that ended before its first step starts again.
     (trained / "metrics.jsonl").write_text("")
     prepare_workdir(trained, config, dataset, dataset.head())
