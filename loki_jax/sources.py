@@ -30,6 +30,8 @@ class Portrait(NamedTuple):
       camera: of the uncropped picture.
       crop: x0, y0, x1, y1 in pixels of the uncropped picture.
       name: file or clip, for messages.
+      picture: the whole picture, RGB; None where only the crop is stored.
+      landmarks: seen in the picture, in its pixels; None: no networks have seen it.
     """
 
     image: UInt8[np.ndarray, "s s 3"]
@@ -37,6 +39,8 @@ class Portrait(NamedTuple):
     camera: Camera
     crop: Float[np.ndarray, " 4"]
     name: str
+    picture: UInt8[np.ndarray, "h w 3"] | None = None
+    landmarks: Float[np.ndarray, "478 2"] | None = None
 
 
 class DrivingClip(NamedTuple):
@@ -96,7 +100,10 @@ def fit_portrait(
     fitted = fit_image(image, head, **options)
     coefficients = jax.tree.map(lambda x: np.asarray(x)[0], fitted.fit.coefficients)
     crop = crop_and_resize(fitted.frames[0], fitted.crop, size)
-    return Portrait(crop, coefficients, fitted.fit.camera, fitted.crop, fitted.name)
+    landmarks = fitted.track.points[0, :, :2]
+    return Portrait(
+        crop, coefficients, fitted.fit.camera, fitted.crop, fitted.name, fitted.frames[0], landmarks
+    )
 
 
 def fit_clip(

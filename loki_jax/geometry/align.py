@@ -35,7 +35,10 @@ OPENINGS = tuple(np.array(pairs).T for pairs in (_INNER_LIPS, _RIGHT_LIDS, _LEFT
 
 _REACH = 0.02  # metres from the nearest landmark within which a displacement fades by 1/e
 _CLOSED = 0.0004  # metres: an opening smaller than this is closed
-_BLINK = (0.2, 0.6)  # of the neutral opening: below the first lids are shut, from the second on as the model says
+_BLINK = (
+    0.2,
+    0.6,
+)  # of the neutral opening: below the first lids are shut, from the second on as the model says
 _LIPS = (0.0012, 0.005)  # metres, the same for lips
 _ROUNDS = 3
 
@@ -61,7 +64,9 @@ class Alignment(NamedTuple):
 def no_alignment(n_vertices: int) -> Alignment:
     """The head as it was fitted."""
     zero = np.zeros((3, n_vertices, 3), np.float32)
-    return Alignment(zero[0], zero, np.ones(3, np.float32), zero, np.array([[0.0] * 3, [1e-6] * 3], np.float32))
+    return Alignment(
+        zero[0], zero, np.ones(3, np.float32), zero, np.array([[0.0] * 3, [1e-6] * 3], np.float32)
+    )
 
 
 def align(

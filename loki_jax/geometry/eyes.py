@@ -99,7 +99,9 @@ def _complete_ball(crop, position, outline, iris, radius) -> UInt8[np.ndarray, "
     pixels = crop.astype(np.float64)
 
     white_seen = shown & (distance > 1.12)
-    near_corner = np.linalg.norm(position[..., None, :] - outline[list(_CORNERS)], axis=-1).min(-1) < 0.12 * width
+    near_corner = (
+        np.linalg.norm(position[..., None, :] - outline[list(_CORNERS)], axis=-1).min(-1) < 0.12 * width
+    )
     white_known = white_seen & ~near_corner
     if white_known.sum() < 6:
         # Closed eyes show nothing of it: a plausible white in the light of the face.

@@ -29,7 +29,10 @@ from loki_jax.geometry.extend import keep_border, push_pull, soft_share
 from loki_jax.geometry.warp import sample_grid
 from loki_jax.raster import clear_hidden_faces, interpolate, rasterize
 
-_FACE_REACH = (0.012, 0.035)  # metres from the landmarks where the face's own motion begins and ceases to count
+_FACE_REACH = (
+    0.012,
+    0.035,
+)  # metres from the landmarks where the face's own motion begins and ceases to count
 _CHIN = 152
 TURN_LIMIT = np.radians(45.0)
 
@@ -78,7 +81,11 @@ class Motion(NamedTuple):
 
 
 def make_rig(
-    head: HeadAsset, identity: Identity, coefficients: Coefficients, camera: Camera, crop: Float[ArrayLike, " 4"]
+    head: HeadAsset,
+    identity: Identity,
+    coefficients: Coefficients,
+    camera: Camera,
+    crop: Float[ArrayLike, " 4"],
 ) -> Rig:
     """The rig of a portrait: `identity` is the aligned one, coefficients have no leading axes."""
     template = np.asarray(template_vertices(head), np.float64)
@@ -212,7 +219,9 @@ def source_positions(
     return position + keep_border(position, shift, extent), values[..., 2], values[..., 3:]
 
 
-def _centre(rig: Rig, coefficients: Coefficients, camera: Camera) -> tuple[Float[Array, " 2"], Float[Array, ""]]:
+def _centre(
+    rig: Rig, coefficients: Coefficients, camera: Camera
+) -> tuple[Float[Array, " 2"], Float[Array, ""]]:
     """Pixel and depth of the head's centre."""
     world = head_rotation(coefficients) @ rig.centre + coefficients.tra
     point = camera_from_world(world[None], camera)
@@ -232,4 +241,3 @@ def _turn(portrait: Coefficients, target: Coefficients, camera: Camera) -> Float
 def _reach(rig: Rig, shift: Float[Array, " 2"]) -> Float[Array, ""]:
     """Far enough for a displacement not to fold the picture."""
     return 2.2 + 2.0 * jnp.sqrt(jnp.sum(shift**2) + 1e-6) / rig.radius
-

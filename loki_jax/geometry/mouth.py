@@ -277,5 +277,3 @@ def _paint_arch(place, inside, mouth: Mouth, jaw, pixel):
     colour = colour + is_upper[..., None] * (upper - colour)
     lit = side * (0.7 + 0.3 * smoothstep(0.0, 2.5, inside))
     return dark + lit[..., None] * (colour - dark)
-
-

@@ -130,4 +130,3 @@ def shrinkage(position: Float[Array, "h w 2"]) -> Float[Array, "h w"]:
 
 def to_uint8(image: Float[Array, "*b"]) -> UInt8[Array, "*b"]:
     return jnp.clip(jnp.round(image), 0, 255).astype(jnp.uint8)
-
