@@ -33,7 +33,7 @@ _FACE_REACH = (
     0.012,
     0.035,
 )  # metres from the landmarks where the face's own motion begins and ceases to count
-_CHIN = 152
+_CHIN, _LIP = 152, 13
 TURN_LIMIT = np.radians(45.0)
 
 
@@ -44,6 +44,8 @@ class Rig(NamedTuple):
       view: the head in the portrait.
       mirror: vertex on the other side of the head.
       face: share in [0, 1] to which a vertex belongs to the face.
+      steady: vertices that move with the skull alone.
+      inverse: (n, 4) takes their positions in camera axes to the skull's affine map from the head's axes.
       centre: of the head, in the head's axes, metres.
       radius: half the width of the head in the portrait, pixels.
       chin: distance of the chin from the centre, in radii.
@@ -52,6 +54,8 @@ class Rig(NamedTuple):
     view: MeshView
     mirror: Int[ArrayLike, " V"]
     face: Float[ArrayLike, " V"]
+    steady: Int[ArrayLike, " n"]
+    inverse: Float[ArrayLike, "n 4"]
     centre: Float[ArrayLike, " 3"]
     radius: Float[ArrayLike, ""]
     chin: Float[ArrayLike, ""]
@@ -113,10 +117,30 @@ def make_rig(
     radius = 0.6 * width * np.asarray(camera.intrinsics)[0] / middle[0, 2]
     place = np.asarray(project(jnp.asarray(middle), camera))[0]
     chin = np.linalg.norm(pixels[_CHIN] - place) / radius
+    steady = _steady_vertices(head, neutral)
+    columns = np.concatenate(
+        [np.asarray(identity.vertices, np.float64)[steady], np.ones((len(steady), 1))], 1
+    )
+    inverse = np.linalg.pinv(columns).T.astype(np.float32)
     return Rig(
-        view, mirror.astype(np.int32), face.astype(np.float32), centre,
+        view, mirror.astype(np.int32), face.astype(np.float32), steady, inverse, centre,
         np.float32(radius), np.float32(chin),
     )  # fmt: skip
+
+
+def skull_pose(rig: Rig, points: Float[Array, "V 3"]) -> Float[Array, "3 4"]:
+    """The affine map from the head's axes to the camera's of what moves with the skull, from vertices (m)."""
+    return points[rig.steady].T @ rig.inverse
+
+
+def _steady_vertices(head: HeadAsset, neutral: Float[np.ndarray, "478 3"]) -> Int[np.ndarray, " n"]:
+    """Vertices above the mouth that no expression and no joint below the skull moves."""
+    moved = np.abs(np.asarray(head.expression_basis)).max(axis=(0, 2))
+    neck = head.joint("neck")
+    rigid = np.asarray(head.skinning_weights)[:, neck if neck is not None else 0] > 0.99
+    above = np.asarray(head.template)[:, 1] > neutral[_LIP, 1]
+    score = np.where(rigid & above, moved, np.inf)
+    return np.argsort(score, kind="stable")[:64].astype(np.int32)
 
 
 def head_motion(
@@ -171,7 +195,7 @@ def head_motion(
 
 
 def limit_motion(
-    rig: Rig, portrait: Coefficients, target: Coefficients, camera: Camera, extent: tuple[int, int]
+    rig: Rig, portrait: Coefficients, target: Coefficients, camera: Camera, extent: Float[ArrayLike, " 2"]
 ) -> Coefficients:
     """The target within what one portrait can show: turned from it by less than 45 degrees (`TURN_LIMIT`),
     and moved no further than to where the head fills the picture's border. Small motions are not changed.
@@ -187,7 +211,7 @@ def limit_motion(
 
     origin, depth = _centre(rig, target, camera)
     rest, _ = _centre(rig, portrait, camera)
-    shift, limit = origin - rest, jnp.array(extent, jnp.float32)
+    shift, limit = origin - rest, jnp.asarray(extent, jnp.float32)
     room = jnp.where(shift > 0, limit - rest, rest) - 0.9 * rig.radius
     excess = shift * (soft_share(jnp.maximum(room, 0.0), jnp.abs(shift)) - 1)
     in_camera = jnp.append(excess * depth / camera.intrinsics[:2], 0.0)

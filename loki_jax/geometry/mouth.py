@@ -13,11 +13,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Float, UInt8
 
 from loki_jax.arrays import ArrayLike
-from loki_jax.face.asset import HeadAsset
-from loki_jax.face.skinning import Identity
 from loki_jax.face.types import Camera
 from loki_jax.geometry.outline import (
     INNER_LIPS,
@@ -50,9 +48,7 @@ class Mouth(NamedTuple):
       outline: of the inner lips in the portrait, pixels.
       line: x, y, z of the middle of the closed lips in the head's axes, metres.
       unit: metres that stand for a millimetre of the arch.
-      steady: vertices that move with the skull alone.
-      inverse: (n, 4) takes their positions in camera axes to the skull's affine map from the head's axes.
-      pose: that map (3, 4) in the portrait.
+      pose: the skull's map from the head's axes to the camera's in the portrait.
       jaw: the chin in the head's axes in the portrait, metres.
       jaw_rest: the chin of the neutral head.
       upper_edge: of the upper front teeth, above `line`, millimetres of the arch.
@@ -67,8 +63,6 @@ class Mouth(NamedTuple):
     outline: Float[ArrayLike, "20 2"]
     line: Float[ArrayLike, " 3"]
     unit: Float[ArrayLike, ""]
-    steady: Int[ArrayLike, " n"]
-    inverse: Float[ArrayLike, "n 4"]
     pose: Float[ArrayLike, "3 4"]
     jaw: Float[ArrayLike, " 3"]
     jaw_rest: Float[ArrayLike, " 3"]
@@ -80,11 +74,9 @@ class Mouth(NamedTuple):
 
 
 def make_mouth(
-    head: HeadAsset,
-    identity: Identity,
     picture: UInt8[np.ndarray, "h w 3"],
     camera: Camera,
-    points: Float[np.ndarray, "V 3"],
+    skull: Float[np.ndarray, "3 4"],
     neutral: Float[np.ndarray, "478 3"],
     marks: Float[np.ndarray, "478 2"],
     chin: Float[np.ndarray, " 3"],
@@ -94,8 +86,7 @@ def make_mouth(
     """The mouth of a portrait.
 
     Args:
-      identity: the aligned one.
-      points: vertices in the portrait, in camera axes.
+      skull: `skull_pose` of the portrait.
       neutral, marks: landmarks of the neutral head, metres, and in the portrait, pixels.
       chin: landmark 152 in the portrait in camera axes.
       white: of the eyes, [0, 255]: the light that falls into the mouth.
@@ -112,12 +103,7 @@ def make_mouth(
     # With the blurred edge of the lips.
     seen = is_open * np.clip((inside + (MARGIN + 0.01) * width) / (0.01 * width + 0.5), 0, 1)
 
-    steady = _steady_vertices(head, neutral)
-    vertices = np.asarray(identity.vertices, np.float64)
-    columns = np.concatenate([vertices[steady], np.ones((len(steady), 1))], axis=1)
-    inverse = np.linalg.pinv(columns).T
-    pose = points[steady].T @ inverse
-    jaw = np.linalg.solve(pose[:, :3], chin - pose[:, 3])
+    jaw = np.linalg.solve(skull[:, :3], chin - skull[:, 3])
     unit = np.linalg.norm(neutral[_LEFT] - neutral[_RIGHT]) / _MOUTH_WIDTH / 1000
     line = (neutral[_TOP] + neutral[_BOTTOM]) / 2
 
@@ -137,7 +123,7 @@ def make_mouth(
             teeth = np.median(shown[bright], axis=0) / 0.92
         if bright[-3:].all():
             # The upper teeth reach down to the lower lip.
-            below = _meet_arch(marks[_BOTTOM][None], line, unit, pose, camera)[0, 1]
+            below = _meet_arch(marks[_BOTTOM][None], line, unit, skull, camera)[0, 1]
             upper_edge = min(upper_edge, (float(below) - line[1]) / unit - 0.7)
     gums = 0.62 * lip + 0.1 * white
     dark = 0.13 * lip
@@ -147,9 +133,7 @@ def make_mouth(
         outline,
         line.astype(np.float32),
         np.float32(unit),
-        steady,
-        inverse.astype(np.float32),
-        pose.astype(np.float32),
+        skull.astype(np.float32),
         jaw.astype(np.float32),
         neutral[_CHIN].astype(np.float32),
         np.float32(upper_edge),
@@ -160,22 +144,11 @@ def make_mouth(
     )
 
 
-def _steady_vertices(head: HeadAsset, neutral) -> Int[np.ndarray, " n"]:
-    """Vertices of the upper head that no expression and no joint below the skull moves."""
-    moved = np.abs(np.asarray(head.expression_basis)).max(axis=(0, 2))
-    neck = head.joint("neck")
-    weights = np.asarray(head.skinning_weights)
-    rigid = weights[:, neck if neck is not None else 0] > 0.99
-    above = np.asarray(head.template)[:, 1] > neutral[_TOP, 1]
-    score = np.where(rigid & above, moved, np.inf)
-    return np.argsort(score, kind="stable")[:64].astype(np.int32)
-
-
 def paint_mouth(
     image: Float[Array, "h w 4"],
     mouth: Mouth,
     outline: Float[Array, "20 2"],
-    points: Float[Array, "V 3"],
+    pose: Float[Array, "3 4"],
     chin: Float[Array, " 3"],
     camera: Camera,
     size: tuple[int, int],
@@ -184,7 +157,7 @@ def paint_mouth(
 
     Args:
       outline: of the inner lips in the target, pixels.
-      points: vertices of the target in camera axes.
+      pose: `skull_pose` of the target.
       chin: landmark 152 of the target in camera axes.
       size: height and width of the patch that is painted.
     """
@@ -192,7 +165,6 @@ def paint_mouth(
     corner = patch_corner(jnp.mean(outline, 0), size, (width, height))
     position = patch_positions(corner, size)
     inside = distance_inside(position, outline)
-    pose = points[mouth.steady].T @ mouth.inverse
     place = _meet_arch(position, mouth.line, mouth.unit, pose, camera)
     jaw = jnp.linalg.solve(pose[:, :3], chin - pose[:, 3])
 

@@ -17,7 +17,15 @@ from loki_jax.face.types import Camera, Coefficients
 from loki_jax.fitting.points import LANDMARK_SET
 from loki_jax.geometry.align import Alignment, align, aligned_identity, no_alignment
 from loki_jax.geometry.eyes import IRIS_CENTRES, LASHES, Eye, lash_share, make_eye, paint_eye
-from loki_jax.geometry.motion import Rig, head_motion, limit_motion, make_rig, source_positions
+from loki_jax.geometry.motion import (
+    Motion,
+    Rig,
+    head_motion,
+    limit_motion,
+    make_rig,
+    skull_pose,
+    source_positions,
+)
 from loki_jax.geometry.mouth import Mouth, make_mouth, paint_mouth
 from loki_jax.geometry.outline import (
     EYE_OUTLINES,
@@ -96,14 +104,13 @@ def make_scene(
     mouth_patch = patch_size(2.0 * np.linalg.norm(marks[78] - marks[308]), limit)
     eyes = [make_eye(picture, marks, seen, side, eye_patch) for side in (0, 1)]
     white = np.mean([_white(picture, marks, eye) for eye in eyes], axis=0)
-    mouth = make_mouth(
-        head, aligned, picture, camera, np.asarray(camera_from_world(world, camera)), neutral, marks,
-        np.asarray(places[_CHIN]), white, mouth_patch,
-    )  # fmt: skip
     rig = make_rig(head, aligned, coefficients, camera, crop)
+    skull = np.asarray(skull_pose(rig, camera_from_world(world, camera)))
+    mouth = make_mouth(picture, camera, skull, neutral, marks, np.asarray(places[_CHIN]), white, mouth_patch)
     skin = make_texture(_without_openings(picture, marks, float(mouth.margin)))
     scene = Scene(identity, alignment, rig, coefficients, camera, skin, (eyes[0], eyes[1]), mouth)
-    grid = int(np.clip(64 * np.ceil(4.0 * float(rig.radius) / 1.25 / 64), 192, 640))
+    radius = float(rig.radius)
+    grid = 256 if radius < 90 else 384 if radius < 250 else 512
     layout = Layout((limit[1], limit[0]), grid, eye_patch, mouth_patch)
     return jax.tree.map(jnp.asarray, scene), layout
 
@@ -156,37 +163,67 @@ def _without_openings(picture, marks, lip_margin: float) -> UInt8[np.ndarray, "h
     return result
 
 
-@functools.partial(jax.jit, static_argnames=("layout",))
 def render_frames(
     head: HeadAsset, scene: Scene, target: Coefficients, layout: Layout
 ) -> UInt8[Array, "n h w 3"]:
     """Frames of a scene for coefficients (n, ...), one after another."""
-    return jax.lax.map(lambda t: render_frame(head, scene, t, layout), target)
+    # Two programs: the first one is the same for pictures of all sizes.
+    poses = _pose_frames(
+        head, scene.identity, scene.alignment, scene.rig, scene.coefficients, scene.camera, target, layout.grid,
+        jnp.array(layout.extent, jnp.float32),
+    )  # fmt: skip
+    return _draw_frames(scene, poses, layout)
 
 
-def render_frame(
-    head: HeadAsset, scene: Scene, target: Coefficients, layout: Layout
-) -> UInt8[Array, "h w 3"]:
-    """One frame of a scene; `target` has no leading axes."""
-    camera = scene.camera
-    target = limit_motion(scene.rig, scene.coefficients, target, camera, layout.extent)
-    identity = aligned_identity(head, scene.identity, scene.alignment, target)
-    world = world_vertices(head, identity, target)
-    points = camera_from_world(world, camera)
-    places = camera_from_world(landmark_positions(head, world, LANDMARK_SET), camera)
-    marks = project(places, camera)
-    motion = head_motion(head, points, scene.rig, scene.coefficients, target, camera, layout.grid)
+class Pose(NamedTuple):
+    """The head of one frame.
 
+    Attributes:
+      motion: where pixels come from.
+      marks: landmarks, picture pixels.
+      skull: affine map (3, 4) from the head's axes to the camera's, of what moves with the skull.
+      chin: landmark 152 in camera axes, metres.
+    """
+
+    motion: Motion
+    marks: Float[Array, "*b 478 2"]
+    skull: Float[Array, "*b 3 4"]
+    chin: Float[Array, "*b 3"]
+
+
+@functools.partial(jax.jit, static_argnames=("grid",))
+def _pose_frames(
+    head: HeadAsset, identity: Identity, alignment: Alignment, rig: Rig, portrait: Coefficients, camera: Camera,
+    target: Coefficients, grid: int, extent: Float[Array, " 2"],
+) -> Pose:  # fmt: skip
+    def pose(target: Coefficients) -> Pose:
+        limited = limit_motion(rig, portrait, target, camera, extent)
+        aligned = aligned_identity(head, identity, alignment, limited)
+        world = world_vertices(head, aligned, limited)
+        points = camera_from_world(world, camera)
+        places = camera_from_world(landmark_positions(head, world, LANDMARK_SET), camera)
+        motion = head_motion(head, points, rig, portrait, limited, camera, grid)
+        return Pose(motion, project(places, camera), skull_pose(rig, points), places[_CHIN])
+
+    return jax.lax.map(pose, target)
+
+
+@functools.partial(jax.jit, static_argnames=("layout",))
+def _draw_frames(scene: Scene, poses: Pose, layout: Layout) -> UInt8[Array, "n h w 3"]:
     width, height = layout.extent
-    place, hidden, mirrored = source_positions(
-        motion, scene.rig, region_positions(height, width), layout.extent
-    )
-    image = sample(scene.skin, place, shrinkage(place))
-    other = sample(scene.skin, mirrored)
-    image = image + hidden[..., None] * (other - image)
-    image = paint_mouth(
-        image, scene.mouth, marks[jnp.array(INNER_LIPS)], points, places[_CHIN], camera, layout.mouth
-    )
-    for eye, outline, iris in zip(scene.eyes, EYE_OUTLINES, IRIS_CENTRES, strict=True):
-        image = paint_eye(image, eye, marks[jnp.array(outline)], marks[iris], motion.turn, layout.eye)
-    return to_uint8(image[..., :3])
+
+    def draw(pose: Pose) -> UInt8[Array, "h w 3"]:
+        place, hidden, mirrored = source_positions(
+            pose.motion, scene.rig, region_positions(height, width), layout.extent
+        )
+        image = sample(scene.skin, place, shrinkage(place))
+        other = sample(scene.skin, mirrored)
+        image = image + hidden[..., None] * (other - image)
+        lips = pose.marks[jnp.array(INNER_LIPS)]
+        image = paint_mouth(image, scene.mouth, lips, pose.skull, pose.chin, scene.camera, layout.mouth)
+        for eye, outline, iris in zip(scene.eyes, EYE_OUTLINES, IRIS_CENTRES, strict=True):
+            lids = pose.marks[jnp.array(outline)]
+            image = paint_eye(image, eye, lids, pose.marks[iris], pose.motion.turn, layout.eye)
+        return to_uint8(image[..., :3])
+
+    return jax.lax.map(draw, poses)
