@@ -26,6 +26,7 @@ from loki_jax.face.types import Camera, Coefficients
 from loki_jax.fitting.points import FACE_OVAL, IRISES, LANDMARK_SET
 from loki_jax.flow import MeshView, flow_between, head_parts, view_cosines, view_mesh
 from loki_jax.geometry.extend import keep_border, push_pull, soft_share
+from loki_jax.geometry.outline import EYE_OUTLINES, INNER_LIPS, OUTER_LIPS
 from loki_jax.geometry.warp import sample_grid
 from loki_jax.raster import clear_hidden_faces, interpolate, rasterize
 
@@ -34,6 +35,8 @@ _FACE_REACH = (
     0.035,
 )  # metres from the landmarks where the face's own motion begins and ceases to count
 _CHIN, _LIP = 152, 13
+_FOLDS = np.array([*INNER_LIPS, *OUTER_LIPS, *EYE_OUTLINES[0], *EYE_OUTLINES[1]])
+_FOLD_REACH = (0.005, 0.012)  # metres
 TURN_LIMIT = np.radians(45.0)
 
 
@@ -42,8 +45,10 @@ class Rig(NamedTuple):
 
     Attributes:
       view: the head in the portrait.
+      faces: of the skin: eyeballs and inner mouth are drawn otherwise.
       mirror: vertex on the other side of the head.
       face: share in [0, 1] to which a vertex belongs to the face.
+      lips: share in [0, 1] to which a vertex belongs to lips or lids, whose folds open and close.
       steady: vertices that move with the skull alone.
       inverse: (n, 4) takes their positions in camera axes to the skull's affine map from the head's axes.
       centre: of the head, in the head's axes, metres.
@@ -52,8 +57,10 @@ class Rig(NamedTuple):
     """
 
     view: MeshView
+    faces: Int[ArrayLike, "F 3"]
     mirror: Int[ArrayLike, " V"]
     face: Float[ArrayLike, " V"]
+    lips: Float[ArrayLike, " V"]
     steady: Int[ArrayLike, " n"]
     inverse: Float[ArrayLike, "n 4"]
     centre: Float[ArrayLike, " 3"]
@@ -94,13 +101,18 @@ def make_rig(
     """The rig of a portrait: `identity` is the aligned one, coefficients have no leading axes."""
     template = np.asarray(template_vertices(head), np.float64)
     points = camera_from_world(world_vertices(head, identity, coefficients), camera)
-    view = view_mesh(points, mesh_faces(head), head_parts(head), camera, jnp.asarray(crop, jnp.float32), 512)
+    faces = _skin_faces(head)
+    view = view_mesh(points, faces, head_parts(head), camera, jnp.asarray(crop, jnp.float32), 512)
     _, mirror = scipy.spatial.cKDTree(template).query(template * np.array([-1.0, 1.0, 1.0]))
     marks = np.asarray(landmark_positions(head, jnp.asarray(template, jnp.float32), LANDMARK_SET))
     present = np.asarray(head.landmarks[LANDMARK_SET].face) >= 0
     distance, _ = scipy.spatial.cKDTree(marks[present]).query(template)
     low, high = _FACE_REACH
     face = 1 - np.clip((distance - low) / (high - low), 0, 1)
+
+    folds, _ = scipy.spatial.cKDTree(marks[_FOLDS]).query(template)
+    low, high = _FOLD_REACH
+    lips = (1 - np.clip((folds - low) / (high - low), 0, 1)).astype(np.float32)
 
     neutral = np.asarray(landmark_positions(head, jnp.asarray(identity.vertices), LANDMARK_SET))
     oval = neutral[np.array(FACE_OVAL)]
@@ -123,7 +135,7 @@ def make_rig(
     )
     inverse = np.linalg.pinv(columns).T.astype(np.float32)
     return Rig(
-        view, mirror.astype(np.int32), face.astype(np.float32), steady, inverse, centre,
+        view, faces, mirror.astype(np.int32), face.astype(np.float32), lips, steady, inverse, centre,
         np.float32(radius), np.float32(chin),
     )  # fmt: skip
 
@@ -160,7 +172,7 @@ def head_motion(
       camera: of the portrait and the result.
       size: s, of the grid; a multiple of 64.
     """
-    faces = mesh_faces(head)
+    faces = rig.faces
     origin, depth = _centre(rig, target, camera)
     rest, depth_there = _centre(rig, portrait, camera)
     scale = depth / depth_there
@@ -172,9 +184,9 @@ def head_motion(
 
     there = rig.view.crop[:2] + (1 - rig.view.vertices[..., :2]) / 2 * (rig.view.crop[2:] - rig.view.crop[:2])
     seen = jnp.clip(4 * rig.view.facing, 0.0, 1.0)
-    attributes = jnp.concatenate([there[rig.mirror], seen[rig.mirror, None], rig.face[:, None]], axis=-1)
+    attributes = jnp.concatenate([there[rig.mirror], seen[rig.mirror, None], rig.face[:, None], rig.lips[:, None]], axis=-1)
     mirrored = interpolate(fragments, faces, attributes)
-    skin = flow.coverage * mirrored[..., 3] * (1 - flow.eyeball) * (1 - flow.inner_mouth)
+    skin = flow.coverage * mirrored[..., 3]
 
     motion = Motion(
         box, jnp.zeros((size, size, 2)), jnp.zeros((size, size)), mirrored[..., :2],
@@ -183,7 +195,8 @@ def head_motion(
     axis = (jnp.arange(size) + 0.5) / size * 2 * half
     grid = jnp.stack(jnp.broadcast_arrays(box[0] + axis[None], box[1] + axis[:, None]), -1)
     around = surroundings(motion, rig, grid)
-    weight = skin * flow.visibility
+    # The portrait's folds of lips and lids hide what they have to give when they move.
+    weight = skin * jnp.maximum(flow.visibility, mirrored[..., 4])
     edge = 1 - jnp.max(jnp.abs(grid - origin), -1) / half
     weight = weight * jnp.clip(8 * edge, 0.0, 1.0)
     residual = push_pull(flow.position - grid - around, weight)
@@ -192,6 +205,13 @@ def head_motion(
     turned = jnp.clip(flow.facing[..., 1] / 0.3, 0.0, 1.0) - jnp.clip(flow.facing[..., 0] / 0.3, 0.0, 1.0)
     hidden = skin * jnp.clip(turned, 0.0, 1.0) * (1 - flow.visibility) * mirrored[..., 2]
     return motion._replace(residual=residual, hidden=hidden)
+
+
+def _skin_faces(head: HeadAsset) -> Int[np.ndarray, "F 3"]:
+    """Faces without vertices of eyeballs and inner mouth."""
+    faces = np.asarray(mesh_faces(head))
+    other = np.asarray(head_parts(head)).any(-1)
+    return faces[~other[faces].any(-1)]
 
 
 def limit_motion(

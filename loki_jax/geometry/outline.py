@@ -13,6 +13,7 @@ from loki_jax.fitting.points import LIDS_LEFT, LIDS_RIGHT
 
 # Landmarks in order around each opening: the lower edge from one corner to the other, the upper one back.
 INNER_LIPS = (78, 95, 88, 178, 87, 14, 317, 402, 318, 324, 308, 415, 310, 311, 312, 13, 82, 81, 80, 191)
+OUTER_LIPS = (61, 146, 91, 181, 84, 17, 314, 405, 321, 375, 291, 409, 270, 269, 267, 0, 37, 39, 40, 185)
 EYE_OUTLINES = tuple((*lids[:9], *reversed(lids[9:])) for lids in (LIDS_RIGHT, LIDS_LEFT))
 
 
