@@ -56,7 +56,9 @@ def fitted_clip(path, head, count):
 
 def driving(fitted, coefficients, frames) -> DrivingClip:
     valid = np.ones(len(frames), bool)
-    return DrivingClip(frames[:, :1, :1], coefficients, fitted.fit.camera, fitted.fps, valid, None, fitted.name)
+    return DrivingClip(
+        frames[:, :1, :1], coefficients, fitted.fit.camera, fitted.fps, valid, None, fitted.name
+    )
 
 
 def follow(head, fitted, coefficients, prediction, repeat):
@@ -90,7 +92,9 @@ def measure_pairs(args, pipeline):
         print("{portrait:32} {clip:28} HPF {hpf:5.2f} of {still_hpf:5.2f}  HEF {hef:.4f} of {still_hef:.4f}".format(
             **rows[-1]), flush=True)  # fmt: skip
         if args.sheets:
-            write_sheet(args.sheets / f"{rows[-1]['portrait']}_{rows[-1]['clip']}.jpg", portrait, frames, result)
+            write_sheet(
+                args.sheets / f"{rows[-1]['portrait']}_{rows[-1]['clip']}.jpg", portrait, frames, result
+            )
     ratio = lambda name: float(np.median([row[name] / row[f"still_{name}"] for row in rows]))
     median = lambda name: float(np.median([row[name] for row in rows]))
     worse = [f"{row['portrait']} x {row['clip']}" for row in rows
@@ -180,11 +184,13 @@ def measure_speed(args, pipeline):
     portrait = fit_portrait(picture, pipeline.head, 512)
     fitted, coefficients, frames, _ = fitted_clip(sorted(args.clips)[0], pipeline.head, 32)
     repeated = lambda n: driving(
-        fitted, jax.tree.map(lambda x: np.resize(x, (n, *x.shape[1:])), coefficients), np.zeros((n, 1, 1, 3), np.uint8)
+        fitted,
+        jax.tree.map(lambda x: np.resize(x, (n, *x.shape[1:])), coefficients),
+        np.zeros((n, 1, 1, 3), np.uint8),
     )
-    animate = pipeline.compile(portrait)
+    animate = pipeline.prepare(portrait)
     target = jax.tree.map(lambda x: np.resize(x, (16, *x.shape[1:])), coefficients)
-    ours = best_time(lambda: jax.block_until_ready(animate(target))) / 16
+    ours = best_time(lambda: animate(target)) / 16
     x, y = np.meshgrid(np.arange(512, dtype=np.float32), np.arange(512, dtype=np.float32))
     remap = best_time(lambda: [cv2.remap(picture, x + 0.3, y + 0.3, cv2.INTER_CUBIC) for _ in range(8)]) / 8
     video = np.repeat(picture[None], 8, 0)

@@ -184,7 +184,9 @@ def head_motion(
 
     there = rig.view.crop[:2] + (1 - rig.view.vertices[..., :2]) / 2 * (rig.view.crop[2:] - rig.view.crop[:2])
     seen = jnp.clip(4 * rig.view.facing, 0.0, 1.0)
-    attributes = jnp.concatenate([there[rig.mirror], seen[rig.mirror, None], rig.face[:, None], rig.lips[:, None]], axis=-1)
+    attributes = jnp.concatenate(
+        [there[rig.mirror], seen[rig.mirror, None], rig.face[:, None], rig.lips[:, None]], axis=-1
+    )
     mirrored = interpolate(fragments, faces, attributes)
     skin = flow.coverage * mirrored[..., 3]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -63,30 +63,43 @@ class GeometryPipeline:
           ValueError: unknown mode.
         """
         target = retarget_clip(self.head, clip, portrait, mode)
-        return self._render(portrait, target)
+        render = self.prepare(portrait)
+        camera, crop = jax.tree.map(jnp.asarray, (portrait.camera, np.asarray(portrait.crop, np.float32)))
+        length = target.rot.shape[0]
+
+        def generate() -> Iterator[Window]:
+            for start in range(0, length, _WINDOW):
+                # The last window is filled with its last frame.
+                index = np.minimum(np.arange(start, start + _WINDOW), length - 1)
+                chosen = jax.tree.map(lambda x: jnp.asarray(x)[index], target)
+                maps, frames = _preview(self._head, chosen, camera, crop), render(chosen)
+                yield Window(frames[: length - start], np.asarray(maps)[: length - start])
+
+        return generate()
 
     def __call__(self, portrait: Portrait, clip: DrivingClip, **options: Any) -> UInt8[np.ndarray, "n h w 3"]:
         """All frames of `windows`, with its options and errors: one for each frame of the clip, RGB."""
         return np.concatenate([window.frames for window in self.windows(portrait, clip, **options)])
 
-    def _render(self, portrait: Portrait, target: Coefficients) -> Iterator[Window]:
+    def prepare(self, portrait: Portrait) -> Callable[[Coefficients], UInt8[np.ndarray, "n h w 3"]]:
+        """The portrait made ready: a function from coefficients (n, ...) of its head to frames.
+
+        Each n is compiled once for each size of picture.
+        """
         whole = _whole_picture(portrait)
         picture, (rows, columns) = whole.picture, _moving_part(whole)
         part = _cut(whole, rows, columns)
         scene, layout = make_scene(
             self._head, part.picture, part.coefficients, part.camera, part.crop, part.landmarks
         )
-        length = target.rot.shape[0]
-        for start in range(0, length, _WINDOW):
-            # The last window is filled with its last frame.
-            index = np.minimum(np.arange(start, start + _WINDOW), length - 1)
-            chosen = jax.tree.map(lambda x, index=index: jnp.asarray(x)[index], target)
-            moving = render_frames(self._head, scene, chosen, layout)
-            maps = _preview(self._head, chosen, scene.camera, jnp.asarray(part.crop, jnp.float32))
-            count = min(_WINDOW, length - start)
-            frames = np.broadcast_to(picture, (count, *picture.shape)).copy()
-            frames[:, rows, columns] = np.asarray(moving)[:count]
-            yield Window(frames, np.asarray(maps)[:count])
+
+        def render(target: Coefficients) -> UInt8[np.ndarray, "n h w 3"]:
+            moving = np.asarray(render_frames(self._head, scene, target, layout))
+            frames = np.broadcast_to(picture, (len(moving), *picture.shape)).copy()
+            frames[:, rows, columns] = moving
+            return frames
+
+        return render
 
 
 @jax.jit
@@ -99,7 +112,7 @@ def _preview(
 
 def _whole_picture(portrait: Portrait) -> Portrait:
     """The portrait with a picture of at most `LARGEST` pixels a side: its own, or else its crop."""
-    camera, crop = portrait.camera, np.asarray(portrait.crop, np.float64)
+    crop = np.asarray(portrait.crop, np.float64)
     if portrait.picture is None:
         factor = portrait.image.shape[0] / (crop[2:] - crop[:2]).mean()
         portrait = _shifted(portrait, crop[:2])._replace(picture=portrait.image)
