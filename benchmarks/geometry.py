@@ -3,13 +3,13 @@
     python benchmarks/geometry.py --portraits PICTURES... --clips CLIPS... [--frames 24] [--sheets FOLDER]
     python benchmarks/geometry.py --only pairs|self|speed ...
 
-Twenty fixed pairs of the sorted portraits and clips. Every pair is animated, at `--frames` times spread over the
-clip. The head is fitted to the result by landmarks, and HPF and HEF against the clip are those of the result over
-those of the portrait as it is (`still`). `self`: each clip drives its own most frontal frame; PSNR and SSIM inside
-the box of the head, beside those of that frame (`still`) and of that frame moved by a similarity onto the eyes,
-nose and mouth of each frame (`aligned`). `speed`: 512 x 512, compiled, milliseconds a frame, beside cv2.remap of
-the same picture and the landmark networks; and the peak memory after 32 and after 320 frames. The last line is one
-JSON object.
+Twenty fixed pairs of the sorted portraits and clips. Every pair is animated, at `--frames` times spread
+over the clip. The head is fitted to the result by landmarks, and HPF and HEF against the clip are those of
+the result over those of the portrait as it is (`still`). `self`: each clip drives its own most frontal
+frame; PSNR and SSIM inside the box of the head, beside those of that frame (`still`) and of that frame
+moved by a similarity onto the eyes, nose and mouth of each frame (`aligned`). `speed`: 512 x 512, compiled,
+milliseconds a frame, beside cv2.remap of the same picture and the landmark networks; and the peak memory
+after 32 and after 320 frames. The last line is one JSON object.
 """
 
 import argparse
@@ -82,15 +82,20 @@ def measure_pairs(args, pipeline):
             clips[path] = fitted_clip(path, head, args.frames)
         fitted, coefficients, frames, _ = clips[path]
         result = pipeline(portrait, driving(fitted, coefficients, frames))
-        again = fit_video(result, head, fps=fitted.fps, name=portrait.name)
+        # The fit expects motion to be smooth: frames apart in time are frames of a slower clip.
+        rate = fitted.fps * len(frames) / len(fitted.frames)
+        again = fit_video(result, head, fps=rate, name=portrait.name)
         ours = follow(head, fitted, coefficients, again.fit.coefficients, False)
         still = follow(head, fitted, coefficients, portrait.coefficients, True)
         rows.append({
             "portrait": Path(portrait.name).stem, "clip": Path(path).stem, "hpf": ours[0], "hef": ours[1],
             "still_hpf": still[0], "still_hef": still[1],
         })  # fmt: skip
-        print("{portrait:32} {clip:28} HPF {hpf:5.2f} of {still_hpf:5.2f}  HEF {hef:.4f} of {still_hef:.4f}".format(
-            **rows[-1]), flush=True)  # fmt: skip
+        row = rows[-1]
+        print(
+            f"{row['portrait']:32} {row['clip']:28} HPF {row['hpf']:5.2f} of {row['still_hpf']:5.2f}"
+            f"  HEF {row['hef']:.4f} of {row['still_hef']:.4f}", flush=True,
+        )  # fmt: skip
         if args.sheets:
             write_sheet(
                 args.sheets / f"{rows[-1]['portrait']}_{rows[-1]['clip']}.jpg", portrait, frames, result

@@ -1,10 +1,10 @@
 """Animate a portrait with a driving clip.
 
 The reference and the driver are files, to which a head is fitted by landmarks, or clips of a dataset,
-DATASET_FOLDER:CLIP_ID, whose coefficients are stored (the reference is then the first frame). The driver can
-have any length. Without a checkpoint the picture is moved by the fitted head, which needs no training; a trained
-model draws every frame anew. Beside OUT.mp4 a panel OUT_panel.mp4 shows reference, driver, driver map and result.
-Both videos keep the driver's frame rate and audio and are tagged as synthetic.
+DATASET_FOLDER:CLIP_ID, whose coefficients are stored (the reference is then the first frame). The driver
+can have any length. Without a checkpoint the picture is moved by the fitted head, which needs no training;
+a trained model draws every frame anew. Beside OUT.mp4 a panel OUT_panel.mp4 shows reference, driver, driver
+map and result. Both videos keep the driver's frame rate and audio and are tagged as synthetic.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ import tyro
 from loki_jax.fitting.model_files import LandmarkError
 
 if TYPE_CHECKING:
-    from loki_jax.pipeline import Animator
+    from loki_jax.geometry.pipeline import GeometryPipeline
+    from loki_jax.pipeline import LokiPipeline
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,8 +33,8 @@ class AnimateOptions:
     out: Path
     """video to write, .mp4"""
     checkpoint: str = "geometry"
-    """"geometry", the renderer that needs no training; or a model: workdir of loki_jax.train, .safetensors file,
-    or "demo", the shipped one"""
+    """"geometry", the renderer that needs no training; or a model: workdir of loki_jax.train, .safetensors
+    file, or "demo", the shipped one"""
     head: Path | None = None
     """head asset for "geometry" (default: the built-in head)"""
     steps: int | None = None
@@ -84,7 +85,7 @@ def animate(options: AnimateOptions) -> None:
     print(f"wrote {options.out} and {panel_path}")
 
 
-def _find_animator(options: AnimateOptions) -> tuple[Animator, dict[str, Any], str]:
+def _find_animator(options: AnimateOptions) -> tuple[GeometryPipeline | LokiPipeline, dict[str, Any], str]:
     """What animates, the settings of its `windows`, and both in words."""
     from loki_jax.face.asset import load_head
     from loki_jax.geometry.pipeline import GeometryPipeline
@@ -102,7 +103,10 @@ def _find_animator(options: AnimateOptions) -> tuple[Animator, dict[str, Any], s
         raise ValueError("--head is an option of the geometry renderer: a model has its own head")
     model = LokiPipeline.from_checkpoint(options.checkpoint)
     sampling = model.sampling(options.steps, options.guidance, options.mode)
-    description = f"model of step {model.step}, {sampling.steps} steps, guidance {sampling.guidance}, {sampling.mode} pose"
+    description = (
+        f"model of step {model.step}, {sampling.steps} steps, guidance {sampling.guidance}, "
+        f"{sampling.mode} pose"
+    )
     return model, {**sampling._asdict(), "seed": options.seed}, description
 
 

@@ -1,9 +1,10 @@
 """A fitted head moved onto the landmarks of its portrait (method, section 18).
 
-A parametric head is a few pixels off the eyes and lips of a picture. That is nothing for a pose, but whoever
-moves the picture's pixels by the head needs lids and lips exactly. So the vertices are displaced, smoothly,
-until their landmarks are where the landmark networks saw them. Lids and lips are displaced together where they
-are off together, and apart from each other in proportion to how far they are open, so that they still close.
+A parametric head is a few pixels off the eyes and lips of a picture. That is nothing for a pose, but
+whoever moves the picture's pixels by the head needs lids and lips exactly. So the vertices are displaced,
+smoothly, until their landmarks are where the landmark networks saw them. Lids and lips are displaced
+together where they are off together, and apart from each other in proportion to how far they are open, so
+that they still close.
 """
 
 from __future__ import annotations
@@ -131,14 +132,13 @@ def openings(head: HeadAsset, vertices: Float[ArrayLike, "*b V 3"]) -> Float[Arr
 def aligned_identity(
     head: HeadAsset, identity: Identity, alignment: Alignment, coefficients: Coefficients
 ) -> Identity:
-    """The identity whose vertices are displaced for the openings of `coefficients` (*b): vertices (*b, V, 3)."""
+    """The identity with its vertices (*b, V, 3) displaced for the openings of `coefficients` (*b)."""
     gaps = openings(head, head_vertices(head, identity, coefficients))
     blinked = _blinked(alignment, gaps)
     share = jnp.clip((blinked + _CLOSED) / (alignment.gaps + _CLOSED), 0.0, 1.0)
-    offset = sum(share[..., k, None, None] * alignment.opening[k] for k in range(3))
-    extra = gaps - blinked
-    offset = offset + sum(extra[..., k, None, None] * alignment.closing[k] for k in range(3))
-    return identity._replace(vertices=identity.vertices + alignment.common + offset)
+    opened = jnp.einsum("...k,kvc->...vc", share, alignment.opening)
+    shut = jnp.einsum("...k,kvc->...vc", gaps - blinked, alignment.closing)
+    return identity._replace(vertices=identity.vertices + alignment.common + opened + shut)
 
 
 def _blinked(alignment: Alignment, gaps: Float[Array, "*b 3"]) -> Float[Array, "*b 3"]:

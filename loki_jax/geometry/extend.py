@@ -1,8 +1,8 @@
 """Motion beyond the face: hair, neck, shoulders and background (method, section 18).
 
-Around the head the picture follows a similarity: the head's centre, its turn in the picture plane and its scale.
-What the face does beyond that is carried outwards by push-pull (Gortler et al. 1996), weaker at coarser scales, so
-that it fades. Towards shoulders and the distant background everything comes to rest.
+Around the head the picture follows a similarity: the head's centre, its turn in the picture plane and its
+scale. What the face does beyond that is carried outwards by push-pull (Gortler et al. 1996), weaker at
+coarser scales, so that it fades. Towards shoulders and the distant background everything comes to rest.
 """
 
 from __future__ import annotations
@@ -61,7 +61,8 @@ def keep_border(
     """Displacements that leave the picture's border where it is and never reach beyond it.
 
     At a distance d from a border a displacement m across it becomes m d / (d^4 + m^4)^(1/4): all of it from
-    2 m on, and never so much that the picture folds. Along the border displacements stay.
+    2 m on, and never so much that the picture folds. Along the border displacements stay, but at the lower
+    one, where shoulders are cut off.
 
     Args:
       extent: width and height of the picture.
@@ -69,6 +70,8 @@ def keep_border(
     limit = jnp.array(extent, jnp.float32)
     near = jnp.minimum(position, limit - position) - 0.5  # from the outermost pixels' centres
     near = jnp.maximum(near, 0.0)
+    bottom = jnp.maximum(limit[1] - position[..., 1] - 0.5, 0.0)
+    near = near.at[..., 0].min(2 * bottom)
     return shift * soft_share(near, jnp.abs(shift))
 
 

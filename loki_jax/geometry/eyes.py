@@ -1,7 +1,8 @@
 """Eyes: the eyeball behind moving lids (method, section 18).
 
-Behind the lids is the eyeball of the portrait: where the portrait shows it, its own pixels; where lids hid it, an
-iris completed from its rings and the white completed smoothly. Gaze moves the iris; the corners of the eye stay.
+Behind the lids is the eyeball of the portrait: where the portrait shows it, its own pixels; where lids hid
+it, an iris completed from its rings and the white completed smoothly. Gaze moves the iris; the corners of
+the eye stay.
 """
 
 from __future__ import annotations
@@ -83,8 +84,8 @@ def make_eye(
     ball = _complete_ball(crop, position, outline, iris, radius)
     corner = np.array([column, row], np.float32)
     return Eye(
-        make_texture(ball), make_texture(crop), corner, outline, outline, marks[first], iris.astype(np.float32),
-        np.float32(radius),
+        make_texture(ball), make_texture(crop), corner, outline, outline, marks[first],
+        iris.astype(np.float32), np.asarray(radius, np.float32),
     )  # fmt: skip
 
 

@@ -76,8 +76,8 @@ class Motion(NamedTuple):
       residual: displacement beyond that of the surroundings, pixels.
       hidden: share to which the other side of the head serves better.
       mirrored: position of the same point on the other side of the head, picture pixels.
-      turn, origin, rest: the similarity of the surroundings: a target point x is at turn (x - origin) + rest in
-        the portrait.
+      turn, origin, rest: the similarity of the surroundings: a target point x is at turn (x - origin) + rest
+        in the portrait.
       reach: where the surroundings come to rest, in radii.
     """
 
@@ -136,7 +136,7 @@ def make_rig(
     inverse = np.linalg.pinv(columns).T.astype(np.float32)
     return Rig(
         view, faces, mirror.astype(np.int32), face.astype(np.float32), lips, steady, inverse, centre,
-        np.float32(radius), np.float32(chin),
+        np.asarray(radius, np.float32), np.asarray(chin, np.float32),
     )  # fmt: skip
 
 
@@ -212,8 +212,8 @@ def head_motion(
 def _skin_faces(head: HeadAsset) -> Int[np.ndarray, "F 3"]:
     """Faces without vertices of eyeballs and inner mouth."""
     faces = np.asarray(mesh_faces(head))
-    other = np.asarray(head_parts(head)).any(-1)
-    return faces[~other[faces].any(-1)]
+    other = np.asarray(head_parts(head)).sum(-1) > 0
+    return faces[~np.any(np.take(other, faces), axis=-1)]
 
 
 def limit_motion(
@@ -242,7 +242,7 @@ def limit_motion(
 
 
 def surroundings(motion: Motion, rig: Rig, position: Float[Array, "*b 2"]) -> Float[Array, "*b 2"]:
-    """Displacement of what is around the head, pixels: that of the head's centre plane, at rest far from it."""
+    """Displacement of the head's surroundings, pixels: that of its centre plane, none far from it."""
     from_head = jnp.einsum("ij,...j->...i", motion.turn, position - motion.origin)
     shift = from_head + motion.rest - position
     x, y = from_head[..., 0] / rig.radius, from_head[..., 1] / rig.radius

@@ -1,9 +1,9 @@
 """The inner mouth: what parted lips show (method, section 18).
 
-Teeth are rows on an arch in the head's own axes. The upper row is fixed to the skull, the lower one to the jaw,
-the tongue lies behind the lower one, all else is dark. A pixel between the lips is a ray that meets the arch. Its
-place there says what to paint and, where the mouth of the portrait is open, which of the portrait's own pixels
-shows the same place.
+Teeth are rows on an arch in the head's own axes. The upper row is fixed to the skull, the lower one to the
+jaw, the tongue lies behind the lower one, all else is dark. A pixel between the lips is a ray that meets
+the arch. Its place there says what to paint and, where the mouth of the portrait is open, which of the
+portrait's own pixels shows the same place.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from loki_jax.geometry.warp import Texture, make_texture, sample
 _MOUTH_WIDTH = 0.050
 _SETBACK = 7.0  # of the front teeth behind the lips
 _ARCH = 22.0  # radius of the arch where it is roundest
-_UPPER_EDGE, _UPPER_GUM = -2.0, 8.0  # of the front teeth, above the line of the closed lips
+_UPPER_EDGE, _UPPER_GUM = -3.0, 8.0  # of the front teeth, above the line of the closed lips
 _LOWER_EDGE, _LOWER_GUM = -1.5, -9.5
 _UPPER_GAPS = (0.0, 8.5, 15.0, 22.5, 29.5)  # between teeth, from the middle
 _LOWER_GAPS = (0.0, 5.3, 11.2, 18.0, 25.0)
@@ -132,14 +132,14 @@ def make_mouth(
         np.array([column, row], np.float32),
         outline,
         line.astype(np.float32),
-        np.float32(unit),
+        np.asarray(unit, np.float32),
         skull.astype(np.float32),
         jaw.astype(np.float32),
         neutral[_CHIN].astype(np.float32),
-        np.float32(upper_edge),
-        np.float32(np.clip((gap - 0.12) / 0.15, 0, 1)),
-        np.float32(np.linalg.norm(outline[15] - outline[5]) / width),
-        np.float32(MARGIN * is_open),
+        np.asarray(upper_edge, np.float32),
+        np.asarray(np.clip((gap - 0.12) / 0.15, 0, 1), np.float32),
+        np.asarray(np.linalg.norm(outline[15] - outline[5]) / width, np.float32),
+        np.asarray(MARGIN * is_open, np.float32),
         np.stack([teeth, gums, dark]).astype(np.float32),
     )
 
@@ -186,8 +186,8 @@ def paint_mouth(
     painted = colour + seen * (own[..., :3] - colour)
 
     # As long as nothing moves the picture is right as it is.
-    moved = jnp.max(jnp.linalg.norm(_project_with(mouth.pose, _meet_arch(outline, mouth.line, mouth.unit, pose, camera), camera)
-                                    - mouth.outline, axis=-1))  # fmt: skip
+    there = _project_with(mouth.pose, _meet_arch(outline, mouth.line, mouth.unit, pose, camera), camera)
+    moved = jnp.max(jnp.linalg.norm(there - mouth.outline, axis=-1))
     changed = smoothstep(0.01, 0.05, moved / span)
     still = sample(mouth.inner, upper - mouth.corner)[..., :3]
     result = still + changed * (painted - still)
@@ -216,7 +216,7 @@ def _project_with(pose, place, camera: Camera):
 
 
 def _paint_arch(place, inside, mouth: Mouth, jaw, pixel):
-    """Colours of places on the arch. `inside`: distance from the lips, `pixel`: size of one, mm of the arch."""
+    """Colours of places on the arch. In its millimetres: `inside` from the lips, `pixel` the size of one."""
     x = jnp.abs(place[..., 0] - mouth.line[0]) / mouth.unit
     y = (place[..., 1] - mouth.line[1]) / mouth.unit
     drop = (jaw[1] - mouth.jaw_rest[1]) / mouth.unit
@@ -237,7 +237,7 @@ def _paint_arch(place, inside, mouth: Mouth, jaw, pixel):
     lower_edge = _LOWER_EDGE - 0.03 * x
     is_upper = above(upper_edge, y) * (x < 30)
     is_lower = (1 - above(lower_edge, below)) * (x < 27)
-    up = row(_UPPER_GAPS) * (0.86 + 0.14 * smoothstep(-2.0, 3.0, y))
+    up = row(_UPPER_GAPS) * (0.93 + 0.07 * smoothstep(-2.0, 3.0, y))
     low = row(_LOWER_GAPS) * 0.82
     upper = gums + above(-_UPPER_GUM, -y)[..., None] * (up[..., None] * teeth - gums)
     lower = gums + above(_LOWER_GUM, below)[..., None] * (low[..., None] * teeth - gums)
@@ -247,5 +247,5 @@ def _paint_arch(place, inside, mouth: Mouth, jaw, pixel):
     back = dark + (0.62 * tongue)[..., None] * (gums - dark)
     colour = back + is_lower[..., None] * (lower - back)
     colour = colour + is_upper[..., None] * (upper - colour)
-    lit = side * (0.7 + 0.3 * smoothstep(0.0, 2.5, inside))
+    lit = side * (0.84 + 0.16 * smoothstep(0.0, 2.5, inside))
     return dark + lit[..., None] * (colour - dark)

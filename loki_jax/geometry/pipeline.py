@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float, Real, UInt8
 from PIL import Image
 
 from loki_jax.driver.map import driver_map
@@ -36,8 +36,8 @@ class GeometryPipeline:
         clip = fit_clip("clip.mp4", pipeline.head, pipeline.size)
         frames = pipeline(portrait, clip)
 
-    Frames have the size of the portrait's whole picture, of at most 2,048 pixels a side. Of a portrait without
-    its picture, as from a dataset, they have that of its crop.
+    Frames have the size of the portrait's whole picture, of at most 2,048 pixels a side. Of a portrait
+    without its picture, as from a dataset, they have that of its crop.
 
     Attributes:
       head: the head that portraits and clips must be fitted with.
@@ -71,7 +71,7 @@ class GeometryPipeline:
             for start in range(0, length, _WINDOW):
                 # The last window is filled with its last frame.
                 index = np.minimum(np.arange(start, start + _WINDOW), length - 1)
-                chosen = jax.tree.map(lambda x: jnp.asarray(x)[index], target)
+                chosen = jax.tree.map(lambda x, index=index: jnp.asarray(x)[index], target)
                 maps, frames = _preview(self._head, chosen, camera, crop), render(chosen)
                 yield Window(frames[: length - start], np.asarray(maps)[: length - start])
 
@@ -86,16 +86,21 @@ class GeometryPipeline:
 
         Each n is compiled once for each size of picture.
         """
-        whole = _whole_picture(portrait)
-        picture, (rows, columns) = whole.picture, _moving_part(whole)
-        part = _cut(whole, rows, columns)
+        whole = _subject(portrait)
+        rows, columns = _moving_part(whole)
+        part = whole.shifted(np.array([columns.start, rows.start]))
         scene, layout = make_scene(
-            self._head, part.picture, part.coefficients, part.camera, part.crop, part.landmarks
+            self._head,
+            whole.picture[rows, columns],
+            part.coefficients,
+            part.camera,
+            part.crop,
+            part.landmarks,
         )
 
         def render(target: Coefficients) -> UInt8[np.ndarray, "n h w 3"]:
             moving = np.asarray(render_frames(self._head, scene, target, layout))
-            frames = np.broadcast_to(picture, (len(moving), *picture.shape)).copy()
+            frames = np.broadcast_to(whole.picture, (len(moving), *whole.picture.shape)).copy()
             frames[:, rows, columns] = moving
             return frames
 
@@ -110,55 +115,55 @@ def _preview(
     return preview_map(driver_map(head, identity, coefficients, camera, crop, _MAP_SIZE))
 
 
-def _whole_picture(portrait: Portrait) -> Portrait:
-    """The portrait with a picture of at most `LARGEST` pixels a side: its own, or else its crop."""
-    crop = np.asarray(portrait.crop, np.float64)
+class _Subject(NamedTuple):
+    """Who is animated: a portrait with the picture that is rendered; positions are in its pixels."""
+
+    picture: UInt8[np.ndarray, "h w 3"]
+    coefficients: Coefficients
+    camera: Camera
+    crop: Float[np.ndarray, " 4"]
+    landmarks: Float[np.ndarray, "478 2"] | None
+
+    def shifted(self, corner: Real[np.ndarray, " 2"]) -> _Subject:
+        """All positions counted from another corner; the picture stays."""
+        intrinsics = np.asarray(self.camera.intrinsics) - np.array([0, 0, *corner])
+        return self._replace(
+            camera=self.camera._replace(intrinsics=intrinsics.astype(np.float32)),
+            crop=(self.crop - np.tile(corner, 2)).astype(np.float32),
+            landmarks=None if self.landmarks is None else (self.landmarks - corner).astype(np.float32),
+        )
+
+    def scaled(self, factor: float) -> _Subject:
+        """All positions in pixels of another size; the picture stays."""
+        intrinsics = np.asarray(self.camera.intrinsics) * factor
+        return self._replace(
+            camera=self.camera._replace(intrinsics=intrinsics.astype(np.float32)),
+            crop=(self.crop * factor).astype(np.float32),
+            landmarks=None if self.landmarks is None else (self.landmarks * factor).astype(np.float32),
+        )
+
+
+def _subject(portrait: Portrait) -> _Subject:
+    """The portrait with its own picture, of at most `LARGEST` pixels a side, or with its crop if it has none."""
+    crop = np.asarray(portrait.crop, np.float32)
+    picture = portrait.image if portrait.picture is None else portrait.picture
+    subject = _Subject(picture, portrait.coefficients, portrait.camera, crop, portrait.landmarks)
     if portrait.picture is None:
-        factor = portrait.image.shape[0] / (crop[2:] - crop[:2]).mean()
-        portrait = _shifted(portrait, crop[:2])._replace(picture=portrait.image)
-        return _scaled(portrait, factor)
-    factor = LARGEST / max(portrait.picture.shape[:2])
+        return subject.shifted(crop[:2]).scaled(picture.shape[0] / float((crop[2:] - crop[:2]).mean()))
+    factor = LARGEST / max(picture.shape[:2])
     if factor >= 1:
-        return portrait
-    height, width = (round(side * factor) for side in portrait.picture.shape[:2])
-    reduced = np.asarray(Image.fromarray(portrait.picture).resize((width, height), Image.Resampling.BOX))
-    return _scaled(portrait, factor)._replace(picture=reduced)
+        return subject
+    height, width = (round(side * factor) for side in picture.shape[:2])
+    reduced = np.asarray(Image.fromarray(picture).resize((width, height), Image.Resampling.BOX))
+    return subject.scaled(factor)._replace(picture=reduced)
 
 
-def _shifted(portrait: Portrait, corner: Float[np.ndarray, " 2"]) -> Portrait:
-    """The portrait in pixels that are counted from another corner."""
-    move = lambda x, y: np.asarray(np.asarray(x) - y, np.float32)
-    intrinsics = np.asarray(portrait.camera.intrinsics)
-    return portrait._replace(
-        camera=portrait.camera._replace(intrinsics=move(intrinsics, np.array([0, 0, *corner]))),
-        crop=move(portrait.crop, np.tile(corner, 2)),
-        landmarks=None if portrait.landmarks is None else move(portrait.landmarks, corner),
-    )
-
-
-def _scaled(portrait: Portrait, factor: float) -> Portrait:
-    """The portrait in pixels of another size."""
-    scale = lambda x: np.asarray(np.asarray(x) * factor, np.float32)
-    return portrait._replace(
-        camera=portrait.camera._replace(intrinsics=scale(portrait.camera.intrinsics)),
-        crop=scale(portrait.crop),
-        landmarks=None if portrait.landmarks is None else scale(portrait.landmarks),
-    )
-
-
-def _moving_part(portrait: Portrait) -> tuple[slice, slice]:
+def _moving_part(subject: _Subject) -> tuple[slice, slice]:
     """Rows and columns of the picture that move: around the head, or all of it if that is not much more."""
-    limit = np.array(portrait.picture.shape[1::-1])
-    crop = np.asarray(portrait.crop)
+    limit, crop = np.array(subject.picture.shape[1::-1]), subject.crop
     centre, half = (crop[:2] + crop[2:]) / 2, _REGION * (crop[2:] - crop[:2]).max() / 2
     low = np.clip(32 * np.floor((centre - half) / 32), 0, limit).astype(int)
     high = np.clip(32 * np.ceil((centre + half) / 32), 0, limit).astype(int)
     if (high - low).prod() > _WORTH_A_REGION * limit.prod():
         return slice(0, limit[1]), slice(0, limit[0])
     return slice(low[1], high[1]), slice(low[0], high[0])
-
-
-def _cut(portrait: Portrait, rows: slice, columns: slice) -> Portrait:
-    """The portrait with a part of its picture as the picture."""
-    part = _shifted(portrait, np.array([columns.start, rows.start], np.float64))
-    return part._replace(picture=portrait.picture[rows, columns])

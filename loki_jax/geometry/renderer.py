@@ -100,8 +100,8 @@ def make_scene(
 
     limit = picture.shape[:2]
     widths = [np.linalg.norm(marks[o[8]] - marks[o[0]]) for o in EYE_OUTLINES]
-    eye_patch = patch_size(1.7 * max(widths), limit)
-    mouth_patch = patch_size(2.0 * np.linalg.norm(marks[78] - marks[308]), limit)
+    eye_patch = patch_size(1.7 * float(max(widths)), limit)
+    mouth_patch = patch_size(2.0 * float(np.linalg.norm(marks[78] - marks[308])), limit)
     eyes = [make_eye(picture, marks, seen, side, eye_patch) for side in (0, 1)]
     white = np.mean([_white(picture, marks, eye) for eye in eyes], axis=0)
     rig = make_rig(head, aligned, coefficients, camera, crop)
@@ -169,8 +169,8 @@ def render_frames(
     """Frames of a scene for coefficients (n, ...), one after another."""
     # Two programs: the first one is the same for pictures of all sizes.
     poses = _pose_frames(
-        head, scene.identity, scene.alignment, scene.rig, scene.coefficients, scene.camera, target, layout.grid,
-        jnp.array(layout.extent, jnp.float32),
+        head, scene.identity, scene.alignment, scene.rig, scene.coefficients, scene.camera, target,
+        layout.grid, jnp.array(layout.extent, jnp.float32),
     )  # fmt: skip
     return _draw_frames(scene, poses, layout)
 
@@ -193,8 +193,8 @@ class Pose(NamedTuple):
 
 @functools.partial(jax.jit, static_argnames=("grid",))
 def _pose_frames(
-    head: HeadAsset, identity: Identity, alignment: Alignment, rig: Rig, portrait: Coefficients, camera: Camera,
-    target: Coefficients, grid: int, extent: Float[Array, " 2"],
+    head: HeadAsset, identity: Identity, alignment: Alignment, rig: Rig, portrait: Coefficients,
+    camera: Camera, target: Coefficients, grid: int, extent: Float[Array, " 2"],
 ) -> Pose:  # fmt: skip
     def pose(target: Coefficients) -> Pose:
         limited = limit_motion(rig, portrait, target, camera, extent)

@@ -1,8 +1,8 @@
 """Pictures as textures, and sampling them between their pixels.
 
-A texture has twice the picture's resolution, interpolated by Lanczos' kernel, so that bilinear sampling of it is
-as sharp as cubic sampling of the picture and does not flicker between sharp and soft as the picture moves. Its
-pixels are packed into 32 bits: sampling is bound by the number of reads.
+A texture has twice the picture's resolution, interpolated by Lanczos' kernel, so that bilinear sampling of
+it is as sharp as cubic sampling of the picture and does not flicker between sharp and soft as the picture
+moves. Its pixels are packed into 32 bits: sampling is bound by the number of reads.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def _bilinear(packed: UInt32[Array, "h w"], place: Float[Array, "*b 2"]) -> Floa
 def sample_grid(
     grid: Float[Array, "s s C"], box: Float[Array, " 4"], position: Float[Array, "*b 2"]
 ) -> Float[Array, "*b C"]:
-    """A grid of values at the pixel centres of a box (x0, y0, x1, y1), bilinearly; its edge continues outside."""
+    """A grid of values at the pixel centres of a box x0, y0, x1, y1, bilinear; outside its edge continues."""
     size = grid.shape[0]
     place = (position - box[:2]) / (box[2:] - box[:2]) * size - 0.5
     place = jnp.clip(place, 0.0, size - 1.0)

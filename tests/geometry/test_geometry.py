@@ -7,13 +7,12 @@ import pytest
 
 from loki_jax.face.builtin import builtin_head
 from loki_jax.face.camera import camera_from_world, project
-from loki_jax.face.rotation import rotvec_from_matrix
-from loki_jax.face.skinning import landmark_positions, make_identity, world_vertices
+from loki_jax.face.skinning import head_vertices, landmark_positions, make_identity, world_vertices
 from loki_jax.face.types import Coefficients
 from loki_jax.fitting.clips import clip_crop_box
 from loki_jax.fitting.fit import make_camera
 from loki_jax.geometry.align import align, aligned_identity, openings
-from loki_jax.geometry.motion import TURN_LIMIT, limit_motion
+from loki_jax.geometry.motion import TURN_LIMIT, limit_motion, make_rig
 from loki_jax.geometry.pipeline import GeometryPipeline
 from loki_jax.geometry.renderer import make_scene, render_frames
 from loki_jax.metrics.image import psnr
@@ -21,16 +20,16 @@ from loki_jax.sources import Portrait
 from loki_jax.synthetic.appearance import sample_appearance
 from loki_jax.synthetic.shading import render
 
-SIZE = 160
+SIZE = 224
 HEAD = jax.tree.map(jnp.asarray, builtin_head())
 CAMERA = jax.tree.map(jnp.asarray, make_camera((SIZE, SIZE)))
 
 
 def coefficients(**fields):
-    """The mean head, facing the camera, filling about half of the picture; fields replace those of the rest."""
+    """The mean head, facing the camera, filling most of the picture; fields replace those of the rest."""
     still = {name: jnp.zeros(3) for name in ("rot", "neck", "jaw", "eyes")}
     still |= {"betas": jnp.zeros(HEAD.n_shape), "expression": jnp.zeros(HEAD.n_expression)}
-    return Coefficients(**still | {"tra": jnp.array([0.0, 0.0, -1.2])} | fields)
+    return Coefficients(**still | {"tra": jnp.array([0.0, 0.0, -0.95])} | fields)
 
 
 def expression(**axes):
@@ -123,25 +122,27 @@ def test_frames_are_near_the_true_renders(portrait, animate, draw, name, target)
 
 
 def test_the_border_stays_and_nothing_is_white(portrait, animate):
-    far = coefficients(tra=jnp.array([0.15, -0.1, -1.2]))
-    near = coefficients(tra=jnp.array([-0.1, 0.1, -1.0]), rot=jnp.array([0.1, 0.4, 0.2]))
+    far = coefficients(tra=jnp.array([0.1, -0.08, -0.95]))
+    near = coefficients(tra=jnp.array([-0.08, 0.08, -0.8]), rot=jnp.array([0.1, 0.4, 0.2]))
     for frame in animate(far, near):
         for border in (np.s_[0], np.s_[-1], np.s_[:, 0], np.s_[:, -1]):
-            # Along the border the picture may move, across it nothing comes in.
-            across = np.abs(frame[border].astype(int) - portrait.picture[border].astype(int))
-            assert across.mean() < 6
+            # Along the border the picture may move, but nothing comes across it.
+            shown, own = frame[border].astype(int), portrait.picture[border].astype(int)
+            nearest = np.abs(shown[:, None] - own[None]).sum(-1).min(1)
+            assert nearest.max() <= 36  # summed over channels: values between those of neighbours occur
+        assert np.abs(frame[-1].astype(int) - portrait.picture[-1].astype(int)).max() <= 2  # still shoulders
         assert frame.max() <= int(portrait.picture.max()) + 3
 
 
 def test_lids_close_with_skin(portrait, animate):
     shut = coefficients(expression=expression(eyeBlinkLeft=1.0, eyeBlinkRight=1.0))
     (frame,) = animate(shut)
-    cheek = frame[tuple(np.flip(marks(shut)[50].astype(int)))].astype(float)
+    skin = frame[tuple(np.flip(marks(shut)[6].astype(int)))].astype(float)  # between the eyes
     for iris in (468, 473):
         x, y = marks(portrait.coefficients)[iris].astype(int)
         open_eye = portrait.picture[y - 1 : y + 2, x - 1 : x + 2].mean((0, 1))
         closed = frame[y - 1 : y + 2, x - 1 : x + 2].mean((0, 1))
-        assert np.abs(closed - cheek).sum() < 0.6 * np.abs(open_eye - cheek).sum()
+        assert np.abs(closed - skin).sum() < 0.6 * np.abs(open_eye - skin).sum()
 
 
 def test_gaze_moves_the_iris(portrait, animate):
@@ -165,14 +166,12 @@ def test_parted_lips_show_teeth_before_the_dark(portrait, animate):
     (x, top), (_, bottom) = points[13], points[14]
     column = frame[int(top) + 1 : int(bottom), int(x)].astype(float).mean(-1)
     assert len(column) > 5
-    assert column[: len(column) // 3].max() > 1.8 * column[len(column) // 3 :].min()
+    assert column[:2].max() > 1.5 * column[2:].min()
 
 
 def test_turns_are_limited_softly():
     identity = make_identity(HEAD, jnp.zeros(HEAD.n_shape))
     own = coefficients()
-    from loki_jax.geometry.motion import make_rig
-
     rig = make_rig(HEAD, identity, own, CAMERA, clip_crop_box(HEAD, stack(own), CAMERA))
     angles = [0.05, 0.3, 0.7, 1.4]
     found = [
@@ -188,7 +187,7 @@ def test_the_head_moves_onto_landmarks_and_still_shuts():
     own = coefficients()
     identity = make_identity(HEAD, own.betas)
     rng = np.random.default_rng(0)
-    seen = marks(own)
+    seen = marks(own).copy()
     # A picture whose eyes are taller and whose features are a little elsewhere.
     for upper, lower in ((159, 145), (386, 374)):
         seen[upper, 1] -= 0.5
@@ -203,8 +202,6 @@ def test_the_head_moves_onto_landmarks_and_still_shuts():
     before = np.abs(marks(own) - seen)[[159, 145, 386, 374, 1, 61]].mean()
     assert np.abs(found - seen)[[159, 145, 386, 374, 1, 61]].mean() < 0.35 * before
     shut = coefficients(expression=expression(eyeBlinkLeft=1.0, eyeBlinkRight=1.0))
-    from loki_jax.face.skinning import head_vertices
-
     closed = openings(HEAD, head_vertices(HEAD, aligned_identity(HEAD, identity, alignment, shut), shut))
     assert (np.asarray(closed)[1:] < 0.0015).all()
 
@@ -222,8 +219,3 @@ def test_only_the_part_around_the_head_changes_in_a_large_picture(portrait):
     changed = np.abs(frame.astype(int) - wide.astype(int)).sum(-1) > 0
     assert changed[100:260, 200:360].mean() > 0.2
     assert not changed[:, 520:].any() and not changed[400:].any()
-
-
-def test_rotation_vector_round_trip():
-    # `limit_motion` must not disturb poses below its limits.
-    assert np.allclose(rotvec_from_matrix(jnp.eye(3)), 0)
