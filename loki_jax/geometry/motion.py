@@ -190,9 +190,10 @@ def head_motion(
     mirrored = interpolate(fragments, faces, attributes)
     skin = flow.coverage * mirrored[..., 3]
 
+    turn = scale * _turn(portrait, target, camera)
     motion = Motion(
         box, jnp.zeros((size, size, 2)), jnp.zeros((size, size)), mirrored[..., :2],
-        scale * _turn(portrait, target, camera), origin, rest, _reach(rig, origin - rest),
+        turn, origin, rest, _reach(rig, origin - rest, turn),
     )  # fmt: skip
     axis = (jnp.arange(size) + 0.5) / size * 2 * half
     grid = jnp.stack(jnp.broadcast_arrays(box[0] + axis[None], box[1] + axis[:, None]), -1)
@@ -220,7 +221,7 @@ def limit_motion(
     rig: Rig, portrait: Coefficients, target: Coefficients, camera: Camera, extent: Float[ArrayLike, " 2"]
 ) -> Coefficients:
     """The target within what one portrait can show: turned from it by less than 45 degrees (`TURN_LIMIT`),
-    and moved no further than to where the head fills the picture's border. Small motions are not changed.
+    and moved by less than half of the way to the picture's border. Small motions are hardly changed.
     """
     there = head_rotation(portrait)
     turn = rotvec_from_matrix(head_rotation(target) @ there.T)
@@ -234,7 +235,8 @@ def limit_motion(
     origin, depth = _centre(rig, target, camera)
     rest, _ = _centre(rig, portrait, camera)
     shift, limit = origin - rest, jnp.asarray(extent, jnp.float32)
-    room = jnp.where(shift > 0, limit - rest, rest) - 0.9 * rig.radius
+    # Near the border the picture is squeezed: the face keeps away from it.
+    room = (jnp.where(shift > 0, limit - rest, rest) - 0.9 * rig.radius) / 2
     excess = shift * (soft_share(jnp.maximum(room, 0.0), jnp.abs(shift)) - 1)
     in_camera = jnp.append(excess * depth / camera.intrinsics[:2], 0.0)
     flip = jnp.array([1.0, -1.0, -1.0])
@@ -284,6 +286,7 @@ def _turn(portrait: Coefficients, target: Coefficients, camera: Camera) -> Float
     return jnp.array([[cosine, -sine], [sine, cosine]]) / norm
 
 
-def _reach(rig: Rig, shift: Float[Array, " 2"]) -> Float[Array, ""]:
+def _reach(rig: Rig, shift: Float[Array, " 2"], turn: Float[Array, "2 2"]) -> Float[Array, ""]:
     """Far enough for a displacement not to fold the picture."""
-    return 2.2 + 2.0 * jnp.sqrt(jnp.sum(shift**2) + 1e-6) / rig.radius
+    around = jnp.sqrt(jnp.sum((turn - jnp.eye(2)) ** 2) + 1e-9)
+    return 2.2 + 2.0 * (jnp.sqrt(jnp.sum(shift**2) + 1e-6) / rig.radius + 1.5 * around)

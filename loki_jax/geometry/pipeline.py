@@ -144,7 +144,7 @@ class _Subject(NamedTuple):
 
 
 def _subject(portrait: Portrait) -> _Subject:
-    """The portrait with its own picture, of at most `LARGEST` pixels a side, or with its crop if it has none."""
+    """The portrait with its own picture, of at most `LARGEST` pixels a side, or else with its crop."""
     crop = np.asarray(portrait.crop, np.float32)
     picture = portrait.image if portrait.picture is None else portrait.picture
     subject = _Subject(picture, portrait.coefficients, portrait.camera, crop, portrait.landmarks)

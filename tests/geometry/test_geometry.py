@@ -130,7 +130,9 @@ def test_the_border_stays_and_nothing_is_white(portrait, animate):
             shown, own = frame[border].astype(int), portrait.picture[border].astype(int)
             nearest = np.abs(shown[:, None] - own[None]).sum(-1).min(1)
             assert nearest.max() <= 36  # summed over channels: values between those of neighbours occur
-        assert np.abs(frame[-1].astype(int) - portrait.picture[-1].astype(int)).max() <= 2  # still shoulders
+        # Shoulders are still; where the picture is squeezed it is smoothed.
+        change = np.abs(frame[-1].astype(int) - portrait.picture[-1].astype(int))
+        assert change.mean() < 2 and change.max() <= 48
         assert frame.max() <= int(portrait.picture.max()) + 3
 
 
@@ -176,7 +178,7 @@ def test_turns_are_limited_softly():
     angles = [0.05, 0.3, 0.7, 1.4]
     found = [
         float(jnp.linalg.norm(limit_motion(
-            rig, own, coefficients(rot=jnp.array([0.0, a, 0.0])), CAMERA, jnp.array([SIZE, SIZE])
+            rig, own, coefficients(rot=jnp.array([0.0, a, 0.0])), CAMERA, jnp.array([SIZE, SIZE], jnp.float32)
         ).rot)) for a in angles
     ]  # fmt: skip
     assert np.isclose(found[0], 0.05, rtol=1e-3) and np.isclose(found[1], 0.3, rtol=0.02)
