@@ -11,13 +11,12 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
-
-from loki_jax.fitting.model_files import LandmarkError
 
 if TYPE_CHECKING:
     from loki_jax.geometry.pipeline import GeometryPipeline
@@ -48,36 +47,61 @@ class AnimateOptions:
     (default: the config's, or relative)"""
     audio: bool = True
     """keep the driver's audio"""
+    landmarker: Path | None = None
+    """MediaPipe's face_landmarker.task, for lids and mouths that say more"""
+    face: int | None = None
+    """which face of the reference, 0 the largest (default: the only or by far the largest)"""
+    driver_face: int | None = None
+    """which face of the driver, 0 the largest (default: the largest)"""
+    all_shots: bool = False
+    """follow the driver over cuts (default: its longest shot)"""
+    allow_lost: bool = False
+    """accept a driver whose face is not visible in most frames"""
 
 
 def animate(options: AnimateOptions) -> None:
     """Write the animation and its panel. Raises the errors of its inputs; nothing is written then."""
+    import numpy as np
     from tqdm import tqdm
 
+    from loki_jax.fitting.clips import default_landmarker
     from loki_jax.pictures import panel_frames
-    from loki_jax.sources import load_driving_clip, load_portrait
-    from loki_jax.video import VideoWriter, check_output
+    from loki_jax.sources import load_driving_clip, load_portrait, split_clip_source
+    from loki_jax.video import InputWarning, VideoWriter, check_output
 
     panel_path = options.out.with_name(f"{options.out.stem}_panel{options.out.suffix}")
     for path in (options.out, panel_path):
         check_output(path, [options.reference, options.driver, options.checkpoint])
     pipeline, settings, description = _find_animator(options)
-    portrait = load_portrait(options.reference, pipeline.head, pipeline.size)
-    clip = load_driving_clip(options.driver, pipeline.head, pipeline.size)
+    if options.checkpoint == "demo" and split_clip_source(options.reference) is None:
+        warnings.warn(
+            "the demo model knows rendered heads only: it shows what the program does, and makes a rendered "
+            "head of a photograph. `--checkpoint geometry` moves the photograph itself.",
+            InputWarning,
+            stacklevel=1,
+        )
+    landmarker = None if options.landmarker is None else default_landmarker(options.landmarker)
+    portrait = load_portrait(
+        options.reference, pipeline.head, pipeline.size, face=options.face, landmarker=landmarker
+    )
+    clip = load_driving_clip(
+        options.driver, pipeline.head, pipeline.size, landmarker=landmarker,
+        face=options.driver_face, all_shots=options.all_shots, allow_lost=options.allow_lost,
+    )  # fmt: skip
     length = len(clip.frames)
     print(f"{clip.name}: {length} frames at {clip.fps} fps; {description}")
     audio = clip.source if options.audio else None
     height = max(256, pipeline.size)
     done = 0
     with (
-        VideoWriter(options.out, clip.fps, audio_from=audio) as video,
-        VideoWriter(panel_path, clip.fps, audio_from=audio) as panel,
+        VideoWriter(options.out, clip.fps, audio_from=audio, audio_start=clip.start) as video,
+        VideoWriter(panel_path, clip.fps, audio_from=audio, audio_start=clip.start) as panel,
         tqdm(total=length, unit="frame") as progress,
     ):
         for frames, maps in pipeline.windows(portrait, clip, **settings):
             for frame in frames:
                 video.write(frame)
-            shown = clip.frames[done : done + len(frames)]
+            shown = np.stack(list(clip.frames[done : done + len(frames)]))
             for frame in panel_frames([portrait.image, shown, maps, frames], height):
                 panel.write(frame)
             done += len(frames)
@@ -113,16 +137,9 @@ def _find_animator(options: AnimateOptions) -> tuple[GeometryPipeline | LokiPipe
 def main(argv: Sequence[str] | None = None) -> int:
     options = tyro.cli(AnimateOptions, prog="python -m loki_jax.animate", args=argv, description=__doc__)
 
-    from loki_jax.compile_cache import enable_compile_cache
+    from loki_jax.program import run_program
 
-    enable_compile_cache()
-    # MediaError, DatasetError, HeadAssetError, CheckpointError and FitError are all ValueErrors.
-    try:
-        animate(options)
-    except (ValueError, LandmarkError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return run_program(animate, options)
 
 
 if __name__ == "__main__":

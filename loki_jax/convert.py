@@ -1,4 +1,4 @@
-"""Convert weights between projects, strictly: every tensor and every parameter is accounted for.
+"""Convert weights between projects, strictly: every tensor is used or dropped for a stated reason.
 
     python -m loki_jax.convert SD21 --out sd21                      # config.pretrained of configs/hdtf.py
     python -m loki_jax.convert sd21 --out sd21_diffusers --to diffusers
@@ -16,8 +16,8 @@ SOURCE is one of
   workdir    a run to animate or to start from (the default for Loki checkpoints); needs --head, --config
 
 The null prompt, the text encoder's output for "", comes from SOURCE/text_encoder, --text-encoder DIR
-(needs transformers and torch) or --null-prompt FILE.npy. Pickles are never executed. Beside the weights
-lies `conversion.json`: SHA-256 of all source files, what was dropped and why, what is new.
+(needs transformers and torch) or --null-prompt FILE.npy. Pickles are never executed. `conversion.json`,
+beside the weights, holds the SHA-256 of all source files, what was dropped and why, and what is new.
 
 With --workdir alone, the moving average of a run (or its parameters, with --no-ema) becomes one file
 for inference. That works for models of the built-in head; others carry licences and stay in their workdir.

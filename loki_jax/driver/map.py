@@ -8,6 +8,7 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
+from loki_jax.arrays import ArrayLike
 from loki_jax.driver.encoding import DriverInputs, canonical_positions
 from loki_jax.driver.registry import ARMS, DEFAULT_ARM, find_arm
 from loki_jax.face.asset import HeadAsset
@@ -21,7 +22,7 @@ from loki_jax.face.skinning import (
     world_vertices,
 )
 from loki_jax.face.types import Camera, Coefficients
-from loki_jax.raster.fragments import clear_hidden_faces, locate
+from loki_jax.raster.fragments import Vertices, clear_hidden_faces, locate
 from loki_jax.raster.search import nearest_faces
 
 _PIXELS_AT_ONCE = 2**20
@@ -35,11 +36,10 @@ def ndc_vertices(
     identity: Identity,
     coefficients: Coefficients,
     camera: Camera,
-    crop: Float[Array, "*#b 4"],
+    crop: Float[ArrayLike, "*#b 4"],
 ) -> Float[Array, "*b V_all 3"]:
     """The posed mesh in the rasteriser's coordinates for a crop box x0, y0, x1, y1 in pixels."""
-    world = world_vertices(head, identity, coefficients)
-    return ndc_from_world(world, camera, crop)
+    return ndc_from_world(world_vertices(head, identity, coefficients), camera, crop)
 
 
 def driver_map(
@@ -47,7 +47,7 @@ def driver_map(
     identity: Identity,
     coefficients: Coefficients,
     camera: Camera,
-    crop: Float[Array, "*#b 4"],
+    crop: Float[ArrayLike, "*#b 4"],
     size: int,
     arm: str = DEFAULT_ARM,
     dtype: DTypeLike = jnp.float32,
@@ -88,8 +88,8 @@ def driver_map(
 
 
 def map_of_mesh(
-    vertices: Float[Array, "*b V 3"],
-    vertex_mask: Bool[Array, " V"],
+    vertices: Vertices,
+    vertex_mask: Bool[ArrayLike, " V"],
     inputs: DriverInputs,
     size: int,
     arm: str = DEFAULT_ARM,
@@ -100,7 +100,7 @@ def map_of_mesh(
     Args:
       vertices: as `ndc_vertices` gives them.
       vertex_mask: faces without a vertex in it occlude, but are cleared from the map.
-      inputs: all but `fragments`, as far as the arm reads them; leading axes as in `vertices`.
+      inputs: what the arm reads of the meshes; leading axes as in `vertices`.
       size, arm, dtype: as in `driver_map`.
 
     Raises:
@@ -114,7 +114,7 @@ def map_of_mesh(
 
     def shade(vertices, face, per_frame):
         fragments = clear_hidden_faces(locate(vertices, inputs.faces, face), inputs.faces, vertex_mask)
-        return encode(inputs._replace(fragments=fragments, **per_frame), dtype)
+        return encode(fragments, inputs._replace(**per_frame), dtype)
 
     frames = (vertices, face, {name: getattr(inputs, name) for name in _PER_FRAME})
     if face.size <= _PIXELS_AT_ONCE:

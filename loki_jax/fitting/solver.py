@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from loki_jax.arrays import ArrayLike
 from loki_jax.face.skinning import make_identity
 from loki_jax.fitting.problem import HIGHEST, Layout, Problem, frame_linearisation, project_frame
 
@@ -43,7 +44,7 @@ def _normal_equations(problem: Problem, layout: Layout, shape, x):
     return jax.lax.map(frame, items, batch_size=chunk)
 
 
-def _second_difference(x: Float[Array, "N p"], real: Float[Array, " N"]) -> Float[Array, "M p"]:
+def _second_difference(x: Float[Array, "N p"], real: Float[ArrayLike, " N"]) -> Float[Array, "M p"]:
     inside = real[2:] * real[1:-1] * real[:-2]
     return (x[2:] - 2 * x[1:-1] + x[:-2]) * inside[:, None]
 
@@ -73,13 +74,10 @@ def _cost(problem: Problem, residual: Float[Array, "N n 2"], shape, x) -> Float[
     huber = problem.huber
     robust = jnp.where(deviation < huber, 0.5 * deviation**2, huber * deviation - 0.5 * huber**2)
     data = jnp.sum(problem.weight * robust)
-    prior = jnp.sum(problem.real[:, None] * problem.frame_prior * x**2) + jnp.sum(
-        problem.shape_prior * shape**2
-    )
-    smooth = 0.0
-    if len(x) > 2:
-        smooth = jnp.sum(problem.smoothness * _second_difference(x, problem.real) ** 2)
-    return data + 0.5 * (prior + smooth)
+    prior = jnp.sum(problem.real[:, None] * problem.frame_prior * (x - problem.frame_mean) ** 2)
+    prior += jnp.sum(problem.shape_prior * shape**2)
+    bent = _second_difference(x, problem.real) if len(x) > 2 else jnp.zeros_like(x)
+    return data + 0.5 * (prior + jnp.sum(problem.smoothness * bent**2))
 
 
 def _inverse(matrix: Float[Array, "*b n n"]) -> Float[Array, "*b n n"]:
@@ -125,7 +123,7 @@ def _step(problem: Problem, layout: Layout, shape, x, damping):
 
     prior = problem.frame_prior * problem.real[:, None]
     banded = len(x) > 2  # shorter clips have no second difference
-    gradient_x = gradient[:, n_shape:] + prior * x
+    gradient_x = gradient[:, n_shape:] + prior * (x - problem.frame_mean)
     gradient_s = gradient[:, :n_shape].sum(0) + problem.shape_prior * shape
     diagonal_smooth = jnp.zeros_like(x)
     if banded:

@@ -7,18 +7,23 @@ be wrong.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 from collections.abc import Iterable, Iterator
 from fractions import Fraction
 from pathlib import Path
+from typing import TypeVar
 
 import av
 import numpy as np
+from av.sidedata.sidedata import SideData
 from av.video.reformatter import Colorspace
 from jaxtyping import Int, UInt8
 
 from loki_jax.video.files import MediaError, check_file, over_white
+
+Item = TypeVar("Item")
 
 _STANDARD_RATES = tuple(
     Fraction(*rate)
@@ -57,23 +62,28 @@ class Video:
     path: Path
 
 
+def seconds(count: int | None, time_base: Fraction | None) -> Fraction | None:
+    """A time stamp or duration of FFmpeg in seconds; None where the file states none."""
+    return None if count is None or time_base is None else count * time_base
+
+
 def _frame_rate(stream: av.VideoStream, path: Path) -> Fraction:
     rate = stream.average_rate or stream.guessed_rate or stream.base_rate
     if not rate or rate <= 0:
         raise MediaError(
             f"{path}: states no frame rate. Write it again with one (`ffmpeg -i IN -r 25 OUT.mp4`)."
         )
-    rate = Fraction(rate)
     if stream.base_rate and abs(rate / stream.base_rate - 1) > Fraction(1, 20):
         return _nominal_rate(stream, path) or rate
     # Containers with coarse time stamps report averages such as 5994000/200001: take the standard
     # rate if the two differ by less than half a frame over the whole clip.
-    if rate.denominator > 1001:
-        nearest = min(_STANDARD_RATES, key=lambda standard: abs(standard - rate))
-        seconds = (stream.frames or 1000) / rate
-        if abs(nearest - rate) * seconds < Fraction(1, 2):
-            return nearest
-    return rate
+    nearest = _standard_rate(rate)
+    frames_off = abs(nearest / rate - 1) * (stream.frames or 1000)
+    return nearest if rate.denominator > 1001 and frames_off < Fraction(1, 2) else rate
+
+
+def _standard_rate(rate: Fraction) -> Fraction:
+    return min(_STANDARD_RATES, key=lambda standard: abs(standard - rate))
 
 
 def _nominal_rate(stream: av.VideoStream, path: Path) -> Fraction | None:
@@ -82,10 +92,10 @@ def _nominal_rate(stream: av.VideoStream, path: Path) -> Fraction | None:
         packets = container.demux(container.streams[stream.index])
         stamps = sorted(p.pts for p in packets if p.pts is not None and p.size)
     interval = np.median(np.diff(stamps)) if len(stamps) > 2 else 0
-    if interval <= 0:
+    if interval <= 0 or stream.time_base is None:
         return None
     rate = 1 / (Fraction(float(interval)) * stream.time_base)
-    nearest = min(_STANDARD_RATES, key=lambda standard: abs(standard - rate))
+    nearest = _standard_rate(rate)
     return nearest if abs(nearest / rate - 1) < Fraction(1, 50) else rate.limit_denominator(1001)
 
 
@@ -95,7 +105,7 @@ def _quarter_turns(frame: av.VideoFrame) -> tuple[int, bool]:
         data = frame.side_data.get("DISPLAYMATRIX")
     except ValueError:  # PyAV gives up on side data younger than itself (EXIF); the angle it knows
         return round(frame.rotation / 90) % 4, False
-    if data is None:
+    if not isinstance(data, SideData):
         return 0, False
     matrix = np.frombuffer(bytes(data), np.int32)[:9].reshape(3, 3)[:2, :2].astype(np.float64)
     # Row-vector convention: a stored pixel (x, y), y down, is shown at (x, y) @ matrix.
@@ -112,13 +122,11 @@ def _to_rgb(frame: av.VideoFrame, width: int | None = None) -> UInt8[np.ndarray,
     # Untagged video: BT.709 from 720 lines on, BT.601 below, as players assume.
     untagged = Colorspace.ITU709 if frame.height >= 720 else Colorspace.ITU601
     matrix = _MATRICES.get(int(frame.colorspace), untagged)
-    options = {"src_colorspace": matrix}
-    if width is not None:
-        options |= {"width": width, "height": frame.height}
-    if any(component.is_alpha for component in frame.format.components):
-        image = over_white(frame.to_ndarray(format="rgba", **options))
-    else:
-        image = frame.to_ndarray(format="rgb24", **options)
+    has_alpha = any(component.is_alpha for component in frame.format.components)
+    image = frame.to_ndarray(
+        format="rgba" if has_alpha else "rgb24", src_colorspace=matrix, width=width, height=frame.height
+    )
+    image = over_white(image) if has_alpha else image
     turns, mirrored = _quarter_turns(frame)
     image = np.rot90(image, turns)
     return np.ascontiguousarray(image[:, ::-1] if mirrored else image)
@@ -141,9 +149,7 @@ def _square_width(stream: av.VideoStream) -> int | None:
     return max(1, round(stream.codec_context.width * Fraction(aspect)))
 
 
-def _evenly(
-    frames: Iterable[tuple[Fraction | None, av.VideoFrame]], rate: Fraction, fps: Fraction
-) -> Iterator[av.VideoFrame]:
+def _evenly(frames: Iterable[tuple[Fraction | None, Item]], rate: Fraction, fps: Fraction) -> Iterator[Item]:
     """Put frames with time stamps in seconds on the grid k / fps, each grid point its nearest frame.
 
     `rate` is that of the frames: what frames without time stamps are spaced by, and how long the last
@@ -153,7 +159,8 @@ def _evenly(
     repeated or dropped, so that it stays in time with its audio. Memory: two frames.
     """
     first: Fraction | None = None
-    previous, previous_at = None, Fraction(0)
+    previous: Item | None = None
+    previous_at = Fraction(0)
     grid = 0
     for index, (time, frame) in enumerate(frames):
         if time is None:
@@ -256,11 +263,9 @@ class VideoReader:
             return self._stream.frames - count
         # Only a duration is known. Variable-rate video has fewer frames than that at its nominal rate, so
         # times are compared; some containers count from zero and some from the first frame.
-        duration = None
-        if self._stream.duration is not None and self._stream.time_base is not None:
-            duration = self._stream.duration * self._stream.time_base
-        elif self._container.duration is not None and not self.has_audio:
-            duration = Fraction(self._container.duration, av.time_base)
+        duration = seconds(self._stream.duration, self._stream.time_base)
+        if duration is None and not self.has_audio:
+            duration = seconds(self._container.duration, Fraction(1, av.time_base))
         if duration is None:
             return 0
         return int((duration - (count / self.source_fps if end is None else end)) * self.source_fps)
@@ -268,26 +273,25 @@ class VideoReader:
     def _decoded(self) -> Iterator[tuple[Fraction | None, av.VideoFrame]]:
         count = 0
         part = self._start > 0 or self._stop is not None
-        origin, end = Fraction(0), None
+        origin = seconds(self._stream.start_time, self._stream.time_base) or Fraction(0)
+        end: Fraction | None = None
         try:
-            if part and self._stream.start_time is not None:
-                origin = self._stream.start_time * self._stream.time_base
             if self._start > 0:
                 # To the key frame before it; the frames between are decoded and dropped.
-                target = int((origin + self._start) / self._stream.time_base)
+                target = int((origin + self._start) / (self._stream.time_base or 1))
                 self._container.seek(max(target, 0), stream=self._stream)
             half = 1 / (2 * self.source_fps)
             for frame in self._container.decode(self._stream):
                 count += 1
-                time = None if frame.pts is None or frame.time_base is None else frame.pts * frame.time_base
+                time = seconds(frame.pts, frame.time_base)
                 at = Fraction(count - 1, 1) / self.source_fps if time is None else time - origin
                 if part and at + half <= self._start:
                     continue
                 if self._stop is not None and at + half > self._stop:
                     break
                 if time is not None:
-                    shown = max(1 / self.source_fps, (frame.duration or 0) * frame.time_base)
-                    end = max(end or Fraction(0), time + shown)
+                    shown = seconds(frame.duration, frame.time_base) or Fraction(0)
+                    end = max(end or Fraction(0), time + max(shown, 1 / self.source_fps))
                 yield time, frame
         except (av.error.FFmpegError, OSError) as error:
             if count == 0 and self._container.format.name == "webp_pipe":
@@ -311,18 +315,33 @@ class VideoReader:
             )
 
     def __iter__(self) -> Iterator[UInt8[np.ndarray, "H W 3"]]:
-        shape = None
-        for index, frame in enumerate(_evenly(self._decoded(), self.source_fps, self.fps)):
+        return (self.to_rgb(picture) for _, picture in self.numbered_pictures())
+
+    def numbered_pictures(self) -> Iterator[tuple[int, av.VideoFrame]]:
+        """The pictures that iteration converts, each with its number among those of the file."""
+        decoded = ((time, (number, frame)) for number, (time, frame) in enumerate(self._decoded()))
+        size = None
+        for index, (number, frame) in enumerate(_evenly(decoded, self.source_fps, self.fps)):
             if index == 0:
                 _refuse_hdr(self.path, frame.color_trc)
-            image = _to_rgb(frame, self._width)
-            shape = shape or image.shape
-            if image.shape != shape:
+            size = size or (frame.width, frame.height)
+            if size != (frame.width, frame.height):
                 raise MediaError(
-                    f"{self.path}: changes size from {shape[1]}x{shape[0]} to "
-                    f"{image.shape[1]}x{image.shape[0]} at frame {index}. Convert it to one size first."
+                    f"{self.path}: changes size from {size[0]}x{size[1]} to {frame.width}x{frame.height} at "
+                    f"frame {index}. Convert it to one size first."
                 )
-            yield image
+            yield number, frame
+
+    def decode_from(self, stamp: int | None) -> Iterator[tuple[int, av.VideoFrame]]:
+        """Stored pictures, counted from 0: from the key frame before a time stamp, or from the start."""
+        if stamp is not None:
+            with contextlib.suppress(av.error.FFmpegError):  # some containers have no index
+                self._container.seek(stamp, stream=self._stream)
+        yield from enumerate(self._container.decode(self._stream))
+
+    def to_rgb(self, picture: av.VideoFrame) -> UInt8[np.ndarray, "H W 3"]:
+        """A picture of this file as a person would see it."""
+        return _to_rgb(picture, self._width)
 
 
 def first_picture_time(path: str | os.PathLike) -> Fraction:

@@ -58,10 +58,16 @@ def open_source(options: ConvertOptions) -> Source:
         config = read_config(path / "config.json")
     else:
         config = ConfigDict({"model": layouts.sd21_config().to_dict()})
-    channels = find_map_arm(config.driver.arm if "driver" in config else DEFAULT_ARM).channels
-    if callable(channels):
-        channels = channels(builtin_head())
-    network = layouts.make_network(config.model, channels)
+    try:
+        channels = find_map_arm(config.driver.arm if "driver" in config else DEFAULT_ARM).channels
+        if callable(channels):
+            channels = channels(builtin_head())
+        network = layouts.make_network(config.model, channels)
+    except WeightsError:
+        raise
+    except Exception as error:  # a damaged config can hold anything
+        file = options.config or path / "config.json"
+        raise WeightsError(f"{file}: describes no network ({type(error).__name__}: {error}).") from error
 
     def source(tensors: Tensors, layout: str, wrapped: bool = False, note: str = "") -> Source:
         return Source(path, tensors, layouts.make_layout(layout, network, wrapped), config, network, note)
@@ -98,7 +104,7 @@ def open_source(options: ConvertOptions) -> Source:
 
 
 def convert(source: Source, options: ConvertOptions) -> tuple[str, dict[str, Any]]:
-    """Write `source` to `options.out`. Every tensor and every parameter is accounted for.
+    """Write `source` to `options.out`. Every tensor is used, or dropped for a stated reason.
 
     Returns:
       the layout written, and what `conversion.json` holds: digests of the source's files, the tensors that

@@ -32,7 +32,7 @@ _STORAGES = {
     "CharStorage": np.dtype(np.int8), "ByteStorage": np.dtype(np.uint8), "BoolStorage": np.dtype(np.bool_),
 }  # fmt: skip
 
-# Harmless company of weights in training checkpoints, hyperparameters and callbacks; read as empty objects.
+# What training checkpoints hold beside weights: hyperparameters and callbacks, read as empty objects.
 _IGNORED = frozenset(
     (module, name)
     for modules, names in (

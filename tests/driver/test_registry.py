@@ -16,9 +16,9 @@ from loki_jax.train import train
 from tests.training.tiny_run import SIZE, tiny_config, write_shards
 
 
-def camera_normals(inputs, dtype=jnp.float32):
+def camera_normals(fragments, inputs, dtype=jnp.float32):
     """Unit normals of the surface in camera axes (+x right, +y down, +z away), zero on the background."""
-    normals = interpolate(inputs.fragments, inputs.faces, vertex_normals(inputs.points, inputs.faces))
+    normals = interpolate(fragments, inputs.faces, vertex_normals(inputs.points, inputs.faces))
     length = jnp.linalg.norm(jnp.where(normals == 0, 1e-9, normals), axis=-1, keepdims=True)
     return (normals / length).astype(dtype)
 

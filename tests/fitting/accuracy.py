@@ -43,7 +43,7 @@ def true_clip(head: HeadAsset, seed: int, frames: int) -> tuple[Coefficients, Ca
     shape = sample_shape(seed, head)
     identity = make_identity(head, jnp.asarray(shape))
     forehead, chin = np.asarray(landmark_positions(head, identity.vertices, LANDMARK_SET))[[10, 152]]
-    focal = FACE_HEIGHT / np.linalg.norm(forehead - chin)
+    focal = float(FACE_HEIGHT / np.linalg.norm(forehead - chin))
     coefficients = motion._replace(betas=np.tile(shape, (frames, 1)), rot=rot, neck=neck, tra=tra)
     return coefficients, make_camera((FRAME_SIZE, FRAME_SIZE), focal)
 

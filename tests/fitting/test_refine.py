@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from data_prep.report import jitter_degrees
+from data_prep.dataset.summary import jitter_degrees
 from loki_jax.face.builtin import builtin_head
 from loki_jax.fitting.clips import FittedClip, clip_crop_box
 from loki_jax.fitting.fit import fit_landmarks

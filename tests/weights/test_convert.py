@@ -483,6 +483,19 @@ def test_config_files(tmp_path):
         layouts.load_config(str(program))
 
 
+@pytest.mark.parametrize("change, shown", [
+    (lambda config: config.pop("model"), "model"),
+    (lambda config: config["model"]["unet"].update(channels="x"), ""),
+    (lambda config: config["driver"].update(arm="none"), "unknown driver arm"),
+])  # fmt: skip
+def test_a_config_that_describes_no_network(tmp_path, diffusers_folder, options, capsys, change, shown):
+    config = json.loads((tmp_path / "tiny.json").read_text())
+    change(config)
+    (tmp_path / "tiny.json").write_text(json.dumps(config))
+    message = error_of(capsys, diffusers_folder, tmp_path / "ours", **options)
+    assert "tiny.json: describes no network" in message and shown in message
+
+
 def run_config(pretrained):
     """A run that starts from a folder; its encoder fits the tiny autoencoder."""
     config = tiny_config()

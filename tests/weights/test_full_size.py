@@ -88,7 +88,7 @@ def test_other_names_stay(name):
     assert current_name(name) == name
 
 
-def test_sd21_checkpoint_is_accounted_for(network, golden):
+def test_sd21_checkpoint_is_matched(network, golden):
     infos = infos_of(golden_keys(golden, "sd21_ldm_checkpoint_keys"))
     infos |= {
         "cond_stage_model.model.positional_embedding": TensorInfo((77, 1024), "float32"),
@@ -128,7 +128,7 @@ def test_what_a_run_takes_from_the_backbone(network, golden):
 
 
 @pytest.mark.parametrize("wrapped", [False, True])
-def test_public_loki_checkpoint_is_accounted_for(network, golden, wrapped):
+def test_public_loki_checkpoint_is_matched(network, golden, wrapped):
     prefix = "model.diffusion_model."
     generation = {
         n if n.startswith(prefix) else prefix + n: s for n, s in golden_keys(golden, "loki_unet_keys").items()

@@ -116,7 +116,7 @@ def test_torch_views_parameters_and_scalars(tmp_path):
     )
 
 
-def test_training_checkpoint_with_company(arrays, tmp_path):
+def test_training_checkpoint_with_other_entries(arrays, tmp_path):
     """What Lightning saves beside the weights neither disturbs nor gets lost."""
     moment = torch.ones(3)
     checkpoint = {
