@@ -43,7 +43,7 @@ class Window(NamedTuple):
 
 
 class Animator(Protocol):
-    """What can animate a portrait. `head` is the head to fit inputs to, `size` the edge in pixels of crops."""
+    """What can animate a portrait. `head` is the head to fit inputs to, `size` the edge of crops, pixels."""
 
     head: HeadAsset
     size: int
