@@ -28,13 +28,13 @@ from loki_jax.face.skinning import Identity, mesh_faces, mesh_render_mask, world
 from loki_jax.face.types import Camera, Coefficients
 from loki_jax.raster import Fragments, clear_hidden_faces, interpolate, rasterize
 
-# Cosines of the angle between the normal and the way to the camera: up to the first the portrait does not show
-# a point, from the second on it does. 0.25 is 75 degrees, where a pixel covers four times its own area.
+# Cosines of the angle between the normal and the way to the camera: up to the first the portrait does not
+# show a point, from the second on it does. 0.25 is 75 degrees, where a pixel covers four times its own area.
 FACING = (0.05, 0.25)
 
-# Metres. A point this far behind the surface that the portrait shows is hidden by half; it is not hidden up to
-# half of this, and fully hidden from one and a half times this on. A smaller value would hide parts of curved
-# surfaces, whose depth is interpolated between the portrait's pixels.
+# Metres. A point this far behind the surface that the portrait shows is hidden by half; it is not hidden up
+# to half of this, and fully hidden from one and a half times this on. A smaller value would hide parts of
+# curved surfaces, whose depth is interpolated between the portrait's pixels.
 DEPTH_TOLERANCE = 0.003
 
 
@@ -64,9 +64,9 @@ class Flow(NamedTuple):
       position: in pixels of the portrait's picture. Where the target shows no head: the pixel's own place,
         its normalised position in the portrait's crop instead of the target's.
       visibility: share in [0, 1] to which the portrait shows the point: it faces the portrait's camera
-        (`FACING`), nothing is in front of it (`DEPTH_TOLERANCE`), and it is inside the portrait's crop. Points
-        of eyeballs and inner mouth are visible only where the portrait shows the same part, since lids and
-        lips are thinner than the tolerance. Zero where the target shows no head.
+        (`FACING`), nothing is in front of it (`DEPTH_TOLERANCE`), and it is inside the portrait's crop.
+        Points of eyeballs and inner mouth are visible only where the portrait shows the same part, since lids
+        and lips are thinner than the tolerance. Zero where the target shows no head.
       coverage: 1 where the target shows the head (its render mask), else 0.
       inner_mouth, eyeball: share in [0, 1] to which the point belongs to the part, from the vertices' flags.
       facing: `view_cosines` in the portrait and in the target; negative where the surface is turned away. The
