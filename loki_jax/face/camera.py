@@ -37,7 +37,7 @@ def project(points: Float[ArrayLike, "*b n 3"], camera: Camera) -> Float[Array, 
 
 
 def ndc_from_camera(
-    points: Float[ArrayLike, "*b V 3"], camera: Camera, crop: Float[ArrayLike, "*b 4"]
+    points: Float[ArrayLike, "*b V 3"], camera: Camera, crop: Float[ArrayLike, "*#b 4"]
 ) -> Float[Array, "*b V 3"]:
     """The rasteriser's coordinates of mesh vertices given in camera axes.
 
@@ -54,7 +54,7 @@ def ndc_from_camera(
 
 
 def ndc_from_world(
-    points: Float[ArrayLike, "*b V 3"], camera: Camera, crop: Float[ArrayLike, "*b 4"]
+    points: Float[ArrayLike, "*b V 3"], camera: Camera, crop: Float[ArrayLike, "*#b 4"]
 ) -> Float[Array, "*b V 3"]:
     """`ndc_from_camera` of mesh vertices in the world frame, metres."""
     return ndc_from_camera(camera_from_world(points, camera), camera, crop)
