@@ -127,6 +127,9 @@ def base_config() -> ConfigDict:
     # dimension that the axis divides, "replicate" keeps a whole copy on each device.
     c.sharding_rules = ((r".*", "fsdp"),)
     c.sharding_min_size = 2**16  # smaller arrays are not worth a collective
+    # In which gradients are summed over devices: float32, or bfloat16, which halves the bytes, with an error
+    # that grows with the number of devices (docs/scaling.md).
+    c.gradient_dtype = "float32"
 
     c.faults = ConfigDict()
     # So many updates in a row skipped, because loss or gradient were not finite, stop the run.

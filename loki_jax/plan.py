@@ -143,6 +143,7 @@ def main(argv: list[str]) -> None:
         if FLAGS.compile:
             data, fsdp = parse_mesh(FLAGS.mesh)
             jax.config.update("jax_num_cpu_devices", data * fsdp)
+            jax.config.update("jax_enable_compilation_cache", False)
         plan(ConfigDict(upgrade_config(FLAGS.config.to_dict())), config_name())
     except ValueError as error:
         sys.exit(f"error: {error}")

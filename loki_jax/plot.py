@@ -24,10 +24,8 @@ import matplotlib
 import numpy as np
 import tyro
 from jaxtyping import Float
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import PercentFormatter
 
 from loki_jax.io import atomic_path
 from loki_jax.training.logging import read_metrics
@@ -135,66 +133,40 @@ def draw_runs(runs: Sequence[Run], half_life: float | None = None) -> Figure:
     shown = [quantity for quantity in QUANTITIES if any(quantity.key in run.curves for run in runs)]
     columns = min(len(shown), 3 if len(shown) > 4 else 2)
     rows = -(-len(shown) // columns)
-    figure = Figure(figsize=(5.2 * columns, 3.3 * rows + 0.9), dpi=120, layout="constrained")
-    colours = [matplotlib.colormaps["tab10"](i) for i in range(10)]
-    if len(runs) > 10:
-        colours = [matplotlib.colormaps["turbo"](x) for x in np.linspace(0.02, 0.98, len(runs))]
-    for i, quantity in enumerate(shown):
-        axes = figure.add_subplot(rows, columns, i + 1)
-        curves = {run.name: run.curves[quantity.key] for run in runs if quantity.key in run.curves}
+    figure = Figure(figsize=(5.2 * columns, 3.3 * rows + 0.9), layout="constrained")
+    shades = matplotlib.colormaps["turbo"](np.linspace(0, 1, len(runs)))
+    colours = list(shades) if len(runs) > 10 else [f"C{i}" for i in range(len(runs))]
+    for panel, quantity in enumerate(shown, 1):
+        axes = figure.add_subplot(rows, columns, panel, title=quantity.title, xlim=(0, 1.01 * longest))
+        curves = {i: run.curves[quantity.key] for i, run in enumerate(runs) if quantity.key in run.curves}
         log = quantity.log and all((values > 0).all() for _, values in curves.values())
-        for run, colour in zip(runs, colours, strict=False):
-            if run.name in curves:
-                _draw_curve(axes, *curves[run.name], colour, half_life if quantity.smooth else 0.0, log)
-        _finish(axes, quantity, longest, log)
+        for number, (steps, values) in curves.items():
+            colour = colours[number]
+            if half_life > 0 and quantity.smooth:
+                axes.plot(steps, values, color=colour, linewidth=0.8, alpha=0.3)
+                # One huge gradient would hang over a plain average for twenty half-lives on a log axis.
+                scale, back = (np.log, np.exp) if log else (np.array, np.array)
+                values = back(smoothed(steps, scale(values), half_life))
+            axes.plot(steps, values, color=colour, marker="." if len(steps) < 40 else None)
+        if log:
+            axes.set_yscale("log")
+        else:
+            axes.set_ylim(bottom=0)
+        if quantity.percent:
+            axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+        axes.grid(alpha=0.25)
     handles = [
         matplotlib.lines.Line2D([], [], color=colour, label=run.name)
-        for run, colour in zip(runs, colours, strict=False)
+        for run, colour in zip(runs, colours, strict=True)
     ]
-    figure.legend(handles=handles, loc="outside upper center", ncols=min(len(runs), 4), frameon=False)
-    if half_life > 0:
-        figure.supxlabel(
-            f"step    (pale: as logged; bold: exponential average with a half-life of {half_life:,.4g} "
-            "steps, of the logarithm on logarithmic axes)", fontsize=9,
-        )  # fmt: skip
-    else:
-        figure.supxlabel("step    (as logged, not smoothed)", fontsize=9)
+    figure.legend(handles=handles, loc="outside upper center", ncols=min(len(runs), 4))
+    figure.supxlabel(
+        f"step    (pale: as logged; bold: exponential average with a half-life of {half_life:,.4g} "
+        "steps, of the logarithm on logarithmic axes)" if half_life > 0
+        else "step    (as logged, not smoothed)",
+        fontsize="small",
+    )  # fmt: skip
     return figure
-
-
-def _draw_curve(
-    axes: Axes, steps: np.ndarray, values: np.ndarray, colour, half_life: float, log: bool
-) -> None:
-    few = "o" if len(steps) < 40 else None
-    if half_life <= 0:
-        axes.plot(steps, values, color=colour, linewidth=1.4, marker=few, markersize=3)
-        return
-    axes.plot(steps, values, color=colour, linewidth=0.8, alpha=0.3)
-    # One huge gradient would hang over a plain average for twenty half-lives on a logarithmic axis.
-    average = (
-        np.exp(smoothed(steps, np.log(values), half_life)) if log else smoothed(steps, values, half_life)
-    )
-    axes.plot(steps, average, color=colour, linewidth=1.6, marker=few, markersize=3)
-
-
-def _finish(axes: Axes, quantity: Quantity, longest: float, log: bool) -> None:
-    axes.set_title(quantity.title, fontsize=10)
-    axes.set_xlim(0, longest * 1.01)
-    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    axes.xaxis.set_major_formatter(lambda step, _: f"{step:,.0f}")
-    drawn = np.concatenate([np.asarray(line.get_ydata(), float) for line in axes.get_lines()])
-    if log:
-        axes.set_yscale("log")
-        if drawn.max() < 10 * drawn.min():  # less than a decade: ticks at plain numbers
-            axes.yaxis.set_major_locator(MaxNLocator(5))
-            axes.yaxis.set_minor_locator(matplotlib.ticker.NullLocator())
-            axes.yaxis.set_major_formatter(lambda value, _: f"{value:.3g}")
-    elif quantity.percent:
-        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
-        axes.set_ylim(0, max(1.1 * drawn.max(), 0.01))
-    else:
-        axes.set_ylim(bottom=0)
-    axes.grid(alpha=0.25)
 
 
 def save_figure(figure: Figure, path: Path) -> None:
@@ -203,9 +175,8 @@ def save_figure(figure: Figure, path: Path) -> None:
     Raises:
       PlotError: an unknown suffix, or no such folder.
     """
-    formats = FigureCanvasAgg(figure).get_supported_filetypes()
     kind = path.suffix.removeprefix(".").lower()
-    if kind not in formats:
+    if kind not in figure.canvas.get_supported_filetypes():
         raise PlotError(
             f"{path}: cannot write {path.suffix or 'files without a suffix'}; use .png, .pdf or .svg."
         )

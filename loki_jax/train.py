@@ -65,30 +65,36 @@ def train(config: ConfigDict, workdir: Path) -> float:
     # ------------------------------------------------------------------------------------ data
     check_config(config)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
-    dataset, windows, held_out = open_inputs(config, mesh)
-    iterator = start_reading(config, windows, mesh)
-    head = dataset.head()
+    with log_duration("opening the data", lead):
+        dataset, windows, held_out = open_inputs(config, mesh)
+        iterator = start_reading(config, windows, mesh)
+        head = dataset.head()
 
     # ------------------------------------------------------------------------- model and state
     networks, optimizer = build_networks(config, head), make_optimizer(config)
     check_sampling(config, networks.schedule)
-    # A resumed run needs neither the weights it started from nor their memory.
-    initial = None if ckpt.saved_steps(workdir) else initial_params(config, networks, head)
-    abstract, shardings, unsharded = sharded_state(config, networks, optimizer, mesh)
+    with log_duration("making the networks' first parameters", lead):
+        # A resumed run needs neither the weights it started from nor their memory.
+        initial = None if ckpt.saved_steps(workdir) else initial_params(config, networks, head)
+        abstract, shardings, unsharded = sharded_state(config, networks, optimizer, mesh)
     prepare_workdir(workdir, config, dataset, head)
     writer = MetricWriter(workdir, lead)
     count = {name: sum(x.size for x in jax.tree.leaves(tree)) for name, tree in abstract.params.items()}
     log(f"mesh {dict(mesh.shape)}, {jax.process_count()} processes, trained parameters {count}", lead)
     for name, shape in unsharded:
         log(f"not sharded: {name} {shape}", lead)
-    manager = ckpt.open_manager(workdir, config.checkpoint)
-    if initial is None:
-        state, run = ckpt.resume(workdir, manager, abstract, iterator)
-        first, skipped = run["step"], (run["skipped"], run.get("skipped_in_row", 0))
-        log(f"resumed from step {first}", lead)
-    else:
-        state = ckpt.start(workdir, initial, optimizer, shardings, config.ema_decay > 0)
-        first, skipped = 0, (0, 0)
+    manager = ckpt.open_manager(
+        workdir, config.checkpoint,
+        on_saved=lambda: writer.event(max(ckpt.saved_steps(workdir), default=0), "saved"),
+    )  # fmt: skip
+    with log_duration("making the state of the run", lead):
+        if initial is None:
+            state, run = ckpt.resume(workdir, manager, abstract, iterator)
+            first, skipped = run["step"], (run["skipped"], run.get("skipped_in_row", 0))
+            log(f"resumed from step {first}", lead)
+        else:
+            state = ckpt.start(workdir, initial, optimizer, shardings, config.ema_decay > 0)
+            first, skipped = 0, (0, 0)
     del initial
     code = code_version()
     if lead:
@@ -144,6 +150,8 @@ def train(config: ConfigDict, workdir: Path) -> float:
         stack.callback(iterator.close)
         stack.enter_context(ckpt.finishing(manager, agreed=(Preempted, NonFiniteError)))
         request = stack.enter_context(StopRequest())
+        early = stack.enter_context(contextlib.ExitStack())
+        early.enter_context(log_duration("steps before the first report", lead))
         for step in range(first + 1, config.steps + 1):
             with progress.waiting():
                 batch = next(iterator)
@@ -157,6 +165,7 @@ def train(config: ConfigDict, workdir: Path) -> float:
                 values = monitor.means() | progress.report(step)
                 loss = values.get("loss", loss)
                 writer.scalars(step, values)
+                early.close()
                 log(progress_line(step, config.steps, values), lead)
 
             val_loss = None

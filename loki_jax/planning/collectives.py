@@ -22,15 +22,15 @@ class Collective(NamedTuple):
       axis: mesh axis they run over: "data", "fsdp", "all", or "?" in a compiled program.
       group: devices of a group.
       bytes: of the whole array that is reduced, gathered or exchanged on each device, all of them together.
-      count: how many.
-      what: what travels.
+      number: how many.
+      what: what travels; in a compiled program its types.
     """
 
     kind: str
     axis: str
     group: int
     bytes: int
-    count: int
+    number: int
     what: str
 
 
@@ -45,42 +45,39 @@ def sent_bytes(collective: Collective) -> float:
 
 
 def expected_collectives(
-    state: TrainState, shardings: TrainState, data: int, fsdp: int, dtype_bytes: int, frozen_read: list[bool],
-    microbatches: int = 1,
+    state: TrainState, shardings: TrainState, data: int, fsdp: int, frozen_read: list[bool], *,
+    matrix_bytes: int, gradient_bytes: int, microbatches: int = 1,
 ) -> list[Collective]:  # fmt: skip
-    """What data parallelism and sharded parameters need, if nothing else is exchanged.
+    """What data parallelism and sharded parameters need; nothing else is exchanged.
 
-    Sharded parameters are gathered in the computation's dtype, once for the forward and once for the
-    backward pass (the recomputation there uses the same copy); their gradients are reduced to the
-    shards over fsdp and summed over data. Whole parameters' float32 gradients are summed over all.
+    Frozen parameters are gathered once a step. Trained ones are gathered, and the gradients of their shards
+    summed over fsdp, for each microbatch; all gradients are summed over the other devices once.
 
     Args:
-      dtype_bytes: of one number in the computation's dtype.
       frozen_read: whether a step reads each of the frozen arrays (the VAE's decoder it does not).
-      microbatches: of a step; each gathers and reduces anew.
+      matrix_bytes: of a number of a matrix or kernel that is gathered: of the computation's dtype.
+      gradient_bytes: of a number in the sums of gradients.
     """
     pairs = lambda part, specs: zip(jax.tree.leaves(part), jax.tree.leaves(specs), strict=True)
     trained = list(pairs(state.params, shardings.params))
-    shards = [leaf.size for leaf, spec in trained if not spec.is_fully_replicated]
+    shards = [leaf for leaf, spec in trained if not spec.is_fully_replicated]
     whole = [leaf.size for leaf, spec in trained if spec.is_fully_replicated]
     frozen = [
         leaf.size * leaf.dtype.itemsize
         for (leaf, spec), read in zip(pairs(state.frozen, shardings.frozen), frozen_read, strict=True)
         if read and not spec.is_fully_replicated
     ]
+    gathered = sum(leaf.size * (matrix_bytes if leaf.ndim > 1 else 4) for leaf in shards)
+    split = gradient_bytes * sum(leaf.size for leaf in shards)
+    n = microbatches
     found = [
-        ("all-gather", "fsdp", fsdp, dtype_bytes * sum(shards), len(shards), "parameters, forward"),
-        ("all-gather", "fsdp", fsdp, dtype_bytes * sum(shards), len(shards), "parameters, backward"),
+        ("all-gather", "fsdp", fsdp, n * gathered, n * len(shards), "parameters"),
         ("all-gather", "fsdp", fsdp, sum(frozen), len(frozen), "frozen parameters in use"),
-        ("reduce-scatter", "fsdp", fsdp, 4 * sum(shards), len(shards), "gradients of shards"),
-        ("all-reduce", "data", data, 4 * sum(shards) // fsdp, len(shards), "gradients of shards"),
-        ("all-reduce", "all", data * fsdp, 4 * sum(whole), len(whole), "gradients of whole arrays"),
+        ("reduce-scatter", "fsdp", fsdp, n * split, n * len(shards), "gradients of shards"),
+        ("all-reduce", "data", data, split // fsdp, len(shards), "gradients of shards"),
+        ("all-reduce", "all", data * fsdp, gradient_bytes * sum(whole), len(whole), "gradients of the rest"),
     ]
-    return [
-        Collective(kind, axis, group, microbatches * size, microbatches * count, what)
-        for kind, axis, group, size, count, what in found
-        if group > 1 and size
-    ]
+    return [Collective(*collective) for collective in found if collective[2] > 1 and collective[3]]
 
 
 # ---------------------------------------------------------------------------------------- compiled
@@ -92,33 +89,32 @@ _LINE = re.compile(
     re.MULTILINE,
 )
 _ARRAY = re.compile(r"\b(pred|bf16|[fsuc]\d+|f8\w+)\[([\d,]*)\]")
-_BITS = {"pred": 8, "bf16": 16}
 
 
 def parse_collectives(hlo: str, n_devices: int) -> list[Collective]:
-    """The collectives of a compiled program's text (`compiled.as_text()`), summed by kind and group.
+    """The collectives of a program's text (`compiled.as_text()`), summed by kind, group and types of numbers.
 
-    The body of a loop counts once. XLA for CPU has no reduce-scatter: it reduces the whole array
-    everywhere and slices, so an all-reduce there may be a reduce-scatter on GPU and TPU.
+    The body of a loop counts once.
     """
-    sums: dict[tuple[str, int], list[int]] = {}
+    sums: dict[tuple[str, int, str], tuple[int, int]] = {}
     for match in _LINE.finditer(hlo):
         kind, result, rest = match["kind"], match["result"], match["rest"]
         group = _group_size(kind, rest, n_devices)
-        arrays = [_array_bytes(*found) for found in _ARRAY.findall(result)]
+        arrays = _ARRAY.findall(result)
         if match["start"] and result.startswith("(") and kind != "all-reduce":
             # Asynchronous forms return (operands, results): the results are the second half, or the
             # second entry.
             arrays = arrays[len(arrays) // 2 :] if kind != "collective-permute" else arrays[1:2]
-        size = sum(arrays) * (group if kind == "reduce-scatter" else 1)
-        entry = sums.setdefault((kind, group), [0, 0])
-        entry[0] += size
-        entry[1] += 1
-    return [Collective(kind, "?", group, *entry, "compiled") for (kind, group), entry in sorted(sums.items())]
+        size = sum(_array_bytes(*array) for array in arrays) * (group if kind == "reduce-scatter" else 1)
+        key = (kind, group, " ".join(sorted({dtype for dtype, _ in arrays})))
+        before, number = sums.get(key, (0, 0))
+        sums[key] = before + size, number + 1
+    return [Collective(kind, "?", group, *total, what) for (kind, group, what), total in sorted(sums.items())]
 
 
 def _array_bytes(dtype: str, shape: str) -> int:
-    bits = _BITS.get(dtype) or int(re.match(r"\D+(\d+)", dtype)[1])
+    # The digits after the first letters are bits, those of bf16 and f8e4m3 too.
+    bits = 8 if dtype == "pred" else int(dtype.lstrip("bfsuc").split("e")[0])
     return math.prod(int(n) for n in shape.split(",") if n) * bits // 8
 
 
@@ -159,5 +155,5 @@ def seconds(collective: Collective, chip: Chip, data: int, fsdp: int) -> float:
     half = collective.bytes * (inside - 1) / inside / chip.link
     half += collective.bytes / inside * (outside - 1) / outside / chip.network
     passes = 2 if collective.kind == "all-reduce" else 1
-    calls = max(1, min(collective.count, math.ceil(collective.bytes / COMBINED)))
+    calls = max(1, min(collective.number, math.ceil(collective.bytes / COMBINED)))
     return passes * (half + calls * LATENCY * math.log2(max(collective.group, 2)))

@@ -10,16 +10,17 @@ full size in float32, XLA for CPU wanted about 1.5 times the temporaries (docs/s
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, jaxprs_in_params
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 from jax.sharding import AbstractMesh, AxisType
 
 from loki_jax.models.attention import attend
 from loki_jax.planning.work import PARTS, part_of
-from loki_jax.training.flops import AttentionProduct, attention_products, live_jaxpr, operations
+from loki_jax.training.flops import AttentionProduct, attention_products, bodies, live_jaxpr, operations
 from loki_jax.training.sharding import path_name
 from loki_jax.training.state import TrainState
 
@@ -78,9 +79,9 @@ def _placement(tree: Any, shardings: Any, min_size: int) -> Placement:
     return Placement(total, per_device, sharded, small, tuple(whole))
 
 
-def batch_bytes(batch: Any) -> int:
-    """Bytes of a tree of shapes."""
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(batch))
+def tree_bytes(tree: Any) -> int:
+    """Bytes of a tree of arrays or shapes."""
+    return sum(map(_bytes, jax.tree.leaves(tree)))
 
 
 # ------------------------------------------------------------------------------------ activations
@@ -105,13 +106,8 @@ class Activations(NamedTuple):
     encode: int
 
 
-def activations(jaxpr: ClosedJaxpr, devices: int, microbatches: int = 1) -> Activations:
-    """Activations of a traced step (`work.trace_step`), per device.
-
-    Args:
-      devices: that share the global batch; the chunked backend sizes its blocks by the whole batch.
-      microbatches: of a step, one after another.
-    """
+def activations(jaxpr: ClosedJaxpr, microbatches: int = 1) -> Activations:
+    """Activations of the step of one device (`work.trace_step`) in so many microbatches."""
     live = live_jaxpr(jaxpr)
     products = list(attention_products(live))
     # Logits differ from backend to backend: they are counted apart.
@@ -124,7 +120,7 @@ def activations(jaxpr: ClosedJaxpr, devices: int, microbatches: int = 1) -> Acti
         largest[part] = max(largest[part], op.bytes / microbatches)
     return Activations(
         kept=kept, block=max(blocks, default=0),
-        attention=attention_bytes(_largest_attention(products), devices),
+        attention=attention_bytes(_largest_attention(products)),
         operation=int(largest["backward"]), encode=int(1.5 * largest["VAE encode"]),
     )  # fmt: skip
 
@@ -142,20 +138,13 @@ def _kept(jaxpr: Jaxpr, logits: set) -> dict[str, int]:
             if "jvp(" in scope:
                 produced.update(dict.fromkeys(equation.outvars, scope))
             continue
-        for var in equation.invars:
-            if isinstance(var, Literal):
-                continue
+        for var in _variables(equation):
             origin = produced.pop(var, None)
             if origin is not None and var.aval.shape not in logits:
                 part = part_of(origin)
                 found[part] = found.get(part, 0) + _bytes(var.aval)
-    if found:
-        return found
-    for equation in jaxpr.eqns:
-        for body in jaxprs_in_params(equation.params):
-            if inner := _kept(getattr(body, "jaxpr", body), logits):
-                return inner
-    return {}
+    inner = (_kept(body, logits) for equation in jaxpr.eqns for body in bodies(equation))
+    return found or next(filter(None, inner), {})
 
 
 def _scope(equation: Any) -> str:
@@ -163,31 +152,31 @@ def _scope(equation: Any) -> str:
     return f"{equation.source_info.name_stack}/{equation.primitive.name}"
 
 
-def _recomputed_bodies(jaxpr: Jaxpr):
+def _recomputed_bodies(jaxpr: Jaxpr) -> Iterator[Jaxpr]:
     """Bodies of the checkpointed calls of the backward pass."""
     for equation in jaxpr.eqns:
-        for body in jaxprs_in_params(equation.params):
-            body = getattr(body, "jaxpr", body)
-            if equation.primitive.name in ("remat2", "checkpoint") and "transpose(" in str(
-                equation.source_info.name_stack
-            ):
-                yield body
-            else:
-                yield from _recomputed_bodies(body)
+        recomputed = equation.primitive.name in ("remat2", "checkpoint") and "transpose(" in _scope(equation)
+        for body in bodies(equation):
+            yield from [body] if recomputed else _recomputed_bodies(body)
 
 
 def _block(body: Jaxpr, logits: set) -> int:
     """Bytes of what a block's recomputation produces and its backward pass reads."""
     produced, total = set(), 0
     for equation in body.eqns:
-        if "rematted_computation" in str(equation.source_info.name_stack):
+        if "rematted_computation" in _scope(equation):
             produced.update(equation.outvars)
             continue
-        for var in equation.invars:
-            if not isinstance(var, Literal) and var in produced and var.aval.shape not in logits:
+        for var in _variables(equation):
+            if var in produced and var.aval.shape not in logits:
                 produced.discard(var)
                 total += _bytes(var.aval)
     return total
+
+
+def _variables(equation: Any) -> list:
+    """What an equation reads, without constants."""
+    return [var for var in equation.invars if not isinstance(var, Literal)]
 
 
 def _largest_attention(products: list[AttentionProduct]) -> AttentionProduct | None:
@@ -196,14 +185,11 @@ def _largest_attention(products: list[AttentionProduct]) -> AttentionProduct | N
     return max(mine, key=lambda p: math.prod(p.logits), default=None)
 
 
-def attention_bytes(largest: AttentionProduct | None, devices: int) -> dict[str, int]:
+def attention_bytes(largest: AttentionProduct | None) -> dict[str, int]:
     """Bytes that each backend needs for one attention, forward and backward, beside inputs and results.
 
     xla: all logits. chunked: one block of them. cudnn, splash: a float32 accumulator for the gradient
     of q, a log-sum-exp for each query and head, and (splash) copies padded to multiples of 128 tokens.
-
-    Args:
-      largest: on one of `devices` devices.
     """
     if largest is None:
         return dict.fromkeys(ATTENTION_BACKENDS, 0)
@@ -212,7 +198,7 @@ def attention_bytes(largest: AttentionProduct | None, devices: int) -> dict[str,
     padded = lambda tokens: -(-tokens // 128) * 128
     return {
         "xla": _BYTES_A_LOGIT * math.prod(largest.logits),
-        "chunked": _BYTES_A_LOGIT * _chunk_logits(batch * devices, n, m, width) // devices,
+        "chunked": _BYTES_A_LOGIT * _chunk_logits(batch, n, m, width),
         "cudnn": flash,
         "splash": flash + 2 * batch * width * (padded(n) + 2 * padded(m)),
     }
@@ -235,27 +221,26 @@ def live_bytes(jaxpr: Jaxpr, logits: set) -> int:
 
     For programs without a backward pass (validation, sampling); calls and loop bodies count where they run.
     """
-    last = {v: i for i, eqn in enumerate(jaxpr.eqns) for v in eqn.invars if not isinstance(v, Literal)}
+    last = {var: i for i, equation in enumerate(jaxpr.eqns) for var in _variables(equation)}
     last |= {v: len(jaxpr.eqns) for v in jaxpr.outvars if not isinstance(v, Literal)}
     size = lambda v: 0 if v.aval.shape in logits else _bytes(v.aval)
     alive: dict[Any, int] = {}
     peak = 0
     for i, equation in enumerate(jaxpr.eqns):
-        bodies = [getattr(body, "jaxpr", body) for body in jaxprs_in_params(equation.params)]
-        inner = max((live_bytes(body, logits) for body in bodies), default=0)
+        inner = max((live_bytes(body, logits) for body in bodies(equation)), default=0)
         made = {v: size(v) for v in equation.outvars}
         peak = max(peak, sum(alive.values()) + max(inner, sum(made.values())))
         alive = {v: n for v, n in (alive | made).items() if last.get(v, -1) > i}
     return peak
 
 
-def forward_bytes(jaxpr: ClosedJaxpr, devices: int, backend: str) -> int:
+def forward_bytes(jaxpr: ClosedJaxpr, backend: str) -> int:
     """Bytes that a traced program without a backward pass needs on a device beside its arguments."""
     live = live_jaxpr(jaxpr)
     products = list(attention_products(live))
     largest = max(products, key=lambda p: math.prod(p.logits), default=None)
     # Forward alone needs no gradients of logits: a third of both passes.
-    attention = attention_bytes(largest, devices)[backend] // 3
+    attention = attention_bytes(largest)[backend] // 3
     return live_bytes(live, {product.logits for product in products}) + attention
 
 
@@ -283,9 +268,3 @@ def peak_bytes(
 def abstract_mesh(data: int, fsdp: int) -> AbstractMesh:
     """The training mesh without devices: enough for shardings and shard shapes."""
     return AbstractMesh((data, fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
-
-
-def device_bytes(tree: Any, shardings: Any) -> int:
-    """Bytes of a tree of arrays or shapes on each device."""
-    leaves = zip(jax.tree.leaves(tree), jax.tree.leaves(shardings), strict=True)
-    return sum(math.prod(s.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf, s in leaves)

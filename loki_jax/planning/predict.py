@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from loki_jax.planning.collectives import Collective, seconds
-from loki_jax.planning.work import PartWork
-from loki_jax.training.flops import Chip
+from loki_jax.training.flops import Chip, Work
 
 # Assumed, not measured: the share of the peak that matrix work reaches, and how often activations cross
 # HBM for each time a matrix operation reads or writes them (elementwise work beside it does so once more).
@@ -55,7 +54,7 @@ class StepTime(NamedTuple):
 
 
 def step_time(
-    work: dict[str, PartWork], optimizer_bytes: float, collectives: list[Collective], chip: Chip, data: int,
+    work: dict[str, Work], optimizer_bytes: float, collectives: list[Collective], chip: Chip, data: int,
     fsdp: int, efficiency: float = EFFICIENCY,
 ) -> StepTime:  # fmt: skip
     """Predict a step from the work of one device.

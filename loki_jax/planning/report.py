@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -13,13 +14,12 @@ from loki_jax.planning.collectives import expected_collectives, sent_bytes
 from loki_jax.planning.memory import (
     abstract_mesh,
     activations,
-    batch_bytes,
     forward_bytes,
     peak_bytes,
     placements,
+    tree_bytes,
 )
 from loki_jax.planning.work import (
-    PartWork,
     Subject,
     frozen_read,
     parameters_by_part,
@@ -28,7 +28,7 @@ from loki_jax.planning.work import (
     trace_validation,
     work_by_part,
 )
-from loki_jax.training.flops import Chip
+from loki_jax.training.flops import Chip, Work
 from loki_jax.training.init import abstract_batch
 from loki_jax.training.sharding import tree_shardings
 
@@ -50,7 +50,7 @@ def check_batch(batch: int, devices: int, microbatches: int) -> int:
     return batch // devices
 
 
-def local_plan(subject: Subject, windows: int, latents: bool) -> tuple[dict[str, PartWork], Any]:
+def local_plan(subject: Subject, windows: int, latents: bool) -> tuple[dict[str, Work], Any]:
     """What does not depend on how many devices there are: work by part, and the traced step."""
     jaxpr = trace_step(subject, windows, latents)
     return work_by_part(jaxpr), jaxpr
@@ -66,7 +66,7 @@ def make_plan(
       backend: of attention, one of `memory.ATTENTION_BACKENDS`.
       local: `local_plan` of the same windows, to be shared by several meshes.
     """
-    config, state, devices = subject.config, subject.state, data * fsdp
+    config, state = subject.config, subject.state
     work, jaxpr = local or local_plan(subject, windows, latents)
     shardings, _ = tree_shardings(
         state, abstract_mesh(data, fsdp), config.sharding_rules, config.sharding_min_size
@@ -74,21 +74,22 @@ def make_plan(
     steps = config.grad_accum_steps
     places = placements(state, shardings, config.sharding_min_size, steps)
     on_device = {name: placement.per_device for name, placement in places.items()}
-    step = activations(jaxpr, devices, steps)
+    step = activations(jaxpr, steps)
 
     local_config = config.copy_and_resolve_references()
     local_config.batch_size = windows
-    batch = batch_bytes(abstract_batch(local_config, subject.head, subject.networks if latents else None))
-    head = batch_bytes([np.asarray(leaf) for leaf in jax.tree.leaves(subject.head)])
+    batch = tree_bytes(abstract_batch(local_config, subject.head, subject.networks if latents else None))
+    head = tree_bytes(jax.tree.map(np.asarray, subject.head))
     resident = sum(on_device.values()) - on_device["gradients"] + batch + head + state.step.dtype.itemsize
-    item = jnp.dtype(config.model.dtype).itemsize
-    read = frozen_read(jaxpr, state)
-    collectives = expected_collectives(state, shardings, data, fsdp, item, read, steps)
-    # The backward pass gathers what the forward pass did.
-    gathers = [c.bytes // steps for c in collectives if c.kind == "all-gather" and "backward" not in c.what]
+    exchanged = functools.partial(
+        expected_collectives, state, shardings, data, fsdp, frozen_read(jaxpr, state),
+        matrix_bytes=jnp.dtype(config.model.dtype).itemsize,
+        gradient_bytes=jnp.dtype(config.gradient_dtype).itemsize,
+    )  # fmt: skip
+    collectives = exchanged(microbatches=steps)
+    gathered = sum(c.bytes for c in exchanged() if c.kind == "all-gather")
     peaks = {
-        name: peak_bytes(resident, on_device["gradients"], step, name, sum(gathers))
-        for name in step.attention
+        name: peak_bytes(resident, on_device["gradients"], step, name, gathered) for name in step.attention
     }
     peak = max(peaks[backend].values())
 
@@ -99,15 +100,16 @@ def make_plan(
     model = sum(part.matrix for name, part in work.items() if name != "recomputation")
     parameters = parameters_by_part(state)
     return {
-        "chip": chip._asdict(), "mesh": {"data": data, "fsdp": fsdp}, "devices": devices,
-        "batch": windows * devices, "windows_per_device": windows, "attention": backend, "latents": latents,
-        "dtype": str(config.model.dtype),
+        "chip": chip._asdict(), "mesh": {"data": data, "fsdp": fsdp}, "devices": data * fsdp,
+        "batch": windows * data * fsdp, "windows_per_device": windows, "attention": backend,
+        "latents": latents,
+        "dtype": str(config.model.dtype), "gradient_dtype": str(config.gradient_dtype),
         "parameters": parameters,
         "trained": sorted(state.params), "paper_parameters": PAPER_PARAMETERS,
         "work_per_device": {name: part._asdict() for name, part in work.items()},
         "memory": {
             "groups": {name: placement._asdict() for name, placement in places.items()},
-            "batch": batch, "head": head, "resident": resident, "gathered": sum(gathers),
+            "batch": batch, "head": head, "resident": resident, "gathered": gathered,
             "activations": step._asdict(),
             "peak_by_attention": peaks, "peak": peak, "usable": predict.USABLE_MEMORY * chip.memory,
             "fits": bool(peak <= predict.USABLE_MEMORY * chip.memory),
@@ -117,28 +119,25 @@ def make_plan(
             for c, s in zip(collectives, time.collectives, strict=True)
         ],
         "time": {
-            "parts": {
-                name: {"compute": p.compute, "memory": p.memory, "bound": p.bound}
-                for name, p in time.parts.items()
-            },
+            "parts": {name: p._asdict() | {"bound": p.bound} for name, p in time.parts.items()},
             "device": time.device, "network": time.network, "overlapped": time.overlapped,
             "serial": time.serial, "floor": time.floor, "efficiency": efficiency,
             "mfu": model / (time.overlapped * chip.flops),
-            "windows_per_second": windows * devices / time.overlapped,
+            "windows_per_second": windows * data * fsdp / time.overlapped,
         },
     }  # fmt: skip
 
 
 def add_other_programs(plan: dict, subject: Subject) -> None:
     """Add what validation and sampling need on a device (bytes) to a plan: `memory["other_programs"]`."""
-    memory, devices, backend = plan["memory"], plan["devices"], plan["attention"]
+    memory, backend = plan["memory"], plan["attention"]
     validation = trace_validation(subject, plan["windows_per_device"], plan["latents"])
     whole = [memory["groups"][name] for name in ("parameters", "frozen")]
     copies = sum(group["total"] for group in whole if group["per_device"] < group["total"])
     memory["other_programs"] = {
-        "validation": memory["resident"] + memory["gathered"] + forward_bytes(validation, devices, backend),
+        "validation": memory["resident"] + memory["gathered"] + forward_bytes(validation, backend),
         # Each device draws one pair with whole parameters.
-        "sampling": memory["resident"] + copies + forward_bytes(trace_sampling(subject), devices, backend),
+        "sampling": memory["resident"] + copies + forward_bytes(trace_sampling(subject), backend),
     }
 
 
@@ -271,13 +270,14 @@ def _placement(plan: dict) -> str:
 
 def _network(plan: dict) -> str:
     lines = [
-        "COLLECTIVES OF A STEP, expected from the sharding (--compile counts them in the compiled program)"
+        f"COLLECTIVES OF A STEP, gradients summed in {plan['gradient_dtype']} "
+        "(expected from the sharding; --compile counts them in the compiled program)"
     ]
     for c in plan["collectives"]:
         lines.append(
             f"  {c['kind']:15s} over {c['axis']:4s} ({c['group']:4d}) {quantity(c['bytes']) + 'B':>10s}, "
             f"sent by each {quantity(c['sent']) + 'B':>10s}, {1e3 * c['seconds']:7.2f} ms  "
-            f"{c['what']} ({c['count']} arrays)"
+            f"{c['what']} ({c['number']} arrays)"
         )
     if not plan["collectives"]:
         lines.append("  none: one device")

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from loki_jax.face.asset import HeadAsset
 from loki_jax.networks import Networks, build_networks, initial_noise
-from loki_jax.training.flops import Operation, live_jaxpr, operations
+from loki_jax.training.flops import Operation, Work, live_jaxpr, operations, total_work
 from loki_jax.training.init import abstract_batch, abstract_state
 from loki_jax.training.samples import animate_pairs
 from loki_jax.training.sharding import make_mesh
@@ -29,7 +29,6 @@ PARTS = (
     "driver map", "VAE encode", "reference branch", "conditioning encoder", "generation forward",
     "recomputation", "backward", "optimiser", "rest",
 )  # fmt: skip
-MATRIX_KINDS = ("matmul", "convolution", "attention")
 
 
 class Subject(NamedTuple):
@@ -40,22 +39,6 @@ class Subject(NamedTuple):
     networks: Networks
     optimizer: optax.GradientTransformation
     state: TrainState  # ShapeDtypeStructs
-
-
-class PartWork(NamedTuple):
-    """Work of one part of the step on one device.
-
-    Attributes:
-      matrix: operations in products, convolutions and attention.
-      attention: the part of `matrix` that is attention.
-      vector: elementwise operations and reductions; loops of unknown length count once.
-      bytes: operands and results of matrix operations (without attention's logits) and of reductions.
-    """
-
-    matrix: float = 0.0
-    attention: float = 0.0
-    vector: float = 0.0
-    bytes: float = 0.0
 
 
 def make_subject(config: ConfigDict, head: HeadAsset) -> Subject:
@@ -115,7 +98,7 @@ def part_of(scope: str) -> str:
         return "recomputation"
     if "transpose(" in scope:
         return "backward"
-    if "shard_map" in scope:
+    if "driver_map" in scope:
         return "driver map"
     for mark, part in (
         ("Autoencoder", "VAE encode"),
@@ -129,22 +112,12 @@ def part_of(scope: str) -> str:
     return "rest" if "jvp(" in scope else "optimiser"
 
 
-def work_by_part(jaxpr: ClosedJaxpr) -> dict[str, PartWork]:
-    """Work of every part, zero where the step has none."""
-    parts = dict.fromkeys(PARTS, PartWork())
+def work_by_part(jaxpr: ClosedJaxpr) -> dict[str, Work]:
+    """Work of every part on one device, zero where the step has none."""
+    parts: dict[str, list[Operation]] = {name: [] for name in PARTS}
     for op in operations(jaxpr):
-        name = part_of(op.scope)
-        parts[name] = _add(parts[name], op)
-    return parts
-
-
-def _add(work: PartWork, op: Operation) -> PartWork:
-    if op.kind not in MATRIX_KINDS:
-        return work._replace(vector=work.vector + op.flops, bytes=work.bytes + op.bytes)
-    return PartWork(
-        work.matrix + op.flops, work.attention + op.flops * (op.kind == "attention"), work.vector,
-        work.bytes + op.bytes,
-    )  # fmt: skip
+        parts[part_of(op.scope)].append(op)
+    return {name: total_work(ops) for name, ops in parts.items()}
 
 
 def frozen_read(jaxpr: ClosedJaxpr, state: TrainState) -> list[bool]:

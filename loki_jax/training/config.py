@@ -6,10 +6,10 @@ file) carry the version of their keys as `config_version`; `upgrade_config` read
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import sys
+import types
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,9 @@ RENAMED = {"accumulate": "grad_accum_steps"}
 # the mathematics, and a changed one means another run.
 RUN_KEYS = (
     "steps", "init_from", "pretrained", "log", "checkpoint", "validation", "sample", "mesh", "sharding_rules",
-    "sharding_min_size", "grad_accum_steps", "deterministic", "faults", "data.path", "data.workers",
-    "data.threads", "data.cache_mb", "data.max_corrupt_share", "model.attention_backend", "model.remat",
+    "sharding_min_size", "gradient_dtype", "grad_accum_steps", "deterministic", "faults", "data.path",
+    "data.workers", "data.threads", "data.cache_mb", "data.max_corrupt_share", "model.attention_backend",
+    "model.remat",
 )  # fmt: skip
 
 
@@ -82,13 +83,9 @@ def import_configs() -> Path:
       the folder that holds `configs`.
     """
     root = Path(loki_jax.__file__).parents[1]
-    file = root / "configs" / "__init__.py"
-    if "configs" not in sys.modules and file.is_file():
-        spec = importlib.util.spec_from_file_location(
-            "configs", file, submodule_search_locations=[str(file.parent)]
-        )
-        sys.modules["configs"] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules["configs"])
+    if "configs" not in sys.modules and (root / "configs").is_dir():
+        sys.modules["configs"] = package = types.ModuleType("configs")
+        package.__path__ = [str(root / "configs")]
     return root
 
 
@@ -146,6 +143,9 @@ def check_config(config: ConfigDict) -> None:
     wrong = {
         f"batch_size={batch} cannot be split into grad_accum_steps={parts} microbatches": (
             parts < 1 or batch % parts
+        ),
+        f"gradient_dtype={config.gradient_dtype!r}: use float32 or bfloat16": (
+            config.gradient_dtype not in ("float32", "bfloat16")
         ),
         f"sample.guidance={config.sample.guidance} is not a finite number": (
             not math.isfinite(config.sample.guidance)

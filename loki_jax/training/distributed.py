@@ -1,8 +1,9 @@
 """Joining the other processes of a run: one program, any topology.
 
-`find_cluster` reads the environment (a pure function of a mapping), `join` acts on it. Known are explicit
-flags, Slurm, Open MPI, Kubernetes (JobSet), TPU slices on GKE and TPU VMs. A process that finds none of
-them runs alone. Whatever the topology, the global batch and the numbers are the same (docs/training.md).
+`find_cluster` reads the environment (a pure function of a mapping), `join` acts on it. jax finds the
+coordinator under Slurm, Open MPI 4 and on TPUs; Kubernetes without access to its API, shared GPUs of a node
+and clear errors are ours. A process that finds no others runs alone. Whatever the topology, the global batch
+and the numbers are the same (docs/training.md).
 """
 
 from __future__ import annotations
@@ -30,18 +31,17 @@ class Cluster(NamedTuple):
 
     Attributes:
       kind: "flags", "environment", "slurm", "openmpi", "jobset" or "tpu".
-      coordinator: host:port of process 0. None where jax asks the TPU's metadata ("tpu" only), as then are
-        the two below.
+      coordinator: host:port of process 0; None where jax finds it, as then are for "tpu" the two below.
       processes: how many there are.
       process_id: which one this is, from 0.
-      local_devices: the GPUs of this process among those it sees; None: all.
+      local_devices: the GPUs of this process among those it sees; empty: all.
     """
 
     kind: str
     coordinator: str | None
     processes: int | None
     process_id: int | None
-    local_devices: tuple[int, ...] | None = None
+    local_devices: tuple[int, ...] = ()
 
 
 def find_cluster(
@@ -78,20 +78,18 @@ def find_cluster(
         return _checked(Cluster("flags", coordinator, processes, process_id))
     found = _from_variables(environment) or _from_slurm(environment) or _from_open_mpi(environment)
     if found is not None:
-        return _checked(found) if found.processes > 1 else None
-    hosts = environment.get("TPU_WORKER_HOSTNAMES", "").split(",")
-    if len(hosts) > 1 or tpu_vm:
+        return None if found.processes == 1 else _checked(found)
+    if tpu_vm or "," in environment.get("TPU_WORKER_HOSTNAMES", ""):
         return Cluster("tpu", None, None, None)
     return None
 
 
 def _checked(cluster: Cluster) -> Cluster:
-    if cluster.processes < 1 or not 0 <= cluster.process_id < cluster.processes:
-        raise ClusterError(
-            f"process {cluster.process_id} of {cluster.processes} ({cluster.kind}): no such process"
-        )
-    if not re.fullmatch(r".+:\d+", cluster.coordinator):
-        raise ClusterError(f"coordinator {cluster.coordinator!r} ({cluster.kind}): expected host:port")
+    kind, coordinator, count, index, _ = cluster
+    if count is None or index is None or not 0 <= index < count:
+        raise ClusterError(f"process {index} of {count} ({kind}): no such process")
+    if coordinator is not None and not re.fullmatch(r".+:\d+", coordinator):
+        raise ClusterError(f"coordinator {coordinator!r} ({kind}): expected host:port")
     return cluster
 
 
@@ -125,22 +123,12 @@ def _from_variables(environment: Mapping[str, str]) -> Cluster | None:
 
 def _from_slurm(environment: Mapping[str, str]) -> Cluster | None:
     # SLURM_STEP_NODELIST exists under srun only: a shell of salloc or the batch script itself is no task.
-    if not {"SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID"} <= environment.keys():
-        return None
     count = _number(environment, "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS")
-    if count is None:
+    if count is None or not {"SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID"} <= environment.keys():
         return None
-    first = re.match(r"([^,\[]+)(?:\[(\d+))?", environment["SLURM_STEP_NODELIST"])
-    if first is None:
-        raise ClusterError(f"SLURM_STEP_NODELIST={environment['SLURM_STEP_NODELIST']!r} names no host")
-    host = first[1] + (first[2] or "")
-    # Two jobs on a node must not share a port.
-    port = 49152 + _number(environment, "SLURM_JOB_ID") % 16000
-    return Cluster(
-        "slurm", environment.get("JAX_COORDINATOR_ADDRESS", f"{host}:{port}"), count,
-        _number(environment, "SLURM_PROCID"),
-        _share_of_gpus(environment, "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE"),
-    )  # fmt: skip
+    gpus = _share_of_gpus(environment, "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE")
+    address = environment.get("JAX_COORDINATOR_ADDRESS")
+    return Cluster("slurm", address, count, _number(environment, "SLURM_PROCID"), gpus)
 
 
 def _from_open_mpi(environment: Mapping[str, str]) -> Cluster | None:
@@ -148,36 +136,25 @@ def _from_open_mpi(environment: Mapping[str, str]) -> Cluster | None:
     if count is None:
         return None
     address = environment.get("JAX_COORDINATOR_ADDRESS")
-    uri = environment.get("OMPI_MCA_orte_hnp_uri", "")
-    match = re.match(r"(\d+)\.\d+;(?:tcp://([^,:]+)|tcp6://\[([^,\]]+))", uri)
-    if address is None and match is not None:
-        host = match[2] or f"[{match[3]}]"
-        address = f"{host}:{49152 + int(match[1]) // 4096 % 16000}"
-    if address is None and _number(environment, "OMPI_COMM_WORLD_LOCAL_SIZE") == count:
+    if address is None and "OMPI_MCA_orte_hnp_uri" not in environment and count > 1:
+        if _number(environment, "OMPI_COMM_WORLD_LOCAL_SIZE") != count:
+            raise ClusterError(
+                "Open MPI 5 does not tell the ranks where rank 0 runs: "
+                "give mpirun -x JAX_COORDINATOR_ADDRESS=HOST_OF_RANK_0:8476"
+            )
         address = f"localhost:{_PORT}"
-    if address is None and count > 1:
-        raise ClusterError(
-            "Open MPI 5 does not tell the ranks where rank 0 runs: "
-            "give mpirun -x JAX_COORDINATOR_ADDRESS=HOST_OF_RANK_0:8476"
-        )
-    return Cluster(
-        "openmpi", address, count, _number(environment, "OMPI_COMM_WORLD_RANK"),
-        _share_of_gpus(environment, "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
-    )  # fmt: skip
+    gpus = _share_of_gpus(environment, "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE")
+    return Cluster("openmpi", address, count, _number(environment, "OMPI_COMM_WORLD_RANK"), gpus)
 
 
-def _share_of_gpus(environment: Mapping[str, str], local_id: str, local_count: str) -> tuple[int, ...] | None:
+def _share_of_gpus(environment: Mapping[str, str], local_id: str, local_count: str) -> tuple[int, ...]:
     """Several tasks on a node that all see all its GPUs take one each; else a task takes what it sees."""
-    count = re.match(r"\d+", environment.get(local_count, "1"))
+    count = re.match(r"\d+", environment.get(local_count, ""))  # Slurm writes 4(x2)
     visible = environment.get("CUDA_VISIBLE_DEVICES")
-    if (
-        count is None
-        or int(count[0]) == 1
-        or (visible is not None and len(visible.split(",")) < int(count[0]))
-    ):
-        return None
     index = _number(environment, local_id)
-    return None if index is None else (index,)
+    if count is None or int(count[0]) == 1 or index is None:
+        return ()
+    return () if visible is not None and len(visible.split(",")) < int(count[0]) else (index,)
 
 
 def on_tpu_vm() -> bool:
@@ -194,15 +171,13 @@ def join(cluster: Cluster | None) -> None:
     """
     if cluster is None:
         return
+    coordinator, gpus = cluster.coordinator, cluster.local_devices
+    # Where all is known, jax must not look for another cluster around this one.
+    method = None if coordinator is None else "deactivate"
     try:
-        if cluster.kind == "tpu":
-            jax.distributed.initialize()
-        else:
-            jax.distributed.initialize(
-                cluster.coordinator, cluster.processes, cluster.process_id, cluster.local_devices,
-                # All is known: jax must not look for another cluster around this one.
-                cluster_detection_method="deactivate",
-            )  # fmt: skip
+        jax.distributed.initialize(
+            coordinator, cluster.processes, cluster.process_id, gpus, cluster_detection_method=method
+        )
         # Gloo gives up when the first collective finds a process 30 s late. Here all are on time.
         wait_for_all("joined")
         multihost_utils.sync_global_devices("joined")

@@ -13,6 +13,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
@@ -120,7 +122,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self._asked = False
-        self._previous: dict[int, object] = {}
+        self._previous: dict[int, Callable[[int, FrameType | None], Any] | int | None] = {}
 
     def __enter__(self) -> StopRequest:
         if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
@@ -187,6 +189,6 @@ class Watchdog:
                     f"error: nothing finished for {self._limit:g} s: another process is gone, or data or "
                     "devices hang. The position of each thread:"
                 )
-                faulthandler.dump_traceback(file=sys.__stderr__, all_threads=True)
+                faulthandler.dump_traceback(file=2, all_threads=True)
                 self._end(ExitCode.LOST_PROCESS)
                 return

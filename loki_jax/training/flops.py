@@ -10,8 +10,9 @@ A multiply-add is two operations. A convolution counts only taps that fall insid
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -110,7 +111,7 @@ class Operation(NamedTuple):
 
 
 class Work(NamedTuple):
-    """Operations of one call, over all devices.
+    """Operations of some equations of a traced program.
 
     Attributes:
       matrix: products, convolutions and attention, recomputation included.
@@ -118,12 +119,14 @@ class Work(NamedTuple):
       recomputed: the part of `matrix` that the backward pass does a second time to save memory.
       vector: elementwise work and reductions (one operation an element); loops whose length depends
         on the data count once.
+      bytes: `Operation.bytes` of all.
     """
 
-    matrix: float
-    attention: float
-    recomputed: float
-    vector: float
+    matrix: float = 0.0
+    attention: float = 0.0
+    recomputed: float = 0.0
+    vector: float = 0.0
+    bytes: float = 0.0
 
     @property
     def model(self) -> float:
@@ -131,17 +134,22 @@ class Work(NamedTuple):
         return self.matrix - self.recomputed
 
 
+def total_work(operations: Iterable[Operation]) -> Work:
+    """The sums of operations."""
+    operations = list(operations)
+    matrix = [op for op in operations if op.kind in ("matmul", "convolution", "attention")]
+    return Work(
+        matrix=sum(op.flops for op in matrix),
+        attention=sum(op.flops for op in matrix if op.kind == "attention"),
+        recomputed=sum(op.flops for op in matrix if "rematted_computation" in op.scope),
+        vector=sum(op.flops for op in operations if op.kind in ("elementwise", "reduction")),
+        bytes=sum(op.bytes for op in operations),
+    )
+
+
 def work_of(jaxpr: ClosedJaxpr) -> Work:
-    """Operations of a traced program, e.g. of `jax.jit(step).trace(state, batch, head).jaxpr`."""
-    matrix = attention = recomputed = vector = 0.0
-    for op in operations(jaxpr):
-        if op.kind in ("elementwise", "reduction"):
-            vector += op.flops
-            continue
-        matrix += op.flops
-        attention += op.flops * (op.kind == "attention")
-        recomputed += op.flops * ("rematted_computation" in op.scope)
-    return Work(matrix, attention, recomputed, vector)
+    """Work of a traced program over all devices, e.g. of `jax.jit(step).trace(state, batch, head).jaxpr`."""
+    return total_work(operations(jaxpr))
 
 
 def operations(jaxpr: ClosedJaxpr | Jaxpr) -> Iterator[Operation]:
@@ -158,8 +166,19 @@ def operations(jaxpr: ClosedJaxpr | Jaxpr) -> Iterator[Operation]:
 
 def live_jaxpr(jaxpr: ClosedJaxpr | Jaxpr) -> Jaxpr:
     """The program without what no output needs."""
-    jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
+    jaxpr = jaxpr.jaxpr if isinstance(jaxpr, ClosedJaxpr) else jaxpr
     return dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0]
+
+
+def _arrays(variables: Iterable[Any]) -> list[Any]:
+    """Shapes and dtypes of the variables that are arrays."""
+    return [var.aval for var in variables if hasattr(var.aval, "shape")]
+
+
+def bodies(equation: Any) -> list[Jaxpr]:
+    """The programs within an equation: of a call, a loop, the branches of a `cond`."""
+    found = jaxprs_in_params(equation.params)
+    return [body.jaxpr if isinstance(body, ClosedJaxpr) else body for body in found]
 
 
 class AttentionProduct(NamedTuple):
@@ -186,14 +205,14 @@ def attention_products(jaxpr: Jaxpr, scope: str = "") -> Iterator[AttentionProdu
         here = f"{scope}/{equation.source_info.name_stack}"
         if equation.primitive.name == "dot_general" and equation.params["dimension_numbers"][1][0]:
             (contract, _), (axes, _) = equation.params["dimension_numbers"]
-            left, right, out = (v.aval for v in (*equation.invars[:2], equation.outvars[0]))
+            left, right, out = _arrays([*equation.invars[:2], *equation.outvars])
             if out.size > max(left.size, right.size):
                 batch, width = (math.prod(left.shape[axis] for axis in group) for group in (axes, contract))
                 yield AttentionProduct(
                     here, batch, left.size // (batch * width), right.size // (batch * width), width, out.shape
                 )
-        for body in jaxprs_in_params(equation.params):
-            yield from attention_products(getattr(body, "jaxpr", body), here)
+        for body in bodies(equation):
+            yield from attention_products(body, here)
 
 
 def _operations(jaxpr: Jaxpr, times: float, scope: str, logits: set) -> Iterator[Operation]:
@@ -203,36 +222,29 @@ def _operations(jaxpr: Jaxpr, times: float, scope: str, logits: set) -> Iterator
         single = _single(equation)
         if single is not None:
             kind, flops, size = single
-            if kind == "reduction" and equation.invars[0].aval.shape in logits:
+            if kind == "reduction" and _arrays(equation.invars)[0].shape in logits:
                 size = 0.0
             yield Operation(kind, times * flops, times * size, here)
             continue
-        bodies = [getattr(j, "jaxpr", j) for j in jaxprs_in_params(equation.params)]
+        repeats = times * _REPEATS.get(name, lambda _: 1)(equation.params)
+        inner = [_operations(body, repeats, f"{here}/{name}", logits) for body in bodies(equation)]
         if name == "cond":
-            branches = [list(_operations(body, times, f"{here}/cond", logits)) for body in bodies]
-            yield from max(branches, key=lambda ops: sum(op.flops for op in ops), default=[])
-            continue
-        repeats = times * _repeats(equation)
-        for body in bodies:
-            yield from _operations(body, repeats, f"{here}/{name}", logits)
+            yield from max(map(list, inner), key=lambda ops: sum(op.flops for op in ops), default=[])
+        else:
+            yield from itertools.chain.from_iterable(inner)
 
 
-def _repeats(equation: Any) -> float:
-    name, params = equation.primitive.name, equation.params
-    if name == "scan":
-        return params["length"]
-    if name == "shard_map":
-        return params["mesh"].size
-    if name == "pallas_call":
-        return math.prod(int(n) for n in params["grid_mapping"].grid)
-    return 1
+_REPEATS: dict[str, Callable[[dict], float]] = {
+    "scan": lambda params: params["length"],
+    "shard_map": lambda params: params["mesh"].size,
+    "pallas_call": lambda params: math.prod(int(n) for n in params["grid_mapping"].grid),
+}
 
 
 def _single(equation: Any) -> tuple[str, float, float] | None:
     """(kind, operations, bytes) of an equation without a body of its own, None for any other."""
     name = equation.primitive.name
-    ins = [v.aval for v in equation.invars if hasattr(v.aval, "shape")]
-    outs = [v.aval for v in equation.outvars if hasattr(v.aval, "shape")]
+    ins, outs = _arrays(equation.invars), _arrays(equation.outvars)
     if name == "dot_general":
         (contract, _), (batch, _) = equation.params["dimension_numbers"]
         flops = 2.0 * outs[0].size * math.prod(ins[0].shape[axis] for axis in contract)

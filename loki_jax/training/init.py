@@ -56,36 +56,37 @@ def abstract_batch(config: ConfigDict, head: HeadAsset, latents_of: Networks | N
       latents_of: networks whose autoencoder's latents the shards hold instead of images.
     """
     b, t, s = config.batch_size, config.window, config.image_size
-    floats = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
-    ints = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
+    floats, ints, pixels, latents = (
+        lambda *shape, dtype=dtype: jnp.zeros(shape, dtype)
+        for dtype in (jnp.float32, jnp.int32, jnp.uint8, jnp.bfloat16)
+    )
 
     def coefficients(*lead: int) -> Coefficients:
         rotations = (floats(*lead, 3) for _ in range(5))
         return Coefficients(floats(*lead, head.n_shape), floats(*lead, head.n_expression), *rotations)
 
-    pictures = {
-        "frames": jax.ShapeDtypeStruct((b, t, s, s, 3), jnp.uint8),
-        "reference": jax.ShapeDtypeStruct((b, s, s, 3), jnp.uint8),
-    }
-    if latents_of is not None:
-        side, channels = latents_of.model_config.latent_size, latents_of.model_config.latent_channels
-        latent = lambda *lead: jax.ShapeDtypeStruct((*lead, side, side, channels), jnp.bfloat16)
-        pictures = {
-            f"{prefix}latent_{name}": latent(*lead)
-            for prefix, lead in (("", (b, t)), ("reference_", (b,)))
-            for name in ("mean", "logvar")
-        }
-    return Batch(
-        coefficients=coefficients(b, t),
-        reference_coefficients=coefficients(b),
-        camera=Camera(floats(b, t, 4), floats(b, t, 4, 4)),
-        crop=floats(b, t, 4),
-        confidence=floats(b, t),
-        clip_index=ints(b),
-        frame_index=ints(b, t),
-        reference_index=ints(b),
-        **pictures,
-    )
+    def batch() -> Batch:
+        pictures = {"frames": pixels(b, t, s, s, 3), "reference": pixels(b, s, s, 3)}
+        if latents_of is not None:
+            side, channels = latents_of.model_config.latent_size, latents_of.model_config.latent_channels
+            pictures = {
+                f"{prefix}latent_{name}": latents(*lead, side, side, channels)
+                for prefix, lead in (("", (b, t)), ("reference_", (b,)))
+                for name in ("mean", "logvar")
+            }
+        return Batch(
+            coefficients=coefficients(b, t),
+            reference_coefficients=coefficients(b),
+            camera=Camera(floats(b, t, 4), floats(b, t, 4, 4)),
+            crop=floats(b, t, 4),
+            confidence=floats(b, t),
+            clip_index=ints(b),
+            frame_index=ints(b, t),
+            reference_index=ints(b),
+            **pictures,
+        )
+
+    return jax.eval_shape(batch)
 
 
 def split_params(config: ConfigDict, params: PyTree) -> tuple[PyTree, PyTree]:

@@ -82,7 +82,7 @@ def make_pairs(
     few = take_rows(batch, rows, mesh)
     take = lambda name, index: jax.tree.map(lambda x: x[index], getattr(few, name))
     clips = [dataset.clips[int(clip)] for clip in few.clip_index]
-    others = np.array([_next_other([clip.identity for clip in clips], row) for row in rows])
+    others = np.array([_next_other([clip.identity for clip in clips], int(row)) for row in rows])
     own = np.concatenate([rows, others])  # whose portrait
     drivers = np.concatenate([rows, rows])  # whose motion
 
@@ -121,13 +121,12 @@ def _next_other(identity: list[str], row: int) -> int:
 def check_sampling(config: ConfigDict, schedule: Schedule) -> None:
     """Raise ValueError where the sampler would refuse the options of `config.sample`."""
     c = config.sample
-    options = dict(
-        steps=c.steps, guidance=c.guidance, spacing=c.spacing, prediction=config.diffusion.prediction
-    )
-    noise = jax.ShapeDtypeStruct((1, 1, 1, 1, 1), jnp.float32)
-    nothing = dict(conditional=(), unconditional=())
+    sample = lambda noise: ddim_sample(
+        lambda x, *_: x, noise, schedule, conditional=(), unconditional=(), steps=c.steps,
+        guidance=c.guidance, spacing=c.spacing, prediction=config.diffusion.prediction,
+    )  # fmt: skip
     try:
-        jax.eval_shape(lambda x: ddim_sample(lambda x, *_: x, x, schedule, **nothing, **options), noise)
+        jax.eval_shape(sample, jax.ShapeDtypeStruct((1, 1, 1, 1, 1), jnp.float32))
     except ValueError as error:
         raise ValueError(f"config.sample: {error}") from error
 
@@ -212,7 +211,12 @@ def follow(
         lambda *x: jnp.stack([jnp.asarray(v) for v in x]), *(sample_appearance(seed, head) for seed in seeds)
     )
     fitted, _ = fit_photometric_clips(
-        sampled, head, pairs.reference_coefficients.betas, appearance, pairs.camera, pairs.crop
+        jnp.asarray(sampled),
+        head,
+        jnp.asarray(pairs.reference_coefficients.betas),
+        appearance,
+        pairs.camera,
+        jnp.asarray(pairs.crop),
     )
     one = lambda tree, i: jax.tree.map(lambda x: np.asarray(x)[i], tree)
     hpf, hef = [], []

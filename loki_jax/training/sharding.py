@@ -5,12 +5,18 @@ Axis `data` replicates parameters, axis `fsdp` shards them; the batch is split o
 
 from __future__ import annotations
 
+import functools
 import math
 import re
+from collections.abc import Callable
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, PyTree
+from ml_collections import ConfigDict
 
 BATCH_AXES = ("data", "fsdp")
 
@@ -55,7 +61,7 @@ def leaf_spec(shape: tuple[int, ...], rule: str, fsdp: int, min_size: int) -> Pa
     return PartitionSpec(*("fsdp" if i == axis else None for i in range(len(shape))))
 
 
-def tree_shardings(tree, mesh: Mesh, rules, min_size: int):
+def tree_shardings(tree, mesh: Mesh | AbstractMesh, rules, min_size: int):
     """NamedSharding of every leaf of `tree` (arrays or ShapeDtypeStructs).
 
     Optimiser moments and the moving average carry their parameter's path as a suffix, so the same
@@ -80,6 +86,65 @@ def tree_shardings(tree, mesh: Mesh, rules, min_size: int):
         return NamedSharding(mesh, spec)
 
     return jax.tree_util.tree_map_with_path(sharding, tree), unsharded
+
+
+# ------------------------------------------------------------------- programs of one device
+
+
+def on_devices(function: Callable, mesh: Mesh, in_specs: Any, out_specs: Any) -> Callable:
+    """`function` run by each device on its own part of the arguments; on a mesh of one, just `function`."""
+    if mesh.size == 1:
+        return function
+    return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+def param_specs(config: ConfigDict, mesh: Mesh, tree: PyTree) -> PyTree:
+    """PartitionSpec of every array of `tree`, by the rules of `config`."""
+    shardings, _ = tree_shardings(tree, mesh, config.sharding_rules, config.sharding_min_size)
+    return jax.tree.map(lambda sharding: sharding.spec, shardings)
+
+
+def gather_params(
+    shards: PyTree, specs: PyTree, dtype: jnp.dtype, gradient_dtype: jnp.dtype | None = None
+) -> PyTree:
+    """Whole parameters from this device's shards. Their gradients are those of the shards, summed over fsdp.
+
+    Args:
+      specs: of the shards; arrays that are not split are returned as they are.
+      dtype: in which matrices and kernels travel: the layers' own, so that nothing is lost.
+      gradient_dtype: in which gradients are summed; None: they have none.
+    """
+
+    def whole(x: Array, spec: PartitionSpec) -> Array:
+        if "fsdp" not in spec:
+            return x
+        return _gather(x, tuple(spec).index("fsdp"), dtype if x.ndim > 1 else x.dtype, gradient_dtype)
+
+    return jax.tree.map(whole, shards, specs)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _gather(shard: Array, axis: int, dtype: jnp.dtype, gradient_dtype: jnp.dtype | None) -> Array:
+    return jax.lax.all_gather(shard.astype(dtype), "fsdp", axis=axis, tiled=True)
+
+
+def _gather_backward(axis, dtype, gradient_dtype, _, gradient: Array) -> tuple[Array]:
+    # all_gather's own derivative would sum in `dtype`.
+    total = jax.lax.psum_scatter(gradient.astype(gradient_dtype), "fsdp", scatter_dimension=axis, tiled=True)
+    return (total.astype(jnp.float32),)
+
+
+_gather.defvjp(lambda *args: (_gather(*args), None), _gather_backward)
+
+
+def mean_over_devices(x: Array, spec: PartitionSpec, mesh: Mesh, dtype: Any = jnp.float32) -> Array:
+    """Mean over devices of float32 `x`, summed in `dtype`; gradients of shards are sums over fsdp already."""
+    axes = [axis for axis in BATCH_AXES if mesh.shape[axis] > 1 and axis not in spec]
+    total = jax.lax.psum(x.astype(dtype), axes).astype(jnp.float32) if axes else x
+    return total / mesh.size
+
+
+# ---------------------------------------------------------------------------------- batches
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

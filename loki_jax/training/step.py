@@ -1,13 +1,19 @@
-"""The train step: from a batch of frames and coefficients to new parameters. Method, sections 1, 7, 11."""
+"""The train step: from a batch of frames and coefficients to new parameters. Method, sections 1, 7, 11.
+
+Loss and gradients are computed by each device for the windows it holds, and then averaged over devices: in
+float32, whatever the activations are (`config.gradient_dtype`). XLA left to itself sums each gradient right
+after the product that makes it, in bfloat16, with an error that grows with the number of devices.
+"""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 from ml_collections import ConfigDict
 
@@ -24,16 +30,8 @@ from loki_jax.networks import (
     reference_features,
     unit_range,
 )  # fmt: skip
-from loki_jax.training.sharding import BATCH_AXES
+from loki_jax.training.sharding import BATCH_AXES, gather_params, mean_over_devices, on_devices, param_specs
 from loki_jax.training.state import TrainState, update_ema
-
-
-def sharded_driver_input(config: ConfigDict, mesh: Mesh) -> Callable:
-    """`driver_input` where each device draws the windows it holds, so that nothing is gathered."""
-    batch = PartitionSpec(BATCH_AXES)
-    draw = lambda head, *inputs: driver_input(config, head, *inputs)
-    specs = (PartitionSpec(), batch, batch, batch)
-    return jax.shard_map(draw, mesh=mesh, in_specs=specs, out_specs=batch, check_vma=False)
 
 
 def window_keys(key: PRNGKeyArray, rows: Int[Array, " b"]) -> PRNGKeyArray:
@@ -53,23 +51,22 @@ def dropout_masks(keys: PRNGKeyArray, dropout: ConfigDict) -> tuple[Array, Array
     return ~(lost_both | lost_identity), ~(lost_both | lost_motion)
 
 
-def make_loss(config: ConfigDict, networks: Networks, mesh: Mesh) -> Callable:
+def make_loss(config: ConfigDict, networks: Networks) -> Callable:
     """loss(trained, frozen, batch, head, keys, dropout) -> scalar; `keys` (B,) of `window_keys`."""
-    draw = sharded_driver_input(config, mesh)
 
     def loss(
         trained: PyTree, frozen: PyTree, batch: Batch, head: HeadAsset, keys: PRNGKeyArray, dropout: bool
     ):
         params = trained | frozen
-        split = jax.vmap(lambda key: jax.random.split(key, 4), out_axes=1)(keys)
-        keys = dict(zip(("latent", "reference", "dropout", "diffusion"), split, strict=True))
-        x0 = _latents(networks, params, batch, "", keys["latent"])
-        reference_keys = keys["reference"] if config.model.autoencoder.sample_reference else None
-        reference = _latents(networks, params, batch, "reference_", reference_keys)
-        driver, reference_condition = _drivers(config, networks, params, batch, head, draw)
+        keys_of = jax.vmap(lambda key: jax.random.split(key, 4), out_axes=1)(keys)
+        latent_keys, reference_keys, dropout_keys, diffusion_keys = keys_of
+        x0 = _latents(networks, params, batch, "", latent_keys)
+        drawn = config.model.autoencoder.sample_reference
+        reference = _latents(networks, params, batch, "reference_", reference_keys if drawn else None)
+        driver, reference_condition = _drivers(config, networks, params, batch, head)
         keep_identity, keep_motion = jnp.ones((2, x0.shape[0]), bool)
         if dropout:
-            keep_identity, keep_motion = dropout_masks(keys["dropout"], config.dropout)
+            keep_identity, keep_motion = dropout_masks(dropout_keys, config.dropout)
         if config.dropout.null_reference == "latent":
             reference = drop_motion(reference, keep_identity)
         features = reference_features(networks, params, reference, reference_condition)
@@ -85,18 +82,16 @@ def make_loss(config: ConfigDict, networks: Networks, mesh: Mesh) -> Callable:
         # Validation is not weighted, so that runs can be compared.
         gamma = config.diffusion.min_snr_gamma if dropout else 0.0
         options = (config.diffusion.prediction, config.diffusion.shared_timesteps, gamma)
-        return diffusion_loss(predict, x0, keys["diffusion"], networks.schedule, *options)[0]
+        return diffusion_loss(predict, x0, diffusion_keys, networks.schedule, *options)[0]
 
-    def loss_on_mesh(*args):
-        # Kernels that XLA cannot split (splash attention) look the mesh up and split themselves.
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            return loss(*args)
-
-    return loss_on_mesh
+    return loss
 
 
-def _drivers(config, networks, params, batch, head, draw) -> tuple[Array, Array | None]:
+def _drivers(
+    config: ConfigDict, networks: Networks, params: PyTree, batch: Batch, head: HeadAsset
+) -> tuple[Array, Array | None]:
     """The window's driver input, and the encoded one of its reference frame where the config wants it."""
+    draw = jax.named_scope("driver_map")(functools.partial(driver_input, config))
     inputs = (batch.coefficients, batch.camera, batch.crop)
     if not config.model.reference.driver:
         return draw(head, *inputs), None
@@ -114,30 +109,34 @@ def _latents(
 
     The posterior mean, or a draw of it where each window has a key.
     """
+    images = batch.reference if prefix else batch.frames
     if batch.latent_mean is not None:
         scale = networks.autoencoder.scale
         mean = getattr(batch, f"{prefix}latent_mean").astype(jnp.float32) * scale
         logvar = getattr(batch, f"{prefix}latent_logvar").astype(jnp.float32) + 2 * jnp.log(scale)
+    elif images is None:
+        raise ValueError("a batch without images and without latents")
     else:
-        images = unit_range(batch.reference if prefix else batch.frames)
-        flat = images.reshape(-1, *images.shape[-3:])
+        flat = unit_range(images).reshape(-1, *images.shape[-3:])
         encoded = networks.autoencoder.apply({"params": params["autoencoder"]}, flat, method="encode")
         mean, logvar = (x.reshape(*images.shape[:-3], *x.shape[1:]) for x in encoded)
     return mean if keys is None else jax.vmap(sample_posterior)(keys, mean, logvar)
 
 
-def split_microbatches(tree: PyTree, count: int, mesh: Mesh) -> PyTree:
-    """Leaves (B, ...) -> (count, B / count, ...): every device splits the windows it holds, none moves.
+def split_microbatches(tree: PyTree, count: int) -> PyTree:
+    """Leaves (B, ...) -> (count, B / count, ...); B must be a multiple of `count`."""
+    return jax.tree.map(lambda x: x.reshape(count, -1, *x.shape[1:]), tree)
 
-    B must be a multiple of count x devices.
-    """
-    sharding = NamedSharding(mesh, PartitionSpec(None, BATCH_AXES))
 
-    def split(x: Array) -> Array:
-        x = x.reshape(mesh.size, count, -1, *x.shape[1:]).swapaxes(0, 1)
-        return jax.lax.with_sharding_constraint(x.reshape(count, -1, *x.shape[3:]), sharding)
-
-    return jax.tree.map(split, tree)
+def over_microbatches(function: Callable, windows: tuple, count: int) -> PyTree:
+    """Mean of `function(*microbatch)` over microbatches of `windows`, one after another."""
+    if count == 1:
+        return function(*windows)
+    microbatches = split_microbatches(windows, count)
+    shapes = jax.eval_shape(function, *jax.tree.map(lambda x: x[0], microbatches))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    add = lambda total, microbatch: (jax.tree.map(jnp.add, total, function(*microbatch)), None)
+    return jax.tree.map(lambda x: x / count, jax.lax.scan(add, zeros, microbatches)[0])
 
 
 def make_gradients(config: ConfigDict, networks: Networks, mesh: Mesh) -> Callable:
@@ -146,21 +145,31 @@ def make_gradients(config: ConfigDict, networks: Networks, mesh: Mesh) -> Callab
     Both are means over the global batch of step `state.step + 1`. With `config.grad_accum_steps` > 1 they
     are summed over as many microbatches, one after another.
     """
-    value_and_grad = jax.value_and_grad(make_loss(config, networks, mesh))
-    steps = config.grad_accum_steps
+    loss_of = make_loss(config, networks)
+    dtype = jnp.dtype(config.get("gradient_dtype", "float32"))  # snapshots of before this key
 
     def gradients(state: TrainState, batch: Batch, head: HeadAsset):
+        specs = param_specs(config, mesh, {"params": state.params, "frozen": state.frozen})
+        whole = functools.partial(gather_params, dtype=jnp.dtype(config.model.dtype), gradient_dtype=dtype)
+        mean = functools.partial(mean_over_devices, mesh=mesh)
+
+        def on_device(trained, frozen, batch, head, key, rows):
+            frozen = whole(frozen, specs["frozen"])
+
+            def loss(trained, batch, rows):
+                keys = window_keys(key, rows)
+                return loss_of(whole(trained, specs["params"]), frozen, batch, head, keys, True)
+
+            of = functools.partial(jax.value_and_grad(loss), trained)
+            found, grads = over_microbatches(of, (batch, rows), config.grad_accum_steps)
+            grads = jax.tree.map(functools.partial(mean, dtype=dtype), grads, specs["params"])
+            return mean(found, PartitionSpec()), grads
+
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
-        rows = jnp.arange(config.batch_size)
-        of = lambda batch, rows: value_and_grad(
-            state.params, state.frozen, batch, head, window_keys(key, rows), True
-        )
-        if steps == 1:
-            return of(batch, rows)
-        zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params))
-        add = lambda total, microbatch: (jax.tree.map(jnp.add, total, of(*microbatch)), None)
-        total, _ = jax.lax.scan(add, zeros, split_microbatches((batch, rows), steps, mesh))
-        return jax.tree.map(lambda x: x / steps, total)
+        split = PartitionSpec(BATCH_AXES)
+        in_specs = (specs["params"], specs["frozen"], split, PartitionSpec(), PartitionSpec(), split)
+        run = on_devices(on_device, mesh, in_specs, (PartitionSpec(), specs["params"]))
+        return run(state.params, state.frozen, batch, head, key, jnp.arange(config.batch_size))
 
     return gradients
 
@@ -195,14 +204,21 @@ def make_eval_step(config: ConfigDict, networks: Networks, mesh: Mesh) -> Callab
 
     Goes through the batch in the microbatches of the train step.
     """
-    loss_of, steps = make_loss(config, networks, mesh), config.grad_accum_steps
+    loss_of = make_loss(config, networks)
 
     def evaluate(trained: PyTree, frozen: PyTree, batch: Batch, head: HeadAsset, index: int):
+        params = {"params": trained, "frozen": frozen}
+        specs = param_specs(config, mesh, params)
+
+        def on_device(params, batch, head, keys):
+            params = gather_params(params, specs, jnp.dtype(config.model.dtype))
+            of = lambda batch, keys: loss_of(params["params"], params["frozen"], batch, head, keys, False)
+            loss = over_microbatches(of, (batch, keys), config.grad_accum_steps)
+            return mean_over_devices(loss, PartitionSpec(), mesh)
+
         keys = window_keys(jax.random.fold_in(jax.random.key(0), index), jnp.arange(config.batch_size))
-        of = lambda batch, keys: loss_of(trained, frozen, batch, head, keys, False)
-        if steps == 1:
-            return of(batch, keys)
-        add = lambda total, microbatch: (total + of(*microbatch), None)
-        return jax.lax.scan(add, 0.0, split_microbatches((batch, keys), steps, mesh))[0] / steps
+        split = PartitionSpec(BATCH_AXES)
+        run = on_devices(on_device, mesh, (specs, split, PartitionSpec(), split), PartitionSpec())
+        return run(params, batch, head, keys)
 
     return evaluate

@@ -23,6 +23,7 @@ import loki_jax
 from loki_jax.data.reader import Dataset
 from loki_jax.face.asset import HeadAsset, load_head, save_head
 from loki_jax.io import file_sha256, write_json
+from loki_jax.training.checkpoint import saved_steps
 from loki_jax.training.config import CheckpointError, config_differences, config_to_json, read_config
 from loki_jax.training.distributed import wait_for_all
 
@@ -53,18 +54,20 @@ def prepare_workdir(workdir: Path, config: ConfigDict, dataset: Dataset, head: H
                 f"the data uses {head.name!r}. Choose another --workdir."
             )
     starts = [json.loads(file.read_text()) for file in sorted(workdir.glob("starts/*.json"))]
-    stored = next((s["dataset"]["clips"] for s in starts if "clips" in s["dataset"]), None)
-    if stored not in (None, clips_digest(dataset)):
+    clips = next((start["dataset"]["clips"] for start in starts if "clips" in start["dataset"]), None)
+    if clips not in (None, clips_digest(dataset)):
         raise CheckpointError(
             f"{workdir}: this run was trained on other clips than {dataset.path} holds. "
             "Choose another --workdir, or start from its weights with --config.init_from."
         )
-    metrics = workdir / "metrics.jsonl"
-    if metrics.is_file() and metrics.stat().st_size and not (workdir / "checkpoints").is_dir():
-        raise CheckpointError(
-            f"{workdir / 'checkpoints'}: missing, but {metrics.name} shows that this run has trained. "
-            "Copy the whole workdir again, or choose another --workdir."
-        )
+    folder, metrics, events = (workdir / n for n in ("checkpoints", "metrics.jsonl", "events.jsonl"))
+    lost = None
+    if metrics.is_file() and metrics.stat().st_size and not folder.is_dir():
+        lost = "missing, but metrics.jsonl shows that this run has trained"
+    elif events.is_file() and '"event": "saved"' in events.read_text() and not saved_steps(workdir):
+        lost = "empty, but events.jsonl shows that this run has saved checkpoints"
+    if lost:
+        raise CheckpointError(f"{folder}: {lost}. Copy the whole workdir again, or choose another --workdir.")
     # Nobody writes before all have read.
     wait_for_all("workdir read")
     if jax.process_index() == 0:

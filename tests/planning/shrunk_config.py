@@ -7,11 +7,10 @@ def get_config(arg=None):
     config = full_config(arg)
     config.window = 2
     config.image_size = 32
-    # Activations have to outweigh weights, as at full size: XLA sends the smaller of the two.
     config.batch_size = 16
     config.sharding_min_size = 2**10
     model = config.model
-    model.dtype = "float32"  # bfloat16 work is widened on CPU, which would hide what is compared
+    model.dtype = "float32"  # bfloat16 work is widened on CPU, which would hide the temporaries
     model.unet.channels = 32
     model.unet.multipliers = (1, 2)
     model.unet.num_res_blocks = 1

@@ -15,7 +15,7 @@ from configs import ablations, demo, hdtf
 from loki_jax.face.builtin import builtin_head
 from loki_jax.networks import build_networks
 from loki_jax.plan import attention_backend, parse_mesh
-from loki_jax.planning.collectives import Collective, parse_collectives, seconds, sent_bytes
+from loki_jax.planning.collectives import KINDS, Collective, parse_collectives, seconds, sent_bytes
 from loki_jax.planning.memory import abstract_mesh, activations, live_bytes, peak_bytes
 from loki_jax.planning.predict import PartTime, step_time
 from loki_jax.planning.report import (
@@ -28,8 +28,8 @@ from loki_jax.planning.report import (
     parameter_table,
 )
 from loki_jax.planning.sweep import draw_sweep, sweep
-from loki_jax.planning.work import PARTS, PartWork, make_subject, parameters_by_part
-from loki_jax.training.flops import chip_named, live_jaxpr
+from loki_jax.planning.work import PARTS, make_subject, parameters_by_part
+from loki_jax.training.flops import Work, chip_named, live_jaxpr
 from loki_jax.training.init import abstract_batch
 from loki_jax.training.sharding import make_mesh
 from loki_jax.training.step import make_eval_step
@@ -154,16 +154,11 @@ def test_plan_agrees_with_the_compiled_step(tmp_path):
     # Temporaries are an estimate.
     temporary = max(memory["peak_by_attention"]["chunked"].values()) - memory["resident"]
     assert 0.5 < found["temporary_bytes"] / temporary < 2
-    # Weights are gathered within fsdp groups of two, and nowhere else.
-    size = lambda kind, group: sum(
-        c["bytes"] for c in found["collectives"] if (c["kind"], c["group"]) == (kind, group)
-    )
-    gathers = sum(c["bytes"] for c in plan["collectives"] if c["kind"] == "all-gather")
-    assert 0.8 < size("all-gather", 2) / gathers < 1.6
-    assert size("all-gather", 4) < 0.1 * gathers
-    # Every gradient crosses the network. XLA for CPU reduces whole arrays where others scatter them.
-    gradients = memory["groups"]["gradients"]["total"]
-    assert 0.95 * gradients < size("all-reduce", 4) + size("all-reduce", 2) < 1.6 * gradients
+    # Weights are gathered and gradients summed as planned; nothing else crosses the network.
+    sizes = lambda collectives, kind: sum(c["bytes"] for c in collectives if c["kind"] == kind)
+    for kind in KINDS:
+        planned, compiled = sizes(plan["collectives"], kind), sizes(found["collectives"], kind)
+        assert compiled == pytest.approx(planned, rel=0.01), kind
 
 
 def test_accumulation_has_its_own_bytes():
@@ -173,8 +168,12 @@ def test_accumulation_has_its_own_bytes():
     plan = make_plan(subject, chip_named("h200"), 2, 1, 2, "chunked")
     groups = plan["memory"]["groups"]
     assert groups["accumulated gradients"] == groups["gradients"]
-    (reduced,) = plan["collectives"]
-    assert reduced["bytes"] == 2 * groups["gradients"]["total"]
+    (reduced,) = plan["collectives"]  # of the sum over microbatches
+    assert reduced["bytes"] == groups["gradients"]["total"]
+    config.gradient_dtype = "bfloat16"
+    plan = make_plan(make_subject(config, builtin_head()), chip_named("h200"), 2, 1, 2, "chunked")
+    assert 2 * plan["collectives"][0]["bytes"] == reduced["bytes"]
+    assert "gradients summed in bfloat16" in format_plan(plan, "tiny")
 
 
 def test_validation_and_sampling_are_counted(tiny):
@@ -222,7 +221,7 @@ def test_kept_activations_are_what_the_backward_pass_reads():
 
     shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((16, 16), (128, 16))]
     jaxpr = jax.jit(jax.value_and_grad(loss)).trace(*shapes).jaxpr
-    found = activations(jaxpr, 1)
+    found = activations(jaxpr)
     array = 4 * 128 * 16
     kept = sum(found.kept.values())
     # The first tanh's result (or its derivative with it), the checkpoint's output.
@@ -234,7 +233,7 @@ def test_kept_activations_are_what_the_backward_pass_reads():
 
 
 def test_peak_adds_what_stands_at_the_same_time(tiny):
-    step = activations(tiny[1][1], 1)
+    step = activations(tiny[1][1])
     peak = peak_bytes(1000, 10, step, "xla", gathered=100)
     assert (
         peak["backward"]
@@ -259,7 +258,7 @@ HLO = """
 
 
 def test_collectives_are_read_from_a_compiled_program():
-    found = {(c.kind, c.group): (c.bytes, c.count) for c in parse_collectives(HLO, 8)}
+    found = {(c.kind, c.group): (c.bytes, c.number) for c in parse_collectives(HLO, 8)}
     assert found == {
         ("all-reduce", 4): (4 + 4 * 9 * 320 * 320 + 24, 2),
         ("all-gather", 2): (2 * 64 * 64 + 2 * 64 * 32, 2),
@@ -292,9 +291,9 @@ def test_time_of_collectives_within_and_beyond_a_domain():
 
 def test_step_time_takes_the_slower_of_arithmetic_and_memory():
     chip = chip_named("h200")._replace(flops=100.0, bandwidth=10.0, link=8.0, domain=8)
-    work = dict.fromkeys(PARTS, PartWork()) | {
-        "backward": PartWork(matrix=300.0, bytes=5.0),
-        "VAE encode": PartWork(matrix=10, bytes=20),
+    work = dict.fromkeys(PARTS, Work()) | {
+        "backward": Work(matrix=300.0, bytes=5.0),
+        "VAE encode": Work(matrix=10, bytes=20),
     }
     gradients = Collective("all-reduce", "all", 8, 32, 1, "")
     time = step_time(work, 30.0, [gradients], chip, 8, 1, efficiency=0.5)

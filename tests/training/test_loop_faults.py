@@ -110,6 +110,7 @@ def test_an_error_in_sampling_is_logged_and_training_goes_on(tmp_path, monkeypat
     assert "compiling the train step took" in logged and "step 1 samples took" in logged
     events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
     assert [event["step"] for event in events if event["event"] == "no samples"] == [1, 2]
+    assert [event["step"] for event in events if event["event"] == "saved"] == [1, 2]
 
 
 @pytest.mark.slow

@@ -51,6 +51,13 @@ def test_a_workdir_whose_checkpoints_are_gone_is_refused(shards, trained):
     config, dataset = tiny_config(shards), open_dataset(shards)
     with pytest.raises(CheckpointError, match=r"checkpoints: missing, but metrics.jsonl"):
         prepare_workdir(trained, config, dataset, dataset.head())
+    (trained / "checkpoints").mkdir()
+    prepare_workdir(trained, config, dataset, dataset.head())  # ended before its first checkpoint
+    (trained / "events.jsonl").write_text('{"step": 2, "time": 0.0, "event": "saved"}\n')
+    with pytest.raises(CheckpointError, match=r"checkpoints: empty, but events.jsonl"):
+        prepare_workdir(trained, config, dataset, dataset.head())
+    (trained / "checkpoints").rmdir()
+    (trained / "events.jsonl").unlink()
     # A run that ended before its first step starts again.
     (trained / "metrics.jsonl").write_text("")
     prepare_workdir(trained, config, dataset, dataset.head())
