@@ -21,6 +21,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from jaxtyping import UInt8
 from PIL import Image
+from tensorflow_datasets.core.data_sources.base import BaseDataSource
 from tensorflow_datasets.proto import tf_example_pb2
 
 from loki_jax.data.schema import (
@@ -117,7 +118,7 @@ def _decode_record(record: bytes, metadata: Metadata, with_image: bool) -> Frame
         coefficients=Coefficients(*(floats[name] for name in COEFFICIENT_FEATURES)),
         camera=Camera(floats["intrinsics"], floats["extrinsics"]),
         crop=floats["crop"],
-        confidence=float(floats["confidence"]),
+        confidence=floats["confidence"],
     )
 
 
@@ -136,7 +137,7 @@ class Dataset:
     path: Path
     metadata: Metadata
     clips: tuple[ClipInfo, ...]
-    _sources: dict[str, Any] = dataclasses.field(default_factory=dict, repr=False, compare=False)
+    _sources: dict[str, BaseDataSource] = dataclasses.field(default_factory=dict, repr=False, compare=False)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_sources": {}}
@@ -149,7 +150,7 @@ class Dataset:
         """The head asset that the coefficients belong to."""
         return load_head(self.path / HEAD_FILE)
 
-    def source(self, split: str) -> Sequence[bytes]:
+    def source(self, split: str) -> BaseDataSource:
         """TFDS's random-access source of the serialised records of a split.
 
         Raises:
@@ -210,29 +211,23 @@ class Dataset:
         stop = clip.length if stop is None else stop
         if not 0 <= start < stop <= clip.length:
             raise IndexError(f"clip {clip.clip_id!r} has {clip.length} frames, asked for {start}..{stop}")
-        return self.read(clip.split, range(clip.first_record + start, clip.first_record + stop))
+        return self.read(clip.split, clip.records[start:stop])
 
     def stored_clip(self, clip: ClipInfo) -> Clip:
         """A clip as it went into the dataset: `write_dataset` makes the same records of it again.
 
         Raises as `read` does.
         """
-        numbers = range(clip.first_record, clip.first_record + clip.length)
-        stacked = stack_frames(self.read(clip.split, numbers, with_image=False))
+        stacked = stack_frames(self.read(clip.split, clip.records, with_image=False))
 
         def images() -> Iterator[bytes]:
             source = self.source(clip.split)
-            for number in numbers:
+            for number in clip.records:
                 with _reading(self.path / self.locate(clip.split, number)[0]):
                     yield _fields(source[number])["image"].bytes_list.value[0]
 
         return Clip(
-            clip_id=clip.clip_id,
-            identity=clip.identity,
-            fps=clip.fps,
-            split=clip.split,
-            source=clip.source,
-            licence=clip.licence,
+            **clip.facts(),
             coefficients=stacked.coefficients,
             camera=stacked.camera,
             crop=stacked.crop,
@@ -240,8 +235,6 @@ class Dataset:
             latent_mean=stacked.latent_mean,
             latent_logvar=stacked.latent_logvar,
             confidence=stacked.confidence,
-            fit_quality=clip.fit_quality,
-            extra=dict(clip.extra),
         )
 
     def locate(self, split: str, record: int) -> tuple[str, int]:
@@ -256,19 +249,14 @@ class Dataset:
     def record_name(self, split: str, record: int) -> str:
         """A record as a person looks for it: file, index in it, clip and frame."""
         file, index = self.locate(split, record)
-        clip = next(clip for clip in self.clips_of(split) if record < clip.first_record + clip.length)
+        clip = next(clip for clip in self.clips_of(split) if record in clip.records)
         return (
             f"{self.path / file} record {index} (clip {clip.clip_id!r}, frame {record - clip.first_record})"
         )
 
 
-def read_metadata(path: str | os.PathLike) -> Metadata:
-    """Read and check `metadata.json` of the dataset at `path`.
-
-    Raises:
-      DatasetError: no such folder, no dataset in it, or another schema version.
-    """
-    path = Path(path)
+def _read_metadata(path: Path) -> Metadata:
+    """Read and check `metadata.json`."""
     file = path / METADATA_FILE
     if not path.is_dir():
         raise DatasetError(f"{path}: no such dataset folder. Check `data.path`.")
@@ -283,16 +271,12 @@ def read_metadata(path: str | os.PathLike) -> Metadata:
                 f"{file}: schema version {stored['schema_version']}, this loki_jax reads {SCHEMA_VERSION}. "
                 "Build the dataset again, or read it with the version that made it."
             )
-        latent_shape = stored["latent_shape"]
-        shards = {name: (int(count), int(size)) for name, (count, size) in stored["shards"].items()}
-        metadata = Metadata(
-            **stored
-            | {"latent_shape": None if latent_shape is None else tuple(latent_shape), "shards": shards}
-        )
+        stored["latent_shape"] = stored["latent_shape"] and tuple(stored["latent_shape"])
+        stored["shards"] = {name: (int(n), int(size)) for name, (n, size) in stored["shards"].items()}
+        metadata = Metadata(**stored)
         for split in SPLITS:
-            if sum(n for name, (n, _) in shards.items() if f"-{split}." in name) != metadata.records.get(
-                split, 0
-            ):
+            counts = [n for name, (n, _) in metadata.shards.items() if f"-{split}." in name]
+            if sum(counts) != metadata.records.get(split, 0):
                 raise ValueError(f"the shards of split {split!r} do not add up to its records")
     return metadata
 
@@ -301,9 +285,8 @@ def _read_clips(path: Path, metadata: Metadata) -> tuple[ClipInfo, ...]:
     """The clip table, whose rows must cover the records of each split in order."""
     file = path / CLIPS_FILE
     with _reading(file):
-        clips = tuple(
-            ClipInfo(**(row | {"fps": Fraction(*row["fps"])})) for row in json.loads(file.read_text())
-        )
+        rows = json.loads(file.read_text())
+        clips = tuple(ClipInfo(**row | {"fps": Fraction(*row["fps"])}) for row in rows)
         ends = dict.fromkeys(metadata.records, 0)
         for clip in clips:
             if clip.first_record != ends[clip.split] or clip.length < 1:
@@ -327,7 +310,7 @@ def open_dataset(path: str | os.PathLike, head_sha256: str | None = None) -> Dat
         file that is not the one the coefficients were fitted with.
     """
     path = Path(path)
-    metadata = read_metadata(path)
+    metadata = _read_metadata(path)
     for name, (_, size) in metadata.shards.items():
         file = path / name
         if not file.is_file():

@@ -23,8 +23,9 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 import tensorflow_datasets as tfds
-from jaxtyping import Array, BFloat16, Float, Int32, UInt8
+from jaxtyping import BFloat16, Float, Int32, UInt8
 
+from loki_jax.arrays import ArrayLike
 from loki_jax.face.types import Camera, Coefficients
 
 SCHEMA_VERSION = 1
@@ -46,9 +47,9 @@ class DatasetError(ValueError):
     """
 
 
-@dataclasses.dataclass(frozen=True)
-class Clip:
-    """A clip on its way into a dataset: N consecutive frames of one person.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ClipFacts:
+    """What is known of a clip as a whole: N consecutive frames of one person.
 
     Attributes:
       clip_id: unique name within the dataset.
@@ -57,15 +58,6 @@ class Clip:
       split: "train" or "validation".
       source: where the frames come from (file name, URL, "data_prep.synth").
       licence: licence of the frames.
-      coefficients: fields (N, n); `betas` may be (n_shape,), the same for all frames.
-      camera: intrinsics (4,) or (N, 4) in pixels of the uncropped frame; extrinsics (4, 4) or (N, 4, 4).
-      crop: (4,) or (N, 4) box x0, y0, x1, y1 in pixels of the uncropped frame; the stored image is
-        this box resized to image_size. One box a clip, except in data for the `official` variant.
-      images: N cropped frames, (S, S, 3) uint8 RGB each, or bytes already encoded as the dataset's
-        image format. Any iterable: it is read once, frame by frame. None: latents only.
-      latent_mean, latent_logvar: (N, h, w, c) moments of the VAE posterior of the same frames (not
-        multiplied by the scale factor), stored as bfloat16; both or neither.
-      confidence: (N,) in [0, 1], quality of the fit for each frame; None: 1 everywhere.
       fit_quality: one number for the clip (mean reprojection error in pixels); None: not fitted.
       extra: anything else worth keeping that JSON can hold (`identity_seed` of synthetic clips).
     """
@@ -76,6 +68,30 @@ class Clip:
     split: str
     source: str
     licence: str
+    fit_quality: float | None = None
+    extra: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def facts(self) -> dict[str, Any]:
+        """The attributes above, as arguments of another kind of clip."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(ClipFacts)}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Clip(ClipFacts):
+    """A clip on its way into a dataset.
+
+    Attributes:
+      coefficients: fields (N, n); `betas` may be (n_shape,), the same for all frames.
+      camera: intrinsics (4,) or (N, 4) in pixels of the uncropped frame; extrinsics (4, 4) or (N, 4, 4).
+      crop: (4,) or (N, 4) box x0, y0, x1, y1 in pixels of the uncropped frame; the stored image is
+        this box resized to image_size. One box a clip, except in data for the `official` variant.
+      images: N cropped frames, (S, S, 3) uint8 RGB each, or bytes already encoded as the dataset's
+        image format. Any iterable: it is read once, frame by frame. None: latents only.
+      latent_mean, latent_logvar: (N, h, w, c) moments of the VAE posterior of the same frames (not
+        multiplied by the scale factor), stored as bfloat16; both or neither.
+      confidence: (N,) in [0, 1], quality of the fit for each frame; None: 1 everywhere.
+    """
+
     coefficients: Coefficients
     camera: Camera
     crop: Float[np.ndarray, ...]
@@ -83,25 +99,20 @@ class Clip:
     latent_mean: Float[np.ndarray, "N h w c"] | None = None
     latent_logvar: Float[np.ndarray, "N h w c"] | None = None
     confidence: Float[np.ndarray, " N"] | None = None
-    fit_quality: float | None = None
-    extra: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
-@dataclasses.dataclass(frozen=True)
-class ClipInfo:
-    """One row of the clip table; its records are first_record .. first_record + length - 1 of its split."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ClipInfo(ClipFacts):
+    """One row of the clip table."""
 
     clip_index: int
-    clip_id: str
-    identity: str
-    fps: Fraction
     length: int
-    split: str
     first_record: int
-    fit_quality: float | None
-    source: str
-    licence: str
-    extra: dict[str, Any]
+
+    @property
+    def records(self) -> range:
+        """The numbers of its records, one a frame, in its split."""
+        return range(self.first_record, self.first_record + self.length)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,17 +138,20 @@ class Metadata:
 
 
 class Frame(NamedTuple):
-    """One record, decoded. `image` (S, S, 3) uint8 RGB or None; latent moments (h, w, c) or None."""
+    """One record, decoded. `image` is RGB or None; the latent moments may be None.
+
+    Several frames as one (`stack_frames`) have a leading axis T everywhere.
+    """
 
     clip_index: int
     frame_index: int
-    image: UInt8[np.ndarray, "S S 3"] | None
-    latent_mean: BFloat16[np.ndarray, "h w c"] | None
-    latent_logvar: BFloat16[np.ndarray, "h w c"] | None
+    image: UInt8[np.ndarray, "*T S S 3"] | None
+    latent_mean: BFloat16[np.ndarray, "*T h w c"] | None
+    latent_logvar: BFloat16[np.ndarray, "*T h w c"] | None
     coefficients: Coefficients
     camera: Camera
-    crop: Float[np.ndarray, " 4"]
-    confidence: float
+    crop: Float[np.ndarray, "*T 4"]
+    confidence: Float[np.ndarray, "*T"]
 
 
 class Batch(NamedTuple):
@@ -158,17 +172,17 @@ class Batch(NamedTuple):
     coefficients: Coefficients  # (B, T, n)
     reference_coefficients: Coefficients  # (B, n)
     camera: Camera  # (B, T, ...)
-    crop: Float[Array, "*B T 4"]
-    confidence: Float[Array, "*B T"]
-    clip_index: Int32[Array, "*B"]
-    frame_index: Int32[Array, "*B T"]
-    reference_index: Int32[Array, "*B"]
-    frames: UInt8[Array, "*B T S S 3"] | None = None
-    reference: UInt8[Array, "*B S S 3"] | None = None
-    latent_mean: BFloat16[Array, "*B T h w c"] | None = None
-    latent_logvar: BFloat16[Array, "*B T h w c"] | None = None
-    reference_latent_mean: BFloat16[Array, "*B h w c"] | None = None
-    reference_latent_logvar: BFloat16[Array, "*B h w c"] | None = None
+    crop: Float[ArrayLike, "*B T 4"]
+    confidence: Float[ArrayLike, "*B T"]
+    clip_index: Int32[ArrayLike, "*B"]
+    frame_index: Int32[ArrayLike, "*B T"]
+    reference_index: Int32[ArrayLike, "*B"]
+    frames: UInt8[ArrayLike, "*B T S S 3"] | None = None
+    reference: UInt8[ArrayLike, "*B S S 3"] | None = None
+    latent_mean: BFloat16[ArrayLike, "*B T h w c"] | None = None
+    latent_logvar: BFloat16[ArrayLike, "*B T h w c"] | None = None
+    reference_latent_mean: BFloat16[ArrayLike, "*B h w c"] | None = None
+    reference_latent_logvar: BFloat16[ArrayLike, "*B h w c"] | None = None
 
 
 def float_features(n_shape: int, n_expression: int) -> dict[str, tuple[int, ...]]:

@@ -97,11 +97,11 @@ class _ReadWindow(grain.transforms.Map):
     """
 
     def __init__(
-        self, dataset: Dataset, split: str, window: int, draw: _DrawWindow, image_size: int | None,
-        cache_bytes: int,
+        self, dataset: Dataset, split: str, window: int, draw: _DrawWindow, image_size: int,
+        with_images: bool, cache_bytes: int,
     ):  # fmt: skip
         self._dataset, self._split, self._window, self._draw = dataset, split, window, draw
-        self._image_size = image_size
+        self._image_size, self._with_images = image_size, with_images
         self._cache: dict[int, Frame] = {}
         self._cache_left = cache_bytes
 
@@ -123,10 +123,10 @@ class _ReadWindow(grain.transforms.Map):
         )
 
     def _element(self, window: _Window) -> Batch:
-        first, indices = window.clip.first_record, range(window.start, window.start + self._window)
-        *frames, reference = self._read([first + index for index in (*indices, window.reference)])
+        indices = [*range(window.start, window.start + self._window), window.reference]
+        *frames, reference = self._read([window.clip.records[index] for index in indices])
         found = [(frame.clip_index, frame.frame_index) for frame in (*frames, reference)]
-        if found != [(window.clip.clip_index, index) for index in (*indices, window.reference)]:
+        if found != [(window.clip.clip_index, index) for index in indices]:
             raise DatasetError(
                 f"{self._dataset.path}: clips.json does not fit the shards at clip {window.clip.clip_id!r}. "
                 "Copy the whole dataset folder again."
@@ -137,10 +137,10 @@ class _ReadWindow(grain.transforms.Map):
             reference_coefficients=reference.coefficients,
             camera=stacked.camera,
             crop=stacked.crop,
-            confidence=stacked.confidence.astype(np.float32),
-            clip_index=np.int32(window.clip.clip_index),
-            frame_index=stacked.frame_index.astype(np.int32),
-            reference_index=np.int32(window.reference),
+            confidence=stacked.confidence,
+            clip_index=np.array(window.clip.clip_index, np.int32),
+            frame_index=np.array(indices[:-1], np.int32),
+            reference_index=np.array(window.reference, np.int32),
             frames=stacked.image,
             reference=reference.image,
             latent_mean=stacked.latent_mean,
@@ -153,7 +153,7 @@ class _ReadWindow(grain.transforms.Map):
         frames = {record: self._cache[record] for record in records if record in self._cache}
         missing = [record for record in dict.fromkeys(records) if record not in frames]
         if missing:
-            read = self._dataset.read(self._split, missing, with_image=self._image_size is not None)
+            read = self._dataset.read(self._split, missing, self._with_images)
             for record, frame in zip(missing, map(self._resized, read), strict=True):
                 frames[record] = frame
                 # Frames are kept until the limit and never evicted: under uniform access that hits as
@@ -268,7 +268,7 @@ def make_dataset(
         chosen = grain.MapDataset.source([windows[i % len(windows)] for i in range(full)])
     else:
         chosen = grain.MapDataset.source(slots).seed(seed).random_map(draw).shuffle().repeat()
-    read = _ReadWindow(dataset, split, window, draw, image_size if with_images else None, cache_bytes)
+    read = _ReadWindow(dataset, split, window, draw, image_size, with_images, cache_bytes)
     elements = chosen.map(read).batch(batch // process_count, drop_remainder=True)
     share = elements.slice(slice(process_index, None, process_count))
     return Batches(share, dataset, split, max_corrupt_share)

@@ -43,11 +43,10 @@ from loki_jax.io import atomic_path, remove, stale_siblings, sync
 def encode_image(image: UInt8[np.ndarray, "S S 3"], image_format: str, jpeg_quality: int = 95) -> bytes:
     """Encode an RGB image as "png" or "jpeg" (4:4:4, so that a mouth of few pixels keeps its colour)."""
     buffer = io.BytesIO()
-    picture = Image.fromarray(image)
-    if image_format == "png":
-        picture.save(buffer, "PNG", compress_level=3)
-    else:
-        picture.save(buffer, "JPEG", quality=jpeg_quality, subsampling=0)
+    jpeg = {"quality": jpeg_quality, "subsampling": 0}
+    Image.fromarray(image).save(
+        buffer, image_format, **{"compress_level": 3} if image_format == "png" else jpeg
+    )
     return buffer.getvalue()
 
 
@@ -60,7 +59,7 @@ class _SplitWriter:
 
     def __init__(self, folder: Path, split: str, shard_bytes: int):
         self._stem, self._shard_bytes = folder / f"{DATASET_NAME}-{split}.array_record", shard_bytes
-        self._writer = None
+        self._writer: array_record_module.ArrayRecordWriter | None = None
         self.lengths: list[int] = []
         self.payload: list[int] = []
 
@@ -71,7 +70,7 @@ class _SplitWriter:
     def records(self) -> int:
         return sum(self.lengths)
 
-    def start_clip(self) -> None:
+    def write_clip(self, records: Iterable[bytes]) -> None:
         if self._writer is None or self.payload[-1] >= self._shard_bytes:
             self.close()
             # One record a group: random access reads one frame; the payload is already compressed.
@@ -80,11 +79,10 @@ class _SplitWriter:
             )
             self.lengths.append(0)
             self.payload.append(0)
-
-    def write(self, record: bytes) -> None:
-        self._writer.write(record)
-        self.lengths[-1] += 1
-        self.payload[-1] += len(record)
+        for record in records:
+            self._writer.write(record)
+            self.lengths[-1] += 1
+            self.payload[-1] += len(record)
 
     def close(self) -> None:
         if self._writer is not None:
@@ -155,16 +153,15 @@ def _encoded_images(
     clip: Clip, length: int, image_size: int, image_format: str | None, jpeg_quality: int
 ) -> Iterator[dict[str, bytes]]:
     """The image feature of each of `length` records, encoded; empty without images."""
-    if (clip.images is None) != (image_format is None):
-        raise _error(
-            clip, "some clips have images and some have none. Give images for all clips or for none."
-        )
-    if clip.images is None:
+    if clip.images is None or image_format is None:
+        if clip.images is not None or image_format is not None:
+            raise _error(
+                clip, "some clips have images and some have none. Give images for all clips or for none."
+            )
         yield from [{}] * length
         return
     count = 0
-    for image in clip.images:
-        count += 1
+    for count, image in enumerate(clip.images, 1):
         if count > length:
             break
         if not isinstance(image, bytes):
@@ -292,26 +289,21 @@ def write_dataset(
             length = len(floats["expression"])
             arrays = floats | _latents(clip, latent_shape, length)
             writer = writers[clip.split]
+            quality = None if clip.fit_quality is None else float(clip.fit_quality)
             row = ClipInfo(
-                clip_index=len(rows),
-                clip_id=clip.clip_id,
-                identity=clip.identity,
-                fps=clip.fps,
-                length=length,
-                split=clip.split,
-                first_record=writer.records,
-                fit_quality=None if clip.fit_quality is None else float(clip.fit_quality),
-                source=clip.source,
-                licence=clip.licence,
-                extra=dict(clip.extra),
+                **clip.facts() | {"fit_quality": quality},
+                clip_index=len(rows), length=length, first_record=writer.records,
+            )  # fmt: skip
+            images = _encoded_images(clip, length, image_size, stored_format, jpeg_quality)
+            writer.write_clip(
+                _serialize(
+                    features,
+                    {"clip_id": row.clip_id, "clip_index": row.clip_index, "frame_index": frame}
+                    | {name: array[frame] for name, array in arrays.items()}
+                    | image,
+                )
+                for frame, image in enumerate(images)
             )
-            writer.start_clip()
-            for frame, image in enumerate(
-                _encoded_images(clip, length, image_size, stored_format, jpeg_quality)
-            ):
-                names = {"clip_id": row.clip_id, "clip_index": row.clip_index, "frame_index": frame}
-                values = {name: array[frame] for name, array in arrays.items()}
-                writer.write(_serialize(features, names | values | image))
             rows.append(row)
             if progress is not None:
                 progress(row)
@@ -389,6 +381,9 @@ def _write_tfds_info(
 
 
 def _rows_to_json(rows: Sequence[ClipInfo]) -> str:
-    """One line a row."""
-    table = [vars(row) | {"fps": [row.fps.numerator, row.fps.denominator]} for row in rows]
+    """One line a row, with the columns in the order of version 0.1.0."""
+    columns = ("clip_index", "clip_id", "identity", "fps", "length", "split", "first_record", "fit_quality",
+               "source", "licence", "extra")  # fmt: skip
+    values = [vars(row) | {"fps": row.fps.as_integer_ratio()} for row in rows]
+    table = [{column: row[column] for column in columns} for row in values]
     return "[\n" + ",\n".join(map(json.dumps, table)) + "\n]\n"

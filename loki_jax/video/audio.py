@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 
 import av
+from av.audio.stream import AudioStream
 from av.filter import Graph
 
 from loki_jax.video.files import MediaError
-from loki_jax.video.reader import first_picture_time
+from loki_jax.video.reader import first_picture_time, seconds
 
 # Audio codecs that an MP4 file may hold as they are; others are encoded again as AAC.
 _COPIED = ("aac", "mp3", "ac3", "alac")
@@ -35,17 +37,16 @@ class AudioTrack:
         self._start = first_picture_time(source)
         try:
             self._container = av.open(str(source))
-            self._stream = self._container.streams.best("audio")
-            if self._stream is None or self._stream.codec_context is None:
+            stream = self._container.streams.best("audio")
+            if not isinstance(stream, AudioStream) or stream.codec_context is None:
                 raise ValueError("its codec is unknown")
-            codec = self._stream.codec_context.codec.canonical_name
-            if codec in _COPIED:
-                self._out = output.add_stream_from_template(self._stream)
+            self._stream = stream
+            if stream.codec_context.codec.canonical_name in _COPIED:
+                self._out = output.add_stream_from_template(stream)
                 self._packets = self._copied()
             else:
-                rate = self._stream.rate
-                self._out = output.add_stream("aac", rate=rate if rate in _AAC_RATES else 48000)
-                self._out.layout = "mono" if self._stream.layout.nb_channels == 1 else "stereo"
+                self._out = output.add_stream("aac", rate=stream.rate if stream.rate in _AAC_RATES else 48000)
+                self._out.layout = "mono" if stream.layout.nb_channels == 1 else "stereo"
                 self._packets = self._encoded()
         except (av.error.FFmpegError, OSError, ValueError) as error:
             raise MediaError(
@@ -54,7 +55,7 @@ class AudioTrack:
         self._next: av.Packet | None = None
 
     def _copied(self) -> Iterator[av.Packet]:
-        shift = round(self._start / self._stream.time_base)
+        shift = _ticks(self._start, self._stream.time_base)
         for packet in self._container.demux(self._stream):
             packet.pts = packet.dts if packet.pts is None else packet.pts
             if packet.pts is None or packet.pts + (packet.duration or 0) <= shift:
@@ -77,17 +78,21 @@ class AudioTrack:
         graph = None
         for frame in self._decoded():
             if frame.pts is not None:
-                frame.pts -= round(self._start / frame.time_base)
+                frame.pts -= _ticks(self._start, frame.time_base)
             if graph is None:
                 graph = self._resampler(frame)
             graph.push(frame)
-            for resampled in _pull(graph):
-                yield from self._out.encode(resampled)
+            yield from self._drained(graph)
         if graph is not None:
             graph.push(None)
-            for resampled in _pull(graph):
-                yield from self._out.encode(resampled)
+            yield from self._drained(graph)
             yield from self._out.encode(None)
+
+    def _drained(self, graph: Graph) -> Iterator[av.Packet]:
+        """What the filter has ready, encoded."""
+        with contextlib.suppress(av.error.BlockingIOError, av.error.EOFError):
+            while isinstance(frame := graph.pull(), av.AudioFrame):
+                yield from self._out.encode(frame)
 
     def _resampler(self, frame: av.AudioFrame) -> Graph:
         """A filter to the encoder's format that starts at time 0 and follows the time stamps."""
@@ -114,7 +119,7 @@ class AudioTrack:
         try:
             while True:
                 self._next = self._next or next(self._packets, None)
-                if self._next is None or self._next.pts * self._next.time_base >= until:
+                if self._next is None or (seconds(self._next.pts, self._next.time_base) or 0) >= until:
                     return
                 self._output.mux(self._next)
                 self._next = None
@@ -127,9 +132,6 @@ class AudioTrack:
         self._container.close()
 
 
-def _pull(graph: Graph) -> Iterator[av.AudioFrame]:
-    while True:
-        try:
-            yield graph.pull()
-        except (av.error.BlockingIOError, av.error.EOFError):
-            return
+def _ticks(time: Fraction, time_base: Fraction | None) -> int:
+    """A time in seconds in units of a clock; 0 where the file names no clock."""
+    return round(time / time_base) if time_base else 0

@@ -62,7 +62,8 @@ def _to_srgb(picture: Image.Image, mode: str) -> Image.Image:
             if "srgb" not in ImageCms.getProfileDescription(profile).lower():
                 kept = mode if picture.mode == mode else "RGB"
                 srgb = ImageCms.createProfile("sRGB")
-                picture = ImageCms.profileToProfile(picture, profile, srgb, outputMode=kept)
+                # None would mean: changed in place.
+                picture = ImageCms.profileToProfile(picture, profile, srgb, outputMode=kept) or picture
         except (ImageCms.PyCMSError, OSError):
             pass  # a damaged or unfit profile: the numbers are taken as sRGB, as viewers do
     return picture.convert(mode)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import av
 import numpy as np
+from av.sidedata.sidedata import SideData
 from av.video.reformatter import Colorspace
 from jaxtyping import Int, UInt8
 
@@ -57,23 +58,28 @@ class Video:
     path: Path
 
 
+def seconds(count: int | None, time_base: Fraction | None) -> Fraction | None:
+    """A time stamp or duration of FFmpeg in seconds; None where the file states none."""
+    return None if count is None or time_base is None else count * time_base
+
+
 def _frame_rate(stream: av.VideoStream, path: Path) -> Fraction:
     rate = stream.average_rate or stream.guessed_rate or stream.base_rate
     if not rate or rate <= 0:
         raise MediaError(
             f"{path}: states no frame rate. Write it again with one (`ffmpeg -i IN -r 25 OUT.mp4`)."
         )
-    rate = Fraction(rate)
     if stream.base_rate and abs(rate / stream.base_rate - 1) > Fraction(1, 20):
         return _nominal_rate(stream, path) or rate
     # Containers with coarse time stamps report averages such as 5994000/200001: take the standard
     # rate if the two differ by less than half a frame over the whole clip.
-    if rate.denominator > 1001:
-        nearest = min(_STANDARD_RATES, key=lambda standard: abs(standard - rate))
-        seconds = (stream.frames or 1000) / rate
-        if abs(nearest - rate) * seconds < Fraction(1, 2):
-            return nearest
-    return rate
+    nearest = _standard_rate(rate)
+    frames_off = abs(nearest / rate - 1) * (stream.frames or 1000)
+    return nearest if rate.denominator > 1001 and frames_off < Fraction(1, 2) else rate
+
+
+def _standard_rate(rate: Fraction) -> Fraction:
+    return min(_STANDARD_RATES, key=lambda standard: abs(standard - rate))
 
 
 def _nominal_rate(stream: av.VideoStream, path: Path) -> Fraction | None:
@@ -82,10 +88,10 @@ def _nominal_rate(stream: av.VideoStream, path: Path) -> Fraction | None:
         packets = container.demux(container.streams[stream.index])
         stamps = sorted(p.pts for p in packets if p.pts is not None and p.size)
     interval = np.median(np.diff(stamps)) if len(stamps) > 2 else 0
-    if interval <= 0:
+    if interval <= 0 or stream.time_base is None:
         return None
     rate = 1 / (Fraction(float(interval)) * stream.time_base)
-    nearest = min(_STANDARD_RATES, key=lambda standard: abs(standard - rate))
+    nearest = _standard_rate(rate)
     return nearest if abs(nearest / rate - 1) < Fraction(1, 50) else rate.limit_denominator(1001)
 
 
@@ -95,7 +101,7 @@ def _quarter_turns(frame: av.VideoFrame) -> tuple[int, bool]:
         data = frame.side_data.get("DISPLAYMATRIX")
     except ValueError:  # PyAV gives up on side data younger than itself (EXIF); the angle it knows
         return round(frame.rotation / 90) % 4, False
-    if data is None:
+    if not isinstance(data, SideData):
         return 0, False
     matrix = np.frombuffer(bytes(data), np.int32)[:9].reshape(3, 3)[:2, :2].astype(np.float64)
     # Row-vector convention: a stored pixel (x, y), y down, is shown at (x, y) @ matrix.
@@ -112,13 +118,11 @@ def _to_rgb(frame: av.VideoFrame, width: int | None = None) -> UInt8[np.ndarray,
     # Untagged video: BT.709 from 720 lines on, BT.601 below, as players assume.
     untagged = Colorspace.ITU709 if frame.height >= 720 else Colorspace.ITU601
     matrix = _MATRICES.get(int(frame.colorspace), untagged)
-    options = {"src_colorspace": matrix}
-    if width is not None:
-        options |= {"width": width, "height": frame.height}
-    if any(component.is_alpha for component in frame.format.components):
-        image = over_white(frame.to_ndarray(format="rgba", **options))
-    else:
-        image = frame.to_ndarray(format="rgb24", **options)
+    has_alpha = any(component.is_alpha for component in frame.format.components)
+    image = frame.to_ndarray(
+        format="rgba" if has_alpha else "rgb24", src_colorspace=matrix, width=width, height=frame.height
+    )
+    image = over_white(image) if has_alpha else image
     turns, mirrored = _quarter_turns(frame)
     image = np.rot90(image, turns)
     return np.ascontiguousarray(image[:, ::-1] if mirrored else image)
@@ -256,11 +260,9 @@ class VideoReader:
             return self._stream.frames - count
         # Only a duration is known. Variable-rate video has fewer frames than that at its nominal rate, so
         # times are compared; some containers count from zero and some from the first frame.
-        duration = None
-        if self._stream.duration is not None and self._stream.time_base is not None:
-            duration = self._stream.duration * self._stream.time_base
-        elif self._container.duration is not None and not self.has_audio:
-            duration = Fraction(self._container.duration, av.time_base)
+        duration = seconds(self._stream.duration, self._stream.time_base)
+        if duration is None and not self.has_audio:
+            duration = seconds(self._container.duration, Fraction(1, av.time_base))
         if duration is None:
             return 0
         return int((duration - (count / self.source_fps if end is None else end)) * self.source_fps)
@@ -268,26 +270,25 @@ class VideoReader:
     def _decoded(self) -> Iterator[tuple[Fraction | None, av.VideoFrame]]:
         count = 0
         part = self._start > 0 or self._stop is not None
-        origin, end = Fraction(0), None
+        origin = seconds(self._stream.start_time, self._stream.time_base) or Fraction(0)
+        end: Fraction | None = None
         try:
-            if part and self._stream.start_time is not None:
-                origin = self._stream.start_time * self._stream.time_base
             if self._start > 0:
                 # To the key frame before it; the frames between are decoded and dropped.
-                target = int((origin + self._start) / self._stream.time_base)
+                target = int((origin + self._start) / (self._stream.time_base or 1))
                 self._container.seek(max(target, 0), stream=self._stream)
             half = 1 / (2 * self.source_fps)
             for frame in self._container.decode(self._stream):
                 count += 1
-                time = None if frame.pts is None or frame.time_base is None else frame.pts * frame.time_base
+                time = seconds(frame.pts, frame.time_base)
                 at = Fraction(count - 1, 1) / self.source_fps if time is None else time - origin
                 if part and at + half <= self._start:
                     continue
                 if self._stop is not None and at + half > self._stop:
                     break
                 if time is not None:
-                    shown = max(1 / self.source_fps, (frame.duration or 0) * frame.time_base)
-                    end = max(end or Fraction(0), time + shown)
+                    shown = seconds(frame.duration, frame.time_base) or Fraction(0)
+                    end = max(end or Fraction(0), time + max(shown, 1 / self.source_fps))
                 yield time, frame
         except (av.error.FFmpegError, OSError) as error:
             if count == 0 and self._container.format.name == "webp_pipe":

@@ -56,7 +56,7 @@ def check_output(path: str | os.PathLike, inputs: Iterable[str | os.PathLike] = 
         raise _unwritable(path, error) from error
 
 
-def _unwritable(path: Path, error: OSError) -> MediaError:
+def _unwritable(path: Path, error: av.error.FFmpegError | OSError) -> MediaError:
     return MediaError(f"{path}: cannot be written ({error.strerror or error}). Choose another folder.")
 
 
