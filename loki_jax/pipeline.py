@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, UInt8
 
+from loki_jax.driver.encoding import ReferenceFrame
 from loki_jax.face.asset import HeadAsset
 from loki_jax.face.retarget import retarget, size_ratio
 from loki_jax.face.types import Camera, Coefficients
@@ -200,6 +201,7 @@ class LokiPipeline:
         as_arrays = functools.partial(jax.tree.map, functools.partial(jnp.asarray, dtype=jnp.float32))
         own = as_arrays((portraits.coefficients, portraits.camera, portraits.crop))
         features = self._features(self._params, self.head, jnp.asarray(portraits.image), *own)
+        reference = ReferenceFrame(*own, jnp.asarray(portraits.image))
         batch, length = coefficients.expression.shape[:2]
         window = self.config.window
 
@@ -215,15 +217,17 @@ class LokiPipeline:
             part = jax.tree.map(lambda x, index=index: jnp.asarray(x)[:, index], coefficients)
             noise_key = jax.random.fold_in(key, start // window)
             images = self._window(
-                self._params, self.head, features, part, camera, crop, noise_key,
+                self._params, self.head, features, reference, part, camera, crop, noise_key,
                 steps=steps, guidance=guidance,
             )  # fmt: skip
             yield Window(*(np.asarray(image)[:, : length - start] for image in images))
 
-    def _sample_window(self, params, head, features, coefficients, camera, crop, key, *, steps, guidance):
+    def _sample_window(
+        self, params, head, features, reference, coefficients, camera, crop, key, *, steps, guidance
+    ):
         """One window of B clips: frames and pictures of the driver maps, both (B,T,S,S,3) uint8; traced."""
         config, networks = self.config, self._networks
-        driver = driver_input(config, head, coefficients, camera, crop)
+        driver = driver_input(config, head, coefficients, camera, crop, reference)
         noise = initial_noise(networks, key, *driver.shape[:2])
         frames = sample_from_features(
             config, networks, params, features, driver, noise,

@@ -1,6 +1,6 @@
 """From a rasterised head to the channels of the driver map (method, section 5).
 
-The full map has 45 channels, zero wherever the head is not seen:
+The map of arm `full` has 45 channels, zero wherever the head is not seen:
   0..41   sines and cosines of the *canonical template position* of the surface point. For axis
           c = 0, 1, 2 and k = 0..6: channel 14 c + k is sin(2^k p_c), channel 14 c + 7 + k is
           cos(2^k p_c). The values identify the point of the head; pose decides where they appear.
@@ -17,13 +17,26 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt8
 
+from loki_jax.arrays import ArrayLike
 from loki_jax.face.asset import HeadAsset
-from loki_jax.face.types import Coefficients
+from loki_jax.face.types import Camera, Coefficients
+from loki_jax.flow import (
+    MeshView,
+    flow_between,
+    head_parts,
+    normalise_positions,
+    pixel_positions,
+    sample_image,
+    view_cosines,
+)
 from loki_jax.raster.fragments import Fragments, interpolate
 
 EXPRESSION_SCALE = 0.0104  # metres: standard deviation of the offsets, method, section 5
+
+# In half sides of the crop: about the standard deviation of the displacement of heads in motion.
+FLOW_SCALE = 0.1
 
 FREQUENCIES = 7  # of the positional encoding, per axis
 
@@ -36,6 +49,21 @@ _QUARTER = np.tile(np.arange(2 * FREQUENCIES) // FREQUENCIES, 3).astype(np.float
 _PI = (3.140625, 9.67502593994140625e-4, 1.5099579897537296e-7)
 
 
+class ReferenceFrame(NamedTuple):
+    """The portrait that is animated, for the arms that read it; leading axes are those of portraits.
+
+    Attributes:
+      coefficients, camera: of the portrait's picture.
+      crop: the box x0, y0, x1, y1 of that picture which `image` shows.
+      image: RGB; None where only latents are known.
+    """
+
+    coefficients: Coefficients
+    camera: Camera
+    crop: Float[ArrayLike, "*b 4"]
+    image: UInt8[ArrayLike, "*b s s 3"] | None = None
+
+
 class DriverInputs(NamedTuple):
     """What the `encode` of an arm may read. A field is None where the caller does not have it.
 
@@ -45,8 +73,11 @@ class DriverInputs(NamedTuple):
       faces: vertex indices of the whole mesh, inner mouth included.
       canonical: canonical positions of the vertices (`canonical_positions`).
       points: posed vertices in camera axes (+x right, +y down, +z away), metres.
+      vertices: the same in the rasteriser's coordinates.
       offsets: displacement of the vertices by expression, jaw and eyes, head frame, metres.
       fragments: the rasterised frames, with faces outside of the render mask cleared.
+      portrait: what the portrait shows of the same head, for arms that read it.
+      image: the portrait's crop, RGB in [-1, 1], for arms that read its pixels.
     """
 
     head: HeadAsset | None = None
@@ -54,8 +85,11 @@ class DriverInputs(NamedTuple):
     faces: Int[Array | np.ndarray, "F 3"] | None = None
     canonical: Float[Array, "V 3"] | None = None
     points: Float[Array, "*b V 3"] | None = None
+    vertices: Float[Array, "*b V 3"] | None = None
     offsets: Float[Array, "*b V 3"] | None = None
     fragments: Fragments | None = None
+    portrait: MeshView | None = None
+    image: Float[Array, "*b s s 3"] | None = None
 
 
 def canonical_positions(vertices: Float[Array | np.ndarray, "V 3"]) -> Float[Array, "V 3"]:
@@ -108,6 +142,35 @@ def encode_map(
         displacement = interpolate(fragments, inputs.faces, inputs.offsets)
         parts.append((displacement / EXPRESSION_SCALE).astype(dtype))
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1)
+
+
+def flow_map(
+    inputs: DriverInputs, dtype: DTypeLike = jnp.float32, *, pixels: bool = False
+) -> Float[Array, "*b S S C"]:
+    """`encode_map` and where each pixel comes from in the portrait: 48 channels, or 51 with its colour.
+
+    0..44   as in `encode_map`.
+    45, 46  displacement x, y from the pixel to the place of its surface point in the portrait, both in the
+            normalised positions of their own crop (`loki_jax.flow`), over `FLOW_SCALE`.
+    47      visibility of the point in the portrait.
+    48..50  the portrait's colour there, in [-1, 1], times the visibility. Where neither frame nor portrait
+            shows the head, the portrait's background: it stays where it is.
+    """
+    view, size = inputs.portrait, inputs.fragments.face.shape[-1]
+    flow = flow_between(
+        view, inputs.vertices, inputs.points[..., 2], view_cosines(inputs.points, inputs.faces),
+        inputs.fragments, inputs.faces, head_parts(inputs.head),
+    )  # fmt: skip
+    place = normalise_positions(flow.position, view.crop)
+    visibility = flow.visibility[..., None]
+    covered = inputs.fragments.covered[..., None]
+    displacement = jnp.where(covered, place - pixel_positions(size), 0.0)
+    parts = [encode_map(inputs), displacement / FLOW_SCALE, visibility]
+    if pixels:
+        head_there = sample_image((view.shown[..., :1] > 0).astype(jnp.float32), place)
+        known = jnp.where(covered, visibility, 1 - head_there)
+        parts.append(known * sample_image(inputs.image, place))
+    return jnp.concatenate(parts, axis=-1).astype(dtype)
 
 
 def flame_vector(inputs: DriverInputs, dtype: DTypeLike = jnp.float32) -> Float[Array, "*b C"]:

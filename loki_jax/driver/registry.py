@@ -13,8 +13,8 @@ from typing import NamedTuple
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
-from loki_jax.driver.encoding import DriverInputs, encode_map, flame_vector
-from loki_jax.driver.preview import preview_map
+from loki_jax.driver.encoding import DriverInputs, encode_map, flame_vector, flow_map
+from loki_jax.driver.preview import preview_flow, preview_map
 from loki_jax.face.asset import HeadAsset
 
 DEFAULT_ARM = "full"
@@ -25,23 +25,30 @@ class DriverArm(NamedTuple):
 
     Attributes:
       channels: C of the result, or a function of the head that gives it.
-      encode: from `DriverInputs` and a dtype to the map (*b, S, S, C), exactly zero on the background; or,
-        unless `spatial`, to a vector (*b, C). Traceable and differentiable.
+      encode: from `DriverInputs` and a dtype to the map (*b, S, S, C), exactly zero on the background but for
+        pixels of the portrait; or, unless `spatial`, to a vector (*b, C). Traceable and differentiable.
       preview: from the map to a uint8 RGB picture (*b, S, S, 3); traceable. An arm that is not spatial has
         none: the map of `DEFAULT_ARM` is shown in its place.
       spatial: whether the arm is a map. If not, `encode` is given the head and its coefficients only.
+      portrait: whether `encode` reads `DriverInputs.portrait`; pixels: whether it also reads the image.
     """
 
     channels: int | Callable[[HeadAsset], int]
     encode: Callable[[DriverInputs, DTypeLike], Array]
     preview: Callable[[Array], Array] | None
     spatial: bool = True
+    portrait: bool = False
+    pixels: bool = False
 
 
 ARMS = {
     "full": DriverArm(45, encode_map, preview_map),
     "no_posenc": DriverArm(3, partial(encode_map, positions=False), partial(preview_map, positions=False)),
     "no_deform": DriverArm(42, partial(encode_map, offsets=False), partial(preview_map, offsets=False)),
+    "flow": DriverArm(48, flow_map, preview_flow, portrait=True),
+    "warp": DriverArm(
+        51, partial(flow_map, pixels=True), partial(preview_flow, pixels=True), portrait=True, pixels=True
+    ),
     "flame_vector": DriverArm(lambda head: head.n_expression + 12, flame_vector, None, spatial=False),
 }
 
