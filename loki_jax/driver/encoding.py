@@ -167,8 +167,8 @@ def flow_map(
     displacement = jnp.where(covered, place - pixel_positions(size), 0.0)
     parts = [encode_map(inputs), displacement / FLOW_SCALE, visibility]
     if pixels:
-        head_there = sample_image((view.shown[..., :1] > 0).astype(jnp.float32), place)
-        known = jnp.where(covered, visibility, 1 - head_there)
+        # Background keeps its place, so pixel and sample are at one position.
+        known = jnp.where(covered, visibility, (view.shown[..., :1] == 0).astype(jnp.float32))
         parts.append(known * sample_image(inputs.image, place))
     return jnp.concatenate(parts, axis=-1).astype(dtype)
 
