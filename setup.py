@@ -34,11 +34,12 @@ CORE = [
     "matplotlib>=3.9",
     "av>=15.0",
     "safetensors>=0.5",
+    "msgpack>=1.0",  # Flax files; Flax depends on it, too
 ]
 
 EXTRAS = {
     # Fitting heads to real video. OpenCV 5 is another API; stay on 4.
-    "prep": ["opencv-python-headless>=4.10,<5", "ai-edge-litert>=2.0", "pebble>=5.1"],
+    "prep": ["opencv-python-headless>=4.10,<5", "ai-edge-litert>=2.0"],
     # A second implementation of SSIM.
     "eval": ["scikit-image>=0.25"],
     # Weights of other projects. 0.39 is the last diffusers with Flax models.
@@ -77,7 +78,7 @@ setup(
     packages=find_packages(include=["loki_jax", "loki_jax.*", "data_prep", "data_prep.*", "configs"]),
     package_data={
         # Head data and the shipped demo model.
-        "loki_jax": ["assets/**/*", "face/*.npz", "py.typed"],
+        "loki_jax": ["assets/**/*", "face/*.npz", "fitting/*.npz", "py.typed"],
         "data_prep": ["*.npz", "*.json"],
     },
     install_requires=CORE,

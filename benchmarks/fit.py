@@ -43,7 +43,6 @@ import numpy as np
 from scipy.optimize import least_squares
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks.fit_accuracy import FRAME_SIZE, observe, true_clip  # noqa: E402
 from loki_jax.face.builtin import builtin_head
 from loki_jax.face.types import Coefficients
 from loki_jax.fitting import fit
@@ -55,6 +54,7 @@ from loki_jax.synthetic.appearance import sample_appearance
 from loki_jax.synthetic.clips import render_frames
 from loki_jax.synthetic.motion import FPS
 from loki_jax.video.writer import write_video
+from tests.fitting.accuracy import FRAME_SIZE, observe, true_clip
 
 COST_TOLERANCE = 1e-3  # SciPy may stop this much above our cost
 

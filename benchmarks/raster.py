@@ -85,7 +85,7 @@ def frames_of(vertices: np.ndarray, count: int) -> np.ndarray:
 
 def our_map(vertices, faces, canonical, offsets, size: int):
     mask = jnp.ones(vertices.shape[-2], bool)
-    inputs = driver.DriverInputs(faces=faces, canonical=canonical, offsets=offsets)
+    inputs = driver.DriverInputs(faces, canonical, vertices, offsets)
     return driver.map_of_mesh(vertices, mask, inputs, size)
 
 
@@ -122,8 +122,7 @@ def all_pairs_faces(vertices, faces, size: int, chunk: int):
 def all_pairs_map(vertices, faces, canonical, offsets, size: int, chunk: int):
     face = all_pairs_faces(vertices, faces, size, chunk)
     fragments = raster.locate(vertices, faces, face)
-    inputs = driver.DriverInputs(faces=faces, canonical=canonical, offsets=offsets, fragments=fragments)
-    return driver.encode_map(inputs)
+    return driver.encode_map(fragments, driver.DriverInputs(faces, canonical, vertices, offsets))
 
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}

@@ -27,9 +27,9 @@ import jax
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks.tiny_run import environment, tiny_config, train_command, write_shards  # noqa: E402
 from loki_jax.training.checkpoint import restore_as_numpy, saved_steps
-from loki_jax.training.logging import read_metrics  # noqa: E402
+from loki_jax.training.logging import read_metrics
+from tests.training.tiny_run import environment, tiny_config, train_command, write_shards
 
 TREES = ("params", "ema", "optimizer")
 

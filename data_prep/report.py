@@ -10,369 +10,47 @@ below 48 MB), otherwise they are links to DIR/overlays. docs/fitting.md explains
 
 from __future__ import annotations
 
-import argparse
-import base64
-import html
-import io
-import json
-import os
+import dataclasses
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Literal
 
-import numpy as np
-from jaxtyping import Float
-from PIL import Image
+import tyro
 
-from loki_jax.compile_cache import enable_compile_cache
-from loki_jax.data.reader import Dataset, decode_image, open_dataset
-from loki_jax.data.schema import ClipInfo, DatasetError
-from loki_jax.io import atomic_path
-from loki_jax.metrics.hpf import head_rotation
-
-_SUMMARY = "summary.json"
-_OVERLAYS = "overlays"
-_EMBED_LIMIT = 48e6  # bytes of overlay clips in one HTML file
-_THUMBNAIL = 112  # pixels
-# An expression axis takes part in a clip if it moves by so many of its standard deviations.
-_ACTIVE = 0.5
+from data_prep import cli
 
 
-class ClipReport(NamedTuple):
-    """One clip of N frames.
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The options of the program.
 
     Attributes:
-      angles: yaw, pitch and roll of the head with its neck, degrees; yaw to the subject's left, pitch
-        down, roll to the subject's right shoulder positive.
-      jitter: root mean square deviation of these angles from their centred 5-frame median, degrees.
-      reach: 5 % and 95 % quantiles over the frames of each expression axis, in its standard deviations.
-      opening: range of the jaw's rotation, degrees; of the axis jawOpen (in %) if the head has no jaw joint.
-      closures: how often eyes shut, if the head has blink axes, else None.
-      confidence: of each frame.
-      fit: what `summary.json` says of the clip; empty without one.
-      thumbnail: JPEG of the middle frame, or None in a dataset without images.
+      dataset: folder of a dataset.
+      out: file to write (default: report.html in the dataset).
+      overlays: where the overlay clips are.
     """
 
-    info: ClipInfo
-    angles: Float[np.ndarray, "N 3"]
-    jitter: float
-    reach: Float[np.ndarray, "n_expr 2"]
-    opening: float
-    closures: int | None
-    confidence: Float[np.ndarray, " N"]
-    fit: dict[str, Any]
-    thumbnail: bytes | None
-
-    @property
-    def active_axes(self) -> int:
-        return int((self.reach[:, 1] - self.reach[:, 0] > _ACTIVE).sum())
+    dataset: tyro.conf.Positional[Path]
+    out: Path | None = None
+    overlays: Literal["auto", "embed", "link", "none"] = "auto"
 
 
-def jitter_degrees(angles: Float[np.ndarray, "N k"]) -> float:
-    """Root mean square deviation from the centred median of five frames: what the eye sees as trembling."""
-    padded = np.pad(angles, ((2, 2), (0, 0)), mode="edge")
-    median = np.median([padded[i : i + len(angles)] for i in range(5)], axis=0)
-    return float(np.sqrt(((angles - median) ** 2).mean()))
+def report(options: Options) -> None:
+    from data_prep.dataset.report import format_table, make_report
 
-
-def count_closures(weight: Float[np.ndarray, " N"], shut: float = 0.35, open_: float = 0.2) -> int:
-    """How often a blink weight rises by `shut` above its 20 % quantile after having been below `open_`.
-
-    The quantile is the open eye: narrow eyes have some of the blink axis at rest.
-    """
-    closures, armed = 0, True
-    for value in weight - np.quantile(weight, 0.2):
-        if armed and value > shut:
-            closures, armed = closures + 1, False
-        elif value < open_:
-            armed = True
-    return closures
-
-
-def report_clip(dataset: Dataset, head, info: ClipInfo, fit: dict[str, Any]) -> ClipReport:
-    """Measure one clip on its records."""
-    rows = range(info.first_record, info.first_record + info.length)
-    frames = dataset.read(info.split, rows, with_image=False)
-    coefficients = [frame.coefficients for frame in frames]
-    stack = lambda field: np.stack([np.asarray(getattr(c, field)) for c in coefficients])
-    rotation = head_rotation(stack("rot"), stack("neck"))
-    angles = rotation.as_euler("YXZ", degrees=True)
-    expression = stack("expression")
-    names = [name.lower().replace("_", "") for name in head.expression_names]
-    if head.joint("jaw") is not None:
-        opening = float(np.degrees(np.ptp(stack("jaw")[:, 0])))
-    else:
-        opening = 100 * float(np.ptp(expression[:, names.index("jawopen")])) if "jawopen" in names else 0.0
-    blinks = [k for k, name in enumerate(names) if name.startswith("eyeblink")]
-    middle = dataset.read(info.split, [info.first_record + info.length // 2])[0]
-    return ClipReport(
-        info=info,
-        angles=angles,
-        jitter=jitter_degrees(angles),
-        reach=np.quantile(expression, [0.05, 0.95], axis=0).T / np.asarray(head.expression_sigma)[:, None],
-        opening=opening,
-        closures=count_closures(expression[:, blinks].mean(1)) if blinks else None,
-        confidence=np.array([frame.confidence for frame in frames]),
-        fit=fit,
-        thumbnail=None if middle.image is None else _thumbnail(middle.image),
-    )
-
-
-def _thumbnail(image) -> bytes:
-    pixels = decode_image(image) if isinstance(image, bytes) else np.asarray(image)
-    file = io.BytesIO()
-    Image.fromarray(pixels).resize((_THUMBNAIL, _THUMBNAIL), Image.LANCZOS).save(file, "JPEG", quality=85)
-    return file.getvalue()
-
-
-def read_summary(path: Path) -> dict[str, Any]:
-    """`summary.json` of a dataset, or an empty one.
-
-    Raises:
-      DatasetError: the file is damaged.
-    """
-    file = path / _SUMMARY
-    if not file.is_file():
-        return {"clips": [], "rejected": [], "settings": {}}
-    try:
-        summary = json.loads(file.read_text())
-        return {"clips": summary["clips"], "rejected": summary["rejected"], "settings": summary["settings"]}
-    except (ValueError, KeyError, TypeError) as error:
-        raise DatasetError(f"{file}: damaged ({error!r}). Build the dataset again.") from error
-
-
-# --- the table ----------------------------------------------------------------------------------------
-
-_COLUMNS = (
-    "clip", "split", "frames", "error %", "p90 %", "jitter", "yaw", "pitch", "roll", "axes", "jaw", "blinks",
-    "confidence", "face",
-)  # fmt: skip
-
-
-def table_row(clip: ClipReport) -> tuple[str, ...]:
-    """The cells of `_COLUMNS`; "-" where nothing is known."""
-
-    def shown(key: str, form: str, scale: float = 1.0) -> str:
-        value = clip.fit.get(key)
-        return "-" if value is None else format(scale * value, form)
-
-    low, high = clip.angles.min(0), clip.angles.max(0)
-    return (
-        clip.info.clip_id, clip.info.split, str(clip.info.length), shown("error_percent", ".2f"),
-        shown("error_percent_p90", ".2f"), f"{clip.jitter:.2f}",
-        *(f"{a:.0f}..{b:.0f}" for a, b in zip(low, high, strict=True)),
-        str(clip.active_axes), f"{clip.opening:.0f}", "-" if clip.closures is None else str(clip.closures),
-        f"{np.median(clip.confidence):.2f}", shown("face_share", ".0f", 100.0),
-    )  # fmt: skip
-
-
-def format_table(clips: list[ClipReport]) -> str:
-    """The clips as aligned text, and a last line with medians."""
-    rows = [_COLUMNS, *map(table_row, clips)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(_COLUMNS))]
-    lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join([*lines, *(f"{name}: {value}" for name, value in totals(clips).items())])
-
-
-def totals(clips: list[ClipReport]) -> dict[str, str]:
-    """Figures of the whole dataset, ready to print."""
-    frames = sum(clip.info.length for clip in clips)
-    seconds = sum(clip.info.length / float(clip.info.fps) for clip in clips)
-    angles = np.concatenate([clip.angles for clip in clips])
-    errors = [clip.fit["error_percent"] for clip in clips if "error_percent" in clip.fit]
-    spread = np.quantile(angles, [0.05, 0.95], axis=0).T
-    found = {
-        "clips": f"{len(clips)} of {len({clip.info.identity for clip in clips})} identities",
-        "frames": f"{frames} ({seconds / 60:.1f} minutes)",
-        "median jitter": f"{np.median([clip.jitter for clip in clips]):.2f} degrees",
-    }
-    if errors:
-        found["median error"] = f"{np.median(errors):.2f} % of the outer eye corners' distance"
-    for name, (low, high) in zip(("yaw", "pitch", "roll"), spread, strict=True):
-        found[f"{name}, 5 to 95 %"] = f"{low:.0f} to {high:.0f} degrees"
-    return found
-
-
-# --- the plots ----------------------------------------------------------------------------------------
-
-
-def draw_plots(clips: list[ClipReport], names: tuple[str, ...]) -> list[tuple[str, bytes]]:
-    """Captions and PNG files: errors and jitter, pose, expression."""
-    from matplotlib.figure import Figure
-
-    def finished(figure) -> bytes:
-        file = io.BytesIO()
-        figure.savefig(file, format="png", dpi=90)
-        return file.getvalue()
-
-    colour = "#3b6ea5"
-    angles = np.concatenate([clip.angles for clip in clips])
-    plots = []
-
-    figure = Figure(figsize=(10, 2.8), layout="constrained")
-    axes = figure.subplots(1, 4)
-    errors = [clip.fit["error_percent"] for clip in clips if "error_percent" in clip.fit]
-    for axis, values, label in (
-        (axes[0], errors, "median error of a clip, %"),
-        (axes[1], [clip.jitter for clip in clips], "jitter of a clip, degrees"),
-        (axes[2], np.concatenate([clip.confidence for clip in clips]), "confidence of a frame"),
-        (axes[3], [clip.info.length / float(clip.info.fps) for clip in clips], "length of a clip, seconds"),
-    ):
-        if len(values):
-            axis.hist(values, bins=min(40, max(8, len(values) // 2)), color=colour)
-        else:
-            axis.text(0.5, 0.5, "not known", ha="center", transform=axis.transAxes)
-        axis.set_xlabel(label)
-    plots.append(("Quality and length", finished(figure)))
-
-    figure = Figure(figsize=(10, 3.2), layout="constrained")
-    axes = figure.subplots(1, 4)
-    for axis, values, label in zip(axes, angles.T, ("yaw", "pitch", "roll"), strict=False):
-        axis.hist(values, bins=60, range=(-60, 60), color=colour)
-        axis.set_xlabel(f"{label}, degrees (frames)")
-    counts, *_ = np.histogram2d(angles[:, 1], angles[:, 0], bins=48, range=[[-48, 48], [-72, 72]])
-    axes[3].imshow(np.log1p(counts), extent=(-72, 72, -48, 48), origin="lower", aspect="auto", cmap="viridis")
-    axes[3].set(xlabel="yaw, degrees", ylabel="pitch (log of frames)")
-    plots.append(("Head pose", finished(figure)))
-
-    reach = np.stack([clip.reach for clip in clips])
-    figure = Figure(figsize=(10, 0.6 + 0.14 * len(names)), layout="constrained")
-    axis = figure.subplots()
-    positions = np.arange(len(names))
-    axis.barh(
-        positions, reach[..., 1].max(0) - reach[..., 0].min(0), color="#c9d8e8", label="all clips together"
-    )
-    axis.barh(positions, np.median(reach[..., 1] - reach[..., 0], axis=0), color=colour, label="median clip")
-    axis.set_yticks(positions, names, fontsize=6)
-    axis.invert_yaxis()
-    axis.margins(y=0.01)
-    axis.set_xlabel("range of the axis (5 to 95 % of a clip's frames), in standard deviations of its prior")
-    axis.legend(loc="lower right")
-    plots.append(("Expression", finished(figure)))
-    return plots
-
-
-# --- the page -----------------------------------------------------------------------------------------
-
-_STYLE = """
-body { font: 14px/1.4 system-ui, sans-serif; margin: 2em; color: #222; max-width: 1400px }
-table { border-collapse: collapse; margin: 1em 0 }
-th { text-align: left; position: sticky; top: 0; background: #fff }
-td, th { padding: 3px 10px 3px 0; border-bottom: 1px solid #e4e4e4; vertical-align: top; white-space: nowrap }
-td.reason { white-space: normal } td.number { text-align: right; font-variant-numeric: tabular-nums }
-img.thumb { width: 72px; display: block } video { width: 288px; display: block } .high { color: #b00020 }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: 2px 16px } dd { margin: 0 }
-"""
-
-
-def _data_uri(kind: str, content: bytes) -> str:
-    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
-
-
-def _overlay_tag(path: Path, page: Path, how: str) -> str:
-    if how == "none" or not path.is_file():
-        return ""
-    if how == "embed":
-        source = _data_uri("video/mp4", path.read_bytes())
-    else:
-        source = html.escape(os.path.relpath(path, page.parent).replace(os.sep, "/"), quote=True)
-    return f'<video src="{source}" controls loop muted preload="metadata"></video>'
-
-
-def render_page(
-    dataset: Dataset, clips: list[ClipReport], summary: dict[str, Any], page: Path, overlays: str = "auto"
-) -> str:
-    """The HTML text of a report that will be written to `page`; worst clips first."""
-    folder = dataset.path / _OVERLAYS
-    videos = {clip.info.clip_id: folder / f"{clip.info.clip_id}.mp4" for clip in clips}
-    if overlays == "auto":
-        size = sum(video.stat().st_size for video in videos.values() if video.is_file())
-        overlays = "embed" if size < _EMBED_LIMIT else "link"
-    cell = lambda text, kind="": f"<td{kind}>{html.escape(text)}</td>"
-    limit = summary["settings"].get("max_error")
-    rows = []
-    for clip in sorted(clips, key=lambda c: -c.fit.get("error_percent", c.jitter)):
-        picture = ""
-        if clip.thumbnail is not None:
-            picture = f'<img class="thumb" alt="" src="{_data_uri("image/jpeg", clip.thumbnail)}">'
-        texts = table_row(clip)
-        near = limit is not None and clip.fit.get("error_percent", 0) > 80 * limit
-        cells = [cell(text) for text in texts[:2]]
-        cells += [cell(text, ' class="number"') for text in texts[2:]]
-        if near:
-            cells[3] = cells[3].replace('"number"', '"number high"')
-        video = _overlay_tag(videos[clip.info.clip_id], page, overlays)
-        rows.append(f"<tr><td>{picture}</td>{''.join(cells)}<td>{video}</td></tr>")
-    heads = "".join(f"<th>{html.escape(name)}</th>" for name in _COLUMNS)
-    plots = "".join(
-        f'<h2>{caption}</h2><img alt="{caption}" src="{_data_uri("image/png", picture)}">'
-        for caption, picture in draw_plots(clips, dataset.head().expression_names)
-    )
-    figures = "".join(f"<dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd>" for k, v in totals(clips).items())
-    settings = "".join(
-        f"<dt>{html.escape(str(key))}</dt><dd>{html.escape(json.dumps(value))}</dd>"
-        for key, value in summary["settings"].items()
-    )
-    reason_class = ' class="reason"'
-    rejected = "".join(
-        f"<tr>{cell(entry['clip'])}{cell(entry['reason'], reason_class)}</tr>"
-        for entry in summary["rejected"]
-    )
-    return f"""<!DOCTYPE html>
-<html lang="en"><meta charset="utf-8"><title>Fits of {html.escape(dataset.path.name)}</title>
-<style>{_STYLE}</style>
-<h1>Fits of {html.escape(dataset.path.name)}</h1>
-<dl>{figures}</dl>
-{plots}
-<h2>Clips, the worst first</h2>
-<p>error: median reprojection error of the inner face over the outer eye corners' distance, p90 its 90 %
-quantile over frames; jitter, yaw, pitch, roll: degrees; axes: expression axes that move; jaw: range of its
-opening, degrees (or % of jawOpen); face: % of frames in which it was seen. Red: above 80 % of the limit.</p>
-<table><tr><th></th>{heads}<th>overlay</th></tr>{"".join(rows)}</table>
-<h2>Rejected: {len(summary["rejected"])}</h2>
-<table>{rejected}</table>
-<h2>Settings and thresholds</h2>
-<dl>{settings}</dl>
-</html>
-"""
-
-
-def make_report(path: Path, page: Path, overlays: str = "auto") -> tuple[list[ClipReport], dict[str, Any]]:
-    """Write the report of the dataset `path` to `page` (appears complete or not at all).
-
-    Raises:
-      DatasetError: `path` is no complete dataset.
-    """
-    dataset = open_dataset(path)
-    summary = read_summary(Path(path))
-    by_clip = {row["clip"]: row for row in summary["clips"]}
-    head = dataset.head()
-    clips = [report_clip(dataset, head, info, by_clip.get(info.clip_id, {})) for info in dataset.clips]
-    text = render_page(dataset, clips, summary, page, overlays)
-    with atomic_path(page) as partial:
-        partial.write_text(text)
-    return clips, summary
-
-
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m data_prep.report", description=__doc__.split("\n\n")[0])
-    parser.add_argument("dataset", type=Path, help="folder of a dataset")
-    parser.add_argument("--out", type=Path, help="file to write (default: report.html in the dataset)")
-    parser.add_argument("--overlays", choices=("auto", "embed", "link", "none"), default="auto")
-    args = parser.parse_args(argv)
-    enable_compile_cache()
-    page = args.out or args.dataset / "report.html"
-    try:
-        clips, summary = make_report(args.dataset, page, args.overlays)
-    except DatasetError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    page = options.out or options.dataset / "report.html"
+    clips, summary = make_report(options.dataset, page, options.overlays)
     print(format_table(clips))
     for reason, count in Counter(entry["reason"] for entry in summary["rejected"]).most_common():
         print(f"rejected ({count}): {reason}")
     print(f"wrote {page}")
-    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = cli.parse(Options, "report", __doc__, argv)
+    return cli.run(report, options)
 
 
 if __name__ == "__main__":

@@ -16,8 +16,6 @@ from typing import Literal
 
 import tyro
 
-from loki_jax.fitting.model_files import LandmarkError
-
 
 @dataclasses.dataclass(frozen=True)
 class AnimateOptions:
@@ -40,10 +38,19 @@ class AnimateOptions:
     (default: the config's)"""
     audio: bool = True
     """keep the driver's audio"""
+    face: int | None = None
+    """which face of the reference, 0 the largest (default: the only or by far the largest)"""
+    driver_face: int | None = None
+    """which face of the driver, 0 the largest (default: the largest)"""
+    all_shots: bool = False
+    """follow the driver over cuts (default: its longest shot)"""
+    allow_lost: bool = False
+    """accept a driver whose face is not visible in most frames"""
 
 
 def animate(options: AnimateOptions) -> None:
     """Write the animation and its panel. Raises the errors of its inputs; nothing is written then."""
+    import numpy as np
     from tqdm import tqdm
 
     from loki_jax.pictures import panel_frames
@@ -56,8 +63,11 @@ def animate(options: AnimateOptions) -> None:
         check_output(path, [options.reference, options.driver, options.checkpoint])
     pipeline = LokiPipeline.from_checkpoint(options.checkpoint)
     sampling = pipeline.sampling(options.steps, options.guidance, options.mode)
-    portrait = load_portrait(options.reference, pipeline.head, pipeline.size)
-    clip = load_driving_clip(options.driver, pipeline.head, pipeline.size)
+    portrait = load_portrait(options.reference, pipeline.head, pipeline.size, face=options.face)
+    clip = load_driving_clip(
+        options.driver, pipeline.head, pipeline.size,
+        face=options.driver_face, all_shots=options.all_shots, allow_lost=options.allow_lost,
+    )  # fmt: skip
     length = len(clip.frames)
     print(
         f"{clip.name}: {length} frames at {clip.fps} fps; model of step {pipeline.step}, "
@@ -67,14 +77,14 @@ def animate(options: AnimateOptions) -> None:
     height = max(256, pipeline.size)
     done = 0
     with (
-        VideoWriter(options.out, clip.fps, audio_from=audio) as video,
-        VideoWriter(panel_path, clip.fps, audio_from=audio) as panel,
+        VideoWriter(options.out, clip.fps, audio_from=audio, audio_start=clip.start) as video,
+        VideoWriter(panel_path, clip.fps, audio_from=audio, audio_start=clip.start) as panel,
         tqdm(total=length, unit="frame") as progress,
     ):
         for frames, maps in pipeline.windows(portrait, clip, **sampling._asdict(), seed=options.seed):
             for frame in frames:
                 video.write(frame)
-            shown = clip.frames[done : done + len(frames)]
+            shown = np.stack(list(clip.frames[done : done + len(frames)]))
             for frame in panel_frames([portrait.image, shown, maps, frames], height):
                 panel.write(frame)
             done += len(frames)
@@ -85,16 +95,9 @@ def animate(options: AnimateOptions) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     options = tyro.cli(AnimateOptions, prog="python -m loki_jax.animate", args=argv, description=__doc__)
 
-    from loki_jax.compile_cache import enable_compile_cache
+    from loki_jax.program import run_program
 
-    enable_compile_cache()
-    # MediaError, DatasetError, HeadAssetError, CheckpointError and FitError are all ValueErrors.
-    try:
-        animate(options)
-    except (ValueError, LandmarkError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return run_program(animate, options)
 
 
 if __name__ == "__main__":

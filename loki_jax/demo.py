@@ -64,14 +64,11 @@ def held_out_pairs(folder: Path, head: HeadAsset, size: int) -> list[tuple[Portr
     import numpy as np
 
     from loki_jax.data.reader import open_dataset
-    from loki_jax.evaluation import driver_yaw
-    from loki_jax.metrics.hpf import head_rotation
+    from loki_jax.evaluation import driver_rotation, driver_yaw
     from loki_jax.sources import load_driving_clip, load_portrait
 
-    def off_frontal(clip: DrivingClip) -> np.ndarray:
-        """Angle (radians) of each frame's head rotation away from the camera's axes."""
-        return head_rotation(clip.coefficients.rot, clip.coefficients.neck).magnitude()
-
+    # Angle (radians) of each frame's head rotation away from the camera's axes.
+    off_frontal = lambda clip: driver_rotation(clip).magnitude()
     clips = open_dataset(folder).clips
     pairs = []
     for reference, driver in zip(clips[:PAIRS], clips[PAIRS : 2 * PAIRS], strict=True):
@@ -131,9 +128,9 @@ def run_training(
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     curves = {}
     for key in ("loss", "val_loss"):
-        points = [(row["step"], row[key]) for row in rows if key in row]
-        if points:
-            curves[key] = tuple(map(list, zip(*points, strict=True)))
+        logged = [row for row in rows if key in row]
+        if logged:
+            curves[key] = [row["step"] for row in logged], [row[key] for row in logged]
     return curves
 
 
@@ -213,7 +210,7 @@ def demo(options: DemoOptions) -> dict[str, Any]:
     pictures = [
         PairPictures(
             f"{pair.reference.name} following {pair.driver.name}",
-            pair.reference.image, pair.driver.frames, maps[i], pair.generated, pair.truth,
+            pair.reference.image, np.stack(list(pair.driver.frames)), maps[i], pair.generated, pair.truth,
         )
         for i, pair in enumerate(judged)
     ]  # fmt: skip

@@ -6,6 +6,9 @@ synthetic heads whose appearance is known, the video is an animation of that cli
 photometric fitting through the rasteriser. A driver of such a dataset is known exactly, and --truth render
 compares with the render of the reference that follows it.
 
+The floor is what a perfect video would score: the driver itself, or with --reference the render, resized and
+re-encoded as the video is, and read by the same estimator.
+
 Writes metrics.json and per_frame.png to the folder --out, and prints a table.
 """
 
@@ -22,6 +25,7 @@ import tyro
 from loki_jax.fitting.model_files import LandmarkError
 
 if TYPE_CHECKING:
+    from loki_jax.evaluation import Following
     from loki_jax.face.asset import HeadAsset
 
 _TABLE = (
@@ -55,6 +59,16 @@ class EvaluateOptions:
     """pose of --truth render"""
     hef_size: int = 512
     """edge of HEF's renders in pixels"""
+    face: int | None = None
+    """which face of the video, 0 the largest (default: the largest)"""
+    driver_face: int | None = None
+    """which face of the driver, as the animation followed it"""
+    all_shots: bool = False
+    """the animation follows the driver over cuts (default: its longest shot)"""
+    allow_lost: bool = False
+    """accept a driver whose face is not visible in most frames"""
+    floor: bool = True
+    """measure what a perfect video would score at this resolution and codec, too"""
 
 
 def _choose_head(options: EvaluateOptions) -> HeadAsset:
@@ -70,6 +84,11 @@ def _choose_head(options: EvaluateOptions) -> HeadAsset:
         if found is not None:
             return open_dataset(found[0]).head()
     return builtin_head()
+
+
+def _figures(following: Following) -> dict[str, float | None]:
+    pose, expression = following
+    return {"track_rate": pose.track_rate} | following.scores() | {"hef_uncovered": expression.uncovered}
 
 
 def evaluate(options: EvaluateOptions) -> dict[str, Any]:
@@ -89,7 +108,7 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
     from loki_jax.pictures import plot_per_frame
     from loki_jax.pipeline import retarget_clip
     from loki_jax.sources import fit_clip, load_driving_clip
-    from loki_jax.video import MediaError, read_video, resample_to_fps
+    from loki_jax.video import MediaError, read_video, reencode, resample_to_fps
 
     if options.truth == "render" and options.reference is None:
         raise ValueError(
@@ -102,42 +121,57 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
     frames = video.frames
     known = None if options.reference is None else known_appearance(options.reference, head)
     # Frames are compared at equal times, whatever the rates of the files.
-    driver = load_driving_clip(options.driver, head, LARGEST_FIT).at_rate(video.fps)
+    driver = load_driving_clip(
+        options.driver, head, frames.shape[1],
+        face=options.driver_face, all_shots=options.all_shots, allow_lost=options.allow_lost,
+    ).at_rate(video.fps)  # fmt: skip
 
     # ----------------------------------------------------------------------------- pose and expression
-    if known is not None:
-        length = min(len(frames), len(driver.frames))
-        try:
-            fitted = fit_animation(frames[:length], head, *known)
-        except ValueError as error:
-            raise MediaError(f"{options.video}: {error}.") from error
-        valid = np.ones(length, bool)
-    else:
-        clip = fit_clip(frames, head, LARGEST_FIT, fps=video.fps, name=options.video)
-        fitted, valid = clip.coefficients, clip.valid
-    following = measure_following(
-        head, fitted, driver.coefficients, driver.camera, options.hef_size, valid, driver.valid
-    )
-    result = {
+    def follow(shown: np.ndarray) -> Following:
+        """How the head in the frames follows the driver, by the estimator that the options choose."""
+        if known is not None:
+            shown = shown[: len(driver.frames)]
+            try:
+                fitted = fit_animation(shown, head, *known)
+            except ValueError as error:
+                raise MediaError(f"{options.video}: {error}.") from error
+            valid, camera = np.ones(len(shown), bool), known[0].camera
+        else:
+            # What is lost counts in the track rate; a cut within a result is its fault.
+            clip = fit_clip(
+                shown, head, LARGEST_FIT,
+                fps=video.fps, name=options.video, face=options.face, all_shots=True, allow_lost=True,
+            )  # fmt: skip
+            fitted, valid, camera = clip.coefficients, clip.valid, clip.camera
+        return measure_following(
+            head, fitted, driver.coefficients, driver.camera, options.hef_size, valid, driver.valid, camera
+        )
+
+    following = follow(frames)
+    result: dict[str, Any] = {
         "video": options.video,
         "driver": options.driver,
         "estimator": "photometric" if known is not None else "landmarks",
         "frames": following.pose.n_frames,
-        "track_rate": following.pose.track_rate,
-        "hpf": following.pose.degrees,
-        "absolute_pose": following.pose.absolute_degrees,
-        "hpf_aligned": following.pose.aligned_degrees,
-        "hef": following.expression.distance,
-        "hef_uncovered": following.expression.uncovered,
+        **_figures(following),
         "hef_size": options.hef_size,
     }
     curves = {"HPF (degrees)": following.pose.per_frame, "HEF": following.expression.per_frame}
+    rendered = None
+    if known is not None and (options.floor or options.truth == "render"):
+        coefficients = retarget_clip(head, driver, known[0], options.mode)
+        rendered = rendered_truth(head, coefficients, *known, frames.shape[1])
+    if options.floor:
+        perfect = np.stack(list(driver.frames)) if rendered is None else rendered
+        try:
+            result["floor"] = _figures(follow(reencode(perfect[: len(frames)], video.fps, options.video)))
+        except LandmarkError:  # the driver's face is lost at this size, which says what it says
+            result["floor"] = None
 
     # --------------------------------------------------------------------------------- aligned frames
     if options.truth is not None:
-        if options.truth == "render":
-            coefficients = retarget_clip(head, driver, known[0], options.mode)
-            truth = rendered_truth(head, coefficients, *known, frames.shape[1])
+        if rendered is not None and options.truth == "render":
+            truth = rendered
         else:
             truth = resample_to_fps(read_video(options.truth), video.fps).frames
         if truth.shape[1:] != frames.shape[1:]:
@@ -157,25 +191,23 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
         {name: {"video": values} for name, values in curves.items()},
         f"{options.video} following {options.driver}",
     )
+    floor: dict[str, Any] = result.get("floor") or {}
+    print(f"{'':26}{'video':>10}{'floor':>10}" if floor else "")
     for label, key, form in _TABLE:
         if key in result:
-            print(f"{label:26}{'-' if result[key] is None else format(result[key], form):>10}")
+            shown = (
+                format(part[key], form) if part.get(key) is not None else "-" for part in (result, floor)
+            )
+            print(f"{label:26}" + "".join(f"{text:>10}" for text in shown))
     return result
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = tyro.cli(EvaluateOptions, prog="python -m loki_jax.evaluate", args=argv, description=__doc__)
 
-    from loki_jax.compile_cache import enable_compile_cache
+    from loki_jax.program import run_program
 
-    enable_compile_cache()
-    # MediaError, DatasetError, HeadAssetError and FitError are all ValueErrors.
-    try:
-        evaluate(options)
-    except (ValueError, LandmarkError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return run_program(evaluate, options)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, UInt8
+from scipy.spatial.transform import Rotation
 
 from loki_jax.data.schema import DatasetError
 from loki_jax.face.asset import HeadAsset
@@ -34,6 +35,15 @@ class Following(NamedTuple):
     pose: HeadPoseFollow
     expression: HeadExpressionFollow
 
+    def scores(self) -> dict[str, float | None]:
+        """The means, as programs write them; degrees, and HEF."""
+        return {
+            "hpf": self.pose.degrees,
+            "hpf_aligned": self.pose.aligned_degrees,
+            "absolute_pose": self.pose.absolute_degrees,
+            "hef": self.expression.distance,
+        }
+
 
 def measure_following(
     head: HeadAsset,
@@ -43,6 +53,7 @@ def measure_following(
     size: int = 512,
     prediction_valid: Bool[np.ndarray, " n"] | None = None,
     target_valid: Bool[np.ndarray, " n"] | None = None,
+    prediction_camera: Camera | None = None,
 ) -> Following:
     """HPF and HEF of fitted coefficients against a driver's; frames not tracked in both count in neither.
 
@@ -50,15 +61,17 @@ def measure_following(
       prediction, target: fields (n, ...); `target` is the driver's, and so is `camera`.
       size: edge of HEF's renders in pixels.
       prediction_valid, target_valid: which frames (n,) were tracked; None: all.
+      prediction_camera: the prediction's; None: one whose extrinsics do not turn the world.
     """
-    to_numpy = lambda tree: jax.tree.map(np.asarray, tree)
-    prediction, target = to_numpy(prediction), to_numpy(target)
     pose = head_pose_follow(
-        prediction.rot, target.rot, prediction.neck, target.neck,
+        np.asarray(prediction.rot), np.asarray(target.rot),
+        np.asarray(prediction.neck), np.asarray(target.neck),
         pred_valid=prediction_valid, target_valid=target_valid,
+        pred_extrinsics=None if prediction_camera is None else np.asarray(prediction_camera.extrinsics),
+        target_extrinsics=np.asarray(camera.extrinsics),
     )  # fmt: skip
     tracked = np.flatnonzero(np.isfinite(pose.per_frame))
-    pick = lambda tree: jax.tree.map(lambda x: x[tracked], tree)
+    pick = lambda tree: jax.tree.map(lambda x: np.asarray(x)[tracked], tree)
     return Following(pose, head_expression_follow(head, pick(prediction), pick(target), camera, size=size))
 
 
@@ -169,7 +182,7 @@ def evaluate_pairs(
     }
     references = stack_trees([pair.reference for pair in pairs])
     appearances = stack_trees([pair.appearance for pair in pairs])
-    table = [
+    table: list[dict[str, Any]] = [
         {
             "reference": pair.reference.name,
             "driver": pair.driver.name,
@@ -179,30 +192,26 @@ def evaluate_pairs(
         for pair in pairs
     ]
     per_frame: dict[str, list] = {}
-    for row, frames in videos.items():
+    for row in videos:
         # One call for each row: equal shapes compile once.
         fitted, residual = fit_photometric_clips(
-            np.stack(frames), head, references.coefficients.betas, appearances,
+            np.stack(videos[row]), head, references.coefficients.betas, appearances,
             references.camera, references.crop,
         )  # fmt: skip
         fitted = jax.tree.map(np.asarray, fitted)
         per_frame[row] = []
         for i, pair in enumerate(pairs):
             one = jax.tree.map(lambda x, i=i: x[i], fitted)
-            following = measure_following(head, one, pair.driver.coefficients, pair.driver.camera, size)
-            entry = {
-                "hpf": following.pose.degrees,
-                "hef": following.expression.distance,
-                "absolute_pose": following.pose.absolute_degrees,
-                "hpf_aligned": following.pose.aligned_degrees,
-                "fit_residual": float(residual[i].mean()),
-            }
-            shown = frames[i]
+            following = measure_following(
+                head, one, pair.driver.coefficients, pair.driver.camera, size,
+                prediction_camera=pair.reference.camera,
+            )  # fmt: skip
+            shown = videos[row][i]
             if row == "refit":
                 # The truth itself has no finite PSNR; what the estimator sees in it has.
                 shown = rendered_truth(head, one, pair.reference, pair.appearance, pair.truth.shape[1])
-            entry |= image_scores(shown, pair.truth)
-            table[i][row] = entry
+            entry = following.scores() | {"fit_residual": float(residual[i].mean())}
+            table[i][row] = entry | image_scores(shown, pair.truth)
             per_frame[row].append(following.pose.per_frame.tolist())
     if swapped is not None:
         for i, (pair, frames) in enumerate(zip(pairs, swapped, strict=True)):
@@ -216,7 +225,7 @@ def evaluate_pairs(
 
 def image_scores(
     frames: UInt8[np.ndarray, "n s s 3"], truth: UInt8[np.ndarray, "n s s 3"]
-) -> dict[str, float]:
+) -> dict[str, float | None]:
     """Mean PSNR (of finite ones) and SSIM over frames."""
     ratios = np.asarray(psnr(frames, truth))
     finite = ratios[np.isfinite(ratios)]
@@ -226,7 +235,12 @@ def image_scores(
     }
 
 
+def driver_rotation(driver: DrivingClip) -> Rotation:
+    """World rotations of the head in all frames."""
+    return head_rotation(np.asarray(driver.coefficients.rot), np.asarray(driver.coefficients.neck))
+
+
 def driver_yaw(driver: DrivingClip) -> Float[np.ndarray, " n"]:
     """Yaw of the head in degrees: the direction of the face's z axis about the vertical."""
-    forward = head_rotation(driver.coefficients.rot, driver.coefficients.neck).as_matrix()[:, :, 2]
+    forward = driver_rotation(driver).as_matrix()[:, :, 2]
     return np.degrees(np.arctan2(forward[:, 0], forward[:, 2]))

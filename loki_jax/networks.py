@@ -4,21 +4,28 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree, UInt8
 from ml_collections import ConfigDict
 
+from loki_jax.arrays import ArrayLike
 from loki_jax.diffusion.sampler import ddim_sample
 from loki_jax.diffusion.schedule import Schedule, make_schedule
-from loki_jax.driver.encoding import DriverInputs, ReferenceFrame
+from loki_jax.driver.encoding import ReferenceFrame
 from loki_jax.driver.map import driver_map
-from loki_jax.driver.registry import DEFAULT_ARM, driver_channels, find_arm, find_map_arm
+from loki_jax.driver.registry import DEFAULT_ARM, driver_channels, find_arm
 from loki_jax.face.asset import HeadAsset
 from loki_jax.face.skinning import make_identity
 from loki_jax.face.types import Camera, Coefficients
-from loki_jax.models.autoencoder import make_autoencoder, sample_posterior
+from loki_jax.models.autoencoder import Autoencoder, make_autoencoder, sample_posterior
 from loki_jax.models.loki import Loki, init_params, make_loki
+from loki_jax.models.unet import Features
+
+Driver = Float[ArrayLike, "b t *s c"]  # maps (B,T,S,S,C), or vectors (B,T,C) for an arm that is not spatial
+Images = UInt8[ArrayLike, "*b s s 3"]  # RGB
+Latents = Float[Array, "*b h w c"]
 
 
 class Networks(NamedTuple):
@@ -29,7 +36,7 @@ class Networks(NamedTuple):
     """
 
     loki: Loki
-    autoencoder: Any
+    autoencoder: Autoencoder
     schedule: Schedule
     model_config: ConfigDict
 
@@ -80,10 +87,10 @@ def driver_input(
     head: HeadAsset,
     coefficients: Coefficients,
     camera: Camera,
-    crop: Float[Array, "b t 4"],
+    crop: Float[ArrayLike, "b t 4"],
     reference: ReferenceFrame | None = None,
-) -> Float[Array, "b t *s c"]:
-    """The driver path's input: driver maps (B,T,S,S,C), or vectors (B,T,C) for an arm that is not spatial.
+) -> Driver:
+    """The driver path's input.
 
     Args:
       coefficients, camera: leading axes (B, T); a window shows one identity, the one of its first frame.
@@ -98,7 +105,7 @@ def driver_input(
     name, dtype = config.driver.arm, jnp.dtype(config.model.dtype)
     arm = find_arm(name)
     if not arm.spatial:
-        return arm.encode(DriverInputs(head=head, coefficients=coefficients), dtype)
+        return arm.encode(head, coefficients)
     identity = make_identity(head, coefficients.betas[:, :1])
     if reference is not None:
         reference = jax.tree.map(lambda x: jnp.asarray(x)[:, None], reference)
@@ -109,40 +116,36 @@ def driver_input(
 def driver_preview(
     config: ConfigDict,
     head: HeadAsset,
-    driver: Float[Array, "b t *s c"],
+    driver: Driver,
     coefficients: Coefficients,
     camera: Camera,
-    crop: Float[Array, "b t 4"],
-) -> UInt8[Array, "b t s s 3"]:
+    crop: Float[ArrayLike, "b t 4"],
+) -> Images:
     """RGB pictures of what `driver_input` gave; an arm without a map shows the default map instead."""
     if not find_arm(config.driver.arm).spatial:
         identity = make_identity(head, coefficients.betas[:, :1])
         driver = driver_map(head, identity, coefficients, camera, crop, config.image_size, DEFAULT_ARM)
-    return find_map_arm(config.driver.arm).preview(driver)
+    return find_arm(config.driver.arm).preview(driver)
 
 
-def unit_range(images: UInt8[Array, "*b s s 3"]) -> Float[Array, "*b s s 3"]:
+def unit_range(images: Images) -> Float[Array, "*b s s 3"]:
     """uint8 RGB -> float32 in [-1, 1]."""
-    return images.astype(jnp.float32) / 127.5 - 1.0
+    return jnp.asarray(images).astype(jnp.float32) / 127.5 - 1.0
 
 
 def encode_images(
-    networks: Networks, params: PyTree, images: UInt8[Array, "*b s s 3"], key: PRNGKeyArray | None = None
-) -> Float[Array, "*b h w c"]:
+    networks: Networks, params: PyTree, images: Images, key: PRNGKeyArray | None = None
+) -> Latents:
     """Scaled latents: the posterior mean, or a random draw when a key is given."""
     flat = unit_range(images.reshape(-1, *images.shape[-3:]))
-    mean, logvar = networks.autoencoder.apply({"params": params["autoencoder"]}, flat, method="encode")
+    mean, logvar = _apply(networks.autoencoder, params["autoencoder"], "encode", flat)
     latents = mean if key is None else sample_posterior(key, mean, logvar)
     return latents.reshape(*images.shape[:-3], *latents.shape[1:])
 
 
-def decode_latents(
-    networks: Networks, params: PyTree, latents: Float[Array, "*b h w c"]
-) -> UInt8[Array, "*b s s 3"]:
+def decode_latents(networks: Networks, params: PyTree, latents: Latents) -> UInt8[Array, "*b s s 3"]:
     """Latents -> uint8 RGB, one frame at a time (the decoder's activations are the largest there are)."""
-    decode = lambda z: networks.autoencoder.apply(
-        {"params": params["autoencoder"]}, z[None], method="decode"
-    )[0]
+    decode = lambda z: _apply(networks.autoencoder, params["autoencoder"], "decode", z[None])[0]
     images = jax.lax.map(decode, latents.reshape(-1, *latents.shape[-3:]))
     images = jnp.round(jnp.clip(images * 127.5 + 127.5, 0, 255)).astype(jnp.uint8)
     return images.reshape(*latents.shape[:-3], *images.shape[1:])
@@ -153,16 +156,14 @@ def reference_features(
     params: PyTree,
     latent: Float[Array, "b h w c"],
     condition: Float[Array, "b h w c0"] | None = None,
-):
+) -> Features:
     """Features of the reference portrait, one array for each self-attention.
 
     Args:
       condition: encoded driver map of the portrait itself, where `config.model.reference.driver` asks for it.
     """
-    context = params.get("null_prompt")
-    if context is not None:
-        context = jnp.broadcast_to(context, (latent.shape[0], *context.shape[1:]))
-    return networks.loki.apply(_loki_params(params), latent, context, condition, method="reference_features")
+    context = _null_prompt(params, latent.shape[0]) if "null_prompt" in params else None
+    return _apply(networks.loki, _loki_params(params), "reference_features", latent, context, condition)
 
 
 def portrait_features(
@@ -170,37 +171,45 @@ def portrait_features(
     networks: Networks,
     params: PyTree,
     head: HeadAsset,
-    image: UInt8[Array, "b s s 3"],
+    image: UInt8[ArrayLike, "b s s 3"],
     coefficients: Coefficients,
     camera: Camera,
-    crop: Float[Array, "b 4"],
-):
+    crop: Float[ArrayLike, "b 4"],
+) -> Features:
     """`reference_features` of pictures of known coefficients (B, ...), cameras and crops; traceable."""
     condition = None
     if config.model.reference.driver:
-        frame = jax.tree.map(lambda x: x[:, None], (coefficients, camera, crop))
-        driver = driver_input(config, head, *frame, ReferenceFrame(coefficients, camera, crop, image))
+        reference = ReferenceFrame(coefficients, camera, crop, image)
+        frame = jax.tree.map(lambda x: x[:, None], reference)
+        driver = driver_input(config, head, frame.coefficients, frame.camera, frame.crop, reference)
         condition = encode_condition(networks, params, driver)[:, 0]
     return reference_features(networks, params, encode_images(networks, params, image), condition)
 
 
-def encode_condition(networks: Networks, params: PyTree, driver: Float[Array, "b t *s c"]):
-    """The generation UNet's residual (B,T,h,w,C0)."""
-    return networks.loki.apply(_loki_params(params), driver, method="encode_condition")
+def encode_condition(networks: Networks, params: PyTree, driver: Driver) -> Float[Array, "b t h w c0"]:
+    """The generation UNet's residual."""
+    return _apply(networks.loki, _loki_params(params), "encode_condition", driver)
 
 
 def denoise(networks: Networks, params: PyTree, x, timesteps, condition, features):
-    """The generation UNet's prediction, float32; its cross-attention, if kept, sees the null prompt."""
-    context = None
-    if networks.loki.generation.unet.context_dim is not None:
-        context = jnp.broadcast_to(params["null_prompt"], (x.shape[0], *params["null_prompt"].shape[1:]))
-    return networks.loki.apply(
-        _loki_params(params), x, timesteps, condition, features, context, method="denoise"
-    )
+    """`Loki.denoise`; cross-attention, where the generation UNet keeps it, sees the null prompt."""
+    has_context = networks.loki.generation.unet.context_dim is not None
+    context = _null_prompt(params, x.shape[0]) if has_context else None
+    inputs = x, timesteps, condition, features, context
+    return _apply(networks.loki, _loki_params(params), "denoise", *inputs)
+
+
+def _null_prompt(params: PyTree, batch: int) -> Float[Array, "b l e"]:
+    return jnp.broadcast_to(params["null_prompt"], (batch, *params["null_prompt"].shape[1:]))
 
 
 def _loki_params(params: PyTree) -> dict:
-    return {"params": {"generation": params["generation"], "reference": params["reference"]}}
+    return {name: params[name] for name in ("generation", "reference")}
+
+
+def _apply(module: nn.Module, params: PyTree, method: str, *inputs) -> Any:
+    """`Module.apply`, which gives a pair only where variables are mutable; none are here."""
+    return module.apply({"params": params}, *inputs, method=method)
 
 
 def initial_noise(
@@ -215,8 +224,8 @@ def sample_from_features(
     config: ConfigDict,
     networks: Networks,
     params: PyTree,
-    features: PyTree,
-    driver: Float[Array, "b t *s c"],
+    features: Features,
+    driver: Driver,
     noise: Float[Array, "b t h w c"],
     *,
     steps: int,
@@ -231,10 +240,8 @@ def sample_from_features(
     condition = encode_condition(networks, params, driver)
     unconditional = None
     if guidance != 1:
-        unconditional = (
-            encode_condition(networks, params, jnp.zeros_like(driver)),
-            jax.tree.map(jnp.zeros_like, features),
-        )
+        dropped = encode_condition(networks, params, jnp.zeros_like(driver))
+        unconditional = dropped, jax.tree.map(jnp.zeros_like, features)
     latents = ddim_sample(
         lambda x, t, inputs: denoise(networks, params, x, t, *inputs),
         noise,

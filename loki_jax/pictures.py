@@ -104,7 +104,7 @@ def write_report(
     path: str | os.PathLike,
     pairs: Sequence[PairPictures],
     metrics: Mapping[str, Any],
-    per_frame: Mapping[str, Float[np.ndarray, "pairs n"]],
+    per_frame: Mapping[str, Sequence[Sequence[float]]],
     losses: Mapping[str, tuple[Sequence[float], Sequence[float]]],
     title: str = "loki_jax demo",
 ) -> None:
@@ -148,16 +148,11 @@ def write_report(
         axis.legend(fontsize=8)
 
     axis = figure.add_subplot(grid[-1, 2:4])
-    for name, values in per_frame.items():
-        values = np.asarray(values)
-        line = axis.plot(np.nanmean(values, 0), label=name, linewidth=1.6)[0]
-        axis.fill_between(
-            np.arange(values.shape[1]),
-            np.nanquantile(values, 0.1, 0),
-            np.nanquantile(values, 0.9, 0),
-            color=line.get_color(),
-            alpha=0.15,
-        )
+    for name, rows in per_frame.items():
+        errors = np.asarray(rows)
+        line = axis.plot(np.nanmean(errors, 0), label=name, linewidth=1.6)[0]
+        low, high = np.nanquantile(errors, (0.1, 0.9), 0)
+        axis.fill_between(range(errors.shape[1]), low, high, color=line.get_color(), alpha=0.15)
     axis.set_title("head-pose error over time, mean and 10-90 % of pairs (degrees)")
     axis.set_xlabel("frame")
     axis.grid(alpha=0.3)

@@ -15,8 +15,9 @@ from jaxtyping import Float, UInt8
 
 from loki_jax.driver.encoding import ReferenceFrame
 from loki_jax.face.asset import HeadAsset
-from loki_jax.face.retarget import retarget, size_ratio
+from loki_jax.face.retarget import fold_neck, neck_joint, retarget, size_ratio
 from loki_jax.face.types import Camera, Coefficients
+from loki_jax.framing import frame_animation
 from loki_jax.networks import (
     build_networks,
     driver_input,
@@ -73,19 +74,29 @@ class Sampling(NamedTuple):
 
 
 def retarget_clip(
-    head: HeadAsset, driver: DrivingClip, reference: Portrait, mode: str = "relative"
+    head: HeadAsset, driver: DrivingClip, reference: Portrait, mode: str = "relative", neck: bool = True
 ) -> Coefficients:
-    """The coefficients (N, ...) with which `reference` follows `driver` (method, section 9)."""
-    as_arrays = functools.partial(jax.tree.map, jnp.asarray)
-    own, driving = as_arrays(reference.coefficients), as_arrays(driver.coefficients)
-    return retarget(
-        driving,
-        own,
-        mode,
-        scale=size_ratio(head, own.betas, driving.betas[0]),
-        driver_camera=as_arrays(driver.camera),
-        reference_camera=as_arrays(reference.camera),
+    """The coefficients (N, ...) with which `reference` follows `driver` (method, section 9).
+
+    Args:
+      neck: False for a model whose driver map leaves the neck out: in relative mode its bend becomes part of
+        `rot` and `tra`.
+    """
+    return _retarget(
+        head, driver.coefficients, reference.coefficients, mode, driver.camera, reference.camera, neck
     )
+
+
+# Compiled: operation by operation it would take as long as a few frames of the animation.
+@functools.partial(jax.jit, static_argnames=("mode", "neck"))
+def _retarget(head, driver, own, mode, driver_camera, reference_camera, neck):
+    moved = retarget(
+        driver, own, mode, scale=size_ratio(head, own.betas, driver.betas[0]),
+        driver_camera=driver_camera, reference_camera=reference_camera,
+    )  # fmt: skip
+    if neck or mode == "absolute":
+        return moved
+    return fold_neck(moved, neck_joint(head, own.betas))
 
 
 class LokiPipeline:
@@ -107,10 +118,10 @@ class LokiPipeline:
     def __init__(self, checkpoint: Checkpoint):
         self.config, params, self.head, self.step = checkpoint
         self.size = self.config.image_size
-        self._params = jax.tree.map(jnp.asarray, params)
+        self._params = jax.device_put(params)
         self._networks = build_networks(self.config, self.head)
         self._features = jax.jit(functools.partial(portrait_features, self.config, self._networks))
-        self._window = jax.jit(self._sample_window, static_argnames=("steps", "guidance"))
+        self._window = jax.jit(self._sample_window, static_argnames=("steps", "guidance", "shared_noise"))
 
     @classmethod
     def from_checkpoint(cls, source: str | os.PathLike) -> LokiPipeline:
@@ -152,12 +163,15 @@ class LokiPipeline:
         guidance: float | None = None,
         mode: str | None = None,
         seed: int = 0,
+        shared_noise: bool = True,
     ) -> Iterator[Window]:
         """The animation of `portrait` by `clip`, window by window: memory does not grow with its length.
 
         Args:
           steps, guidance, mode: see `Sampling`; None: the config's.
           seed: of the sampler's noise.
+          shared_noise: sampling starts from the same noise in all frames, which makes them flicker less than
+            noise of their own.
 
         Yields:
           Windows (T, S, S, 3), T the frames of the model's window; the last may be shorter.
@@ -166,10 +180,21 @@ class LokiPipeline:
           ValueError: an option is out of range.
         """
         steps, guidance, mode = self.sampling(steps, guidance, mode)
-        coefficients = stack_trees([retarget_clip(self.head, clip, portrait, mode)])
-        one = stack_trees([portrait])
+        coefficients = retarget_clip(self.head, clip, portrait, mode, self.config.driver.neck)
+        portrait, coefficients = frame_animation(self.head, portrait, coefficients)
+        one, coefficients = (
+            stack_trees([portrait._replace(picture=None, landmarks=None)]),
+            stack_trees([coefficients]),
+        )
         windows = self.windows_of_batch(
-            one, coefficients, one.camera, one.crop, steps=steps, guidance=guidance, seed=seed
+            one,
+            coefficients,
+            one.camera,
+            one.crop,
+            steps=steps,
+            guidance=guidance,
+            seed=seed,
+            shared_noise=shared_noise,
         )
         return (Window(*(part[0] for part in window)) for window in windows)
 
@@ -187,6 +212,7 @@ class LokiPipeline:
         steps: int,
         guidance: float,
         seed: int = 0,
+        shared_noise: bool = True,
     ) -> Iterator[Window]:
         """Animate B portraits together by coefficients that are already theirs.
 
@@ -198,37 +224,53 @@ class LokiPipeline:
         Yields:
           Windows (B, T, S, S, 3); the last may be shorter.
         """
-        as_arrays = functools.partial(jax.tree.map, functools.partial(jnp.asarray, dtype=jnp.float32))
-        own = as_arrays((portraits.coefficients, portraits.camera, portraits.crop))
-        features = self._features(self._params, self.head, jnp.asarray(portraits.image), *own)
-        reference = ReferenceFrame(*own, jnp.asarray(portraits.image))
+        # All preparation is on the host: on the device every operation would be compiled.
+        on_host = functools.partial(jax.tree.map, functools.partial(np.asarray, dtype=np.float32))
+        own = on_host(ReferenceFrame(portraits.coefficients, portraits.camera, portraits.crop))
+        features = self._features(self._params, self.head, portraits.image, *own[:3])
+        reference = own._replace(image=portraits.image)
         batch, length = coefficients.expression.shape[:2]
         window = self.config.window
 
         def in_time(value):
-            value = jnp.asarray(value, jnp.float32)
-            return jnp.broadcast_to(value[:, None], (batch, window, *value.shape[1:]))
+            return np.broadcast_to(value[:, None], (batch, window, *value.shape[1:]))
 
-        camera, crop = jax.tree.map(in_time, camera), in_time(crop)
-        key = jax.random.key(seed)
+        coefficients = on_host(coefficients)
+        camera, crop = jax.tree.map(in_time, on_host((camera, crop)))
         for start in range(0, length, window):
             # The last window is filled with its last frame.
             index = np.minimum(np.arange(start, start + window), length - 1)
-            part = jax.tree.map(lambda x, index=index: jnp.asarray(x)[:, index], coefficients)
-            noise_key = jax.random.fold_in(key, start // window)
+            part = jax.tree.map(lambda x, index=index: x[:, index], coefficients)
             images = self._window(
-                self._params, self.head, features, reference, part, camera, crop, noise_key,
-                steps=steps, guidance=guidance,
+                self._params, self.head, features, reference, part, camera, crop,
+                np.uint32(seed & 0xFFFFFFFF), np.uint32(start // window),
+                steps=steps, guidance=guidance, shared_noise=shared_noise,
             )  # fmt: skip
             yield Window(*(np.asarray(image)[:, : length - start] for image in images))
 
     def _sample_window(
-        self, params, head, features, reference, coefficients, camera, crop, key, *, steps, guidance
+        self,
+        params,
+        head,
+        features,
+        reference,
+        coefficients,
+        camera,
+        crop,
+        seed,
+        number,
+        *,
+        steps,
+        guidance,
+        shared_noise,
     ):
         """One window of B clips: frames and pictures of the driver maps, both (B,T,S,S,3) uint8; traced."""
         config, networks = self.config, self._networks
         driver = driver_input(config, head, coefficients, camera, crop, reference)
-        noise = initial_noise(networks, key, *driver.shape[:2])
+        batch, frames = driver.shape[:2]
+        key = jax.random.fold_in(jax.random.key(seed), 0 if shared_noise else number)
+        noise = initial_noise(networks, key, batch, 1 if shared_noise else frames)
+        noise = jnp.broadcast_to(noise, (batch, frames, *noise.shape[2:]))
         frames = sample_from_features(
             config, networks, params, features, driver, noise,
             steps=steps, guidance=guidance, spacing=config.sample.spacing,

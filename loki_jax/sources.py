@@ -18,7 +18,7 @@ from loki_jax.face.asset import HeadAsset
 from loki_jax.face.crop import crop_and_resize
 from loki_jax.face.types import Camera, Coefficients
 from loki_jax.fitting.clips import fit_image, fit_video
-from loki_jax.video import resample_indices
+from loki_jax.video import LazyFrames, resample_indices
 
 
 class Portrait(NamedTuple):
@@ -30,6 +30,8 @@ class Portrait(NamedTuple):
       camera: of the uncropped picture.
       crop: x0, y0, x1, y1 in pixels of the uncropped picture.
       name: file or clip, for messages.
+      picture: the whole picture, RGB; None where only the crop is stored.
+      landmarks: seen in the picture, in its pixels; None: no networks have seen it.
     """
 
     image: UInt8[np.ndarray, "s s 3"]
@@ -37,28 +39,32 @@ class Portrait(NamedTuple):
     camera: Camera
     crop: Float[np.ndarray, " 4"]
     name: str
+    picture: UInt8[np.ndarray, "h w 3"] | None = None
+    landmarks: Float[np.ndarray, "478 2"] | None = None
 
 
 class DrivingClip(NamedTuple):
     """A driver: a clip and the head fitted to its frames.
 
     Attributes:
-      frames: the crops, RGB, for display.
+      frames: the crops (S, S, 3), RGB, for display; of a file decoded when they are asked for.
       coefficients: fields (N, ...).
       camera: one for all frames, of the uncropped video.
       fps: exact frame rate.
       valid: frames whose face was found; the coefficients of others are interpolated.
       source: video file that has the audio; None for an array or a clip of a dataset.
       name: file or clip, for messages.
+      start: time of the first frame in `source`, in seconds after its first picture.
     """
 
-    frames: UInt8[np.ndarray, "n s s 3"]
+    frames: UInt8[np.ndarray, "n s s 3"] | LazyFrames
     coefficients: Coefficients
     camera: Camera
     fps: Fraction
     valid: Bool[np.ndarray, " n"]
     source: Path | None
     name: str
+    start: Fraction = Fraction(0)
 
     def cut(self, start: int, stop: int) -> DrivingClip:
         """Frames [start, stop) alone, without audio."""
@@ -96,30 +102,40 @@ def fit_portrait(
     fitted = fit_image(image, head, **options)
     coefficients = jax.tree.map(lambda x: np.asarray(x)[0], fitted.fit.coefficients)
     crop = crop_and_resize(fitted.frames[0], fitted.crop, size)
-    return Portrait(crop, coefficients, fitted.fit.camera, fitted.crop, fitted.name)
+    landmarks = fitted.track.points[0, :, :2]
+    return Portrait(
+        crop, coefficients, fitted.fit.camera, fitted.crop, fitted.name, fitted.frames[0], landmarks
+    )
 
 
 def fit_clip(
     video: str | os.PathLike | UInt8[np.ndarray, "N H W 3"], head: HeadAsset, size: int, **options: Any
 ) -> DrivingClip:
-    """Fit a head to the face in a clip, by landmarks, with one identity for all frames.
+    """Fit a head to the face in the longest shot of a clip, by landmarks, with one identity for all frames.
 
     Args:
       video: video file, read at its own frame rate unless `fps` is given, or RGB frames with `fps`.
       size: edge of the crops in pixels.
-      options: `fps`, `landmarker`, `face`, `focal`, `name` and others of `loki_jax.fitting.clips.fit_video`.
+      options: `fps`, `landmarker`, `face`, `all_shots`, `allow_lost`, `focal`, `name` and others of
+        `loki_jax.fitting.clips.fit_video`.
 
     Raises:
       MediaError, LandmarkError, FitError: unreadable video, no face, or a head without landmarks.
       ValueError: an array without `fps`.
     """
     fitted = fit_video(video, head, **options)
-    frames = np.stack([crop_and_resize(frame, fitted.crop, size) for frame in fitted.frames])
+    crop = lambda frame: crop_and_resize(frame, fitted.crop, size)
+    frames: np.ndarray | LazyFrames
+    if isinstance(fitted.frames, LazyFrames):
+        frames = fitted.frames.map(crop)
+    else:
+        frames = np.stack([crop(frame) for frame in fitted.frames])
     valid = np.asarray(fitted.fit.confidence) > 0
     source = None if isinstance(video, np.ndarray) else Path(video)
     return DrivingClip(
-        frames, fitted.fit.coefficients, fitted.fit.camera, fitted.fps, valid, source, fitted.name
-    )
+        frames, fitted.fit.coefficients, fitted.fit.camera, fitted.fps, valid, source, fitted.name,
+        fitted.start / fitted.fps,
+    )  # fmt: skip
 
 
 def split_clip_source(source: str) -> tuple[Path, str] | None:
@@ -152,30 +168,31 @@ def find_clip(folder: Path, clip_id: str, head: HeadAsset) -> tuple[Dataset, Cli
     )
 
 
-def load_portrait(source: str, head: HeadAsset, size: int, frame: int = 0) -> Portrait:
-    """A portrait from an image file (`fit_portrait`), or frame `frame` of DATASET_FOLDER:CLIP_ID as stored.
+def load_portrait(source: str, head: HeadAsset, size: int, frame: int = 0, **options: Any) -> Portrait:
+    """A portrait from an image file (`fit_portrait`, with its options), or frame `frame` of
+    DATASET_FOLDER:CLIP_ID as stored.
 
     Raises:
       MediaError, LandmarkError, DatasetError, FitError: unreadable, no face, no such clip.
     """
     found = split_clip_source(source)
     if found is None:
-        return fit_portrait(source, head, size)
+        return fit_portrait(source, head, size, **options)
     dataset, clip = find_clip(*found, head)
     record = dataset.read_clip(clip, frame, frame + 1)[0]
     image = _stored_image(record, clip, size)
     return Portrait(image, record.coefficients, record.camera, record.crop, clip.clip_id)
 
 
-def load_driving_clip(source: str, head: HeadAsset, size: int) -> DrivingClip:
-    """A driving clip from a video file (`fit_clip`), or DATASET_FOLDER:CLIP_ID as stored.
+def load_driving_clip(source: str, head: HeadAsset, size: int, **options: Any) -> DrivingClip:
+    """A driving clip from a video file (`fit_clip`, with its options), or DATASET_FOLDER:CLIP_ID as stored.
 
     Raises:
       MediaError, LandmarkError, DatasetError, FitError: unreadable, no face, no such clip.
     """
     found = split_clip_source(source)
     if found is None:
-        return fit_clip(source, head, size)
+        return fit_clip(source, head, size, **options)
     dataset, clip = find_clip(*found, head)
     records = dataset.read_clip(clip)
     coefficients = stack_trees([record.coefficients for record in records])

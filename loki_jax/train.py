@@ -89,7 +89,7 @@ def train(config: ConfigDict, workdir: Path) -> float:
     )  # fmt: skip
     with log_duration("making the state of the run", lead):
         if initial is None:
-            state, run = ckpt.resume(workdir, manager, abstract, iterator)
+            state, run = ckpt.restore_state(manager, abstract, iterator)
             first, skipped = run["step"], (run["skipped"], run.get("skipped_in_row", 0))
             log(f"resumed from step {first}", lead)
         else:
@@ -110,7 +110,7 @@ def train(config: ConfigDict, workdir: Path) -> float:
     everywhere = NamedSharding(mesh, PartitionSpec())
     device_head = put_global(head, jax.tree.map(lambda _: everywhere, head))
     validation = [global_batch(batch, mesh) for batch in held_out]
-    options = (config.sample.pairs, head, dataset, config.sample.pose, mesh)
+    options = (config.sample.pairs, head, dataset, config.sample.pose, mesh, config.driver.neck)
     pairs = make_pairs(validation[0], *options) if validation else None
     sample = make_sampler(config, networks, mesh)
     eval_step = jax.jit(make_eval_step(config, networks, mesh))
@@ -121,13 +121,13 @@ def train(config: ConfigDict, workdir: Path) -> float:
         traced = train_step.trace(state, global_batch(windows[0], mesh), device_head)
         train_step = traced.lower().compile()
     wait_for_all("compiled")
-    flops, chip = work_of(traced.jaxpr).model, chip_of(jax.devices()[0])
+    flops, chip = work_of(traced.jaxpr).model, chip_of(jax.devices()[0].device_kind)
     peak = f"{chip.name}, {chip.flops:.3g} FLOP/s" if chip else "no peak known, so no MFU"
     log(f"{flops:.3g} FLOP a step; chip: {peak}", lead)
 
     # ------------------------------------------------------------------------------------ loop
     progress = Progress(first, config.steps, config.batch_size, flops, chip and chip.flops * mesh.size)
-    watchdog = Watchdog(config.faults.hang_seconds, config.faults.slow_seconds)
+    watchdog = Watchdog(float(config.faults.hang_seconds), float(config.faults.slow_seconds))
     averaged = lambda state: (state.params if state.ema is None else state.ema) | state.frozen
     due = lambda step, every: every > 0 and (step % every == 0 or step == config.steps)
     loss = float("nan")
@@ -151,7 +151,8 @@ def train(config: ConfigDict, workdir: Path) -> float:
         stack.enter_context(ckpt.finishing(manager, agreed=(Preempted, NonFiniteError)))
         request = stack.enter_context(StopRequest())
         early = stack.enter_context(contextlib.ExitStack())
-        early.enter_context(log_duration("steps before the first report", lead))
+        if config.log.every > 0:
+            early.enter_context(log_duration("steps before the first report", lead))
         for step in range(first + 1, config.steps + 1):
             with progress.waiting():
                 batch = next(iterator)

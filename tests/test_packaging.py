@@ -276,7 +276,7 @@ def test_only_models_import_linen():
 
 def test_run_time_never_imports_torch_or_tensorflow():
     for name, path in modules("loki_jax", "data_prep", "configs").items():
-        if name == "loki_jax.convert":
+        if name == "loki_jax.weights.conversion":
             continue  # reads other projects' checkpoints
         offending = {
             m for m in imported(path) if m.partition(".")[0] in ("torch", "tensorflow", "diffusers", "smplx")

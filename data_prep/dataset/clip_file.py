@@ -43,12 +43,6 @@ class ClipData(NamedTuple):
     row: dict[str, Any]
 
 
-def remove_partials(folder: Path) -> None:
-    """Remove what writers that were killed left in `folder`."""
-    for file in folder.glob(".*.partial*"):
-        file.unlink(missing_ok=True)
-
-
 def clip_path(folder: Path, key: str) -> Path:
     return folder / f"{key}.npz"
 
@@ -68,16 +62,15 @@ def is_done(folder: Path, key: str) -> bool:
 
 def save_clip(folder: Path, key: str, clip: ClipData) -> None:
     """Store a fitted clip."""
-    sizes = np.array([len(image) for image in clip.images], np.int64)
-    arrays = {
-        **{
-            f"coefficients/{name}": np.asarray(v, np.float32)
-            for name, v in zip(COEFFICIENT_FEATURES, clip.coefficients, strict=True)
-        },
-        **{f"camera/{name}": np.asarray(value, np.float32) for name, value in clip.camera._asdict().items()},
-        "crop": np.asarray(clip.crop, np.float32),
-        "confidence": np.asarray(clip.confidence, np.float32),
-        "image_sizes": sizes,
+    floats = {
+        **{f"coefficients/{k}": v for k, v in zip(COEFFICIENT_FEATURES, clip.coefficients, strict=True)},
+        **{f"camera/{k}": v for k, v in clip.camera._asdict().items()},
+        "crop": clip.crop,
+        "confidence": clip.confidence,
+    }
+    arrays: dict[str, Any] = {
+        **{name: np.asarray(value, np.float32) for name, value in floats.items()},
+        "image_sizes": np.array([len(image) for image in clip.images], np.int64),
         "images": np.frombuffer(b"".join(clip.images), np.uint8),
         "row": np.asarray(json.dumps(clip.row)),
     }
@@ -110,21 +103,6 @@ def load_clip(folder: Path, key: str) -> ClipData | None:
         return None
 
 
-def save_rejection(folder: Path, key: str, reason: str, path: Path) -> None:
-    """Store why the clip at `path` was rejected."""
-    with atomic_path(rejection_path(folder, key), durable=True) as partial:
-        partial.write_text(json.dumps({"reason": reason.replace(str(path), _FILE)}))
-
-
-def load_rejection(folder: Path, key: str, path: Path) -> str | None:
-    """The stored reason, with the clip's present path; None if there is none."""
-    try:
-        reason = json.loads(rejection_path(folder, key).read_text())["reason"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return reason.replace(_FILE, str(path))
-
-
 def template_of(reason: str, path: Path) -> str:
     """A reason without the clip's path, as `fill_template` takes it."""
     return reason.replace(str(path), _FILE)
@@ -132,6 +110,20 @@ def template_of(reason: str, path: Path) -> str:
 
 def fill_template(reason: str, path: Path) -> str:
     return reason.replace(_FILE, str(path))
+
+
+def save_rejection(folder: Path, key: str, reason: str, path: Path) -> None:
+    """Store why the clip at `path` was rejected."""
+    with atomic_path(rejection_path(folder, key), durable=True) as partial:
+        partial.write_text(json.dumps({"reason": template_of(reason, path)}))
+
+
+def load_rejection(folder: Path, key: str, path: Path) -> str | None:
+    """The stored reason, with the clip's present path; None if there is none."""
+    try:
+        return fill_template(json.loads(rejection_path(folder, key).read_text())["reason"], path)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 @contextlib.contextmanager

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import os
+import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
 from jaxtyping import BFloat16, UInt8
 
+from data_prep.dataset.options import DatasetOptions
 from loki_jax.data.reader import decode_image
 from loki_jax.data.schema import DatasetError
+from loki_jax.io import atomic_path
+
+Moments = tuple[BFloat16[np.ndarray, "n h w c"], BFloat16[np.ndarray, "n h w c"]]
 
 
 class LatentEncoder(NamedTuple):
@@ -25,11 +30,17 @@ class LatentEncoder(NamedTuple):
       sha256: of the weights.
     """
 
-    encode: Callable[
-        [UInt8[np.ndarray, "n S S 3"]],
-        tuple[BFloat16[np.ndarray, "n h w c"], BFloat16[np.ndarray, "n h w c"]],
-    ]
+    encode: Callable[[UInt8[np.ndarray, "n S S 3"]], Moments]
     sha256: str
+
+
+def chosen_encoder(options: DatasetOptions) -> LatentEncoder | None:
+    """The encoder that the options name, if they do. Raises as `load_encoder` does."""
+    if options.latents is None:
+        return None
+    return load_encoder(
+        options.latents, options.size, config=options.latents_config, batch=options.latents_batch
+    )
 
 
 def load_encoder(
@@ -71,15 +82,15 @@ def load_encoder(
         for name, shape in network.shapes.items()
         if name.startswith(("autoencoder/encoder/", "autoencoder/quant/"))
     }
-    digest, params = hashlib.sha256(repr((model.scale, sorted(wanted.items()))).encode()), {}
+    digest = hashlib.sha256(repr((model.scale, sorted(wanted.items()))).encode())
+    params: dict[str, Any] = {}
     for name in sorted(wanted):
         info = tensors.infos.get(f"autoencoder/{name}")
         if info is None or tuple(info.shape) != wanted[name]:
             found = "nothing" if info is None else f"shape {tuple(info.shape)}"
             raise DatasetError(
                 f"{folder}: for autoencoder/{name} it holds {found}, the VAE needs {wanted[name]}. Convert "
-                "the "
-                "weights again, or give their sizes with `--latents-config`."
+                "the weights again, or give their sizes with `--latents-config`."
             )
         array = np.asarray(tensors.read(f"autoencoder/{name}"), np.float32)
         digest.update(array.tobytes())
@@ -88,37 +99,50 @@ def load_encoder(
         for parent in parents:
             branch = branch.setdefault(parent, {})
         branch[leaf] = jnp.asarray(array)
-    encode = jax.jit(lambda params, images: _moments(model, params, images))
 
-    def encode_all(images: UInt8[np.ndarray, "n S S 3"]):
-        means, logvars = [], []
-        for start in range(0, len(images), batch):
-            part = images[start : start + batch]
+    @jax.jit
+    def moments(params, images):
+        pixels = images.astype(jnp.float32) / 127.5 - 1
+        mean, logvar = model.apply({"params": params}, pixels, method="encode")
+        # The model's latents carry the scale factor, the records' do not.
+        mean, logvar = mean / model.scale, logvar - 2 * jnp.log(model.scale)
+        return mean.astype(ml_dtypes.bfloat16), logvar.astype(ml_dtypes.bfloat16)
+
+    def encode(images: UInt8[np.ndarray, "n S S 3"]) -> Moments:
+        def of_batch(part: UInt8[np.ndarray, "m S S 3"]) -> Moments:
             padded = np.concatenate([part, np.repeat(part[-1:], batch - len(part), axis=0)])
-            mean, logvar = encode(params, padded)
-            means.append(np.asarray(mean)[: len(part)])
-            logvars.append(np.asarray(logvar)[: len(part)])
-        return np.concatenate(means), np.concatenate(logvars)
+            mean, logvar = (np.asarray(values)[: len(part)] for values in moments(params, padded))
+            return mean, logvar
 
-    return LatentEncoder(encode_all, digest.hexdigest())
+        return _joined([of_batch(images[start : start + batch]) for start in range(0, len(images), batch)])
 
-
-def _moments(model, params, images):
-    import jax.numpy as jnp
-
-    mean, logvar = model.apply({"params": params}, images.astype(jnp.float32) / 127.5 - 1, method="encode")
-    # The model's latents carry the scale factor, the records' do not.
-    mean, logvar = mean / model.scale, logvar - 2 * jnp.log(model.scale)
-    return mean.astype(ml_dtypes.bfloat16), logvar.astype(ml_dtypes.bfloat16)
+    return LatentEncoder(encode, digest.hexdigest())
 
 
-def encode_clip(
-    encoder: LatentEncoder, images: Sequence[bytes], chunk: int = 64
-) -> tuple[BFloat16[np.ndarray, "n h w c"], BFloat16[np.ndarray, "n h w c"]]:
-    """Moments of the pictures as they are stored, so that pictures and latents show the same pixels."""
-    parts = [
-        encoder.encode(np.stack([decode_image(image) for image in images[start : start + chunk]]))
-        for start in range(0, len(images), chunk)
-    ]
+def _joined(
+    parts: Sequence[tuple[BFloat16[np.ndarray, "_ h w c"], BFloat16[np.ndarray, "_ h w c"]]],
+) -> Moments:
     means, logvars = zip(*parts, strict=True)
     return np.concatenate(means), np.concatenate(logvars)
+
+
+def encode_clip(encoder: LatentEncoder, images: Sequence[bytes], chunk: int = 64) -> Moments:
+    """Moments of the pictures as they are stored, so that pictures and latents show the same pixels."""
+    pixels = lambda part: np.stack([decode_image(image) for image in part])
+    return _joined(
+        [encoder.encode(pixels(images[start : start + chunk])) for start in range(0, len(images), chunk)]
+    )
+
+
+def stored_latents(encoder: LatentEncoder, images: Sequence[bytes], folder: Path, key: str) -> Moments:
+    """The moments of a clip's pictures, kept in the folder of work files for the next run."""
+    path = folder / f"{key}.{encoder.sha256[:12]}.latents"
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return file["mean"].view(ml_dtypes.bfloat16), file["logvar"].view(ml_dtypes.bfloat16)
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        pass  # absent or damaged
+    mean, logvar = encode_clip(encoder, images)
+    with atomic_path(path, durable=True) as partial, partial.open("wb") as opened:
+        np.savez(opened, mean=mean.view(np.uint16), logvar=logvar.view(np.uint16))
+    return mean, logvar

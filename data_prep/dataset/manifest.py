@@ -7,22 +7,25 @@ carries the same key need not be done again.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 import hashlib
 import json
 import os
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import loki_jax
+from data_prep.dataset.options import DatasetOptions
 from loki_jax.data.schema import SCHEMA_VERSION, DatasetError, assign_split
 from loki_jax.face.asset import HeadAsset, save_head
 from loki_jax.io import file_sha256
-from loki_jax.video.reader import MediaError
+from loki_jax.video import MediaError
 
 MANIFEST_FILE = "manifest.json"
 
@@ -32,15 +35,8 @@ PIPELINE_VERSION = 2
 _VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts")
 
 _PACKAGES = (
-    "jax",
-    "jaxlib",
-    "numpy",
-    "scipy",
-    "av",
-    "opencv-python-headless",
-    "ai-edge-litert",
-    "array_record",
-)
+    "jax", "jaxlib", "numpy", "scipy", "av", "opencv-python-headless", "ai-edge-litert", "array_record"
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,29 +66,39 @@ class PlannedClip:
         return {"clip": self.clip_id, "file": self.path.name, **entry}
 
 
+def find_files(
+    sources: Sequence[str], wanted: Callable[[Path], bool], option: str, error: type[ValueError]
+) -> list[Path]:
+    """Files as given, and those in folders that are wanted, in order of their names; no file twice.
+
+    Raises:
+      error: a source does not exist; the message names the option that gave it.
+    """
+    found: dict[Path, None] = {}
+    for source in map(Path, sources):
+        if not source.exists():
+            raise error(f"{source}: no such file or folder. Check `{option}`.")
+        inside = filter(wanted, sorted(source.rglob("*"))) if source.is_dir() else [source]
+        found.update(dict.fromkeys(path.resolve() for path in inside))
+    return list(found)
+
+
 def find_clips(sources: Sequence[str]) -> list[Path]:
     """Files as given, and the videos in folders, in order of their names; no file twice.
 
     Raises:
       MediaError: a source does not exist, or there is no video at all.
     """
-    found: dict[Path, None] = {}
-    for source in map(Path, sources):
-        if not source.exists():
-            raise MediaError(f"{source}: no such file or folder. Check `--clips`.")
-        inside = sorted(source.rglob("*")) if source.is_dir() else [source]
-        for path in inside:
-            if not source.is_dir() or (path.is_file() and path.suffix.lower() in _VIDEO_SUFFIXES):
-                found.setdefault(path.resolve(), None)
-    if not found:
-        raise MediaError(
-            f"{', '.join(sources)}: no videos there ({', '.join(_VIDEO_SUFFIXES)}). Check `--clips`."
-        )
-    return list(found)
+    is_video = lambda path: path.is_file() and path.suffix.lower() in _VIDEO_SUFFIXES
+    if found := find_files(sources, is_video, "--clips", MediaError):
+        return found
+    raise MediaError(
+        f"{', '.join(sources)}: no videos there ({', '.join(_VIDEO_SUFFIXES)}). Check `--clips`."
+    )
 
 
 def clip_names(paths: Sequence[Path]) -> list[str]:
-    """A name for each file: its stem, with as many parent folders as it takes to tell them apart."""
+    """A name for each file: its stem, with as many parent folders as make it unique."""
     names = []
     stems: dict[str, list[tuple[str, ...]]] = {}
     for path in paths:
@@ -105,9 +111,7 @@ def clip_names(paths: Sequence[Path]) -> list[str]:
             depth += 1
         names.append("--".join(parts[-depth:]))
     # Files that differ in their suffix only.
-    counts: dict[str, int] = {}
-    for name in names:
-        counts[name] = counts.get(name, 0) + 1
+    counts = Counter(names)
     return [
         f"{name}{path.suffix.replace('.', '-')}" if counts[name] > 1 else name
         for name, path in zip(names, paths, strict=True)
@@ -156,12 +160,11 @@ def label_of(labels: dict[str, dict[str, str]], path: Path) -> dict[str, str] | 
 def plan_clips(
     paths: Sequence[Path],
     made_by: dict[str, Any],
+    options: DatasetOptions,
     *,
     named: Sequence[Path] | None = None,
     digest_of: Callable[[Path], str] = file_sha256,
-    identity_from: str = "file",
     labels: dict[str, dict[str, str]] | None = None,
-    licence: str = "not stated",
 ) -> list[PlannedClip]:
     """Names, identities and keys of the clips.
 
@@ -169,39 +172,38 @@ def plan_clips(
       made_by: what the fits depend on besides the clips; can be written as JSON.
       named: what names, folders and rows of `labels` go by; None: the paths themselves.
       digest_of: SHA-256 of a clip's content; may raise OSError.
-      identity_from: "file": every file is its own identity; "folder": files of a folder share one.
-      labels: what `read_labels` returns; it comes before `identity_from`.
+      labels: what `read_labels` returns; None: of `options.identities`, if that is given.
 
     Raises:
       DatasetError: a clip has no row in `labels`.
     """
+    if labels is None and options.identities is not None:
+        labels = read_labels(options.identities)
     named = paths if named is None else named
     planned = []
     for path, called, name in zip(paths, named, clip_names(named), strict=True):
-        label: dict[str, str] = {}
-        if labels is not None:
-            found = label_of(labels, called)
-            if found is None:
-                raise DatasetError(
-                    f"{path}: has no row in the table of identities. Add `{called.name},WHO` to it, or leave "
-                    "the clip out."
-                )
-            label = found
+        label = {} if labels is None else label_of(labels, called)
+        if label is None:
+            raise DatasetError(
+                f"{path}: has no row in the table of identities. Add `{called.name},WHO` to it, or leave "
+                "the clip out."
+            )
         try:
             digest = content = digest_of(path)
         except OSError:
             # The clip will be rejected with a reason; only its key must not be another one's.
             digest, content = "", f"unreadable {path}"
-        identity = label.get("identity") or (called.parent.name if identity_from == "folder" else name)
+        by_default = called.parent.name if options.identity_from == "folder" else name
+        key = json.dumps({"clip": content, **made_by}, sort_keys=True)
         planned.append(
             PlannedClip(
                 path=path,
                 clip_id=name,
-                identity=identity,
+                identity=label.get("identity") or by_default,
                 sha256=digest,
-                key=_hash({"clip": content, **made_by})[:32],
+                key=hashlib.sha256(key.encode()).hexdigest()[:32],
                 source=label.get("source") or called.name,
-                licence=label.get("licence") or licence,
+                licence=label.get("licence") or options.licence,
             )
         )
     return planned
@@ -223,10 +225,8 @@ def versions() -> dict[str, str]:
     """Versions of the packages that have a say in the result; those not installed are left out."""
     found = {"loki_jax": loki_jax.__version__}
     for package in _PACKAGES:
-        try:
+        with contextlib.suppress(metadata.PackageNotFoundError):
             found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
     return found
 
 
@@ -272,7 +272,3 @@ def differences(mine: Any, theirs: Any, name: str = "") -> list[str]:
             found += differences(mine.get(key), theirs.get(key), f"{name}.{key}" if name else key)
         return found
     return [] if mine == theirs else [f"{name}: {theirs} there, {mine} asked for"]
-
-
-def _hash(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -63,7 +63,7 @@ def probe_clip(path: str | os.PathLike) -> ClipFacts:
         with av.open(str(path)) as container:
             covers = av.stream.Disposition.attached_pic
             stream = next(s for s in container.streams.video if not s.disposition & covers)
-            codec, base = stream.codec_context, stream.time_base
+            codec, base = stream.codec_context, stream.time_base or 1 / fps
             # Decoding order differs from showing order.
             stamps = sorted(
                 packet.pts for packet in container.demux(stream) if packet.pts is not None and packet.size

@@ -12,8 +12,10 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any, NamedTuple
 
 _ONE_THREAD = {
@@ -45,9 +47,36 @@ class Died(NamedTuple):
         return f"the process that worked on it died ({how})"
 
 
-class _Worker(NamedTuple):
-    process: multiprocessing.process.BaseProcess
-    connection: Connection
+def print_line(text: str) -> None:
+    """Print at once, also into a pipe."""
+    print(text, flush=True)
+
+
+def remove_partials(folder: Path) -> None:
+    """Remove what writers that were killed left in `folder`."""
+    for file in folder.glob(".*.partial*"):
+        file.unlink(missing_ok=True)
+
+
+class Progress:
+    """How many of `total` items are done, and how long the rest will take; as text `[done/total]`."""
+
+    def __init__(self, total: int):
+        self.total, self.done, self._started = total, 0, time.monotonic()
+
+    def advance(self, items: int = 1) -> None:
+        self.done += items
+
+    @property
+    def seconds(self) -> float:
+        return max(time.monotonic() - self._started, 1e-9)
+
+    @property
+    def seconds_left(self) -> float:
+        return self.seconds / self.done * (self.total - self.done)
+
+    def __str__(self) -> str:
+        return f"[{self.done}/{self.total}]"
 
 
 def run_parallel(
@@ -65,63 +94,58 @@ def run_parallel(
     """
     if workers == 0:
         work = make_work()
-        for index, item in enumerate(items):
-            yield index, work(item)
+        yield from ((index, work(item)) for index, item in enumerate(items))
         return
-    context = multiprocessing.get_context("spawn")
-    running: dict[Connection, _Worker] = {}
-    working_on: dict[Connection, int] = {}
     pending = iter(range(len(items)))
-
-    def start() -> None:
-        ours, theirs = context.Pipe()
-        process = context.Process(target=_serve, args=(theirs, make_work), daemon=True)
-        kept = {name: value for name, value in _ONE_THREAD.items() if name not in os.environ}
-        with _environment(kept | _ON_CPU):
-            process.start()
-        theirs.close()
-        running[ours] = _Worker(process, ours)
-
-    def hand_out(connection: Connection) -> None:
-        index = next(pending, None)
-        if index is None:
-            running.pop(connection)
-            connection.close()  # it ends by itself
-        else:
-            working_on[connection] = index
-            connection.send((index, items[index]))
-
+    running: dict[Connection, multiprocessing.process.BaseProcess] = {}
+    working_on: dict[Connection, int] = {}
     try:
         for _ in range(min(workers, len(items))):
-            start()
+            running.update([_start(make_work)])
         while running:
-            for connection in wait(list(running)):
+            ready = wait(running)
+            for connection in [c for c in running if c in ready]:
+                index = working_on.pop(connection, None)  # None: it has just become ready, or failed to
                 try:
-                    message = connection.recv()
+                    result = connection.recv()
                 except (EOFError, OSError):
-                    worker = running.pop(connection)
-                    worker.process.join()
+                    process = running.pop(connection)
+                    process.join()
                     connection.close()
-                    index = working_on.pop(connection, None)
                     if index is None:
                         raise WorkerError(
-                            f"a worker process ended at its start with exit code {worker.process.exitcode}; "
+                            f"a worker process ended at its start with exit code {process.exitcode}; "
                             "its message stands above"
                         ) from None
-                    yield index, Died(worker.process.exitcode)
-                    start()
-                    continue
-                if message is not None:  # None: ready for the first item
-                    working_on.pop(connection)
-                    hand_out(connection)
-                    yield message
+                    result = Died(process.exitcode or 0)
+                    running.update([_start(make_work)])
                 else:
-                    hand_out(connection)
+                    following = next(pending, None)
+                    if following is None:
+                        del running[connection]
+                        connection.close()  # it ends by itself
+                    else:
+                        working_on[connection] = following
+                        with contextlib.suppress(BrokenPipeError):  # if it died meanwhile, recv finds out
+                            connection.send(items[following])
+                if index is not None:
+                    yield index, result
     finally:
-        for worker in running.values():
-            worker.process.terminate()
-        for worker in running.values():
-            worker.process.join()
+        for process in running.values():
+            process.terminate()
+        for process in running.values():
+            process.join()
+
+
+def _start(make_work: Callable[[], Callable[[Any], Any]]) -> tuple[Connection, Any]:
+    """A new process, by the connection to it."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_serve, args=(theirs, make_work), daemon=True)
+    with _environment({k: v for k, v in _ONE_THREAD.items() if k not in os.environ} | _ON_CPU):
+        process.start()
+    theirs.close()
+    return ours, process
 
 
 @contextlib.contextmanager
@@ -143,15 +167,17 @@ def _serve(connection: Connection, make_work: Callable[[], Callable[[Any], Any]]
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     work = make_work()
-    connection.send(None)
+    connection.send(None)  # ready
     while True:
         try:
-            index, item = connection.recv()
+            item = connection.recv()
         except EOFError:
             return
-        connection.send((index, work(item)))
+        connection.send(work(item))
 
 
 def _end_with_parent() -> None:
-    wait([multiprocessing.parent_process().sentinel])
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
     os._exit(1)

@@ -1,3 +1,5 @@
+"""Fits of VHAP, as GaussianAvatars reads them."""
+
 from __future__ import annotations
 
 import json
@@ -6,15 +8,22 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.importers.arrays import ImportedFit, check_arrays, fitted_axes, read_arrays
+from data_prep.importers.arrays import (
+    ImportedFit,
+    check_arrays,
+    fitted_axes,
+    join_coefficients,
+    length,
+    read_arrays,
+)
 from data_prep.importers.frames import TRANSFORMS_FILE, given_frames, picture_of
 from loki_jax.data.schema import DatasetError
 from loki_jax.face.asset import HeadAsset
 from loki_jax.face.rotation import matrix_from_rotvec
 from loki_jax.face.skinning import make_identity
-from loki_jax.face.types import Camera, Coefficients
+from loki_jax.face.types import Camera
 
-_VHAP_KEYS = ("shape", "expr", "rotation", "translation", "neck_pose", "jaw_pose", "eyes_pose")
+_VHAP_KEYS = ("expr", "rotation", "translation", "neck_pose", "jaw_pose", "eyes_pose")
 
 _FLIP = np.diag([1.0, -1.0, -1.0, 1.0])
 
@@ -44,32 +53,27 @@ def read_vhap_fit(
     whole = path if path.suffix == ".npz" else transforms.parent / "flame_param.npz"
     if all("flame_param_path" in entry for entry in entries):
         parts = [_read_vhap_arrays(transforms.parent / entry["flame_param_path"]) for entry in entries]
-        counts = {len(part["expr"]) for part in parts}
-        if counts != {1}:
+        rows = np.arange(len(parts))
+        if (counts := {len(part["expr"]) for part in parts}) != {1}:
             raise DatasetError(
                 f"{transforms}: its flame_param files hold {counts} frames, expected one each."
             )
-        arrays = {key: np.concatenate([part[key] for part in parts]) for key in _VHAP_KEYS if key != "shape"}
-        arrays |= {"shape": parts[0]["shape"]}
-        offsets = [part["static_offset"] for part in parts if "static_offset" in part]
     else:
-        everything = _read_vhap_arrays(whole)
+        parts = [_read_vhap_arrays(whole)]
         rows = np.array([int(entry.get("timestep_index", i)) for i, entry in enumerate(entries)])
-        n = len(everything["expr"])
-        if rows.min() < 0 or rows.max() >= n:
+        if rows.min() < 0 or rows.max() >= (n := len(parts[0]["expr"])):
             raise DatasetError(
                 f"{transforms}: names frame {rows.max()}, but {whole} holds {n}. They belong to different "
                 "exports."
             )
-        arrays = {key: everything[key][rows] for key in _VHAP_KEYS if key != "shape"}
-        arrays |= {"shape": everything["shape"]}
-        offsets = [everything["static_offset"]] if "static_offset" in everything else []
+    arrays = {key: np.concatenate([part[key] for part in parts])[rows] for key in _VHAP_KEYS}
+    offsets = [part["static_offset"] for part in parts if "static_offset" in part]
 
     notes: tuple[str, ...] = ()
     largest = max((float(np.abs(offset).max(initial=0)) for offset in offsets), default=0.0)
     if largest > 0:
         notes += (f"static vertex offsets of up to {1000 * largest:.1f} mm are dropped.",)
-    shape = fitted_axes(arrays["shape"], head.n_shape, "shape", path, "--n-shape")
+    shape = fitted_axes(parts[0]["shape"], head.n_shape, "shape", path, "--n-shape")
     # VHAP's axes are FLAME's own, so a blink axis stays at rest.
     plain = [index for index, name in enumerate(head.expression_names) if name != "blink"]
     expression = np.zeros((len(arrays["expr"]), head.n_expression), np.float32)
@@ -81,26 +85,21 @@ def read_vhap_fit(
     tra = arrays["translation"] + root - np.einsum("nij,nj->ni", turn, root)
     eyes = (arrays["eyes_pose"][:, :3] + arrays["eyes_pose"][:, 3:]) / 2
     motion = (arrays["rotation"], tra, arrays["neck_pose"] * (neck == "keep"), arrays["jaw_pose"], eyes)
-    coefficients = Coefficients(
-        np.tile(shape, (len(expression), 1)), expression, *(np.asarray(v, np.float32) for v in motion)
-    )
     intrinsics = np.stack([entry["intrinsics"] for entry in entries])
     extrinsics = np.stack([entry["extrinsics"] for entry in entries])
     fixed = (intrinsics == intrinsics[0]).all() and (extrinsics == extrinsics[0]).all()
     view = Camera(intrinsics[0], extrinsics[0]) if fixed else Camera(intrinsics, extrinsics)
     pictures = [entry["picture"] for entry in entries] if frames is None else given_frames(frames)
-    return ImportedFit(coefficients, view, pictures, notes)
+    return ImportedFit(join_coefficients(shape, expression, *motion), view, pictures, notes)
 
 
 def _read_vhap_arrays(path: Path) -> dict[str, np.ndarray]:
     arrays = read_arrays(path)
-    n = len(np.atleast_1d(arrays.get("expr", np.zeros(0))))
+    n = length(arrays, "expr")
     if "shape" in arrays:
         arrays["shape"] = arrays["shape"].reshape(-1)
     shapes = dict.fromkeys(("rotation", "translation", "neck_pose", "jaw_pose"), (n, 3))
     check_arrays(path, arrays, shapes | {"shape": (None,), "expr": (n, None), "eyes_pose": (n, 6)})
-    if n == 0:
-        raise DatasetError(f"{path}: holds no frames. Fit the clip again.")
     return arrays
 
 

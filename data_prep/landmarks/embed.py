@@ -24,7 +24,7 @@ from scipy.interpolate import RBFInterpolator
 from scipy.sparse.csgraph import connected_components, dijkstra
 from scipy.spatial import cKDTree
 
-from data_prep.landmarks.marks import mark, mirror_pairs
+from data_prep.landmarks import marks as mediapipe
 from data_prep.landmarks.surface import locate
 from loki_jax.face.asset import HeadAsset, HeadAssetError, Landmarks
 from loki_jax.face.builtin import builtin_head
@@ -33,6 +33,7 @@ from loki_jax.face.ict import MEDIAPIPE_OF_IBUG
 from loki_jax.face.skinning import head_vertices, make_identity, mesh_faces, world_vertices
 from loki_jax.face.types import Camera, Coefficients
 from loki_jax.fitting.landmarker import Landmarker
+from loki_jax.fitting.model_files import cached_models, fetch_models
 from loki_jax.fitting.points import LANDMARK_SET
 from loki_jax.raster.api import rasterize
 from loki_jax.synthetic.appearance import Appearance, sample_appearance
@@ -40,27 +41,22 @@ from loki_jax.synthetic.shading import render
 
 N_POINTS = 478
 
-# MediaPipe's contours from the outer corner of an eye to the inner, and of the lips from the subject's right
-# corner to the left: upper and lower run between the same ends.
 LIDS = {
-    "right": ((33, 246, 161, 160, 159, 158, 157, 173, 133), (33, 7, 163, 144, 145, 153, 154, 155, 133)),
-    "left": ((263, 466, 388, 387, 386, 385, 384, 398, 362), (263, 249, 390, 373, 374, 380, 381, 382, 362)),
+    "right": (mediapipe.LID_RIGHT_UPPER, mediapipe.LID_RIGHT_LOWER),
+    "left": (mediapipe.LID_LEFT_UPPER, mediapipe.LID_LEFT_LOWER),
 }
 
 LIPS = {
-    "outer": (
-        (61, 185, 40, 39, 37, 0, 267, 269, 270, 409, 291),
-        (61, 146, 91, 181, 84, 17, 314, 405, 321, 375, 291),
-    ),
-    "inner": (
-        (78, 191, 80, 81, 82, 13, 312, 311, 310, 415, 308),
-        (78, 95, 88, 178, 87, 14, 317, 402, 318, 324, 308),
-    ),
+    "outer": (mediapipe.LIP_OUTER_UPPER, mediapipe.LIP_OUTER_LOWER),
+    "inner": (mediapipe.LIP_INNER_UPPER, mediapipe.LIP_INNER_LOWER),
 }
 
-CONTOURS = tuple(i for row in (*LIDS.values(), *LIPS.values()) for i in (*row[0], *row[1]))
+# Each an upper and a lower row between the same two corners.
+ROWS = (*LIDS.values(), *LIPS.values())
 
-IRISES = {"right_eye": 468, "left_eye": 473}
+CONTOURS = tuple(i for upper, lower in ROWS for i in (*upper, *lower))
+
+IRISES = {"right_eye": mediapipe.IRIS_RIGHT, "left_eye": mediapipe.IRIS_LEFT}
 
 _SIZE = 384  # pixels of the renders that the networks mark
 
@@ -85,6 +81,12 @@ class Opening(NamedTuple):
     most: float
     least_by: str
     most_by: str
+
+    def __str__(self) -> str:
+        return (
+            f"{self.part}: gap over width {self.rest:.2f} at rest, {self.least:.2f} by {self.least_by}, "
+            f"{self.most:.2f} by {self.most_by}"
+        )
 
 
 def known_landmarks(head: HeadAsset) -> tuple[Int[np.ndarray, " n"], Landmarks]:
@@ -300,7 +302,12 @@ def _painted(head: HeadAsset, start: _Start, seed: int) -> Appearance:
     for name, (ball, places) in _eyeballs(head, vertices).items():
         source_ball, source_places = source_balls[name]
         albedo[ball] = colours[source_ball[cKDTree(source_places).query(places)[1]]]
-    return dataclasses.replace(appearance, albedo=albedo.astype(np.float32))
+    return appearance._replace(albedo=albedo.astype(np.float32))
+
+
+def paint(head: HeadAsset, seed: int) -> Appearance:
+    """Colours, light and background of a person of the built-in head on any head with known landmarks."""
+    return _painted(head, _carry_over(head), seed)
 
 
 def observe(
@@ -316,7 +323,7 @@ def observe(
     n = len(turns)
     zero = np.zeros((n, 3), np.float32)
     rot = np.pad(turns, ((0, 0), (0, 1))).astype(np.float32)
-    views = Coefficients(
+    turned = Coefficients(
         np.zeros((n, head.n_shape), np.float32), np.zeros((n, head.n_expression), np.float32),
         rot, zero, zero, zero, zero,
     )  # fmt: skip
@@ -330,27 +337,25 @@ def observe(
     @jax.jit
     def fragments(view):
         vertices = world_vertices(head, make_identity(head, view.betas), view)
-        ndc = ndc_from_world(vertices, camera, crop)
-        return rasterize(ndc, mesh_faces(head), _SIZE)
+        found = rasterize(ndc_from_world(vertices, camera, crop), mesh_faces(head), _SIZE)
+        return found.face, found.bary
 
     @jax.jit
     def picture(view, appearance):
         return render(head, make_identity(head, view.betas), view, camera, crop, appearance, _SIZE)
 
-    views = [Coefficients(*(field[k] for field in views)) for k in range(n)]
+    views = [Coefficients(*(field[k] for field in turned)) for k in range(n)]
     shown = [jax.tree.map(np.asarray, fragments(view)) for view in views]
     show = lambda view, look: np.asarray(picture(view, look) * 255).astype(np.uint8)
     looks = [_painted(head, start, seed) for seed in seeds]
-    scored = []
-    for look in looks:
-        found = mark(landmarker, show(views[0], look))
-        scored.append(0.0 if found is None else found[1])
+    faces = [mediapipe.mark(landmarker, show(views[0], look)) for look in looks]
+    scored = [0.0 if found is None else found[1] for found in faces]
     chosen = [i for i in np.argsort(scored)[::-1][:keep] if scored[i] > 0.5]
     observed = []
     skin = np.isin(np.arange(len(start.surface.faces)), start.surface.skin)
     for i in chosen:
-        for view, (face, bary) in zip(views, ((f.face, f.bary) for f in shown), strict=True):
-            found = mark(landmarker, show(view, looks[i]))
+        for view, (face, bary) in zip(views, shown, strict=True):
+            found = mediapipe.mark(landmarker, show(view, looks[i]))
             if found is None or found[1] < 0.5:
                 continue
             on_skin = skin[np.clip(face, 0, len(skin) - 1)] & (face >= 0) & (face < len(skin))
@@ -364,7 +369,7 @@ def observe(
         )
     points = start.points.copy()
     seen = np.median(observed, axis=0)
-    pairs = mirror_pairs(seen)
+    pairs = mediapipe.mirror_pairs(seen)
     points[:468] = 0.5 * (seen + seen[pairs] * [-1, 1, 1])
     return points
 
@@ -372,11 +377,8 @@ def observe(
 def _lay_contours(surface: _Surface, known, face, bary) -> None:
     """Lid and lip landmarks between two known ones of their row: evenly along the edges that join these."""
     graph = surface.graph()
-    nearest = {
-        int(i): int(surface.faces[face[i]][np.argmax(bary[i])]) for row in (*LIDS.values(), *LIPS.values())
-        for i in (*row[0], *row[1]) if i in known
-    }  # fmt: skip
-    for upper, lower in (*LIDS.values(), *LIPS.values()):
+    nearest = {i: int(surface.faces[face[i]][np.argmax(bary[i])]) for i in CONTOURS if i in known}
+    for upper, lower in ROWS:
         for row, other in ((upper, lower), (lower, upper)):
             forbidden = np.array([nearest[i] for i in other[1:-1] if i in nearest])
             held = [k for k, i in enumerate(row) if i in nearest]
@@ -439,8 +441,8 @@ def measure_openings(head: HeadAsset, marks: Landmarks) -> list[Opening]:
         # Signed along the height: lids that have changed places are not open.
         gap = (points[:, upper[middle], 1] - points[:, lower[middle], 1]).mean(1) / width
         low, high = int(np.argmin(gap)), int(np.argmax(gap))
-        gaps = (float(gap[k]) for k in (0, low, high))
-        openings.append(Opening(part, *gaps, moves[low][0], moves[high][0]))
+        rest, least, most = gap[[0, low, high]].tolist()
+        openings.append(Opening(part, rest, least, most, moves[low][0], moves[high][0]))
     return openings
 
 
@@ -452,17 +454,13 @@ def check_embedding(head: HeadAsset, marks: Landmarks) -> list[Opening]:
     """
     openings = measure_openings(head, marks)
     for opening in openings:
-        numbers = (
-            f"gap over width {opening.rest:.2f} at rest, {opening.least:.2f} by {opening.least_by}, "
-            f"{opening.most:.2f} by {opening.most_by}"
-        )
         if opening.part == "mouth":
             right = -0.05 < opening.rest < 0.35 and opening.most > opening.rest + 0.15
         else:
             right = opening.rest > 0.12 and opening.least < 0.6 * opening.rest
         if not right:
             raise HeadAssetError(
-                f"head {head.name!r}: the landmarks of the {opening.part} do not open and close ({numbers}). "
+                f"head {head.name!r}: the landmarks of the {opening.part} do not open and close ({opening}). "
                 "The known landmarks lie on the wrong side of a lid or lip, or are in another order."
             )
     return openings
@@ -476,3 +474,35 @@ def with_landmarks(head: HeadAsset, landmarker: Landmarker | None = None) -> tup
     note = f"{head.provenance}; {LANDMARK_SET} by data_prep.embed_landmarks ({way})"
     landmarks = head.landmarks | {LANDMARK_SET: marks}
     return dataclasses.replace(head, landmarks=landmarks, provenance=note), openings
+
+
+def complete_landmarks(head: HeadAsset, wheel: str | None = None) -> HeadAsset:
+    """The head with all MediaPipe landmarks; as it is where it has them or nothing to start from.
+
+    Prints how the eyes and the mouth open, or why landmarks are missing or less exact.
+
+    Raises:
+      LandmarkError: the landmark models are not in `wheel`.
+    """
+    held = head.landmarks.get(LANDMARK_SET)
+    if held is not None and (np.asarray(held.face)[:468] >= 0).all():
+        return head
+    if not can_embed(head):
+        print(
+            f"note: {head.name} has no landmarks to start from, so it can be rendered but not fitted. "
+            "Give its 51 or 68 iBUG landmarks with --landmarks."
+        )
+        return head
+    models = fetch_models(wheel) if wheel else cached_models()
+    if models is None:
+        print(
+            "note: the landmark networks are not cached (`python -m data_prep.fetch_models` or --wheel); "
+            "landmarks are placed by closest points, which is less exact."
+        )
+    try:
+        head, openings = with_landmarks(head, None if models is None else Landmarker(models))
+    except HeadAssetError as error:
+        print(f"note: {error} The asset keeps the landmarks it has.")
+        return head
+    print(*openings, sep="\n")
+    return head

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -23,6 +24,7 @@ from loki_jax.face.skinning import (
     world_vertices,
 )
 from loki_jax.face.types import Camera, Coefficients
+from loki_jax.io import atomic_path
 from loki_jax.synthetic.shading import plain_shade, shade_mesh
 
 _DISTANCE = 1.2  # metres
@@ -118,13 +120,13 @@ def head_sheet(head: HeadAsset, cell: int = 160, batch: int = 10) -> UInt8[np.nd
     shown = rest[np.asarray(mesh_render_mask(head))]
     box = crop_box(project(camera_from_world(shown, camera), camera), scale=1.25)
 
-    images = []
+    parts = []
     for start in range(0, len(pictures), batch):
         part = [p.coefficients for p in pictures[start : start + batch]]
         part += [part[-1]] * (batch - len(part))  # one compiled size for all
         stacked = jax.tree.map(lambda *fields: jnp.stack(fields), *part)
-        images.append(np.asarray(shaded_heads(head, stacked, camera, box, cell)))
-    images = np.concatenate(images)[: len(pictures)]
+        parts.append(np.asarray(shaded_heads(head, stacked, camera, box, cell)))
+    images = np.concatenate(parts)[: len(pictures)]
     cells = [(p.caption, image) for p, image in zip(pictures, images, strict=True)]
 
     frontal = next(image for caption, image in cells if caption == "turned +0")
@@ -147,6 +149,12 @@ def head_sheet(head: HeadAsset, cell: int = 160, batch: int = 10) -> UInt8[np.nd
         )
         draw.text((corner[0] + 2, corner[1] + 1), caption[: cell // 6], fill="black")
     return np.asarray(sheet)
+
+
+def save_sheet(path: Path, head: HeadAsset) -> None:
+    """Write the sheet as a PNG, atomically."""
+    with atomic_path(path) as partial:
+        Image.fromarray(head_sheet(head)).save(partial, format="PNG")
 
 
 def _dotted(

@@ -15,25 +15,26 @@ are their owners'.
 
 from __future__ import annotations
 
-import argparse
+import dataclasses
 import re
 import sys
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
+from typing import Literal
 
+from data_prep import cli
 from data_prep.recipes.recipe import (
     RecipeError,
+    RecipeOptions,
     WantedClip,
     WantedVideo,
-    add_recipe_arguments,
-    check_recipe_arguments,
-    finish,
     parse_time,
+    run_recipe,
     youtube_id,
 )
 
-PARTS = ("RD", "WDA", "WRA")
+PARTS: tuple[Literal["RD", "WDA", "WRA"], ...] = ("RD", "WDA", "WRA")
 
 _LICENCE = "HDTF lists CC BY 4.0; video: its owner's terms"
 
@@ -91,7 +92,10 @@ def identity_of(part: str, name: str) -> str:
     return f"{part}_{name}" if part == "RD" or not person else person
 
 
-def _box(values: Sequence[str], height: tuple[int, list[str]] | None):
+def _box(
+    values: Sequence[str], height: tuple[int, list[str]] | None
+) -> tuple[tuple[int, int, int, int], int | None]:
+    """x, y, width, height of a line of the list, and the height at which they were measured."""
     if len(values) != 4:
         raise ValueError(f"the box {' '.join(values)!r} has not four numbers")
     x, w, y, h = map(int, values)
@@ -119,23 +123,38 @@ def _read_table(path: Path, required: bool = True) -> dict[str, tuple[int, list[
     return table
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m data_prep.recipes.hdtf",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options(RecipeOptions):
+    """The options of the program.
+
+    Attributes:
+      lists: folder of the published lists.
+      parts: parts of the dataset.
+      crop: cut the published boxes out (--no-crop: keep whole frames).
+      max_seconds: of each clip; clips are up to minutes long.
+    """
+
+    lists: Path
+    parts: tuple[Literal["RD", "WDA", "WRA"], ...] = PARTS
+    crop: bool = True
+    max_seconds: cli.Ratio | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.max_seconds is not None and self.max_seconds <= 0:
+            raise ValueError("--max-seconds must be positive")
+
+
+def hdtf(options: Options) -> None:
+    videos, failed = read_lists(
+        options.lists, options.parts, crop=options.crop, max_seconds=options.max_seconds
     )
-    parser.add_argument("--lists", type=Path, required=True, help="folder of the published lists")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
-    parser.add_argument("--no-crop", action="store_true", help="keep whole frames")
-    parser.add_argument("--max-seconds", type=Fraction, help="of each clip; clips are up to minutes long")
-    add_recipe_arguments(parser)
-    args = parser.parse_args(argv)
-    check_recipe_arguments(parser, args)
-    if args.max_seconds is not None and args.max_seconds <= 0:
-        parser.error("--max-seconds must be positive")
-    read = lambda: read_lists(args.lists, args.parts, crop=not args.no_crop, max_seconds=args.max_seconds)
-    return finish(args, read, _LICENCE)
+    run_recipe(videos, failed, options, _LICENCE)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = cli.parse(Options, "recipes.hdtf", __doc__, argv)
+    return cli.run(hdtf, options, f"finished clips are in {options.out}")
 
 
 if __name__ == "__main__":

@@ -1,38 +1,31 @@
 """What the recipes of published datasets share: from lists of (video, times, box) to clips on disk.
 
 Nothing is downloaded by this package itself: the videos are files that the user has, or come from a
-command that the user gives. Every clip appears whole or not at all; those that are there are not made
+command that the user gives. Every clip is written atomically; those that are there are not made
 again, and those that cannot be made are listed with the reason in `failed.csv`. `clips.csv` beside the
 clips holds identities, sources and licences for `python -m data_prep.build --identities`.
 """
 
 from __future__ import annotations
 
-import argparse
 import csv
+import dataclasses
 import functools
-import os
+import itertools
 import re
 import shlex
 import subprocess
-import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from data_prep.dataset.clip_file import remove_partials
-from data_prep.dataset.workers import Died, WorkerError, run_parallel
+from data_prep.dataset.options import available_cores
+from data_prep.dataset.workers import Died, Progress, remove_partials, run_parallel
 from loki_jax.io import atomic_path
-from loki_jax.video.reader import MediaError, VideoReader
-from loki_jax.video.writer import write_video
-
-CLIPS_TABLE = "clips.csv"
-
-FAILED_TABLE = "failed.csv"
+from loki_jax.video import MediaError, VideoReader, write_video
 
 _SUFFIXES = (".mp4", ".mkv", ".webm", ".m4v", ".mov", ".avi")
 
@@ -75,6 +68,39 @@ class WantedVideo(NamedTuple):
     clips: tuple[WantedClip, ...]
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RecipeOptions:
+    """How videos are got and where clips go.
+
+    Attributes:
+      videos: folder of the published videos.
+      out: folder of the clips to make.
+      downloader: command that gets a video which is not in --videos, e.g.
+        'yt-dlp -f bv*[height<=1080] -o {out} {url}'.
+      timeout: seconds that a download may take.
+      discard_videos: delete downloaded videos once their clips are cut.
+      limit: only the first so many clips.
+      workers: videos worked on at a time.
+    """
+
+    videos: Path
+    out: Path
+    downloader: str | None = None
+    timeout: float = 3600.0
+    discard_videos: bool = False
+    limit: int | None = None
+    workers: int = dataclasses.field(default_factory=available_cores)
+
+    def __post_init__(self) -> None:
+        if self.workers < 0 or self.timeout <= 0 or (self.limit is not None and self.limit < 1):
+            raise ValueError("--workers must not be negative, --timeout and --limit must be positive")
+        if self.downloader is not None and "{url}" not in self.downloader:
+            raise ValueError("--downloader must hold {url}, and {out} where it takes the file to write")
+
+    def clip_file(self, clip: WantedClip) -> Path:
+        return self.out / f"{clip.clip_id}.mp4"
+
+
 def youtube_id(url: str) -> str | None:
     """The id in a YouTube address, or None."""
     found = re.search(r"(?:[?&]v=|youtu\.be/|/shorts/|/embed/)([\w-]{11})", url)
@@ -104,28 +130,32 @@ def find_video(folder: Path, names: Sequence[str]) -> Path | None:
     return None
 
 
-def download(command: str, video: WantedVideo, folder: Path, timeout: float) -> Path:
+def download(options: RecipeOptions, video: WantedVideo) -> Path:
     """Run the user's command for a video; `{url}` and `{out}` in it are replaced.
 
     Raises:
-      MediaError: the command cannot be run, fails, or leaves no video.
+      MediaError: there is no command, it cannot be run, fails, or leaves no video.
     """
-    target = folder / f"{video.names[-1]}.mp4"
-    words = [word.replace("{url}", video.url).replace("{out}", str(target)) for word in shlex.split(command)]
+    if options.downloader is None:
+        raise MediaError(f"no file {video.names[0]}.* in {options.videos} ({video.url})")
+    target = str(options.videos / f"{video.names[-1]}.mp4")
+    words = [
+        word.replace("{url}", video.url).replace("{out}", target) for word in shlex.split(options.downloader)
+    ]
     try:
         done = subprocess.run(
-            words, capture_output=True, text=True, timeout=timeout, stdin=subprocess.DEVNULL
+            words, capture_output=True, text=True, timeout=options.timeout, stdin=subprocess.DEVNULL
         )
     except FileNotFoundError as error:
         raise MediaError(
             f"{video.url}: the downloader {words[0]!r} is not installed (`--downloader`)."
         ) from error
     except subprocess.TimeoutExpired as error:
-        raise MediaError(f"{video.url}: the download took more than {timeout:.0f} s.") from error
-    found = find_video(folder, video.names)
+        raise MediaError(f"{video.url}: the download took more than {options.timeout:.0f} s.") from error
+    found = find_video(options.videos, video.names)
     if done.returncode != 0 or found is None:
-        said = (done.stderr or done.stdout).strip().splitlines()[-1:] or ["no message"]
-        raise MediaError(f"{video.url}: the download failed with status {done.returncode}: {said[0][:300]}")
+        last = (done.stderr or done.stdout).strip().splitlines()[-1:] or ["no message"]
+        raise MediaError(f"{video.url}: the download failed with status {done.returncode}: {last[0][:300]}")
     return found
 
 
@@ -144,8 +174,7 @@ def pixel_box(clip: WantedClip, height: int, width: int) -> tuple[slice, slice]:
     if x1 - x0 < w / 2 or y1 - y0 < h / 2 or x1 <= x0 or y1 <= y0:
         raise MediaError(
             f"the published box {clip.box} (for height {clip.box_height}) lies outside the "
-            f"{width}x{height} video. "
-            "It may be another version of the video."
+            f"{width}x{height} video. It may be another version of the video."
         )
     return slice(y0, y1), slice(x0, x1)
 
@@ -157,73 +186,52 @@ def cut_clip(video: Path, clip: WantedClip, out: Path) -> None:
       MediaError: the video cannot be read, is shorter, or the box lies outside.
     """
     with VideoReader(video, start=clip.start, stop=clip.stop) as reader:
-
-        def frames():
-            rows = columns = None
-            for frame in reader:
-                if rows is None:
-                    rows, columns = pixel_box(clip, *frame.shape[:2])
-                yield np.ascontiguousarray(frame[rows, columns])
-
-        shown = frames()
-        first = next(shown, None)
+        frames = iter(reader)
+        first = next(frames, None)
         if first is None:
             raise MediaError(
                 f"{video}: ends before the clip's start at {float(clip.start):.1f} s. It may be another "
                 "version."
             )
-        count = 1
+        rows, columns = pixel_box(clip, *first.shape[:2])
 
-        def counted():
-            nonlocal count
-            yield first
-            for frame in shown:
+        def cropped() -> Iterator[np.ndarray]:
+            count = 0
+            for frame in itertools.chain([first], frames):
                 count += 1
-                yield frame
+                yield np.ascontiguousarray(frame[rows, columns])
             if count / reader.fps < _SHORTEST:
                 raise MediaError(
                     f"{video}: has only {count} frames from {float(clip.start):.1f} s on. It may be "
                     "another version."
                 )
 
-        write_video(out, counted(), reader.fps, synthetic=False)
+        write_video(out, cropped(), reader.fps, synthetic=False)
 
 
-class Job(NamedTuple):
-    """How videos are got and where clips go."""
-
-    videos: Path
-    out: Path
-    downloader: str | None
-    timeout: float
-    discard: bool
-
-
-def make_cutter(job: Job) -> Callable[[WantedVideo], list[tuple[str, str]]]:
+def make_cutter(options: RecipeOptions) -> Callable[[WantedVideo], list[tuple[str, str]]]:
     """The work on one video: get it, cut its clips; returns (clip id, reason) of those that failed."""
 
     def work(video: WantedVideo) -> list[tuple[str, str]]:
-        missing = [clip for clip in video.clips if not (job.out / f"{clip.clip_id}.mp4").is_file()]
+        missing = [clip for clip in video.clips if not options.clip_file(clip).is_file()]
         if not missing:
             return []
-        downloaded = False
-        path = find_video(job.videos, video.names)
-        if path is None:
-            if job.downloader is None:
-                reason = f"no file {video.names[0]}.* in {job.videos} ({video.url})"
-                return [(clip.clip_id, reason) for clip in missing]
-            try:
-                path, downloaded = download(job.downloader, video, job.videos, job.timeout), True
-            except MediaError as error:
-                return [(clip.clip_id, str(error)) for clip in missing]
+        path = find_video(options.videos, video.names)
+        downloaded = path is None
+        try:
+            if path is None:
+                path = download(options, video)
+        except MediaError as error:
+            return [(clip.clip_id, str(error)) for clip in missing]
         failed = []
         for clip in missing:
             try:
-                cut_clip(path, clip, job.out / f"{clip.clip_id}.mp4")
+                cut_clip(path, clip, options.clip_file(clip))
+            except MediaError as error:
+                failed.append((clip.clip_id, str(error)))
             except Exception as error:  # listed: thousands of other clips must not wait for this one
-                known = isinstance(error, MediaError)
-                failed.append((clip.clip_id, str(error) if known else f"{type(error).__name__}: {error}"))
-        if downloaded and job.discard and not failed:
+                failed.append((clip.clip_id, f"{type(error).__name__}: {error}"))
+        if downloaded and options.discard_videos and not failed:
             path.unlink(missing_ok=True)
         return failed
 
@@ -231,84 +239,9 @@ def make_cutter(job: Job) -> Callable[[WantedVideo], list[tuple[str, str]]]:
 
 
 def write_table(path: Path, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Write a CSV file, whole or not at all."""
+    """Write a CSV file, atomically."""
     with atomic_path(path, durable=True) as partial, partial.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(header)
-        writer.writerows(rows)
-
-
-def run_recipe(
-    videos: Sequence[WantedVideo],
-    job: Job,
-    *,
-    licence: str,
-    workers: int,
-    failed: Sequence[tuple[str, str]] = (),
-    log: Callable[[str], None] = print,
-) -> tuple[int, list[tuple[str, str]]]:
-    """Make the clips that are not there yet; returns how many there are, and those that failed.
-
-    Args:
-      failed: clips that the lists themselves rule out, with the reason.
-
-    Raises:
-      WorkerError: the processes cannot be started.
-    """
-    job.out.mkdir(parents=True, exist_ok=True)
-    job.videos.mkdir(parents=True, exist_ok=True)
-    remove_partials(job.out)
-    total = sum(len(video.clips) for video in videos)
-    reasons, done, started = list(failed), 0, time.monotonic()
-    try:
-        for index, result in run_parallel(functools.partial(make_cutter, job), videos, workers):
-            video = videos[index]
-            if isinstance(result, Died):
-                result = [(clip.clip_id, str(result)) for clip in video.clips]
-            reasons += result
-            done += len(video.clips)
-            seconds = time.monotonic() - started
-            log(
-                f"[{done}/{total}] {video.names[0]}: {len(video.clips) - len(result)} of "
-                f"{len(video.clips)} clips, "
-                f"{3600 * done / max(seconds, 1e-9):.0f} clips/h, {seconds / done * (total - done):.0f} s "
-                "left"
-            )
-            for clip_id, reason in result:
-                log(f"  failed: {clip_id}: {reason}")
-    finally:
-        there = [
-            (f"{clip.clip_id}.mp4", clip.identity, video.url, licence)
-            for video in videos
-            for clip in video.clips
-            if (job.out / f"{clip.clip_id}.mp4").is_file()
-        ]
-        write_table(job.out / CLIPS_TABLE, ("clip", "identity", "source", "licence"), there)
-        write_table(job.out / FAILED_TABLE, ("clip", "reason"), sorted(reasons))
-    return len(there), sorted(reasons)
-
-
-def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments that all recipes share."""
-    parser.add_argument("--videos", type=Path, required=True, help="folder of the published videos")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the clips to make")
-    parser.add_argument(
-        "--downloader", metavar="COMMAND",
-        help="gets a video that is not in --videos, e.g. 'yt-dlp -f bv*[height<=1080] -o {out} {url}'",
-    )  # fmt: skip
-    parser.add_argument("--timeout", type=float, default=3600, help="seconds that a download may take")
-    parser.add_argument(
-        "--discard-videos", action="store_true", help="delete downloaded videos once their clips are cut"
-    )
-    parser.add_argument("--limit", type=int, help="only the first so many clips")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="videos worked on at a time")
-
-
-def check_recipe_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    if args.workers < 0 or args.timeout <= 0 or (args.limit is not None and args.limit < 1):
-        parser.error("--workers must not be negative, --timeout and --limit must be positive")
-    if args.downloader is not None and "{url}" not in args.downloader:
-        parser.error("--downloader must hold {url}, and {out} where it takes the file to write")
+        csv.writer(file, lineterminator="\n").writerows([header, *rows])
 
 
 def limit_clips(videos: Sequence[WantedVideo], limit: int | None) -> list[WantedVideo]:
@@ -322,28 +255,50 @@ def limit_clips(videos: Sequence[WantedVideo], limit: int | None) -> list[Wanted
     return chosen
 
 
-def finish(
-    args: argparse.Namespace,
-    read: Callable[[], tuple[list[WantedVideo], list[tuple[str, str]]]],
-    licence: str,
-) -> int:
-    """The common rest of the programs; returns the exit status."""
+def run_recipe(
+    videos: Sequence[WantedVideo], failed: Sequence[tuple[str, str]], options: RecipeOptions, licence: str
+) -> None:
+    """Make the clips that are not there yet, and the tables of clips and failures.
+
+    Args:
+      failed: clips that the lists themselves rule out, with the reason.
+
+    Raises:
+      RecipeError: there are no clips.
+      WorkerError: the processes cannot be started.
+    """
+    videos = limit_clips(videos, options.limit)
+    for folder in (options.out, options.videos):
+        folder.mkdir(parents=True, exist_ok=True)
+    remove_partials(options.out)
+    progress = Progress(sum(len(video.clips) for video in videos))
+    reasons = list(failed)
     try:
-        videos, failed = read()
-        job = Job(args.videos, args.out, args.downloader, args.timeout, args.discard_videos)
-        there, failed = run_recipe(
-            limit_clips(videos, args.limit), job, licence=licence, workers=args.workers, failed=failed,
-            log=lambda line: print(line, flush=True),
-        )  # fmt: skip
-    except (RecipeError, WorkerError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(
-            f"\nstopped; finished clips are in {args.out}. Run the same command again to go on.",
-            file=sys.stderr,
-        )
-        return 130
-    print(f"{args.out}: {there} clips; {len(failed)} failed, see {args.out / FAILED_TABLE}")
-    print(f"next: python -m data_prep.build --clips {args.out} --identities {args.out / CLIPS_TABLE} ...")
-    return 0 if there else 1
+        for index, result in run_parallel(functools.partial(make_cutter, options), videos, options.workers):
+            video = videos[index]
+            clips = len(video.clips)
+            if isinstance(result, Died):
+                result = [(clip.clip_id, str(result)) for clip in video.clips]
+            reasons += result
+            progress.advance(clips)
+            print(
+                f"{progress} {video.names[0]}: {clips - len(result)} of {clips} clips, "
+                f"{3600 * progress.done / progress.seconds:.0f} clips/h, {progress.seconds_left:.0f} s left",
+                flush=True,
+            )
+            for clip_id, reason in result:
+                print(f"  failed: {clip_id}: {reason}", flush=True)
+    finally:
+        there = [
+            (f"{clip.clip_id}.mp4", clip.identity, video.url, licence)
+            for video in videos
+            for clip in video.clips
+            if options.clip_file(clip).is_file()
+        ]
+        clips_table, failed_table = options.out / "clips.csv", options.out / "failed.csv"
+        write_table(clips_table, ("clip", "identity", "source", "licence"), there)
+        write_table(failed_table, ("clip", "reason"), sorted(reasons))
+    print(f"{options.out}: {len(there)} clips; {len(reasons)} failed, see {failed_table}")
+    if not there:
+        raise RecipeError(f"{options.out}: no clip could be made; {failed_table} lists why.")
+    print(f"next: python -m data_prep.build --clips {options.out} --identities {clips_table} ...")

@@ -11,7 +11,7 @@ brackets, as yt-dlp names them. The list is CC BY-NC 4.0; the videos are their o
 
 from __future__ import annotations
 
-import argparse
+import dataclasses
 import json
 import re
 import sys
@@ -20,13 +20,13 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+from data_prep import cli
 from data_prep.recipes.recipe import (
     RecipeError,
+    RecipeOptions,
     WantedClip,
     WantedVideo,
-    add_recipe_arguments,
-    check_recipe_arguments,
-    finish,
+    run_recipe,
     youtube_id,
 )
 
@@ -96,24 +96,34 @@ def _entries(path: Path) -> list[Any]:
     return content
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options(RecipeOptions):
+    """The options of the program.
+
+    Attributes:
+      lists: the published JSON files.
+      per_url: clips of one video.
+      max_seconds: of each clip.
+    """
+
+    lists: tuple[Path, ...]
+    per_url: int = 2
+    max_seconds: cli.Ratio = Fraction(5)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.per_url < 1 or self.max_seconds <= 0:
+            raise ValueError("--per-url and --max-seconds must be positive")
+
+
+def talkvid(options: Options) -> None:
+    videos, failed = read_lists(options.lists, per_url=options.per_url, max_seconds=options.max_seconds)
+    run_recipe(videos, failed, options, _LICENCE)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m data_prep.recipes.talkvid",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--lists", type=Path, nargs="+", required=True, help="the published JSON files")
-    parser.add_argument("--per-url", type=int, default=2, help="clips of one video (default: %(default)s)")
-    parser.add_argument(
-        "--max-seconds", type=Fraction, default=Fraction(5), help="of each clip (default: %(default)s)"
-    )
-    add_recipe_arguments(parser)
-    args = parser.parse_args(argv)
-    check_recipe_arguments(parser, args)
-    if args.per_url < 1 or args.max_seconds <= 0:
-        parser.error("--per-url and --max-seconds must be positive")
-    read = lambda: read_lists(args.lists, per_url=args.per_url, max_seconds=args.max_seconds)
-    return finish(args, read, _LICENCE)
+    options = cli.parse(Options, "recipes.talkvid", __doc__, argv)
+    return cli.run(talkvid, options, f"finished clips are in {options.out}")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,8 @@ import dataclasses
 import io
 import json
 import os
+import types
+import typing
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -274,11 +276,21 @@ def _read_metadata(path: Path) -> Metadata:
         stored["latent_shape"] = stored["latent_shape"] and tuple(stored["latent_shape"])
         stored["shards"] = {name: (int(n), int(size)) for name, (n, size) in stored["shards"].items()}
         metadata = Metadata(**stored)
+        _check_types(metadata)
         for split in SPLITS:
             counts = [n for name, (n, _) in metadata.shards.items() if f"-{split}." in name]
             if sum(counts) != metadata.records.get(split, 0):
                 raise ValueError(f"the shards of split {split!r} do not add up to its records")
     return metadata
+
+
+def _check_types(stored: Metadata | ClipInfo) -> None:
+    """Raise TypeError where JSON gave a field another type than it is annotated with."""
+    for name, hint in typing.get_type_hints(type(stored)).items():
+        kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+        kinds = (*(typing.get_origin(kind) or kind for kind in kinds), *([int] if float in kinds else []))
+        if not isinstance(getattr(stored, name), kinds):
+            raise TypeError(f"{name} is {getattr(stored, name)!r:.40}")
 
 
 def _read_clips(path: Path, metadata: Metadata) -> tuple[ClipInfo, ...]:
@@ -289,6 +301,7 @@ def _read_clips(path: Path, metadata: Metadata) -> tuple[ClipInfo, ...]:
         clips = tuple(ClipInfo(**row | {"fps": Fraction(*row["fps"])}) for row in rows)
         ends = dict.fromkeys(metadata.records, 0)
         for clip in clips:
+            _check_types(clip)
             if clip.first_record != ends[clip.split] or clip.length < 1:
                 raise ValueError(f"clip {clip.clip_id!r} does not follow the clip before it")
             ends[clip.split] += clip.length

@@ -6,10 +6,11 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, Key, PRNGKeyArray
 
 from loki_jax.diffusion.schedule import Schedule
 
+Latents = Float[Array, "*n h w c"]
 PREDICTIONS = ("epsilon", "v", "x0")
 
 
@@ -30,12 +31,7 @@ def sample_timesteps(
     return jnp.where(together, timesteps[:, :1], timesteps)
 
 
-def q_sample(
-    schedule: Schedule,
-    x0: Float[Array, "*n h w c"],
-    timesteps: Int[Array, "*n"],
-    noise: Float[Array, "*n h w c"],
-) -> Float[Array, "*n h w c"]:
+def q_sample(schedule: Schedule, x0: Latents, timesteps: Int[Array, "*n"], noise: Latents) -> Latents:
     """x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) noise (Ho et al. 2020, equation 4)."""
     signal, sigma = _coefficients(schedule, timesteps)
     return signal * x0 + sigma * noise
@@ -43,11 +39,11 @@ def q_sample(
 
 def prediction_target(
     schedule: Schedule,
-    x0: Float[Array, "*n h w c"],
+    x0: Latents,
     timesteps: Int[Array, "*n"],
-    noise: Float[Array, "*n h w c"],
+    noise: Latents,
     prediction: str = "epsilon",
-) -> Float[Array, "*n h w c"]:
+) -> Latents:
     """What the network should predict: noise, v = sqrt(alpha_bar) noise - sqrt(1 - alpha_bar) x_0, or x_0.
 
     Raises:
@@ -65,7 +61,7 @@ def prediction_target(
 def diffusion_loss(
     predict: Callable[[Float[Array, "b t h w c"], Int[Array, "b t"]], Float[Array, "b t h w c"]],
     x0: Float[Array, "b t h w c"],
-    key: PRNGKeyArray,
+    key: PRNGKeyArray | Key[Array, " b"],
     schedule: Schedule,
     prediction: str = "epsilon",
     shared_timesteps: float = 0.0,

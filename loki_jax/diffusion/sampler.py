@@ -32,8 +32,7 @@ def ddim_sample(
     spacing: str = "leading",
     prediction: str = "epsilon",
     clip: float | None = None,
-    keep_trajectory: bool = False,
-) -> Float[Array, "b t h w c"] | tuple[Float[Array, "b t h w c"], Float[Array, "steps b t h w c"]]:
+) -> Float[Array, "b t h w c"]:
     """Turns noise into latents in one `lax.scan`; traceable.
 
     Args:
@@ -46,7 +45,6 @@ def ddim_sample(
       spacing: see `schedule.ddim_timesteps`. The last step of "official" ends at alpha_bar[0] as in
         the public code, that of the others at the estimate of the clean latents.
       clip: bound on the estimate of the clean latents at every step; None for none.
-      keep_trajectory: also return x before every step, noisiest first.
 
     Raises:
       ValueError: unknown options; guidance other than 1 without `unconditional`; a spacing that asks
@@ -75,17 +73,17 @@ def ddim_sample(
         u, c = jnp.split(denoise(twice(x), twice(t), inputs).astype(jnp.float32), 2)
         return u + guidance * (c - u)
 
-    def step(x: Array, scalars: tuple[Array, Array, Array]) -> tuple[Array, Array | None]:
+    def step(x: Array, scalars: tuple[Array, Array, Array]) -> tuple[Array, None]:
         timestep, a, a_prev = scalars
         x0, epsilon = estimates(x, predict(x, timestep), a, prediction)
         if clip is not None:
             x0 = jnp.clip(x0, -clip, clip)
             epsilon = (x - jnp.sqrt(a) * x0) / jnp.sqrt(1 - a)
         x_next = jnp.sqrt(a_prev) * x0 + jnp.sqrt(1 - a_prev) * epsilon
-        return x_next, x if keep_trajectory else None
+        return x_next, None
 
-    x, trajectory = jax.lax.scan(step, x_T.astype(jnp.float32), (timesteps, alpha, alpha_prev))
-    return (x, trajectory) if keep_trajectory else x
+    visited = jax.tree.map(jnp.asarray, (timesteps, alpha, alpha_prev))
+    return jax.lax.scan(step, x_T.astype(jnp.float32), visited)[0]
 
 
 def ddim_alphas(

@@ -6,9 +6,9 @@ from loki_jax.driver.encoding import (
     canonical_positions,
     encode_map,
     flame_vector,
-    flow_map,
     positional_encoding,
 )
+from loki_jax.driver.flow_map import flow_map
 from loki_jax.driver.map import driver_map, map_of_mesh, ndc_vertices
 from loki_jax.driver.registry import ARMS, DriverArm, driver_channels, find_arm
 

@@ -17,26 +17,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Float, UInt8
 
 from loki_jax.arrays import ArrayLike
 from loki_jax.face.asset import HeadAsset
 from loki_jax.face.types import Camera, Coefficients
-from loki_jax.flow import (
-    MeshView,
-    flow_between,
-    head_parts,
-    normalise_positions,
-    pixel_positions,
-    sample_image,
-    view_cosines,
-)
-from loki_jax.raster.fragments import Fragments, interpolate
+from loki_jax.flow import MeshView
+from loki_jax.raster.fragments import Faces, Fragments, Vertices, interpolate
 
 EXPRESSION_SCALE = 0.0104  # metres: standard deviation of the offsets, method, section 5
-
-# In half sides of the crop: about the standard deviation of the displacement of heads in motion.
-FLOW_SCALE = 0.1
 
 FREQUENCIES = 7  # of the positional encoding, per axis
 
@@ -65,40 +54,38 @@ class ReferenceFrame(NamedTuple):
 
 
 class DriverInputs(NamedTuple):
-    """What the `encode` of an arm may read. A field is None where the caller does not have it.
+    """What the `encode` of an arm with a map may read besides the fragments.
 
     Attributes:
-      head: the head asset.
-      coefficients: of each frame, metres and radians.
       faces: vertex indices of the whole mesh, inner mouth included.
       canonical: canonical positions of the vertices (`canonical_positions`).
       points: posed vertices in camera axes (+x right, +y down, +z away), metres.
-      vertices: the same in the rasteriser's coordinates.
       offsets: displacement of the vertices by expression, jaw and eyes, head frame, metres.
-      fragments: the rasterised frames, with faces outside of the render mask cleared.
-      portrait: what the portrait shows of the same head, for arms that read it.
+      head, coefficients: the asset, and its coefficients in each frame (metres and radians); None where
+        the mesh is not a head's.
+      vertices: the points in the rasteriser's coordinates, for arms that read the portrait.
+      portrait: what the portrait shows of the same head, for the same arms.
       image: the portrait's crop, RGB in [-1, 1], for arms that read its pixels.
     """
 
+    faces: Faces
+    canonical: Float[ArrayLike, "V 3"]
+    points: Float[ArrayLike, "*b V 3"]
+    offsets: Float[ArrayLike, "*b V 3"]
     head: HeadAsset | None = None
     coefficients: Coefficients | None = None
-    faces: Int[Array | np.ndarray, "F 3"] | None = None
-    canonical: Float[Array, "V 3"] | None = None
-    points: Float[Array, "*b V 3"] | None = None
-    vertices: Float[Array, "*b V 3"] | None = None
-    offsets: Float[Array, "*b V 3"] | None = None
-    fragments: Fragments | None = None
+    vertices: Vertices | None = None
     portrait: MeshView | None = None
-    image: Float[Array, "*b s s 3"] | None = None
+    image: Float[ArrayLike, "*b s s 3"] | None = None
 
 
-def canonical_positions(vertices: Float[Array | np.ndarray, "V 3"]) -> Float[Array, "V 3"]:
+def canonical_positions(vertices: Float[ArrayLike, "V 3"]) -> Float[Array, "V 3"]:
     """Template vertices minus their mean, over the largest (signed) coordinate of all. No unit."""
-    centred = vertices - jnp.mean(vertices, axis=0)
+    centred = jnp.asarray(vertices) - jnp.mean(vertices, axis=0)
     return centred / jnp.max(centred)
 
 
-def positional_encoding(positions: Float[Array | np.ndarray, "*b 3"]) -> Float[Array, "*b 42"]:
+def positional_encoding(positions: Float[ArrayLike, "*b 3"]) -> Float[Array, "*b 42"]:
     """Per axis sin(2^k p), then cos(2^k p), k = 0..6, without a factor pi (method, section 5).
 
     Within 2e-7 of the float64 value for |p| below 100. One elementwise function of position and channel,
@@ -125,13 +112,18 @@ def _sine(angle: Float[Array, "*b 42"], quarter: Float[np.ndarray, " 42"]) -> Fl
 
 
 def encode_map(
-    inputs: DriverInputs, dtype: DTypeLike = jnp.float32, *, positions: bool = True, offsets: bool = True
+    fragments: Fragments,
+    inputs: DriverInputs,
+    dtype: DTypeLike = jnp.float32,
+    *,
+    positions: bool = True,
+    offsets: bool = True,
 ) -> Float[Array, "*b S S C"]:
     """The paper's driver map, or its channels of `positions` or `offsets` alone: 45, 42 or 3.
 
     Attributes of vertices are interpolated, then encoded at the pixel.
     """
-    fragments, parts = inputs.fragments, []
+    parts = []
     if positions:
         # Under differentiation only three numbers a pixel are kept. The cosine of a zero is one.
         encode = jax.checkpoint(
@@ -144,44 +136,35 @@ def encode_map(
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1)
 
 
-def flow_map(
-    inputs: DriverInputs, dtype: DTypeLike = jnp.float32, *, pixels: bool = False
-) -> Float[Array, "*b S S C"]:
-    """`encode_map` and where each pixel comes from in the portrait: 48 channels, or 51 with its colour.
+def preview_map(
+    driver: Float[ArrayLike, "*b S S C"], *, positions: bool = True, offsets: bool = True
+) -> UInt8[Array, "*b S S 3"]:
+    """A map of `encode_map` with the same options as RGB: position as colour, tinted by the offsets.
 
-    0..44   as in `encode_map`.
-    45, 46  displacement x, y from the pixel to the place of its surface point in the portrait, both in the
-            normalised positions of their own crop (`loki_jax.flow`), over `FLOW_SCALE`.
-    47      visibility of the point in the portrait.
-    48..50  the portrait's colour there, in [-1, 1], times the visibility. Where neither frame nor portrait
-            shows the head, the portrait's background: it stays where it is.
+    Red, green and blue follow the sines of the canonical x, y and z at the lowest frequency. Where the
+    surface is displaced (mouth, lids, brows), its offset is added to them. White where no head is seen.
     """
-    view, size = inputs.portrait, inputs.fragments.face.shape[-1]
-    flow = flow_between(
-        view, inputs.vertices, inputs.points[..., 2], view_cosines(inputs.points, inputs.faces),
-        inputs.fragments, inputs.faces, head_parts(inputs.head),
-    )  # fmt: skip
-    place = normalise_positions(flow.position, view.crop)
-    visibility = flow.visibility[..., None]
-    covered = inputs.fragments.covered[..., None]
-    displacement = jnp.where(covered, place - pixel_positions(size), 0.0)
-    parts = [encode_map(inputs), displacement / FLOW_SCALE, visibility]
-    if pixels:
-        # Background keeps its place, so pixel and sample are at one position.
-        known = jnp.where(covered, visibility, (view.shown[..., :1] == 0).astype(jnp.float32))
-        parts.append(known * sample_image(inputs.image, place))
-    return jnp.concatenate(parts, axis=-1).astype(dtype)
+    driver = jnp.asarray(driver, jnp.float32)
+    colour = jnp.full((*driver.shape[:-1], 3), 0.5)
+    if positions:
+        # Canonical coordinates are at most about 1, so half a turn at most.
+        sines = [driver[..., 2 * FREQUENCIES * axis] for axis in range(3)]
+        colour = colour + 0.5 * jnp.stack(sines, -1)
+    if offsets:
+        colour = colour + 0.15 * driver[..., -3:]
+    covered = (driver != 0).any(-1, keepdims=True)
+    return jnp.round(255 * jnp.clip(jnp.where(covered, colour, 1), 0, 1)).astype(jnp.uint8)
 
 
-def flame_vector(inputs: DriverInputs, dtype: DTypeLike = jnp.float32) -> Float[Array, "*b C"]:
-    """Expression, head rotation, neck, jaw and eyes as one float32 vector a frame, whatever `dtype`.
+def flame_vector(head: HeadAsset, coefficients: Coefficients) -> Float[Array, "*b C"]:
+    """Expression, head rotation, neck, jaw and eyes as one float32 vector a frame.
 
     C = n_expr + 12 numbers in metres and radians.
 
     Raises:
       ValueError: the number of expression coefficients is not the head's.
     """
-    head, c = inputs.head, inputs.coefficients
+    c = coefficients
     if c.expression.shape[-1:] != (head.n_expression,):
         raise ValueError(
             f"expression coefficients {tuple(c.expression.shape)} do not end in the "

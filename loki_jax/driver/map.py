@@ -8,6 +8,7 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
+from loki_jax.arrays import ArrayLike
 from loki_jax.driver.encoding import DriverInputs, ReferenceFrame, canonical_positions
 from loki_jax.driver.registry import ARMS, DEFAULT_ARM, find_arm
 from loki_jax.face.asset import HeadAsset
@@ -22,13 +23,13 @@ from loki_jax.face.skinning import (
 )
 from loki_jax.face.types import Camera, Coefficients
 from loki_jax.flow import view_head
-from loki_jax.raster.fragments import clear_hidden_faces, locate
+from loki_jax.raster.fragments import Vertices, clear_hidden_faces, locate
 from loki_jax.raster.search import nearest_faces
 
 _PIXELS_AT_ONCE = 2**20
 
 # Fields of `DriverInputs` that have the leading axes of the frames.
-_PER_FRAME = ("coefficients", "points", "offsets", "portrait", "image")
+_PER_FRAME = ("coefficients", "points", "offsets", "vertices", "portrait", "image")
 
 
 def ndc_vertices(
@@ -36,11 +37,10 @@ def ndc_vertices(
     identity: Identity,
     coefficients: Coefficients,
     camera: Camera,
-    crop: Float[Array, "*#b 4"],
+    crop: Float[ArrayLike, "*#b 4"],
 ) -> Float[Array, "*b V_all 3"]:
     """The posed mesh in the rasteriser's coordinates for a crop box x0, y0, x1, y1 in pixels."""
-    world = world_vertices(head, identity, coefficients)
-    return ndc_from_world(world, camera, crop)
+    return ndc_from_world(world_vertices(head, identity, coefficients), camera, crop)
 
 
 def driver_map(
@@ -48,7 +48,7 @@ def driver_map(
     identity: Identity,
     coefficients: Coefficients,
     camera: Camera,
-    crop: Float[Array, "*#b 4"],
+    crop: Float[ArrayLike, "*#b 4"],
     size: int,
     arm: str = DEFAULT_ARM,
     dtype: DTypeLike = jnp.float32,
@@ -90,23 +90,22 @@ def driver_map(
     )
     entry = find_arm(arm)
     if entry.portrait:
-        if reference is None or (entry.pixels and reference.image is None):
-            raise ValueError(
-                f"arm {arm!r} reads the portrait's {'pixels' if entry.pixels else 'coefficients'}, "
-                "which are not given"
-            )
+        if reference is None:
+            raise ValueError(f"driver arm {arm!r} reads the portrait, which is not given")
         own = reference.coefficients, reference.camera, reference.crop
-        inputs = inputs._replace(portrait=view_head(head, identity, *own, size).broadcast_to(batch))
-        if entry.pixels:
-            image = jnp.asarray(reference.image)
-            image = jnp.broadcast_to(image.astype(jnp.float32) / 127.5 - 1, (*batch, *image.shape[-3:]))
-            inputs = inputs._replace(image=image)
+        portrait = view_head(head, identity, *own, size).broadcast_to(batch)
+        inputs = inputs._replace(vertices=vertices, portrait=portrait)
+    if entry.pixels:
+        if reference is None or reference.image is None:
+            raise ValueError(f"driver arm {arm!r} reads the portrait's pixels, which are not given")
+        image = jnp.asarray(reference.image).astype(jnp.float32) / 127.5 - 1
+        inputs = inputs._replace(image=jnp.broadcast_to(image, (*batch, *image.shape[-3:])))
     return map_of_mesh(vertices, mesh_render_mask(head), inputs, size, arm, dtype)
 
 
 def map_of_mesh(
-    vertices: Float[Array, "*b V 3"],
-    vertex_mask: Bool[Array, " V"],
+    vertices: Vertices,
+    vertex_mask: Bool[ArrayLike, " V"],
     inputs: DriverInputs,
     size: int,
     arm: str = DEFAULT_ARM,
@@ -117,7 +116,7 @@ def map_of_mesh(
     Args:
       vertices: as `ndc_vertices` gives them.
       vertex_mask: faces without a vertex in it occlude, but are cleared from the map.
-      inputs: all but `fragments`, as far as the arm reads them; leading axes as in `vertices`.
+      inputs: what the arm reads of the meshes; leading axes as in `vertices`.
       size, arm, dtype: as in `driver_map`.
 
     Raises:
@@ -131,7 +130,7 @@ def map_of_mesh(
 
     def shade(vertices, face, per_frame):
         fragments = clear_hidden_faces(locate(vertices, inputs.faces, face), inputs.faces, vertex_mask)
-        return encode(inputs._replace(vertices=vertices, fragments=fragments, **per_frame), dtype)
+        return encode(fragments, inputs._replace(**per_frame), dtype)
 
     frames = (vertices, face, {name: getattr(inputs, name) for name in _PER_FRAME})
     if face.size <= _PIXELS_AT_ONCE:

@@ -10,11 +10,11 @@ from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
-from jax.typing import DTypeLike
 from jaxtyping import Array
 
-from loki_jax.driver.encoding import DriverInputs, encode_map, flame_vector, flow_map
-from loki_jax.driver.preview import preview_flow, preview_map
+from loki_jax.arrays import ArrayLike
+from loki_jax.driver.encoding import encode_map, flame_vector, preview_map
+from loki_jax.driver.flow_map import flow_map, preview_flow
 from loki_jax.face.asset import HeadAsset
 
 DEFAULT_ARM = "full"
@@ -25,17 +25,19 @@ class DriverArm(NamedTuple):
 
     Attributes:
       channels: C of the result, or a function of the head that gives it.
-      encode: from `DriverInputs` and a dtype to the map (*b, S, S, C), exactly zero on the background but for
-        pixels of the portrait; or, unless `spatial`, to a vector (*b, C). Traceable and differentiable.
-      preview: from the map to a uint8 RGB picture (*b, S, S, 3); traceable. An arm that is not spatial has
-        none: the map of `DEFAULT_ARM` is shown in its place.
-      spatial: whether the arm is a map. If not, `encode` is given the head and its coefficients only.
+      encode: `encode(fragments, inputs, dtype)` gives the map (*b, S, S, C), exactly zero on the background
+        but for pixels of the portrait, of `Fragments` whose faces outside of the render mask are cleared and
+        of `DriverInputs`; or, unless
+        `spatial`, `encode(head, coefficients)` gives a vector (*b, C). Traceable and differentiable.
+      preview: from the map to a uint8 RGB picture (*b, S, S, 3); traceable. That of an arm which is not
+        spatial shows the map of `DEFAULT_ARM`.
+      spatial: whether the arm is a map.
       portrait: whether `encode` reads `DriverInputs.portrait`; pixels: whether it also reads the image.
     """
 
     channels: int | Callable[[HeadAsset], int]
-    encode: Callable[[DriverInputs, DTypeLike], Array]
-    preview: Callable[[Array], Array] | None
+    encode: Callable[..., Array]
+    preview: Callable[[ArrayLike], Array]
     spatial: bool = True
     portrait: bool = False
     pixels: bool = False
@@ -49,7 +51,7 @@ ARMS = {
     "warp": DriverArm(
         51, partial(flow_map, pixels=True), partial(preview_flow, pixels=True), portrait=True, pixels=True
     ),
-    "flame_vector": DriverArm(lambda head: head.n_expression + 12, flame_vector, None, spatial=False),
+    "flame_vector": DriverArm(lambda head: head.n_expression + 12, flame_vector, preview_map, spatial=False),
 }
 
 

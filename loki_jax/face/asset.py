@@ -16,6 +16,7 @@ import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any, no_type_check
 
 import jax
 import numpy as np
@@ -34,6 +35,8 @@ class HeadAssetError(ValueError):
     """A head asset file is missing, damaged or inconsistent; the message names the file and the remedy."""
 
 
+# Not type-checked: tree transformations build heads of shapes or shardings.
+@no_type_check
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Landmarks:
@@ -46,6 +49,7 @@ class Landmarks:
     bary: Float[ArrayLike, "n 3"]
 
 
+@no_type_check
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class HeadAsset:
@@ -77,7 +81,6 @@ class HeadAsset:
     expression_basis: Float[ArrayLike, "n_expr V 3"]
     pose_correctives: Float[ArrayLike, "P V 3"]
     joint_regressor: Float[ArrayLike, "J V"]
-    parents: Int[ArrayLike, " J"]
     skinning_weights: Float[ArrayLike, "V J"]
     render_mask: Bool[ArrayLike, " V"]
     inner_mouth: Bool[ArrayLike, " V"]
@@ -86,6 +89,7 @@ class HeadAsset:
     expression_bounds: Float[ArrayLike, "n_expr 2"]
     landmarks: dict[str, Landmarks]
     # Static metadata (hashable, so that a head can be a jit argument).
+    parents: tuple[int, ...] = dataclasses.field(metadata={"static": True})
     name: str = dataclasses.field(metadata={"static": True})
     joint_names: tuple[str, ...] = dataclasses.field(metadata={"static": True})
     shape_names: tuple[str, ...] = dataclasses.field(metadata={"static": True})
@@ -174,9 +178,8 @@ def validate_head(head: HeadAsset, source: str) -> None:
         faces.size == 0 or (faces.min() >= 0 and faces.max() < n_vertices),
         "faces index vertices that do not exist",
     )
-    parents = np.asarray(head.parents)
     need(
-        n_joints > 0 and parents[0] == -1 and all(0 <= p < i for i, p in enumerate(parents[1:], start=1)),
+        head.parents[:1] == (-1,) and all(0 <= p < i for i, p in enumerate(head.parents[1:], start=1)),
         "parents must be -1 for the root and point backwards otherwise",
     )
     need(
@@ -223,7 +226,7 @@ def read_npz(path: str | os.PathLike) -> dict[str, np.ndarray]:
     file can raise any exception: call it within `reading`.
     """
     limit = max(_LARGEST_RATIO * os.path.getsize(path), _ALWAYS_ALLOWED)
-    arrays = {}
+    arrays: dict[str, np.ndarray] = {}
     with zipfile.ZipFile(path) as archive:
         members = archive.infolist()
         declared = sum(member.file_size for member in members)
@@ -274,7 +277,8 @@ def save_head(
       HeadAssetError: the head is inconsistent.
     """
     validate_head(head, str(path))
-    arrays = {field: np.asarray(getattr(head, field), dtype) for field, dtype in _ARRAYS.items()}
+    arrays: dict[str, np.ndarray] = {}
+    arrays |= {field: np.asarray(getattr(head, field), dtype) for field, dtype in _ARRAYS.items()}
     for key, marks in head.landmarks.items():
         arrays[f"landmarks_{key}_face"] = np.asarray(marks.face, np.int32)
         arrays[f"landmarks_{key}_bary"] = np.asarray(marks.bary, np.float32)
@@ -318,16 +322,12 @@ def _head_of_arrays(path: Path, stored: dict[str, np.ndarray]) -> HeadAsset:
     def array(key: str, dtype: type) -> np.ndarray:
         return stored[key].astype(dtype, casting="same_kind", copy=False)
 
+    fields: dict[str, Any] = {field: array(field, dtype) for field, dtype in _ARRAYS.items()}
+    fields |= {"parents": tuple(fields["parents"].tolist()), "lip_vertex": int(meta["lip_vertex"])}
+    fields |= {field: meta[field] for field in _TEXT} | {field: tuple(meta[field]) for field in _NAMES}
     sets = [match[1] for key in sorted(stored) if (match := re.fullmatch("landmarks_(.*)_face", key))]
-    return HeadAsset(
-        **{field: array(field, dtype) for field, dtype in _ARRAYS.items()},
-        landmarks={
-            key: Landmarks(
-                array(f"landmarks_{key}_face", np.int32), array(f"landmarks_{key}_bary", np.float32)
-            )
-            for key in sets
-        },
-        lip_vertex=int(meta["lip_vertex"]),
-        **{field: meta[field] for field in _TEXT},
-        **{field: tuple(meta[field]) for field in _NAMES},
-    )
+    fields["landmarks"] = {
+        key: Landmarks(array(f"landmarks_{key}_face", np.int32), array(f"landmarks_{key}_bary", np.float32))
+        for key in sets
+    }
+    return HeadAsset(**fields)

@@ -33,11 +33,11 @@ def project(points: Float[ArrayLike, "*b n 3"], camera: Camera) -> Float[Array, 
     depth = points[..., 2:]
     depth = jnp.where(jnp.abs(depth) < _SMALLEST_DEPTH, _SMALLEST_DEPTH, depth)
     intrinsics = camera.intrinsics[..., None, :]
-    return points[..., :2] / depth * intrinsics[..., :2] + intrinsics[..., 2:]
+    return jnp.asarray(points[..., :2] / depth) * intrinsics[..., :2] + intrinsics[..., 2:]
 
 
 def ndc_from_camera(
-    points: Float[ArrayLike, "*b V 3"], camera: Camera, crop: Float[ArrayLike, "*#b 4"]
+    points: Float[ArrayLike, "*#b V 3"], camera: Camera, crop: Float[ArrayLike, "*#b 4"]
 ) -> Float[Array, "*b V 3"]:
     """The rasteriser's coordinates of mesh vertices given in camera axes.
 
@@ -54,7 +54,7 @@ def ndc_from_camera(
 
 
 def ndc_from_world(
-    points: Float[ArrayLike, "*b V 3"], camera: Camera, crop: Float[ArrayLike, "*#b 4"]
+    points: Float[ArrayLike, "*#b V 3"], camera: Camera, crop: Float[ArrayLike, "*#b 4"]
 ) -> Float[Array, "*b V 3"]:
     """`ndc_from_camera` of mesh vertices in the world frame, metres."""
     return ndc_from_camera(camera_from_world(points, camera), camera, crop)

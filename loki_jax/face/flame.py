@@ -140,7 +140,7 @@ def load_trusted_pickle(path: str | os.PathLike) -> Any:
         content = path.read_bytes()
         # The unpickler allocates its memo up to the largest index.
         for opcode, argument, _ in pickletools.genops(content):
-            if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and argument > len(content):
+            if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and int(argument or 0) > len(content):
                 raise pickle.UnpicklingError(f"memo index {argument}")
         return _AllowListUnpickler(path, content).load()
 
@@ -156,7 +156,7 @@ def _dense(value: Any, what: str) -> np.ndarray:
         return _dense(value.state["x"], what)
     if isinstance(value, _Sparse):
         state = value.state
-        shape = tuple(int(n) for n in state.get("_shape", state.get("shape")))
+        shape = tuple(int(n) for n in state["_shape" if "_shape" in state else "shape"])
         data = np.asarray(state["data"])
         out = np.zeros(shape, np.result_type(data.dtype, np.float32))
         if value.layout == "coo":
@@ -349,7 +349,6 @@ def head_from_flame(
             expression_basis=expression,
             pose_correctives=np.moveaxis(arrays["posedirs"].astype(np.float32), -1, 0).copy(),
             joint_regressor=arrays["J_regressor"].astype(np.float32),
-            parents=np.asarray(_PARENTS, np.int32),
             skinning_weights=weights,
             render_mask=shown,
             inner_mouth=np.zeros(n_vertices, bool),
@@ -357,6 +356,7 @@ def head_from_flame(
             expression_sigma=np.ones(n_expression, np.float32),
             expression_bounds=bounds,
             landmarks={} if landmarks is None else _read_landmarks(landmarks, n_faces),
+            parents=_PARENTS,
             name="flame",
             joint_names=_JOINTS,
             shape_names=tuple(f"flame_shape_{i:03d}" for i in range(n_shape)),

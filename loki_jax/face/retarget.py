@@ -16,7 +16,7 @@ _HIGHEST = jax.lax.Precision.HIGHEST
 
 
 def _product(*matrices: Float[ArrayLike, "... 3 3"]) -> Float[Array, "... 3 3"]:
-    result = matrices[0]
+    result = jnp.asarray(matrices[0])
     for matrix in matrices[1:]:
         result = jnp.einsum("...ij,...jk->...ik", result, matrix, precision=_HIGHEST)
     return result
@@ -25,6 +25,29 @@ def _product(*matrices: Float[ArrayLike, "... 3 3"]) -> Float[Array, "... 3 3"]:
 def head_rotation(coefficients: Coefficients) -> Float[Array, "*b 3 3"]:
     """World rotation of the head, R(rot) R(neck): what HPF compares."""
     return _product(matrix_from_rotvec(coefficients.rot), matrix_from_rotvec(coefficients.neck))
+
+
+def neck_joint(head: HeadAsset, betas: Float[ArrayLike, "*b n_shape"]) -> Float[Array, "*b 3"]:
+    """The neck joint of identities in the head frame, metres; the origin for heads without one."""
+    joint = head.joint("neck")
+    joints = jnp.asarray(make_identity(head, betas).joints)
+    return jnp.zeros_like(joints[..., 0, :]) if joint is None else joints[..., joint, :]
+
+
+def fold_neck(coefficients: Coefficients, joint: Float[ArrayLike, "*#b 3"]) -> Coefficients:
+    """The same motion of the head without a bend of the neck, for driver maps that leave the neck out.
+
+    `rot` and `tra` move all that follows the neck alone as R(rot) R(neck) about the neck joint did.
+
+    Args:
+      joint: the neck joint of the identity in the head frame, metres.
+    """
+    turned = head_rotation(coefficients)
+    bend = matrix_from_rotvec(coefficients.rot) - turned
+    tra = coefficients.tra + jnp.einsum("...ij,...j->...i", bend, jnp.asarray(joint), precision=_HIGHEST)
+    return coefficients._replace(
+        rot=rotvec_from_matrix(turned), tra=tra, neck=jnp.zeros_like(coefficients.neck)
+    )
 
 
 def size_ratio(
@@ -94,7 +117,7 @@ def retarget(
     start = head_rotation(origin)[..., None, :, :]
     turned = _product(head_rotation(driver), jnp.swapaxes(start, -1, -2))
     moved = driver.tra - origin.tra[..., None, :]
-    if driver_camera is not None:
+    if driver_camera is not None and reference_camera is not None:
         # Rotation from the driver's world into the reference's that agrees in both cameras' axes.
         # Extrinsics act after diag(1, -1, -1), which has to be undone on either side.
         flip = jnp.diag(jnp.array([1.0, -1.0, -1.0], jnp.float32))

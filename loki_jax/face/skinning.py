@@ -41,7 +41,7 @@ class Identity(NamedTuple):
     joints: Float[ArrayLike, "*b J 3"]
 
 
-def _mouth_sphere(jaw: Float[ArrayLike, "*b 3"], lip: Float[ArrayLike, "*b 3"]) -> Float[Array, "*b 200 3"]:
+def _mouth_sphere(jaw: Float[Array, "*b 3"], lip: Float[Array, "*b 3"]) -> Float[Array, "*b 200 3"]:
     """Half-sphere behind the lips: ten rings of twenty vertices about the axis jaw -> lip."""
     axis = lip - jaw
     length = jnp.sqrt(jnp.sum(axis * axis, axis=-1, keepdims=True))
@@ -70,18 +70,13 @@ def _mouth_sphere(jaw: Float[ArrayLike, "*b 3"], lip: Float[ArrayLike, "*b 3"]) 
 
 def _mouth_sphere_faces() -> Int[np.ndarray, "340 3"]:
     """Triangles of `_mouth_sphere`, seen from the open side, in the public order."""
-    sector = np.arange(_MOUTH_SECTORS)
-    following = (sector + 1) % _MOUTH_SECTORS
-    first = np.stack([sector, _MOUTH_SECTORS + following, _MOUTH_SECTORS + sector], axis=-1)
-    pair = np.stack(
-        [
-            np.stack([sector, _MOUTH_SECTORS + following, _MOUTH_SECTORS + sector], axis=-1),
-            np.stack([sector, following, _MOUTH_SECTORS + following], axis=-1),
-        ],
-        axis=1,
-    ).reshape(-1, 3)
-    rings = [pair + _MOUTH_SECTORS * ring for ring in range(1, _MOUTH_RINGS - 1)]
-    return np.concatenate([first, *rings]).astype(np.int32)
+    here = np.arange(_MOUTH_SECTORS)
+    following = (here + 1) % _MOUTH_SECTORS
+    below, below_following = here + _MOUTH_SECTORS, following + _MOUTH_SECTORS
+    towards_pole = np.stack([here, below_following, below], axis=-1)
+    pairs = np.stack([towards_pole, np.stack([here, following, below_following], axis=-1)], axis=1)
+    rings = [pairs.reshape(-1, 3) + _MOUTH_SECTORS * ring for ring in range(1, _MOUTH_RINGS - 1)]
+    return np.concatenate([towards_pole, *rings]).astype(np.int32)
 
 
 def _has_mouth_sphere(head: HeadAsset) -> bool:
@@ -116,7 +111,9 @@ def make_identity(head: HeadAsset, shape: Float[ArrayLike, "*b n_shape"]) -> Ide
             f"shape coefficients {tuple(shape.shape)} do not end in the {head.n_shape} axes of head "
             f"{head.name!r}"
         )
-    vertices = head.template + jnp.einsum("...s,svc->...vc", shape, head.shape_basis, precision=_HIGHEST)
+    vertices = jnp.asarray(head.template) + jnp.einsum(
+        "...s,svc->...vc", shape, head.shape_basis, precision=_HIGHEST
+    )
     joints = jnp.einsum("jv,...vc->...jc", head.joint_regressor, vertices, precision=_HIGHEST)
     if _has_mouth_sphere(head):
         mouth = _mouth_sphere(joints[..., head.joint("jaw"), :], vertices[..., head.lip_vertex, :])
@@ -126,7 +123,7 @@ def make_identity(head: HeadAsset, shape: Float[ArrayLike, "*b n_shape"]) -> Ide
 
 def template_vertices(head: HeadAsset) -> Float[Array, "V_all 3"]:
     """Neutral vertices of the mean identity, inner mouth included."""
-    return make_identity(head, jnp.zeros(head.n_shape, jnp.float32)).vertices
+    return jnp.asarray(make_identity(head, jnp.zeros(head.n_shape, jnp.float32)).vertices)
 
 
 def _joint_rotations(
@@ -138,8 +135,10 @@ def _joint_rotations(
     rotvecs = []
     for name in head.joint_names:
         field = _ROTATION_OF_JOINT.get(name)
-        moves = field is not None and (with_neck or field != "neck")
-        rotvecs.append(jnp.broadcast_to(getattr(coefficients, field), still.shape) if moves else still)
+        if field is None or (field == "neck" and not with_neck):
+            rotvecs.append(still)
+        else:
+            rotvecs.append(jnp.broadcast_to(getattr(coefficients, field), still.shape))
     return matrix_from_rotvec(jnp.stack(rotvecs, axis=-2))
 
 
@@ -158,10 +157,8 @@ def _world_transforms(
         step = joint - joints[..., parent, :]
         turned.append(jnp.einsum("...ij,...jk->...ik", turned[parent], rotation, precision=_HIGHEST))
         moved.append(moved[parent] + jnp.einsum("...ij,...j->...i", turned[parent], step, precision=_HIGHEST))
-    rotation = jnp.stack(turned, axis=-3)
-    moved = jnp.stack(jnp.broadcast_arrays(*moved), axis=-2)
-    offset = moved - jnp.einsum("...jik,...jk->...ji", rotation, joints, precision=_HIGHEST)
-    return rotation, offset
+    rotation, places = jnp.stack(turned, axis=-3), jnp.stack(jnp.broadcast_arrays(*moved), axis=-2)
+    return rotation, places - jnp.einsum("...jik,...jk->...ji", rotation, joints, precision=_HIGHEST)
 
 
 def skin(
@@ -197,11 +194,12 @@ def skin(
             [jnp.broadcast_to(expression, (*feature.shape[:-1], expression.shape[-1])), feature], axis=-1
         )
     posed = neutral + jnp.einsum("...e,evc->...vc", weights, basis, precision=_HIGHEST)
-    rotation, offset = _world_transforms(_parents(head), rotations, joints)
+    rotation, offset = _world_transforms(head.parents, rotations, joints)
     # Elementwise and so fused: a matrix product over five joints would have to be written out and
     # transposed, a batched 3 x 3 product even more so.
     maps = jnp.concatenate([rotation, offset[..., None]], axis=-1)[..., None, :, :, :]
-    blended = sum(head.skinning_weights[:, j, None, None] * maps[..., j, :, :] for j in range(maps.shape[-3]))
+    weight = jnp.asarray(head.skinning_weights)[..., None, None]
+    blended = sum((weight[:, j] * maps[..., j, :, :] for j in range(maps.shape[-3])), jnp.zeros(()))
     vertices = blended[..., 3] + sum(blended[..., k] * posed[..., k, None] for k in range(3))
     if mouth.shape[-2] == 0:
         return vertices
@@ -211,28 +209,6 @@ def skin(
         mouth = turned + offset[..., neck, None, :]
     mouth = jnp.broadcast_to(mouth, (*vertices.shape[:-2], *mouth.shape[-2:]))
     return jnp.concatenate([vertices, mouth], axis=-2)
-
-
-def _parents(head: HeadAsset) -> tuple[int, ...]:
-    """Parents as Python integers, also where the head is a traced argument.
-
-    The tree is decided by the joint names (FLAME's), so that no traced value steers Python.
-    """
-    try:
-        return tuple(int(parent) for parent in np.asarray(head.parents))
-    except jax.errors.TracerArrayConversionError:
-        pass
-    known = {"root": -1, "neck": "root", "jaw": "neck", "left_eye": "neck", "right_eye": "neck"}
-    names = head.joint_names
-    if not set(names) <= set(known) or "root" not in names:
-        raise ValueError(f"joints {names} need concrete `parents`: close over the head instead of tracing it")
-    parents = []
-    for name in names:
-        parent = known[name]
-        while parent != -1 and parent not in names:
-            parent = known[parent]
-        parents.append(-1 if parent == -1 else names.index(parent))
-    return tuple(parents)
 
 
 def head_vertices(
@@ -291,4 +267,5 @@ def landmark_positions(
     present = jnp.asarray(marks.face) >= 0
     corners = jnp.asarray(head.faces)[jnp.maximum(marks.face, 0)]
     weights = jnp.where(present[:, None], marks.bary, 0.0)
-    return sum(vertices[..., corners[:, k], :] * weights[:, k, None] for k in range(3))
+    vertices = jnp.asarray(vertices)
+    return sum((vertices[..., corners[:, k], :] * weights[:, k, None] for k in range(3)), jnp.zeros(()))

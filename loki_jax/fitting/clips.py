@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Sequence
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -25,8 +24,8 @@ from loki_jax.fitting.fit import DEFAULT_SETTINGS, FitResult, fit_landmarks
 from loki_jax.fitting.landmarker import Landmarker
 from loki_jax.fitting.model_files import fetch_models
 from loki_jax.fitting.problem import FitSettings, pad_frames
-from loki_jax.fitting.tracking import Track, clip_landmarks, image_landmarks
-from loki_jax.video import read_image, read_video, resample_to_fps
+from loki_jax.fitting.tracking import Track, choose_frames, cut_track, find_face
+from loki_jax.video import Frames, LazyFrames, read_image
 
 CROP_FACTOR = 1.2
 
@@ -35,21 +34,23 @@ class FittedClip(NamedTuple):
     """A clip (or, with one frame, a portrait) and the head fitted to it.
 
     Attributes:
-      frames: uncropped RGB frames (H, W, 3), an array or any sequence of them.
+      frames: uncropped RGB frames; of a file decoded when they are asked for.
       fps: frame rate; of a portrait 25, which then means nothing.
       track: its landmarks.
       fit: coefficients (N, ...), camera and errors.
       crop: one box x0, y0, x1, y1 for the whole clip, in pixels of the uncropped frame; may reach
         beyond it.
       name: file, or what errors call it.
+      start: number of the first of these frames in the video.
     """
 
-    frames: Sequence[UInt8[np.ndarray, "H W 3"]]
+    frames: Frames
     fps: Fraction
     track: Track
     fit: FitResult
     crop: Float[np.ndarray, " 4"]
     name: str
+    start: int = 0
 
 
 @functools.cache
@@ -82,20 +83,15 @@ def fit_image(
       MediaError, LandmarkError, FitError: the picture cannot be read, has no (single) face, or the
         head has no landmarks.
     """
-    is_array = isinstance(image, np.ndarray)
-    name = name or ("image" if is_array else str(image))
-    pixels = image if is_array else read_image(image)
-    track = image_landmarks(landmarker or default_landmarker(), pixels, face, name)
+    if isinstance(image, np.ndarray):
+        pixels, name = image, name or "image"
+    else:
+        pixels, name = read_image(image), name or str(image)
+    frames, track = find_face(landmarker or default_landmarker(), pixels[None], face, name)
     return fit_track(
-        pixels[None],
-        Fraction(25),
-        track,
-        head,
-        focal=focal,
-        crop_factor=crop_factor,
-        settings=settings,
-        name=name,
-    )
+        frames, Fraction(25), track, head,
+        focal=focal, crop_factor=crop_factor, settings=settings, name=name,
+    )  # fmt: skip
 
 
 def fit_video(
@@ -105,38 +101,43 @@ def fit_video(
     fps: Fraction | None = None,
     landmarker: Landmarker | None = None,
     face: int | None = None,
+    all_shots: bool = False,
+    allow_lost: bool = False,
     focal: float | None = None,
     crop_factor: float = CROP_FACTOR,
     settings: FitSettings = DEFAULT_SETTINGS,
     name: str | None = None,
 ) -> FittedClip:
-    """Fit a clip, given as a file or as RGB frames. Every frame gets coefficients: where the face is
-    lost they are interpolated, with confidence 0.
+    """Fit the longest shot of a clip, given as a file or as RGB frames.
+
+    Every frame of the shot gets coefficients: where the face is lost they are interpolated, with confidence
+    0.
 
     Args:
       fps: of an array its frame rate (required); of a file the rate to resample to (None: its own).
+      all_shots, allow_lost: see `loki_jax.fitting.tracking.choose_frames`.
       landmarker, face, focal, crop_factor, settings, name: as for `fit_image`.
 
     Raises:
-      MediaError, LandmarkError, FitError: the file cannot be read, shows no face, or the head has no
-        landmarks.
+      MediaError, LandmarkError, FitError: the file cannot be read, the face is not visible in most frames, or
+        the head has no landmarks.
       ValueError: an array without `fps`.
     """
-    is_array = isinstance(video, np.ndarray)
-    name = name or ("clip" if is_array else str(video))
-    if is_array:
+    frames: Frames
+    if isinstance(video, np.ndarray):
         if fps is None:
             raise ValueError("frames given as an array need their frame rate: pass fps")
-        frames = video
+        frames, name = video, name or "clip"
     else:
-        clip = read_video(video)
-        if fps is not None and clip.fps != fps:
-            clip = resample_to_fps(clip, fps)
-        frames, fps = clip.frames, clip.fps
-    track = clip_landmarks(landmarker or default_landmarker(), frames, face, name)
-    return fit_track(
-        frames, fps, track, head, focal=focal, crop_factor=crop_factor, settings=settings, name=name
-    )
+        frames, name = LazyFrames(video, fps), name or str(video)
+        fps = frames.fps
+    frames, track = find_face(landmarker or default_landmarker(), frames, face, name)
+    start, stop = choose_frames(track, name, all_shots, allow_lost)
+    fitted = fit_track(
+        frames[start:stop], fps, cut_track(track, start, stop), head,
+        focal=focal, crop_factor=crop_factor, settings=settings, name=name,
+    )  # fmt: skip
+    return fitted._replace(start=start)
 
 
 def clip_crop_box(
@@ -183,7 +184,7 @@ def _extent(head: HeadAsset, coefficients: Coefficients, camera: Camera) -> tupl
 
 
 def fit_track(
-    frames: Sequence[UInt8[np.ndarray, "H W 3"]],
+    frames: Frames,
     fps: Fraction,
     track: Track,
     head: HeadAsset,

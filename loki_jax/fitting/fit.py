@@ -212,7 +212,7 @@ def make_problem(
         # A landmark that is off the head's own one is so in every frame: more frames show more
         # views of the shape, but do not make the landmarks more exact.
         shape_prior=n_frames * np.asarray(head.shape_sigma, np.float32) ** -2.0,
-        huber=np.float32(settings.huber),
+        huber=np.asarray(settings.huber, np.float32),
         **frame_terms(head, layout, settings, 25.0 / fps),
     )
     return problem, layout, start, seen

@@ -12,6 +12,10 @@ points.
 
 from __future__ import annotations
 
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +24,7 @@ from jaxtyping import Float, UInt8
 
 from loki_jax.fitting.model_files import LandmarkError
 from loki_jax.fitting.points import IRIS_LEFT, IRIS_RIGHT, LIDS_LEFT, LIDS_RIGHT, N_POINTS, OUTER_EYE_CORNERS
+from loki_jax.fitting.pose_bias import pose_bias
 
 
 class FaceBox(NamedTuple):
@@ -115,29 +120,63 @@ def suppress(
     scores: Float[np.ndarray, " n"],
     overlap: float = 0.3,
 ) -> list[tuple[Float[np.ndarray, " d"], float]]:
-    """Merge overlapping detections: the score-weighted mean of each group, best first."""
+    """Merge overlapping detections: the score-weighted mean of each group, best first.
+
+    A box that is for the most part inside a better one, or has a better one inside, is dropped: it is a part
+    or the surroundings of the same face.
+    """
     remaining = np.argsort(-scores)
     merged = []
     while len(remaining):
         best = remaining[0]
         joined = np.array([box_overlap(boxes[best], boxes[i]) > overlap for i in remaining])
+        nested = np.array([_nested(boxes[best], boxes[i]) for i in remaining])
         joined[0] = True
         group = remaining[joined]
         merged.append((np.average(values[group], axis=0, weights=scores[group]), float(scores[best])))
-        remaining = remaining[~joined]
+        remaining = remaining[~(joined | nested)]
     return merged
+
+
+def _intersection(a: Float[np.ndarray, "4"], b: Float[np.ndarray, "4"]) -> float:
+    inner = np.minimum(a[2:], b[2:]) - np.maximum(a[:2], b[:2])
+    return float(max(inner[0], 0) * max(inner[1], 0))
+
+
+def _nested(a: Float[np.ndarray, "4"], b: Float[np.ndarray, "4"]) -> bool:
+    smaller = min(np.prod(a[2:] - a[:2]), np.prod(b[2:] - b[:2]))
+    return bool(_intersection(a, b) > 0.7 * smaller)
 
 
 def box_overlap(a: Float[np.ndarray, "4"], b: Float[np.ndarray, "4"]) -> float:
     """Intersection over union of two boxes x0, y0, x1, y1."""
-    inner = np.minimum(a[2:], b[2:]) - np.maximum(a[:2], b[:2])
-    area = max(inner[0], 0) * max(inner[1], 0)
+    area = _intersection(a, b)
     union = np.prod(a[2:] - a[:2]) + np.prod(b[2:] - b[:2]) - area
     return float(area / union) if union > 0 else 0.0
 
 
 def _angle(left: np.ndarray, right: np.ndarray) -> float:
     return float(np.arctan2(right[1] - left[1], right[0] - left[0]))
+
+
+@contextlib.contextmanager
+def _without_info() -> Iterator[None]:
+    """Leave out the INFO lines that LiteRT, which has no option for it, writes to standard error."""
+    stderr = os.dup(2)
+    with tempfile.TemporaryFile() as captured:
+        os.dup2(captured.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
+            captured.seek(0)
+            os.write(2, b"".join(line for line in captured if not line.startswith(b"INFO:")))
+
+
+def eye_angle(face: FaceBox) -> float:
+    """Angle of the line from eye to eye in radians, clockwise on screen; 0 for an upright face."""
+    return _angle(face.keypoints[0], face.keypoints[1])
 
 
 class Landmarker:
@@ -162,7 +201,8 @@ class Landmarker:
 
         def load(stem: str) -> Interpreter:
             network = Interpreter(model_content=models[stem].read_bytes(), num_threads=threads)
-            network.allocate_tensors()
+            with _without_info():
+                network.allocate_tensors()
             return network
 
         self._detector = load("face_detection_short_range")
@@ -171,17 +211,25 @@ class Landmarker:
         self._anchors = ssd_anchors()
 
     def detect(self, image: UInt8[np.ndarray, "h w 3"], threshold: float = 0.5) -> list[FaceBox]:
-        """Faces of an RGB image, largest first; looks at enlarged parts if the whole shows none."""
+        """Faces of an RGB image, largest first.
+
+        Where the whole shows none, it is looked at from further away, since the network does not know faces
+        that fill the picture, and then in ever smaller tiles.
+        """
         height, width = image.shape[:2]
         side = max(height, width)
-        found = self._detect_in(image, Region(width / 2, height / 2, side, 0.0), threshold)
-        parts = 2
-        while not found and parts <= 4 and side / parts >= 64:
+        found: list[FaceBox] = []
+        for scale in (1, 1.5, 2):
+            found = found or self._detect_in(
+                image, Region(width / 2, height / 2, scale * side, 0.0), threshold
+            )
+        for parts in (2, 3, 4, 6, 8, 12, 16):
+            if found or side / parts < (64 if parts <= 4 else 256):
+                break
             step = side / (2 * parts)  # half-overlapping squares of side / parts
             for y in np.arange(step, height + step / 2, step):
                 for x in np.arange(step, width + step / 2, step):
                     found += self._detect_in(image, Region(x, y, side / parts, 0.0), threshold)
-            parts += 1
         if not found:
             return []
         values = np.stack([np.concatenate([face.box, face.keypoints.ravel()]) for face in found])
@@ -210,7 +258,7 @@ class Landmarker:
 
     def face_region(self, face: FaceBox) -> Region:
         """Where the face network looks for the landmarks of a detected face."""
-        angle = _angle(face.keypoints[0], face.keypoints[1])
+        angle = eye_angle(face)
         centre, side = (face.box[:2] + face.box[2:]) / 2, float((face.box[2:] - face.box[:2]).max())
         return Region(float(centre[0]), float(centre[1]), 1.5 * side, angle)
 
@@ -257,6 +305,10 @@ class Landmarker:
         """The region of the next frame, from this frame's points."""
         left, right = OUTER_EYE_CORNERS
         return Region.around(points[:468, :2], _angle(points[left], points[right]), 1.5)
+
+    def unbias(self, points: Float[np.ndarray, "478 3"]) -> Float[np.ndarray, "478 3"]:
+        """Points of `points_in` without what the face network gets wrong as heads nod (`pose_bias`)."""
+        return pose_bias().correct(points)
 
 
 def _invoke(network, value: np.ndarray, widths: tuple[int, ...]) -> list[np.ndarray]:

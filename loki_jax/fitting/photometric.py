@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Shaped
 
+from loki_jax.arrays import ArrayLike
 from loki_jax.face.asset import HeadAsset
 from loki_jax.face.camera import camera_from_world, ndc_from_world, project
 from loki_jax.face.crop import crop_box
@@ -304,12 +305,12 @@ def _track_clips(frames, head, betas, appearance, camera, crop, prior):
 
 
 def fit_photometric_clips(
-    frames: Shaped[Array, "..."],
+    frames: Shaped[ArrayLike, "..."],
     head: HeadAsset,
-    betas: Float[Array, "clips n_shape"],
+    betas: Float[ArrayLike, "clips n_shape"],
     appearance: Appearance,
     camera: Camera,
-    crop: Float[Array, "clips *n 4"],
+    crop: Float[ArrayLike, "clips *n 4"],
     prior: PhotometricPrior = PhotometricPrior(),  # noqa: B008 (a NamedTuple: nobody can change it)
 ) -> tuple[Coefficients, Float[np.ndarray, "clips n"]]:
     """Fit many clips at once: `fit_photometric` with a leading clip axis on all arrays.
@@ -340,12 +341,12 @@ def fit_photometric_clips(
 
 
 def fit_photometric(
-    frames: Shaped[Array, "..."],
+    frames: Shaped[ArrayLike, "..."],
     head: HeadAsset,
-    betas: Float[Array, " n_shape"],
+    betas: Float[ArrayLike, " n_shape"],
     appearance: Appearance,
     camera: Camera,
-    crop: Float[Array, "*n 4"],
+    crop: Float[ArrayLike, "*n 4"],
     prior: PhotometricPrior = PhotometricPrior(),  # noqa: B008 (a NamedTuple: nobody can change it)
 ) -> tuple[Coefficients, Float[np.ndarray, " n"]]:
     """Estimate the coefficients of consecutive frames of a known head from their pixels.

@@ -20,8 +20,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Real
 
+from loki_jax.arrays import ArrayLike
 from loki_jax.face.asset import HeadAsset
 from loki_jax.face.camera import camera_from_world, project
 from loki_jax.face.skinning import Identity, head_vertices, make_identity, world_vertices
@@ -78,7 +79,7 @@ class Layout(NamedTuple):
     def size(self) -> int:
         return self.n_expression + 6 + 3 * self.jaw + 3 * self.eyes
 
-    def coefficients(self, x: Float[Array, "*b p"], shape: Float[Array, "*b s"]) -> Coefficients:
+    def coefficients(self, x: Float[ArrayLike, "*b p"], shape: Float[ArrayLike, "*b s"]) -> Coefficients:
         """Coefficients of a frame's unknowns and the clip's shape; what the layout lacks is 0."""
         still = 0 * x[..., :3]
         rest = [x[..., i : i + 3] for i in range(self.n_expression, self.size, 3)]
@@ -104,16 +105,16 @@ class Problem(NamedTuple):
 
     head: HeadAsset
     camera: Camera
-    observed: Float[Array, "N n 2"]
-    weight: Float[Array, "N n"]
-    sigma: Float[Array, "N n"]
-    real: Float[Array, " N"]
-    frame_prior: Float[Array, " p"]
-    shape_prior: Float[Array, " s"]
-    smoothness: Float[Array, " p"]
-    lower: Float[Array, " p"]
-    upper: Float[Array, " p"]
-    huber: Float[Array, ""]
+    observed: Float[ArrayLike, "N n 2"]
+    weight: Float[ArrayLike, "N n"]
+    sigma: Float[ArrayLike, "N n"]
+    real: Float[ArrayLike, " N"]
+    frame_prior: Float[ArrayLike, " p"]
+    shape_prior: Float[ArrayLike, " s"]
+    smoothness: Float[ArrayLike, " p"]
+    lower: Float[ArrayLike, " p"]
+    upper: Float[ArrayLike, " p"]
+    huber: Float[ArrayLike, ""]
 
 
 def padded_length(frames: int) -> int:
@@ -121,7 +122,7 @@ def padded_length(frames: int) -> int:
     return 1 if frames == 1 else max(16, 1 << (frames - 1).bit_length())
 
 
-def pad_frames(values: Float[np.ndarray, "N ..."]) -> Float[np.ndarray, "M ..."]:
+def pad_frames(values: Real[ArrayLike, "N ..."]) -> Real[np.ndarray, "M ..."]:
     """Repeat the last frame up to `padded_length`, so that few lengths are compiled."""
     values = np.asarray(values)
     return np.concatenate([values, np.repeat(values[-1:], padded_length(len(values)) - len(values), axis=0)])
@@ -139,15 +140,11 @@ def landmark_head(head: HeadAsset, indices: np.ndarray, name: str = LANDMARK_SET
     bary = np.asarray(marks.bary)[indices]
     regressor = np.asarray(head.joint_regressor)
 
-    def reduce(field: np.ndarray) -> np.ndarray:  # (..., V, c) -> (..., n + J, c)
+    def reduce(field: ArrayLike) -> np.ndarray:  # (..., V, c) -> (..., n + J, c)
         field = np.asarray(field)
-        return np.concatenate(
-            [
-                np.einsum("nk,...nkc->...nc", bary, field[..., corners, :]),
-                np.einsum("jv,...vc->...jc", regressor, field),
-            ],
-            axis=-2,
-        ).astype(np.float32)
+        on_landmarks = np.einsum("nk,...nkc->...nc", bary, field[..., corners, :])
+        on_joints = np.einsum("jv,...vc->...jc", regressor, field)
+        return np.concatenate([on_landmarks, on_joints], axis=-2).astype(np.float32)
 
     n, n_joints = len(indices), len(regressor)
     correctives = reduce(head.pose_correctives)
@@ -170,7 +167,7 @@ def landmark_head(head: HeadAsset, indices: np.ndarray, name: str = LANDMARK_SET
 
 
 def project_frame(
-    problem: Problem, layout: Layout, vertices: Float[Array, "n_all 3"], x: Float[Array, " p"]
+    problem: Problem, layout: Layout, vertices: Float[ArrayLike, "n_all 3"], x: Float[Array, " p"]
 ) -> Float[Array, "n 2"]:
     """Pixels of the landmarks of one frame, given the identity's neutral landmark vertices."""
     coefficients = layout.coefficients(x, jnp.zeros(problem.head.n_shape))

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from loki_jax.arrays import ArrayLike
 from loki_jax.face.skinning import make_identity
 from loki_jax.fitting.problem import HIGHEST, Layout, Problem, frame_linearisation, project_frame
 
@@ -43,7 +44,7 @@ def _normal_equations(problem: Problem, layout: Layout, shape, x):
     return jax.lax.map(frame, items, batch_size=chunk)
 
 
-def _second_difference(x: Float[Array, "N p"], real: Float[Array, " N"]) -> Float[Array, "M p"]:
+def _second_difference(x: Float[Array, "N p"], real: Float[ArrayLike, " N"]) -> Float[Array, "M p"]:
     inside = real[2:] * real[1:-1] * real[:-2]
     return (x[2:] - 2 * x[1:-1] + x[:-2]) * inside[:, None]
 
@@ -76,10 +77,8 @@ def _cost(problem: Problem, residual: Float[Array, "N n 2"], shape, x) -> Float[
     prior = jnp.sum(problem.real[:, None] * problem.frame_prior * x**2) + jnp.sum(
         problem.shape_prior * shape**2
     )
-    smooth = 0.0
-    if len(x) > 2:
-        smooth = jnp.sum(problem.smoothness * _second_difference(x, problem.real) ** 2)
-    return data + 0.5 * (prior + smooth)
+    bent = _second_difference(x, problem.real) if len(x) > 2 else jnp.zeros_like(x)
+    return data + 0.5 * (prior + jnp.sum(problem.smoothness * bent**2))
 
 
 def _inverse(matrix: Float[Array, "*b n n"]) -> Float[Array, "*b n n"]:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int, UInt8
 
-from loki_jax.fitting.landmarker import FaceBox, Landmarker, Region, box_overlap
+from loki_jax.fitting.landmarker import FaceBox, Landmarker, Region, box_overlap, eye_angle
 from loki_jax.fitting.model_files import LandmarkError
 from loki_jax.fitting.points import N_POINTS
+from loki_jax.video import Frames, InputWarning, LazyFrames
+
+_CHOOSE = "Choose one with `--face INDEX` (of animate's driver: `--driver-face INDEX`)."
 
 
 class Track(NamedTuple):
@@ -20,23 +24,101 @@ class Track(NamedTuple):
       points: x, y, z in pixels.
       confidence: 0..1 per point.
       score: 0..1, the face network's score of the frame.
-      faces: how many faces the detector saw in the frame the track starts from.
+      faces: how many faces the detector saw at once.
+      cuts: frames that begin another shot, or show another person.
     """
 
     points: Float[np.ndarray, "n 478 3"]
     confidence: Float[np.ndarray, "n 478"]
     score: Float[np.ndarray, " n"]
     faces: int
+    cuts: Int[np.ndarray, " cuts"] = np.zeros(0, np.int64)
+
+
+def find_face(
+    landmarker: Landmarker, frames: Frames, face: int | None = None, name: str = "clip"
+) -> tuple[Frames, Track]:
+    """The frames, turned where they lie or are upside down, and the landmarks of one face in them.
+
+    Warns (`InputWarning`) where the frames are turned, and where one of several faces is chosen.
+
+    Args:
+      face: index of the wanted face, largest first; None: the largest (of a picture: the only, or by far the
+        largest).
+      name: what messages call the frames.
+
+    Raises:
+      LandmarkError: as `clip_landmarks` and `image_landmarks`.
+    """
+    turns = upright_turns(landmarker, [frames[index] for index in _spread(len(frames), 4)])
+    if turns:
+        warnings.warn(
+            f"{name}: lies on its side or is upside down; turned by {90 * turns} degrees counter-clockwise.",
+            InputWarning,
+            stacklevel=2,
+        )
+        frames = turn_frames(frames, turns)
+    track = clip_landmarks(landmarker, frames, face, name)
+    if face is None and track.faces > 1:
+        shown = int(np.argmax(track.score))
+        left, top = track.points[shown, :468, :2].min(0)
+        right, bottom = track.points[shown, :468, :2].max(0)
+        warnings.warn(
+            f"{name}: {track.faces} faces; took the one of {right - left:.0f} x {bottom - top:.0f} pixels at "
+            f"({(left + right) / 2:.0f}, {(top + bottom) / 2:.0f}) in frame {shown}. {_CHOOSE}",
+            InputWarning,
+            stacklevel=2,
+        )
+    return frames, track
+
+
+def upright_turns(landmarker: Landmarker, images: Sequence[UInt8[np.ndarray, "h w 3"]]) -> int:
+    """Counter-clockwise quarter turns after which the face in these pictures of one scene is upright.
+
+    The detector also finds faces that lie or are upside down, but with lower scores or eyes above each
+    other. Without a clear answer the pictures stay as they are.
+    """
+
+    def evidence(turns: int) -> float:
+        faces = [landmarker.detect(np.ascontiguousarray(np.rot90(image, turns))) for image in images]
+        best = [max((f.score * np.cos(eye_angle(f)) for f in found), default=0.0) for found in faces]
+        return float(np.mean(best))
+
+    upright = evidence(0)
+    if upright >= 0.85:
+        return 0
+    others = {turns: evidence(turns) for turns in (1, 2, 3)}
+    best = max(others, key=lambda turns: others[turns])
+    return best if others[best] > upright + 0.15 else 0
+
+
+def turn_frames(frames: Frames, turns: int) -> Frames:
+    """Frames after counter-clockwise quarter turns."""
+    if isinstance(frames, np.ndarray):
+        return np.rot90(frames, turns, (1, 2))
+    if isinstance(frames, LazyFrames):
+        return frames.map(lambda frame: np.ascontiguousarray(np.rot90(frame, turns)))
+    return [np.ascontiguousarray(np.rot90(frame, turns)) for frame in frames]
+
+
+def _spread(count: int, probes: int) -> Int[np.ndarray, " n"]:
+    """Up to `probes` of `count` indices, evenly spread."""
+    return np.unique(np.linspace(0, count - 1, min(probes, count)).round().astype(int))
 
 
 def image_landmarks(
-    landmarker: Landmarker, image: UInt8[np.ndarray, "h w 3"], face: int | None = None, name: str = "image"
+    landmarker: Landmarker,
+    image: UInt8[np.ndarray, "h w 3"],
+    face: int | None = None,
+    name: str = "image",
+    unbias: bool = True,
 ) -> Track:
     """Landmarks of a portrait, as a track of one frame.
 
     Args:
       face: index of the wanted face, largest first; None: the only, or by far the largest, face.
       name: what error messages call the image.
+      unbias: correct the points by `Landmarker.unbias`.
 
     Raises:
       LandmarkError: no face, no face of that index, or two faces of about the same size and no index.
@@ -45,12 +127,10 @@ def image_landmarks(
     if not faces:
         raise LandmarkError(
             f"{name}: no face found in this {image.shape[1]} x {image.shape[0]} image. Use a picture with an "
-            "upright, visible face, cropped so that it fills at least a tenth of the height."
+            "visible face; a head in a large scene is found when the picture is cropped to its surroundings."
         )
     if face is None and len(faces) > 1 and faces[1].size > 0.7 * faces[0].size:
-        raise LandmarkError(
-            f"{name}: {_describe(faces)}. Choose one with `--face INDEX`, or crop the picture."
-        )
+        raise LandmarkError(f"{name}: {_describe(faces)}. {_CHOOSE[:-1]}, or crop the picture.")
     chosen = faces[_face_index(face, faces, name)]
     points, confidence, score = _precise_points(landmarker, image, landmarker.face_region(chosen))
     if score < 0.5:
@@ -58,12 +138,13 @@ def image_landmarks(
             f"{name}: something like a face was found, but no landmarks on it (score {score:.2f}). "
             "Use a picture with a visible, upright face."
         )
+    points = landmarker.unbias(points) if unbias else points
     return Track(points[None], confidence[None], np.array([score], np.float32), len(faces))
 
 
 def clip_landmarks(
     landmarker: Landmarker,
-    frames: Sequence[UInt8[np.ndarray, "h w 3"]],
+    frames: Frames,
     face: int | None = None,
     name: str = "clip",
     probes: int = 8,
@@ -79,16 +160,18 @@ def clip_landmarks(
     """
     if len(frames) == 1:
         return image_landmarks(landmarker, frames[0], face, name)
-    indices = np.unique(np.linspace(0, len(frames) - 1, min(probes, len(frames))).round().astype(int))
+    indices = _spread(len(frames), probes)
     tracks: list[list[tuple[int, FaceBox]]] = []
+    faces = 0
     for index in indices:
-        for found in landmarker.detect(frames[index]):
+        seen = landmarker.detect(frames[index])
+        faces = max(faces, len(seen))
+        for found in seen:
             near = [t for t in tracks if box_overlap(t[-1][1].box, found.box) > 0.2 and t[-1][0] != index]
             near[0].append((index, found)) if near else tracks.append([(index, found)])
     if not tracks:
         raise LandmarkError(
-            f"{name}: no face found in {len(indices)} frames looked at. Use a clip with an upright, "
-            "visible face."
+            f"{name}: no face found in {len(indices)} frames looked at. Use a clip with a visible face."
         )
     # Steadiness times size: a face seen in every probe beats a larger one that passes by.
     tracks.sort(key=lambda t: -sum(found.size for _, found in t))
@@ -97,42 +180,138 @@ def clip_landmarks(
     points = np.zeros((len(frames), N_POINTS, 3), np.float32)
     confidence = np.zeros((len(frames), N_POINTS), np.float32)
     score = np.zeros(len(frames), np.float32)
+    scenes = np.zeros((len(frames), 18, 32, 3), np.uint8)
+    patches = np.full((len(frames), 24 * 24), np.nan, np.float32)
     points[start], confidence[start], score[start] = _precise_points(
         landmarker, frames[start], landmarker.face_region(first)
     )
+    scenes[start] = _thumbnail(frames[start])
+    patches[start] = _face_patch(landmarker, frames[start], points[start])
     for order in (range(start + 1, len(frames)), range(start - 1, -1, -1)):
         last, found_before = points[start], True
         for index in order:
-            found = _follow(landmarker, frames[index], last, found_before)
+            frame = frames[index]
+            found = _follow(landmarker, frame, last, found_before)
             found_before = found is not None
+            scenes[index] = _thumbnail(frame)
             if found is not None:
                 points[index], confidence[index], score[index] = found
+                patches[index] = _face_patch(landmarker, frame, points[index])
                 last = points[index]
-    return Track(points, confidence, score, len(tracks))
+    for index in np.flatnonzero(score):
+        points[index] = landmarker.unbias(points[index])
+    return Track(points, confidence, score, faces, _find_cuts(scenes, patches))
+
+
+def _thumbnail(frame: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "18 32 3"]:
+    import cv2
+
+    return cv2.resize(np.ascontiguousarray(frame), (32, 18), interpolation=cv2.INTER_AREA)
+
+
+def _face_patch(
+    landmarker: Landmarker, frame: UInt8[np.ndarray, "h w 3"], points: Float[np.ndarray, "478 3"]
+) -> Float[np.ndarray, "576"]:
+    """The upright face in a few grey pixels of mean 0 and norm 1; NaN where it has no contrast."""
+    grey = landmarker.next_region(points).cut(frame, 24).mean(-1).ravel()
+    grey = grey - grey.mean()
+    norm = np.linalg.norm(grey)
+    return grey / norm if norm > 24 else np.full(len(grey), np.nan)
+
+
+def _find_cuts(
+    scenes: UInt8[np.ndarray, "n 18 32 3"], patches: Float[np.ndarray, "n 576"]
+) -> Int[np.ndarray, " cuts"]:
+    """Frames that begin another shot, by thumbnails, or show another person, by patches of the face.
+
+    At a cut the picture changes several times as much as around it, in contrast to pans, flashes and
+    flicker. From one frame to the next patches of one person correlate by .8 or more, of two people by .6 or
+    less (ten clips of tests/fitting/test_real_clips.py).
+    """
+    pairs = zip(scenes[1:].astype(np.int16), scenes[:-1], strict=True)
+    change = np.array([np.abs(after - before).mean() for after, before in pairs])
+    padded = np.pad(change, 3)
+    around = np.max([np.roll(padded, shift) for shift in (-3, -2, -1, 1, 2, 3)], axis=0)[3 : 3 + len(change)]
+    shot = (change > 8) & (change > 3 * around)
+    person = np.sum(patches[1:] * patches[:-1], axis=1) < 0.7
+    return np.flatnonzero(shot | person) + 1
 
 
 def steady_run(track: Track, longest_gap: int = 2) -> tuple[int, int]:
-    """[start, stop) of the longest run of frames that show the face, without jump.
+    """[start, stop) of the longest run of frames that show the face, without cut or jump.
 
     Gaps of up to `longest_gap` frames are bridged. A jump is a shift of the face by more than half its
-    size from one frame to the next: a cut, or another person.
+    size from one frame to the next.
     """
+    runs = shots(track, longest_gap)
+    longest = max(runs, key=len, default=np.zeros(0, int))
+    return (int(longest[0]), int(longest[-1]) + 1) if len(longest) else (0, 0)
+
+
+def shots(track: Track, longest_gap: int | None = None) -> list[Int[np.ndarray, " frames"]]:
+    """The frames that show the face, apart where there is a cut, a jump or a gap of more frames than that."""
     present = np.flatnonzero(track.score >= 0.5)
     if len(present) == 0:
-        return 0, 0
+        return []
     face = track.points[present, :468, :2]
     centre, size = face.mean(1), np.ptp(face, axis=1).max(1)
     shift = np.linalg.norm(np.diff(centre, axis=0), axis=1) / np.minimum(size[1:], size[:-1])
     growth = np.abs(np.log(size[1:] / size[:-1]))
-    breaks = (np.diff(present) > longest_gap + 1) | (shift > 0.5) | (growth > np.log(1.5))
-    runs = np.split(present, np.flatnonzero(breaks) + 1)
-    longest = max(runs, key=len)
-    return int(longest[0]), int(longest[-1]) + 1
+    # The face may have moved while it was not seen.
+    jumps = ((shift > 0.5) | (growth > np.log(1.5))) & ((np.diff(present) == 1) | (longest_gap is not None))
+    cut = np.searchsorted(track.cuts, present[:-1], "right") < np.searchsorted(
+        track.cuts, present[1:], "right"
+    )
+    gaps = np.diff(present) > (len(track.score) if longest_gap is None else longest_gap) + 1
+    return np.split(present, np.flatnonzero(jumps | cut | gaps) + 1)
+
+
+def choose_frames(
+    track: Track, name: str = "clip", all_shots: bool = False, allow_lost: bool = False
+) -> tuple[int, int]:
+    """[start, stop) of the frames to use: of several shots with the face the longest, else everything.
+
+    Warns (`InputWarning`) of shots that are left out and of frames without the face.
+
+    Args:
+      all_shots: take all frames, also over cuts.
+      allow_lost: accept frames of which more than half do not show the face.
+
+    Raises:
+      LandmarkError: the face is not visible in more than half of the frames.
+    """
+    runs = shots(track)
+    start, stop = 0, len(track.score)
+    if len(runs) > 1 and not all_shots:
+        longest = max(runs, key=len)
+        start, stop = int(longest[0]), int(longest[-1]) + 1
+        warnings.warn(
+            f"{name}: {len(runs)} shots; took the longest, frames {start} to {stop - 1} of "
+            f"{len(track.score)} (all of them: `--all-shots`).",
+            InputWarning,
+            stacklevel=2,
+        )
+    count = stop - start
+    lost = int((track.score[start:stop] < 0.5).sum())
+    if 2 * lost > count and not allow_lost:
+        raise LandmarkError(
+            f"{name}: the face is visible in {count - lost} of {count} frames; at least half are needed. "
+            "Use a clip that shows it, or have its motion invented (`--allow-lost`)."
+        )
+    if lost:
+        warnings.warn(
+            f"{name}: the face is not visible in {lost} of {count} frames; its motion there is interpolated.",
+            InputWarning,
+            stacklevel=2,
+        )
+    return start, stop
 
 
 def cut_track(track: Track, start: int, stop: int) -> Track:
     """Frames [start, stop) of a track."""
-    return Track(track.points[start:stop], track.confidence[start:stop], track.score[start:stop], track.faces)
+    cuts = track.cuts[(track.cuts > start) & (track.cuts < stop)] - start
+    part = slice(start, stop)
+    return Track(track.points[part], track.confidence[part], track.score[part], track.faces, cuts)
 
 
 def _follow(landmarker: Landmarker, image: np.ndarray, last: np.ndarray, found_before: bool):
@@ -165,7 +344,7 @@ def _precise_points(landmarker: Landmarker, image: np.ndarray, region: Region):
 
 def _face_index(face: int | None, faces: Sequence[FaceBox], name: str) -> int:
     if face is not None and not 0 <= face < len(faces):
-        raise LandmarkError(f"{name}: no face number {face}: {_describe(faces)}. Choose with `--face INDEX`.")
+        raise LandmarkError(f"{name}: no face number {face}: {_describe(faces)}. {_CHOOSE}")
     return face or 0
 
 

@@ -143,7 +143,7 @@ def sample_image(
     return total
 
 
-def view_cosines(points: Float[Array, "*b V 3"], faces: Int[ArrayLike, "F 3"]) -> Float[Array, "*b V"]:
+def view_cosines(points: Float[ArrayLike, "*b V 3"], faces: Int[ArrayLike, "F 3"]) -> Float[Array, "*b V"]:
     """Cosine between the normal of each vertex, given in camera axes, and the way to the camera."""
     distance = jnp.sqrt(jnp.sum(points * points, axis=-1))
     return -jnp.sum(vertex_normals(points, faces) * points, axis=-1) / distance
@@ -190,9 +190,9 @@ def view_head(
 
 def flow_between(
     portrait: MeshView,
-    vertices: Float[Array, "*b V 3"],
-    depth: Float[Array, "*b V"],
-    facing: Float[Array, "*b V"],
+    vertices: Float[ArrayLike, "*b V 3"],
+    depth: Float[ArrayLike, "*b V"],
+    facing: Float[ArrayLike, "*b V"],
     fragments: Fragments,
     faces: Int[ArrayLike, "F 3"],
     parts: Float[Array, "V 2"],
@@ -221,7 +221,7 @@ def flow_between(
     covered = jnp.asarray(fragments.covered)
     pixels = pixel_positions(size)
     ratio = jnp.where(covered[..., None], ratio, 1.0)
-    position = (pixels - moved) / ratio  # the rasteriser's axes point the other way
+    position = (jnp.asarray(pixels) - moved) / ratio  # the rasteriser's axes point the other way
     depth_there = ratio[..., 0] / jnp.where(covered, inverse[..., 0], 1.0)
 
     inside = jnp.ones_like(portrait.shown[..., :1])

@@ -72,8 +72,8 @@ def offset_map(
     """
     fragments = rasterize(ndc, faces, size)
     image = interpolate(fragments, faces, offsets / OFFSET_SCALE)
-    belongs = render_mask[faces].any(-1)
-    return image, (fragments.face >= 0) & belongs[jnp.maximum(fragments.face, 0)]
+    belongs = jnp.asarray(render_mask)[faces].any(-1)
+    return image, jnp.logical_and(fragments.face >= 0, belongs[jnp.maximum(fragments.face, 0)])
 
 
 def offset_distance(

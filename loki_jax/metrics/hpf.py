@@ -5,8 +5,13 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from scipy.spatial.transform import Rotation
+
+from loki_jax.arrays import ArrayLike
+
+# Between y up, z towards the viewer (the world's axes) and OpenCV's, in which extrinsics act.
+_FLIP = np.diag([1.0, -1.0, -1.0])
 
 
 class HeadPoseFollow(NamedTuple):
@@ -33,25 +38,35 @@ class HeadPoseFollow(NamedTuple):
     per_frame: Float[np.ndarray, " n"]
 
 
-def head_rotation(rot: Float[np.ndarray, "n 3"], neck: Float[np.ndarray, "n 3"] | None = None) -> Rotation:
+def head_rotation(rot: Float[ArrayLike, "n 3"], neck: Float[ArrayLike, "n 3"] | None = None) -> Rotation:
     """Total head rotations R(rot) R(neck) of rotation vectors in radians; no neck means no bend."""
     total = Rotation.from_rotvec(np.asarray(rot, np.float64))
     return total if neck is None else total * Rotation.from_rotvec(np.asarray(neck, np.float64))
 
 
+def _to_camera(extrinsics: Float[ArrayLike, "*n 4 4"] | None, frames: Int[np.ndarray, " k"]) -> Rotation:
+    """Rotation from world to camera axes, here y up and z backwards, for the frames with these numbers."""
+    matrices = np.eye(4) if extrinsics is None else np.asarray(extrinsics, np.float64)
+    if matrices.ndim == 3:
+        matrices = matrices[frames]
+    return Rotation.from_matrix(_FLIP @ matrices[..., :3, :3] @ _FLIP)
+
+
 def head_pose_follow(
-    pred_rot: Float[np.ndarray, "..."],
-    target_rot: Float[np.ndarray, "..."],
-    pred_neck: Float[np.ndarray, "..."] | None = None,
-    target_neck: Float[np.ndarray, "..."] | None = None,
+    pred_rot: Float[ArrayLike, "..."],
+    target_rot: Float[ArrayLike, "..."],
+    pred_neck: Float[ArrayLike, "..."] | None = None,
+    target_neck: Float[ArrayLike, "..."] | None = None,
     n_frames: int | None = None,
     pred_valid: Bool[np.ndarray, "..."] | None = None,
     target_valid: Bool[np.ndarray, "..."] | None = None,
+    pred_extrinsics: Float[ArrayLike, "*n 4 4"] | None = None,
+    target_extrinsics: Float[ArrayLike, "*m 4 4"] | None = None,
 ) -> HeadPoseFollow:
     """Head-pose follow: how well a prediction follows a target, in degrees; lower is better.
 
-    With R_t = R(rot_t) R(neck_t) and D_t = R_t R_0^T, the mean over t of the geodesic angle between
-    D_pred and D_target (method, section 10).
+    With R_t = R(rot_t) R(neck_t) in the axes of each clip's camera and D_t = R_t R_0^T, the mean over t of
+    the geodesic angle between D_pred and D_target (method, section 10).
 
     Args:
       pred_rot, target_rot: (n_pred, 3) and (n_target, 3), rotation vectors, radians.
@@ -59,32 +74,29 @@ def head_pose_follow(
       n_frames: number of frames asked for; default the target's.
       pred_valid, target_valid: (n_pred,) and (n_target,), frames that were tracked; default all. Frame 0 is
         the first frame tracked in both.
+      pred_extrinsics, target_extrinsics: from the world to the clip's camera, one for all frames or one a
+        frame; None: the identity.
 
     Raises:
       ValueError: an array is not (n, 3), or its lengths disagree.
     """
-    arrays = {
-        "pred_rot": pred_rot,
-        "target_rot": target_rot,
-        "pred_neck": pred_neck,
-        "target_neck": target_neck,
-    }
-    for name, value in arrays.items():
-        if value is not None and (np.ndim(value) != 2 or np.shape(value)[1] != 3):
-            raise ValueError(f"head_pose_follow: {name} has shape {np.shape(value)}, expected (frames, 3)")
-    for side, rot, others in (
-        ("pred", pred_rot, (pred_neck, pred_valid)),
-        ("target", target_rot, (target_neck, target_valid)),
+    asked = len(target_rot) if n_frames is None else n_frames
+    length = min(len(pred_rot), len(target_rot), asked)
+    common = np.ones(length, bool)
+    for side, rot, neck, valid in (
+        ("pred", pred_rot, pred_neck, pred_valid),
+        ("target", target_rot, target_neck, target_valid),
     ):
-        for other in others:
+        for name, value in (("rot", rot), ("neck", neck)):
+            if value is not None and (np.ndim(value) != 2 or np.shape(value)[1] != 3):
+                raise ValueError(
+                    f"head_pose_follow: {side}_{name} has shape {np.shape(value)}, expected (frames, 3)"
+                )
+        for other in (neck, valid):
             if other is not None and len(other) != len(rot):
                 raise ValueError(
                     f"head_pose_follow: {side}_rot has {len(rot)} frames, its neck or validity {len(other)}"
                 )
-    asked = len(target_rot) if n_frames is None else n_frames
-    length = min(len(pred_rot), len(target_rot), asked)
-    common = np.ones(length, bool)
-    for valid in (pred_valid, target_valid):
         if valid is not None:
             common &= np.asarray(valid[:length], bool)
     index = np.flatnonzero(common)
@@ -95,8 +107,8 @@ def head_pose_follow(
     def pick(value):
         return None if value is None else np.asarray(value)[index]
 
-    prediction = head_rotation(pick(pred_rot), pick(pred_neck))
-    target = head_rotation(pick(target_rot), pick(target_neck))
+    prediction = _to_camera(pred_extrinsics, index) * head_rotation(pick(pred_rot), pick(pred_neck))
+    target = _to_camera(target_extrinsics, index) * head_rotation(pick(target_rot), pick(target_neck))
     # `magnitude` is the geodesic angle 2 arccos |q . q|, computed without the arccos that loses half
     # of the digits near 0.
     relative = (prediction * prediction[0].inv()).inv() * (target * target[0].inv())

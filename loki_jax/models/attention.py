@@ -60,29 +60,28 @@ def attend(
     return _xla(q, k, v)
 
 
-def attend_shared(
+def attend_frames(
     q: Float[Array, "b t n heads d"],
     k: Float[Array, "b t n heads d"],
     v: Float[Array, "b t n heads d"],
-    shared_k: Float[Array, "b m heads d"],
-    shared_v: Float[Array, "b m heads d"],
+    shared: tuple[Float[Array, "b m heads d"], Float[Array, "b m heads d"]] | None = None,
     backend: str = "auto",
 ) -> Float[Array, "b t n heads d"]:
-    """Attention within each frame, with further keys and values that all frames of a sample share.
+    """Attention within each frame, optionally with further tokens that all frames of a sample share.
 
-    The same as `attend` on every frame with the shared tokens appended. The shared keys and values
-    are copied to the frames: the copies are small beside the logits, the fused kernels need them, and on
-    CPU this is faster than attending to both parts separately and joining them.
+    The same as `attend` on every frame with the shared keys and values appended. They are copied to the
+    frames: the copies are small beside the logits, the fused kernels need them, and on CPU this is
+    faster than attending to both parts separately and joining them.
 
     Raises:
       ValueError: as `attend`.
     """
     b, t = q.shape[:2]
+    if shared is not None:
+        copies = (jnp.broadcast_to(x[:, None], (b, t, *x.shape[1:])) for x in shared)
+        k, v = (jnp.concatenate(pair, axis=2) for pair in zip((k, v), copies, strict=True))
     flat = lambda x: x.reshape(b * t, *x.shape[2:])
-    append = lambda own, shared: flat(
-        jnp.concatenate([own, jnp.broadcast_to(shared[:, None], (b, t, *shared.shape[1:]))], axis=2)
-    )
-    return attend(flat(q), append(k, shared_k), append(v, shared_v), backend).reshape(q.shape)
+    return attend(flat(q), flat(k), flat(v), backend).reshape(q.shape)
 
 
 def _choose(q: Array, k: Array) -> str:
@@ -168,12 +167,19 @@ def _splash_local(q: Array, k: Array, v: Array, interpret: bool) -> Array:
 
     n, m, heads = q.shape[1], k.shape[1], q.shape[2]
     padded_n, padded_m = (-(-tokens // _LANES) * _LANES for tokens in (n, m))
-    sizes = dict.fromkeys(("block_q", "block_q_dkv", "block_q_dq"), _splash_block(padded_n))
-    sizes |= dict.fromkeys(("block_kv", "block_kv_dkv", "block_kv_dq"), _splash_block(padded_m))
+    block_n, block_m = _splash_block(padded_n), _splash_block(padded_m)
+    block_sizes = kernel.BlockSizes(
+        block_q=block_n,
+        block_kv=block_m,
+        block_q_dkv=block_n,
+        block_kv_dkv=block_m,
+        block_q_dq=block_n,
+        block_kv_dq=block_m,
+    )
     apply = kernel.make_splash_mha(
         # Every query sees every key; this mask is a shape, not an array.
         masks.MultiHeadMask([masks.FullMask((padded_n, padded_m))] * heads),
-        block_sizes=kernel.BlockSizes(**sizes),
+        block_sizes=block_sizes,
         head_shards=1,
         q_seq_shards=1,
         interpret=interpret,

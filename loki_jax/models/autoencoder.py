@@ -26,6 +26,9 @@ _EPS = 1e-6
 # Log-variance of an autoencoder without noise; the VAE's own is clamped to the same lower limit.
 DETERMINISTIC_LOGVAR = -30.0
 
+Images = Float[Array, "n height width 3"]  # in [-1, 1]
+Latents = Float[Array, "n h w c"]
+
 
 def sample_posterior(
     key: PRNGKeyArray, mean: Float[Array, "*b h w c"], logvar: Float[Array, "*b h w c"]
@@ -74,7 +77,7 @@ class _Encoder(nn.Module):
     dtype: Dtype
 
     @nn.compact
-    def __call__(self, x: Float[Array, "n height width 3"]) -> Float[Array, "n h w out"]:
+    def __call__(self, x: Images) -> Latents:
         h = Conv3x3(self.widths[0], dtype=self.dtype, name="conv_in")(x)
         for level, width in enumerate(self.widths):
             for i in range(self.num_res_blocks):
@@ -97,7 +100,7 @@ class _Decoder(nn.Module):
     dtype: Dtype
 
     @nn.compact
-    def __call__(self, z: Float[Array, "n h w c"]) -> Float[Array, "n height width 3"]:
+    def __call__(self, z: Latents) -> Images:
         h = Conv3x3(self.widths[-1], dtype=self.dtype, name="conv_in")(z)
         h = _Middle(self.widths[-1], self.groups, self.backend, self.dtype, name="middle")(h)
         for level, width in reversed(list(enumerate(self.widths))):
@@ -139,29 +142,26 @@ class AutoencoderKL(nn.Module):
         self.quant = dense(2 * self.latent_channels, None, self.dtype)
         self.post_quant = dense(self.latent_channels, None, self.dtype)
 
-    def encode(
-        self, images: Float[Array, "n height width 3"]
-    ) -> tuple[Float[Array, "n h w c"], Float[Array, "n h w c"]]:
+    def encode(self, images: Images) -> tuple[Latents, Latents]:
         """Mean and log-variance of the scaled latents, float32.
 
         Raises:
           ValueError: the images' sides are not divisible by the stride.
         """
-        if images.shape[1] % self.stride or images.shape[2] % self.stride:
-            raise ValueError(
-                f"images of {images.shape[1]} x {images.shape[2]} are not divisible by {self.stride}"
-            )
+        _, height, width, _ = images.shape
+        if height % self.stride or width % self.stride:
+            raise ValueError(f"images of {height} x {width} are not divisible by {self.stride}")
         moments = self.quant(self.encoder(images.astype(self.dtype))).astype(jnp.float32)
         mean, logvar = jnp.split(moments, 2, axis=-1)
         logvar = jnp.clip(logvar, DETERMINISTIC_LOGVAR, 20.0)
         return mean * self.scale, logvar + 2 * math.log(self.scale)
 
-    def decode(self, latents: Float[Array, "n h w c"]) -> Float[Array, "n height width 3"]:
+    def decode(self, latents: Latents) -> Images:
         """Images in about [-1, 1], float32, of scaled latents."""
         codes = (latents / self.scale).astype(self.dtype)
         return self.decoder(self.post_quant(codes)).astype(jnp.float32)
 
-    def __call__(self, images: Float[Array, "n height width 3"]) -> Float[Array, "n height width 3"]:
+    def __call__(self, images: Images) -> Images:
         """Reconstruction from the posterior mean; touches every parameter (for `init`)."""
         return self.decode(self.encode(images)[0])
 
@@ -185,9 +185,7 @@ class PixelAutoencoder(nn.Module):
         """Channels of the latents."""
         return 3 * self.patch**2
 
-    def encode(
-        self, images: Float[Array, "n height width 3"]
-    ) -> tuple[Float[Array, "n h w c"], Float[Array, "n h w c"]]:
+    def encode(self, images: Images) -> tuple[Latents, Latents]:
         """The scaled latents and a constant log-variance of -30.
 
         Raises:
@@ -201,33 +199,39 @@ class PixelAutoencoder(nn.Module):
         z = z.transpose(0, 1, 3, 2, 4, 5).reshape(n, height // p, width // p, p * p * colours) * self.scale
         return z, jnp.full_like(z, DETERMINISTIC_LOGVAR)
 
-    def decode(self, latents: Float[Array, "n h w c"]) -> Float[Array, "n height width 3"]:
+    def decode(self, latents: Latents) -> Images:
         """The images of scaled latents."""
         n, h, w, _ = latents.shape
         p = self.patch
         x = (latents / self.scale).reshape(n, h, w, p, p, 3).transpose(0, 1, 3, 2, 4, 5)
         return x.reshape(n, h * p, w * p, 3)
 
-    def __call__(self, images: Float[Array, "n height width 3"]) -> Float[Array, "n height width 3"]:
+    def __call__(self, images: Images) -> Images:
         """The images again (for `init`)."""
         return self.decode(self.encode(images)[0])
 
 
-def make_autoencoder(config: ConfigDict) -> AutoencoderKL | PixelAutoencoder:
+Autoencoder = AutoencoderKL | PixelAutoencoder
+
+
+def make_autoencoder(config: ConfigDict) -> Autoencoder:
     """The autoencoder of `config.model`; configs/common.py explains the keys.
 
     Raises:
       ValueError: unknown kind, or latents that do not fit `model.latent_channels`.
     """
     options = config.autoencoder
+    model: Autoencoder
     if options.kind == "kl":
+        backend = config.get("attention_backend", "auto")
         model = AutoencoderKL(
             widths=tuple(options.widths),
             num_res_blocks=options.num_res_blocks,
             latent_channels=config.latent_channels,
             scale=options.scale,
             norm_groups=options.get("norm_groups", 32),
-            attention_backend=_backend(config.get("attention_backend", "auto")),
+            # The fused kernels do not take the VAE's one head of 512 channels.
+            attention_backend="auto" if backend in ("cudnn", "splash") else backend,
             dtype=jnp.dtype(config.get("dtype", "float32")),
         )
     elif options.kind == "pixel":
@@ -240,8 +244,3 @@ def make_autoencoder(config: ConfigDict) -> AutoencoderKL | PixelAutoencoder:
             f"makes {model.latent_channels}"
         )
     return model
-
-
-def _backend(chosen: str) -> str:
-    """The VAE's backend: the fused kernels do not take its one head of 512 channels."""
-    return "auto" if chosen in ("cudnn", "splash") else chosen

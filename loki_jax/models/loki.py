@@ -15,6 +15,8 @@ The public code's training ran the reference UNet on a zero latent instead; to r
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -22,9 +24,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 from ml_collections import ConfigDict
 
 from loki_jax.models.encoder import ConditioningEncoder, VectorEncoder
-from loki_jax.models.unet import UNet
-
-Features = tuple[Float[Array, "b _ _"], ...]
+from loki_jax.models.unet import Features, UNet
 
 
 class Generation(nn.Module):
@@ -37,9 +37,9 @@ class Generation(nn.Module):
         """Residual for the UNet's first feature map."""
         return self.encoder(driver)
 
-    def denoise(self, x, timesteps, condition, features, context=None) -> Float[Array, "b t h w c"]:
+    def denoise(self, *inputs) -> Float[Array, "b t h w c"]:
         """The UNet's prediction; arguments as for `Loki.denoise`."""
-        return self.unet(x, timesteps, condition, features, context)[0]
+        return self.unet(*inputs)[0]
 
 
 class Loki(nn.Module):
@@ -106,35 +106,33 @@ def make_loki(config: ConfigDict) -> Loki:
       ValueError: unknown encoder kind. The networks check the other options when they are called.
     """
     dtype = jnp.dtype(config.get("dtype", "float32"))
-    groups = config.get("norm_groups", 32)
+    groups, remat = config.get("norm_groups", 32), config.get("remat", False)
     unet, reference, encoder = config.unet, config.reference, config.encoder
-    common = dict(
-        out_channels=config.latent_channels,
-        attention_levels=tuple(unet.attention_levels),
-        attention_modes=tuple(unet.attention_modes),
-        head_channels=unet.head_channels,
-        norm_groups=groups,
-        dtype=dtype,
-        attention_backend=config.get("attention_backend", "auto"),
-    )
 
-    def sizes(branch: ConfigDict) -> dict:
+    def make_unet(branch: ConfigDict, modes: Iterable[str], remat: bool) -> UNet:
         """The reference branch has the sizes of the generation branch unless it gives its own."""
-        return dict(
+        return UNet(
+            out_channels=config.latent_channels,
             channels=branch.get("channels", unet.channels),
             multipliers=tuple(branch.get("multipliers", unet.multipliers)),
             num_res_blocks=branch.get("num_res_blocks", unet.num_res_blocks),
+            attention_levels=tuple(unet.attention_levels),
+            attention_modes=tuple(modes),
+            head_channels=unet.head_channels,
             context_dim=branch.get("context_dim", None),
+            norm_groups=groups,
+            dtype=dtype,
+            attention_backend=config.get("attention_backend", "auto"),
+            remat=remat,
         )
 
-    remat = config.get("remat", False)
-    generation_unet = UNet(**common, **sizes(unet), remat=remat)
     # Time exists in the generation branch only: the reference is one frame, and a pretrained backbone
     # has no such layers.
-    common["attention_modes"] = tuple("spatial" if m == "temporal" else m for m in unet.attention_modes)
+    modes = ("spatial" if mode == "temporal" else mode for mode in unet.attention_modes)
     # Kept activations are only needed when gradients flow through the branch.
-    reference_unet = UNet(**common, **sizes(reference), remat=remat and reference.trainable)
+    reference_unet = make_unet(reference, modes, remat and reference.trainable)
     kind = encoder.get("kind", "map")
+    driver_encoder: ConditioningEncoder | VectorEncoder
     if kind == "map":
         widths = tuple(encoder.widths)
         driver_encoder = ConditioningEncoder(encoder.stem, widths, unet.channels, groups, dtype, remat)
@@ -142,7 +140,7 @@ def make_loki(config: ConfigDict) -> Loki:
         driver_encoder = VectorEncoder(encoder.hidden, unet.channels, (config.latent_size,) * 2, dtype)
     else:
         raise ValueError(f"unknown model.encoder.kind {kind!r}; one of 'map', 'vector'")
-    return Loki(Generation(driver_encoder, generation_unet), reference_unet)
+    return Loki(Generation(driver_encoder, make_unet(unet, unet.attention_modes, remat)), reference_unet)
 
 
 def init_params(model: Loki, config: ConfigDict, key: PRNGKeyArray) -> PyTree:

@@ -8,11 +8,14 @@ and an argument; modules hold no state.
 
 from __future__ import annotations
 
+from functools import partial
+from typing import NamedTuple
+
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from loki_jax.models.attention import attend, attend_shared
+from loki_jax.models.attention import attend, attend_frames
 from loki_jax.models.layers import (
     Conv3x3,
     Dtype,
@@ -26,6 +29,20 @@ from loki_jax.models.layers import (
 
 ATTENTION_MODES = ("spatial", "3d", "temporal")
 
+Tokens = Float[Array, "b t n c"]  # of the frames of a window
+
+Features = tuple[Float[Array, "b _ _"], ...]  # what entered each self-attention: down, middle, up
+
+
+class _Options(NamedTuple):
+    """What the blocks of one UNet share; see `UNet`."""
+
+    head_channels: int
+    norm_groups: int
+    context_dim: int | None
+    backend: str
+    dtype: Dtype
+
 
 class Attention(nn.Module):
     """Multi-head attention of `tokens` to themselves, to extra tokens, or to a context.
@@ -34,50 +51,38 @@ class Attention(nn.Module):
     each other: "spatial" those of the same frame, "3d" all, "temporal" those of the same pixel.
     """
 
-    head_channels: int
-    backend: str
-    dtype: Dtype
+    options: _Options
     zero_init: bool = False
 
     @nn.compact
     def __call__(
         self,
-        tokens: Float[Array, "b t n c"],
+        tokens: Tokens,
         mode: str,
         extra: Float[Array, "b m c"] | None = None,
         context: Float[Array, "b l e"] | None = None,
-    ) -> Float[Array, "b t n c"]:
+    ) -> Tokens:
         b, t, n, channels = tokens.shape
-        heads = channels // self.head_channels
-        project = lambda name: dense(channels, name, self.dtype, use_bias=False)
-        to_q, to_k, to_v = project("q"), project("k"), project("v")
-        split = lambda x: x.reshape(*x.shape[:-1], heads, self.head_channels)
-        q = split(to_q(tokens))
-        if context is not None:
-            k, v = split(to_k(context)), split(to_v(context))
-            out = attend(q.reshape(b, t * n, heads, -1), k, v, self.backend)
-        elif mode == "temporal":
-            per_pixel = lambda x: x.swapaxes(1, 2).reshape(b * n, t, heads, -1)
-            out = attend(
-                per_pixel(q), per_pixel(split(to_k(tokens))), per_pixel(split(to_v(tokens))), self.backend
-            )
+        backend, dtype = self.options.backend, self.options.dtype
+        to_q, to_k, to_v = (dense(channels, name, dtype, use_bias=False) for name in "qkv")
+        split = lambda x: x.reshape(*x.shape[:-1], -1, self.options.head_channels)
+        source = tokens if context is None else context
+        q, k, v = split(to_q(tokens)), split(to_k(source)), split(to_v(source))
+        # The reference goes through the same projections as the frames' own tokens.
+        shared = None if extra is None else (split(to_k(extra)), split(to_v(extra)))
+        if mode == "temporal":
+            per_pixel = lambda x: x.swapaxes(1, 2).reshape(b * n, t, *x.shape[3:])
+            out = attend(per_pixel(q), per_pixel(k), per_pixel(v), backend)
             out = out.reshape(b, n, t, channels).swapaxes(1, 2)
+        elif mode == "spatial" and t > 1:
+            out = attend_frames(q, k, v, shared, backend)
         else:
-            k, v = split(to_k(tokens)), split(to_v(tokens))
-            # The reference goes through the same projections as the frames' own tokens.
-            extra_kv = None if extra is None else (split(to_k(extra)), split(to_v(extra)))
-            if mode == "3d" or t == 1:
-                flat = lambda x: x.reshape(b, t * n, heads, -1)
-                k, v = flat(k), flat(v)
-                if extra_kv is not None:
-                    k, v = jnp.concatenate([k, extra_kv[0]], 1), jnp.concatenate([v, extra_kv[1]], 1)
-                out = attend(flat(q), k, v, self.backend)
-            elif extra_kv is not None:
-                out = attend_shared(q, k, v, *extra_kv, self.backend)
-            else:
-                flat = lambda x: x.reshape(b * t, n, heads, -1)
-                out = attend(flat(q), flat(k), flat(v), self.backend)
-        return dense(channels, "out", self.dtype, zero_init=self.zero_init)(out.reshape(b, t, n, channels))
+            whole = lambda x: x.reshape(b, -1, *x.shape[-2:])
+            k, v = whole(k), whole(v)
+            if shared is not None:
+                k, v = (jnp.concatenate(pair, axis=1) for pair in zip((k, v), shared, strict=True))
+            out = attend(whole(q), k, v, backend)
+        return dense(channels, "out", dtype, zero_init=self.zero_init)(out.reshape(b, t, n, channels))
 
 
 class TransformerBlock(nn.Module):
@@ -87,50 +92,38 @@ class TransformerBlock(nn.Module):
     feature the reference branch hands on.
     """
 
-    head_channels: int
+    options: _Options
     mode: str
-    context_dim: int | None
-    backend: str
-    dtype: Dtype
 
     @nn.compact
     def __call__(
-        self,
-        x: Float[Array, "b t n c"],
-        reference: Float[Array, "b m c"] | None,
-        context: Float[Array, "b l e"] | None,
-    ) -> tuple[Float[Array, "b t n c"], Float[Array, "b tn c"]]:
+        self, x: Tokens, reference: Float[Array, "b m c"] | None, context: Float[Array, "b l e"] | None
+    ) -> tuple[Tokens, Float[Array, "b tn c"]]:
         b, t, n, channels = x.shape
-        attention = lambda name, **options: Attention(
-            self.head_channels, self.backend, self.dtype, name=name, **options
-        )
+        attention = partial(Attention, self.options)
         normed = LayerNorm(name="self_norm")(x)
         within = "3d" if self.mode == "3d" else "spatial"
-        x = x + attention("self_attention")(normed, within, extra=reference)
+        x = x + attention(name="self_attention")(normed, within, extra=reference)
         if self.mode == "temporal":
             # Zero at the start, so that a pretrained backbone is unchanged (AnimateDiff, Guo et al. 2024).
-            temporal = attention("temporal_attention", zero_init=True)
+            temporal = attention(zero_init=True, name="temporal_attention")
             x = x + temporal(LayerNorm(name="temporal_norm")(x), "temporal")
-        if self.context_dim is not None:
+        if self.options.context_dim is not None:
             h = LayerNorm(name="cross_norm")(x)
-            x = x + attention("cross_attention")(h, "context", context=context)
+            x = x + attention(name="cross_attention")(h, "context", context=context)
         h = LayerNorm(name="ff_norm")(x)
-        h, gate = jnp.split(dense(8 * channels, "ff_in", self.dtype)(h), 2, axis=-1)
+        h, gate = jnp.split(dense(8 * channels, "ff_in", self.options.dtype)(h), 2, axis=-1)
         h = h * nn.gelu(gate, approximate=False)
-        x = x + dense(channels, "ff_out", self.dtype)(h)
+        x = x + dense(channels, "ff_out", self.options.dtype)(h)
         return x, normed.reshape(b, t * n, channels)
 
 
 class SpatioTemporalTransformer(nn.Module):
     """GroupNorm, linear in, one transformer block, linear out (zero at the start), + input."""
 
-    frames: int
-    groups: int
-    head_channels: int
+    options: _Options
     mode: str
-    context_dim: int | None
-    backend: str
-    dtype: Dtype
+    frames: int
 
     @nn.compact
     def __call__(
@@ -139,14 +132,12 @@ class SpatioTemporalTransformer(nn.Module):
         reference: Float[Array, "b m c"] | None = None,
         context: Float[Array, "b l e"] | None = None,
     ) -> tuple[Float[Array, "bt h w c"], Float[Array, "b n c"]]:
-        bt, height, width, channels = x.shape
-        h = GroupNorm(self.groups, eps=1e-6, name="norm")(x)
-        h = dense(channels, "proj_in", self.dtype)(h)
-        h = h.reshape(bt // self.frames, self.frames, height * width, channels)
-        h, feature = TransformerBlock(
-            self.head_channels, self.mode, self.context_dim, self.backend, self.dtype, name="block"
-        )(h, reference, context)
-        h = dense(channels, "proj_out", self.dtype, zero_init=True)(h)
+        channels, dtype = x.shape[-1], self.options.dtype
+        h = GroupNorm(self.options.norm_groups, eps=1e-6, name="norm")(x)
+        h = dense(channels, "proj_in", dtype)(h)
+        h = h.reshape(-1, self.frames, x.shape[1] * x.shape[2], channels)
+        h, feature = TransformerBlock(self.options, self.mode, name="block")(h, reference, context)
+        h = dense(channels, "proj_out", dtype, zero_init=True)(h)
         return x + h.reshape(x.shape), feature
 
 
@@ -194,9 +185,9 @@ class UNet(nn.Module):
         x: Float[Array, "b t h w c"],
         timesteps: Int[Array, "b t"],
         condition: Float[Array, "b t h w c0"] | None = None,
-        reference: tuple[Float[Array, "b _ _"], ...] | None = None,
+        reference: Features | None = None,
         context: Float[Array, "b l e"] | None = None,
-    ) -> tuple[Float[Array, "b t h w out"], tuple[Float[Array, "b _ _"], ...]]:
+    ) -> tuple[Float[Array, "b t h w out"], Features]:
         """Predicts noise (or v) and returns the tokens that entered each self-attention.
 
         Args:
@@ -215,8 +206,11 @@ class UNet(nn.Module):
         """
         self._check(x, timesteps, condition, reference, context)
         batch, frames = x.shape[:2]
-        residual_block = nn.remat(ResidualBlock) if self.remat else ResidualBlock
-        transformer = nn.remat(SpatioTemporalTransformer) if self.remat else SpatioTemporalTransformer
+        maybe_remat = nn.remat if self.remat else lambda module: module
+        residual_block, transformer = maybe_remat(ResidualBlock), maybe_remat(SpatioTemporalTransformer)
+        options = _Options(
+            self.head_channels, self.norm_groups, self.context_dim, self.attention_backend, self.dtype
+        )
         pending = iter(reference) if reference is not None else None
         features = []
 
@@ -224,16 +218,8 @@ class UNet(nn.Module):
             return residual_block(width, self.norm_groups, self.dtype, zero_init=True, name=name)(h, time)
 
         def attention(h: Array, level: int, name: str) -> Array:
-            h, feature = transformer(
-                frames,
-                self.norm_groups,
-                self.head_channels,
-                self.attention_modes[level],
-                self.context_dim,
-                self.attention_backend,
-                self.dtype,
-                name=name,
-            )(h, None if pending is None else next(pending), context)
+            block = transformer(options, self.attention_modes[level], frames, name=name)
+            h, feature = block(h, None if pending is None else next(pending), context)
             features.append(feature)
             return h
 

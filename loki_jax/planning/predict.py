@@ -77,9 +77,9 @@ def step_time(
     return StepTime(parts, times, device, network, device + exposed, device + network, floor)
 
 
-def optimizer_traffic(parameters: float, moments: float, average: float, gradients: float) -> float:
+def optimizer_traffic(parameters: int, moments: int, average: int, gradients: int) -> float:
     """Bytes AdamW and the moving average move: all read once, all but the gradients written once.
 
     Clipping by the global norm reads the gradients once more. Arguments are bytes on one device.
     """
-    return 2 * (parameters + moments + average) + 2 * gradients
+    return 2.0 * (parameters + moments + average + gradients)

@@ -189,7 +189,7 @@ def _parameters(plan: dict) -> str:
     return "\n".join(lines)
 
 
-def quantity(value: float) -> str:
+def quantity(value: int | float) -> str:
     """A number with a metric prefix: 3.29 G."""
     for prefix, size in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if value >= size:

@@ -16,7 +16,15 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from loki_jax.raster.fragments import Fragments, centre_table, doubled_area, is_drawable
+from loki_jax.raster.fragments import (
+    Faces,
+    Fragments,
+    Vertices,
+    centre_table,
+    doubled_area,
+    is_drawable,
+    pick,
+)
 
 _SHORTEST_EDGE = 1e-6  # pixels, across the row or column that it crosses
 
@@ -26,10 +34,7 @@ _LONGEST_WALK = 64  # faces between two neighbouring pixel centres that are sear
 
 
 def antialias(
-    image: Float[Array, "*b S S C"],
-    fragments: Fragments,
-    vertices: Float[Array | np.ndarray, "*b V 3"],
-    faces: Int[Array | np.ndarray, "F 3"],
+    image: Float[Array, "*b S S C"], fragments: Fragments, vertices: Vertices, faces: Faces
 ) -> Float[Array, "*b S S C"]:
     """Blend the pixels on both sides of every silhouette by where it passes between their centres.
 
@@ -80,36 +85,29 @@ def antialias(
 
 def _blend_pairs(image, vertices, faces, face, depth):
     """The body of `antialias`, leading axes folded into one."""
-    taken = [share[..., None].astype(image.dtype) for share in _taken_shares(vertices, faces, face, depth)]
-    scale = 1 / jnp.maximum(sum(taken), 1)
-    steps = ((1, 2), (-1, 2), (1, 1), (-1, 1))  # from the left, right, upper, lower pixel
-    return image + scale * sum(
-        share * (jnp.roll(image, step, axis) - image)
-        for share, (step, axis) in zip(taken, steps, strict=True)
-    )
-
-
-def _taken_shares(vertices, faces, face, depth):
-    """What each pixel takes of its left, right, upper and lower neighbour: four (N, S, S) in [0, 1/2]."""
     # Faces known at compile time would have XLA sort their edges itself, for half a minute.
     outline = _outline(lax.stop_gradient(vertices), lax.optimization_barrier(faces))
     across = _share_of_pairs(vertices, outline, face, depth, along=0)
     turned = face.swapaxes(1, 2), depth.swapaxes(1, 2)
     down = _share_of_pairs(vertices, outline, *turned, along=1).swapaxes(1, 2)
-    pad = lambda share, *widths: jnp.pad(jnp.maximum(share, 0), ((0, 0), *widths))
-    none, before, after = (0, 0), (1, 0), (0, 1)
-    return (
-        pad(across, none, before),
-        pad(-across, none, after),
-        pad(down, before, none),
-        pad(-down, after, none),
-    )
+
+    def taken_from(share, step, axis):
+        """A neighbour, and what each pixel takes of it: (N, S, S, 1) in [0, 1/2]."""
+        widths = [(0, 0)] * 3
+        widths[axis] = (1, 0) if step == 1 else (0, 1)
+        share = jnp.pad(jnp.maximum(share, 0), widths)[..., None].astype(image.dtype)
+        return jnp.roll(image, step, axis), share
+
+    sides = [taken_from(across, 1, 2), taken_from(-across, -1, 2)]  # from the left, the right pixel
+    sides += [taken_from(down, 1, 1), taken_from(-down, -1, 1)]  # from the upper, the lower pixel
+    scale = 1 / jnp.maximum(sum(share for _, share in sides), 1)
+    return image + scale * sum(share * (neighbour - image) for neighbour, share in sides)
 
 
 class _Outline(NamedTuple):
     """Faces with what lies across their edges; edge k is the one opposite to corner k."""
 
-    faces: Int[Array | np.ndarray, "F 3"]
+    faces: Int[Array, "F 3"]
     neighbour: Int[Array, "F 3"]  # the other face at the edge; -1: none, or several
     silhouette: Bool[Array, "N F 3"]
 
@@ -123,7 +121,6 @@ def _share_of_pairs(vertices, outline: _Outline, face, depth, along: int):
     centres = centre_table(face.shape[-1], 1, 2, face.shape[-1])
     # In pixels from the first centre, positive towards the second: u along the pair, v across.
     frame_of = ((along, centres[:, None, :-1]), (1 - along, centres[:, :, None]))
-    pick = jax.vmap(lambda table, index: table[index])
 
     def on_pairs(vertices, corner):
         return (
@@ -156,7 +153,6 @@ def _walk(on_pairs, outline: _Outline, face, depth):
     forward = depth[first] <= depth[second]
     ahead = jnp.where(forward, 1.0, -1.0)
     near = jnp.where(forward, face[first], face[second])
-    pick = jax.vmap(lambda table, index: table[index])
 
     def one_face(state):
         count, here, walking, start, stop, found = state
@@ -179,14 +175,9 @@ def _walk(on_pairs, outline: _Outline, face, depth):
         walking &= jnp.abs(best) <= 0.5 + _PIXEL_SLACK
         take = walking & border
         walking &= ~border & (leave >= 0)
-        return (
-            count + 1,
-            jnp.where(walking, leave, here),
-            walking,
-            jnp.where(take, low, start),
-            jnp.where(take, high, stop),
-            found | take,
-        )
+        here = jnp.where(walking, leave, here)
+        start, stop = jnp.where(take, low, start), jnp.where(take, high, stop)
+        return count + 1, here, walking, start, stop, found | take
 
     none = jnp.zeros(near.shape, jnp.int32)
     state = (0, jnp.where(differ, near, 0), differ, none, none, jnp.zeros(near.shape, bool))
@@ -194,8 +185,9 @@ def _walk(on_pairs, outline: _Outline, face, depth):
     return state[3:]
 
 
-def _outline(vertices: Float[Array, "N V 3"], faces: Int[Array | np.ndarray, "F 3"]) -> _Outline:
+def _outline(vertices: Float[Array, "N V 3"], faces: Faces) -> _Outline:
     """Neighbours, and the edges that have all their drawable faces on one side of them."""
+    faces = jnp.asarray(faces)
     n_faces = faces.shape[0]
     x, y, z = (vertices[..., axis][:, faces] for axis in range(3))
     area = doubled_area(x[..., 0], y[..., 0], x[..., 1], y[..., 1], x[..., 2], y[..., 2])

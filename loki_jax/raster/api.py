@@ -22,11 +22,18 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
+from loki_jax.arrays import ArrayLike
 from loki_jax.raster.antialias import antialias
-from loki_jax.raster.fragments import Fragments, clear_hidden_faces, interpolate, locate
+from loki_jax.raster.fragments import (
+    Faces,
+    Fragments,
+    Vertices,
+    clear_hidden_faces,
+    interpolate,
+    locate,
+)
 from loki_jax.raster.search import nearest_faces
 
 
@@ -43,8 +50,8 @@ class Rendering(NamedTuple):
 
 
 def rasterize(
-    vertices: Float[Array | np.ndarray, "*b V 3"],
-    faces: Int[Array | np.ndarray, "F 3"],
+    vertices: Vertices,
+    faces: Faces,
     size: int,
     cull: bool = True,
     *,
@@ -88,14 +95,14 @@ def downsample(image: Float[Array, "*b H W C"], factor: int = 2) -> Float[Array,
 
 
 def render(
-    vertices: Float[Array | np.ndarray, "*b V 3"],
-    faces: Int[Array | np.ndarray, "F 3"],
-    attributes: Float[Array | np.ndarray, "*#b V C"],
+    vertices: Vertices,
+    faces: Faces,
+    attributes: Float[ArrayLike, "*#b V C"],
     size: int,
     *,
     cull: bool = True,
     perspective_correct: bool = False,
-    vertex_mask: Bool[Array | np.ndarray, " V"] | None = None,
+    vertex_mask: Bool[ArrayLike, " V"] | None = None,
     smooth_silhouettes: bool = False,
     supersample: int = 1,
 ) -> Rendering:

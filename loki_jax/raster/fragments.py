@@ -13,6 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from loki_jax.arrays import ArrayLike
+
+Vertices = Float[ArrayLike, "*b V 3"]  # (x, y, depth) in normalised device coordinates
+Faces = Int[ArrayLike, "F 3"]  # vertex indices, shared by all frames
+
 _SMALLEST_DEPTH = 1e-8
 
 # Squares of coordinates must stay far below the largest float32.
@@ -28,22 +33,18 @@ class Fragments(NamedTuple):
       depth: interpolated depth (infinite on the background).
     """
 
-    face: Int[Array | np.ndarray, "*b S S"]
-    bary: Float[Array | np.ndarray, "*b S S 3"]
-    depth: Float[Array | np.ndarray, "*b S S"]
+    face: Int[ArrayLike, "*b S S"]
+    bary: Float[ArrayLike, "*b S S 3"]
+    depth: Float[ArrayLike, "*b S S"]
 
     @property
-    def covered(self) -> Bool[Array | np.ndarray, "*b S S"]:
+    def covered(self) -> Bool[ArrayLike, "*b S S"]:
         """Pixels that show a face."""
         return self.face >= 0
 
 
 def locate(
-    vertices: Float[Array | np.ndarray, "*b V 3"],
-    faces: Int[Array | np.ndarray, "F 3"],
-    face: Int[Array, "*b S S"],
-    *,
-    perspective_correct: bool = False,
+    vertices: Vertices, faces: Faces, face: Int[ArrayLike, "*b S S"], *, perspective_correct: bool = False
 ) -> Fragments:
     """Barycentrics and depth at pixels whose faces are known; the differentiable part of `rasterize`.
 
@@ -63,9 +64,7 @@ def locate(
 
 
 def interpolate(
-    fragments: Fragments,
-    faces: Int[Array | np.ndarray, "F 3"],
-    attributes: Float[Array | np.ndarray, "*#b V C"],
+    fragments: Fragments, faces: Faces, attributes: Float[ArrayLike, "*#b V C"]
 ) -> Float[Array, "*b S S C"]:
     """Attributes of vertices at every pixel, zero on the background.
 
@@ -97,9 +96,7 @@ def interpolate(
     return out.reshape(*covered.shape, attributes.shape[-1])
 
 
-def clear_hidden_faces(
-    fragments: Fragments, faces: Int[Array | np.ndarray, "F 3"], vertex_mask: Bool[Array | np.ndarray, " V"]
-) -> Fragments:
+def clear_hidden_faces(fragments: Fragments, faces: Faces, vertex_mask: Bool[ArrayLike, " V"]) -> Fragments:
     """Turn pixels whose face has no vertex in `vertex_mask` into background.
 
     Such faces have already occluded what is behind them.
@@ -124,6 +121,11 @@ def centre_table(
     return np.stack([high, (exact - high).astype(np.float32)])
 
 
+def pick(table: Array, index: Int[Array, "N ..."]) -> Array:
+    """The rows of each frame's table at that frame's indices."""
+    return jax.vmap(lambda table, index: table[index])(table, index)
+
+
 def doubled_area(ax: Array, ay: Array, bx: Array, by: Array, cx: Array, cy: Array) -> Array:
     """Twice the signed area of the triangle a, b, c."""
     return (bx - ax) * (cy - ay) - (by - ay) * (cx - ax)
@@ -144,8 +146,7 @@ def _barycentrics(vertices, faces, face, perspective_correct: bool):
     centres = centre_table(size, 1, 2, size)
     px, py = centres[:, None, :], centres[:, :, None]
     corners = faces[jnp.maximum(face, 0)]
-    gather = jax.vmap(lambda vertices, index: vertices[index])
-    points = [gather(vertices, corners[..., k]) for k in range(3)]
+    points = [pick(vertices, corners[..., k]) for k in range(3)]
     x = [(px[0] - p[..., 0]) + px[1] for p in points]
     y = [(py[0] - p[..., 1]) + py[1] for p in points]
     z = [p[..., 2] for p in points]

@@ -13,6 +13,7 @@ exactly opposite numbers: between neighbours there are neither cracks nor pixels
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -21,7 +22,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from loki_jax.raster.fragments import centre_table, doubled_area, is_drawable
+from loki_jax.raster.fragments import Faces, Vertices, centre_table, doubled_area, is_drawable
 
 _TINY = float(np.finfo(np.float32).tiny)
 
@@ -30,6 +31,9 @@ class _Plan(NamedTuple):
     """Static sizes of one search."""
 
     size: int
+    n_faces: int
+    cull: bool
+    perspective_correct: bool
     tile: int  # pixels along a tile's side
     side: int  # tiles along the image's side
     block: int  # faces a tile tests at a time
@@ -37,8 +41,8 @@ class _Plan(NamedTuple):
 
 
 def nearest_faces(
-    vertices: Float[Array | np.ndarray, "*b V 3"],
-    faces: Int[Array | np.ndarray, "F 3"],
+    vertices: Vertices,
+    faces: Faces,
     size: int,
     cull: bool = True,
     *,
@@ -59,15 +63,16 @@ def nearest_faces(
     batch = vertices.shape[:-2]
     if faces.shape[0] == 0 or vertices.shape[-2] == 0 or 0 in batch:
         return jnp.full((*batch, size, size), -1, jnp.int32)
-    plan = _make_plan(size, faces.shape[0], tile, window)
+    plan = _make_plan(size, faces.shape[0], cull, perspective_correct, tile, window)
     vertices = lax.stop_gradient(jnp.asarray(vertices, jnp.float32))
     folded = vertices.reshape(-1, *vertices.shape[-2:])
     triangles = folded[:, jnp.asarray(faces).reshape(-1)].reshape(folded.shape[0], -1, 9)
-    face = _nearest_faces(triangles, plan, cull, perspective_correct)
-    return face.reshape(*batch, size, size)
+    return _fold_mapped_axes(partial(_search, plan=plan))(triangles).reshape(*batch, size, size)
 
 
-def _make_plan(size: int, n_faces: int, tile: int | None, window: int | None) -> _Plan:
+def _make_plan(
+    size: int, n_faces: int, cull: bool, perspective_correct: bool, tile: int | None, window: int | None
+) -> _Plan:
     """Static sizes that make one window enough for a mesh that fills the frame twice over."""
     tile = tile or 8
     side = -(-size // tile)
@@ -76,27 +81,23 @@ def _make_plan(size: int, n_faces: int, tile: int | None, window: int | None) ->
     expected = n_faces / 2 * min(1.0, extent + 0.25) ** 2 * (1 + extent / tile) ** 2
     window = window or 256 * math.ceil(max(1.25 * expected, 512) / 256)
     window = min(window, n_faces * side * side)
-    return _Plan(size, tile, side, 8, window)
+    return _Plan(size, n_faces, cull, perspective_correct, tile, side, 8, window)
 
 
-def _nearest_faces(triangles, plan: _Plan, cull: bool, perspective_correct: bool):
-    """Face indices (N, S, S) of triangle soups (N, F, 9); -1 where there is none.
+def _fold_mapped_axes(function):
+    """`function`, with the mapped axis of `jax.vmap` folded into the leading one.
 
-    Under `jax.vmap` the mapped axis is folded into N, since loops with a trip count that depends on
-    the data would otherwise run in lockstep over the batch with every branch taken.
+    Loops with a trip count that depends on the data would otherwise run in lockstep over the batch with
+    every branch taken.
     """
+    folded = jax.custom_batching.custom_vmap(function)
 
-    @jax.custom_batching.custom_vmap
-    def search(triangles):
-        return _search(triangles, plan, cull, perspective_correct)
+    @folded.def_vmap
+    def _(axis_size, in_batched, x):
+        out = folded(x.reshape(-1, *x.shape[2:]))
+        return out.reshape(axis_size, -1, *out.shape[1:]), True
 
-    @search.def_vmap
-    def _(axis_size, in_batched, triangles):
-        folded = triangles.reshape(-1, *triangles.shape[2:])
-        face = search(folded)
-        return face.reshape(axis_size, -1, *face.shape[1:]), True
-
-    return search(triangles)
+    return folded
 
 
 class _Bins(NamedTuple):
@@ -108,10 +109,10 @@ class _Bins(NamedTuple):
     last: Int[Array, "N F"]  # pairs of this face and all before it
 
 
-def _bin(triangles: Float[Array, "N F 9"], plan: _Plan, cull: bool) -> _Bins:
+def _bin(triangles: Float[Array, "N F 9"], plan: _Plan) -> _Bins:
     x, y, z = (triangles[..., axis::3] for axis in range(3))
     area = doubled_area(x[..., 0], y[..., 0], x[..., 1], y[..., 1], x[..., 2], y[..., 2])
-    kept = is_drawable(x, y, z) & ((area < 0) if cull else (area != 0))
+    kept = is_drawable(x, y, z) & ((area < 0) if plan.cull else (area != 0))
     # A little more than rounding can move a coordinate, so that no pixel on an edge is missed.
     slack = 1e-6 * plan.size
 
@@ -135,20 +136,18 @@ def _pairs(bins: _Bins, start, plan: _Plan):
 
     Returns tile and face of every pair (N, window); pairs past a frame's last have tile side^2.
     """
-    n_faces = bins.last.shape[-1]
     n_tiles = plan.side * plan.side
     index = start + jnp.arange(plan.window, dtype=jnp.int32)
     find = lambda last: jnp.searchsorted(last, index, side="right").astype(jnp.int32)
     found = jax.vmap(find)(bins.last)
-    exists = found < n_faces
-    face = jnp.minimum(found, n_faces - 1)
+    face = jnp.minimum(found, plan.n_faces - 1)
     take = lambda table: jnp.take_along_axis(table, face, axis=-1)
     before = jnp.where(face > 0, jnp.take_along_axis(bins.last, jnp.maximum(face - 1, 0), axis=-1), 0)
     offset = index - before
     width = take(bins.width)
     tile = (take(bins.row) + offset // width) * plan.side + take(bins.column) + offset % width
-    tile = jnp.where(exists, tile, n_tiles)
-    return _sort_pairs(tile, face, n_faces, packed=(n_tiles + 1) * n_faces <= 2**32)
+    tile = jnp.where(found < plan.n_faces, tile, n_tiles)
+    return _sort_pairs(tile, face, plan.n_faces, packed=(n_tiles + 1) * plan.n_faces <= 2**32)
 
 
 def _sort_pairs(tile, face, n_faces: int, packed: bool):
@@ -162,40 +161,41 @@ def _sort_pairs(tile, face, n_faces: int, packed: bool):
     return (key // np.uint32(n_faces)).astype(jnp.int32), (key % np.uint32(n_faces)).astype(jnp.int32)
 
 
-def _search(triangles: Float[Array, "N F 9"], plan: _Plan, cull: bool, perspective_correct: bool):
-    """Nearest faces of `_nearest_faces`, the batch already folded."""
-    n_frames, n_faces, _ = triangles.shape
-    n_tiles, pixels = plan.side * plan.side, plan.tile * plan.tile
-    bins = _bin(triangles, plan, cull)
+def _search(triangles: Float[Array, "N F 9"], plan: _Plan) -> Int[Array, "N S S"]:
+    """Face indices of triangle soups; -1 where there is none."""
+    n_frames = triangles.shape[0]
+    bins = _bin(triangles, plan)
     last_pair = jnp.max(bins.last[:, -1])
-    if perspective_correct:
+    if plan.perspective_correct:
         # 1/depth is linear on the screen, so its negative orders faces as their surfaces do.
         triangles = triangles.at[..., 2::3].set(-1 / triangles[..., 2::3])
-    table = triangles.reshape(n_frames * n_faces, 9)
+    table = triangles.reshape(n_frames * plan.n_faces, 9)
 
     def one_window(state):
         start, depth, face = state
         tiles, faces = _pairs(bins, start, plan)
-        new_depth, new_face = _shade_tiles(table, tiles, faces, n_faces, plan)
+        new_depth, new_face = _shade_tiles(table, tiles, faces, plan)
         closer = (new_depth < depth) | ((new_depth == depth) & (new_face < face))
         return (start + plan.window, jnp.where(closer, new_depth, depth), jnp.where(closer, new_face, face))
 
-    state = (
-        jnp.int32(0),
-        jnp.full((n_frames * n_tiles, pixels), jnp.inf, jnp.float32),
-        jnp.full((n_frames * n_tiles, pixels), n_faces, jnp.int32),
-    )
+    state = (jnp.int32(0), *_empty_tiles(n_frames * plan.side * plan.side, plan))
     _, _, face = lax.while_loop(lambda state: state[0] < last_pair, one_window, state)
-    face = jnp.where(face == n_faces, -1, face)
+    face = jnp.where(face == plan.n_faces, -1, face)
     face = face.reshape(n_frames, plan.side, plan.side, plan.tile, plan.tile).swapaxes(2, 3)
     padded = plan.side * plan.tile
     return face.reshape(n_frames, padded, padded)[:, : plan.size, : plan.size]
 
 
-def _shade_tiles(table, tiles, faces, n_faces: int, plan: _Plan):
+def _empty_tiles(count: int, plan: _Plan):
+    """Depth and face (count, tile^2) before any face is tested."""
+    shape = (count, plan.tile * plan.tile)
+    return jnp.full(shape, jnp.inf, jnp.float32), jnp.full(shape, plan.n_faces, jnp.int32)
+
+
+def _shade_tiles(table, tiles, faces, plan: _Plan):
     """Depth and face (N * side^2, tile^2) from sorted pairs; infinite depth where nothing is."""
     n_frames, window = tiles.shape
-    n_tiles, pixels = plan.side * plan.side, plan.tile * plan.tile
+    n_tiles = plan.side * plan.side
     total = n_frames * n_tiles
     bounds = jax.vmap(lambda t: jnp.searchsorted(t, jnp.arange(n_tiles + 1)))(tiles).astype(jnp.int32)
     first = (bounds[:, :-1] + window * jnp.arange(n_frames, dtype=jnp.int32)[:, None]).reshape(-1)
@@ -209,32 +209,25 @@ def _shade_tiles(table, tiles, faces, n_faces: int, plan: _Plan):
 
     def shade(chunk: int):
         padded = -(-total // chunk) * chunk
-        pad = lambda v: jnp.pad(v[order], (0, padded - total))
-        tile_sorted = jnp.pad(order, (0, padded - total))
-        first_sorted, count_sorted = pad(first), pad(count)
+        work = [jnp.pad(v, (0, padded - total)) for v in (order, first[order], count[order])]
 
         def one_chunk(index, buffers):
-            part = lambda v: lax.dynamic_slice_in_dim(v, index * chunk, chunk)
-            values = _shade_chunk(
-                table, faces, part(tile_sorted), part(first_sorted), part(count_sorted), n_faces, plan
-            )
+            part = [lax.dynamic_slice_in_dim(v, index * chunk, chunk) for v in work]
+            values = _shade_chunk(table, faces, *part, plan)
             return tuple(
                 lax.dynamic_update_slice_in_dim(buffer, value, index * chunk, axis=0)
                 for buffer, value in zip(buffers, values, strict=True)
             )
 
-        buffers = (
-            jnp.full((padded, pixels), jnp.inf, jnp.float32),
-            jnp.full((padded, pixels), n_faces, jnp.int32),
-        )
-        depth, face = lax.fori_loop(0, (n_busy + chunk - 1) // chunk, one_chunk, buffers)
+        chunks = (n_busy + chunk - 1) // chunk
+        depth, face = lax.fori_loop(0, chunks, one_chunk, _empty_tiles(padded, plan))
         return depth[rank], face[rank]
 
     # Small chunks stay in a CPU's cache; an accelerator wants enough pixels to fill it.
     return lax.platform_dependent(cpu=lambda: shade(min(64, total)), default=lambda: shade(min(4096, total)))
 
 
-def _shade_chunk(table, faces, tile, first, count, n_faces: int, plan: _Plan):
+def _shade_chunk(table, faces, tile, first, count, plan: _Plan):
     """Depth and face of W tiles, each going through its own `count` faces from `first` on."""
     frame, tile = tile // (plan.side * plan.side), tile % (plan.side * plan.side)
     centres = jnp.asarray(centre_table(plan.size, plan.tile, 2 * plan.tile, plan.side))
@@ -242,14 +235,13 @@ def _shade_chunk(table, faces, tile, first, count, n_faces: int, plan: _Plan):
     local = np.arange(plan.tile) * -2.0 + (plan.tile - 1)
     local_x = np.tile(local / plan.size, plan.tile).astype(np.float32)
     local_y = np.repeat(local / plan.size, plan.tile).astype(np.float32)
-    shape = (tile.shape[0], plan.tile * plan.tile)
 
     def one_block(index, state):
         depth, best = state
         step = index * plan.block + jnp.arange(plan.block, dtype=jnp.int32)
         valid = step < count[:, None]
         face = faces[jnp.where(valid, first[:, None] + step, 0)]
-        corners = table[frame[:, None] * n_faces + face]
+        corners = table[frame[:, None] * plan.n_faces + face]
         setup = _edge_setup(corners, centre_x, centre_y, valid)
         for k in range(plan.block):
             value = [v[:, k, None] for v in setup]
@@ -263,16 +255,8 @@ def _shade_chunk(table, faces, tile, first, count, n_faces: int, plan: _Plan):
             best = jnp.where(hit, face[:, k, None], best)
         return depth, best
 
-    state = (jnp.full(shape, jnp.inf, jnp.float32), jnp.full(shape, n_faces, jnp.int32))
     blocks = (jnp.max(count) + plan.block - 1) // plan.block
-    return lax.fori_loop(0, blocks, one_block, state)
-
-
-def _ordered_edge(ax, ay, bx, by):
-    """Whether the end points of an edge were exchanged, and the points in lexicographic order."""
-    swap = (bx < ax) | ((bx == ax) & (by < ay))
-    pick = lambda p, q: jnp.where(swap, q, p)
-    return swap, pick(ax, bx), pick(ay, by), pick(bx, ax), pick(by, ay)
+    return lax.fori_loop(0, blocks, one_block, _empty_tiles(tile.shape[0], plan))
 
 
 def _edge_setup(corners, centre_x, centre_y, valid):
@@ -290,7 +274,11 @@ def _edge_setup(corners, centre_x, centre_y, valid):
     flip = jnp.where(area > 0, 1.0, -1.0)
     factors, thresholds = [], []
     for a, b in ((1, 2), (2, 0), (0, 1)):
-        swap, ax, ay, bx, by = _ordered_edge(x[a], y[a], x[b], y[b])
+        # From the lexicographically lower end point, whichever face asks.
+        swap = (x[b] < x[a]) | ((x[b] == x[a]) & (y[b] < y[a]))
+        ax, ay, bx, by = (
+            jnp.where(swap, q, p) for p, q in ((x[a], x[b]), (y[a], y[b]), (x[b], x[a]), (y[b], y[a]))
+        )
         dx, dy = bx - ax, by - ay
         sign = jnp.where(swap, -flip, flip)
         factors += [-sign * dy, sign * dx, sign * (dy * ax - dx * ay)]

@@ -9,20 +9,18 @@ second). `loki_jax.synthetic.shading.render` draws them.
 
 from __future__ import annotations
 
-import dataclasses
+from typing import NamedTuple
 
-import jax
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
+from loki_jax.arrays import ArrayLike
 from loki_jax.face import builtin
 from loki_jax.face.asset import HeadAsset
 from loki_jax.face.builtin import BuiltinMesh, bump, hairline, smoothstep
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Appearance:
+class Appearance(NamedTuple):
     """The look of a head under one lighting; colours are linear factors in [0, 1] display units.
 
     Attributes:
@@ -34,16 +32,15 @@ class Appearance:
         over the crop (+x left, +y up); slow waves are plain gradients.
     """
 
-    albedo: Float[Array | np.ndarray, "*b V 3"]
-    light: Float[Array | np.ndarray, "*b 3"]
-    ambient: Float[Array | np.ndarray, "*b 3"]
-    diffuse: Float[Array | np.ndarray, "*b 3"]
-    background: Float[Array | np.ndarray, "*b 2 3"]
-    background_wave: Float[Array | np.ndarray, "*b 3"]
+    albedo: Float[ArrayLike, "*b V 3"]
+    light: Float[ArrayLike, "*b 3"]
+    ambient: Float[ArrayLike, "*b 3"]
+    diffuse: Float[ArrayLike, "*b 3"]
+    background: Float[ArrayLike, "*b 2 3"]
+    background_wave: Float[ArrayLike, "*b 3"]
 
 
-@dataclasses.dataclass(frozen=True)
-class _Style:
+class _Style(NamedTuple):
     """Hair of one identity: cut and volume, drawn from a stream of its own."""
 
     cut: str  # "bald", "short", "receding", "fringe" or "long"
@@ -70,7 +67,7 @@ def _sample_style(seed: int) -> _Style:
     if cut == "long":
         length = 1.2 + 1.6 * u[2]
     elif cut == "fringe" and u[2] > 0.6:
-        length = -0.2 + u[2]
+        length += u[2]
     return _Style(cut, 0.4 + 2.4 * u[0] ** 1.5, 0.3 + 2.0 * u[1], length)
 
 
@@ -162,6 +159,11 @@ def _require_builtin(head: HeadAsset) -> None:
         raise ValueError(f"appearances are painted on the built-in head only, not on {head.name!r}")
 
 
+def _over(base, colour, opacity):
+    """`colour` painted over `base`; the opacity of each vertex is clipped to [0, 1]."""
+    return base + np.clip(opacity, 0, 1)[:, None] * (colour - base)
+
+
 def _paint(mesh: BuiltinMesh, style: _Style, rng: np.random.Generator) -> Float[np.ndarray, "V 3"]:
     """Vertex colours of one identity."""
     x, y, z = mesh.vertices.T
@@ -169,18 +171,14 @@ def _paint(mesh: BuiltinMesh, style: _Style, rng: np.random.Generator) -> Float[
     skin_part = mesh.part == builtin.SKIN
     front = smoothstep(-0.01, 0.03, z)
 
-    def over(base, colour, weight):
-        """`colour` painted over `base` with an opacity for each vertex."""
-        return base + np.clip(weight, 0, 1)[:, None] * (colour - base)
-
     # Skin with blood in cheeks, nose and ears.
     skin = np.clip(_blend(_SKIN, rng.random()) * rng.uniform(0.94, 1.06), 0, 1)
     ruddy = skin * [1.02, 0.80, 0.78]
     colour = np.broadcast_to(skin, (len(x), 3)).copy()
     blood = rng.uniform(0.1, 0.8)
     cheeks_and_nose = bump(x, y, 0.040, -0.018, 0.014, 0.012) + bump(x, y, 0, -0.026, 0.010, 0.008)
-    colour = over(colour, ruddy, blood * front * cheeks_and_nose)
-    colour = over(colour, ruddy, 0.5 * (mesh.part == builtin.EAR))
+    colour = _over(colour, ruddy, blood * front * cheeks_and_nose)
+    colour = _over(colour, ruddy, 0.5 * (mesh.part == builtin.EAR))
     # Occlusion: sockets, nostrils, under the lower lip, the ear's bowl.
     colour *= 1 - 0.22 * (skin_part * front * bump(x, y, 0.0185, 0.012, 0.006, 0.008))[:, None]
     colour *= 1 - 0.62 * (skin_part * front * bump(x, y, 0.0068, -0.0355, 0.0034, 0.0024))[:, None]
@@ -207,20 +205,20 @@ def _paint(mesh: BuiltinMesh, style: _Style, rng: np.random.Generator) -> Float[
         * smoothstep(0.0590, 0.0520, ax)
     )
     opacity = rng.uniform(0.75, 1.0) * brow * front * skin_part * (mesh.eye_ring < 0)
-    colour = over(colour, brow_colour, opacity)
+    colour = _over(colour, brow_colour, opacity)
     colour = _paint_beard(mesh, colour, natural, rng)
     streak = np.sin(mesh.phi * rng.integers(5, 12) + 40 * mesh.v + rng.uniform(0, 6))
     streak = 1 + 0.10 * streak * rng.random()
     scalp = _hair_mask(mesh, style, rng)
     strength = 0.35 * rng.random() if style.cut == "bald" else 1.0
-    colour = over(colour, np.clip(hair * streak[:, None], 0, 1), strength * scalp)
+    colour = _over(colour, np.clip(hair * streak[:, None], 0, 1), strength * scalp)
 
     # Lips; their meeting line is dark.
     tints = np.array([skin * [0.86, 0.62, 0.60], skin * [0.86, 0.48, 0.50], [0.72, 0.20, 0.24]])
     tint = _blend(tints, rng.random() ** 2)
     lip = np.abs(mesh.lip)
     on_lip = skin_part & (lip >= 1) & (lip <= 3)
-    colour = over(colour, tint, np.where(lip == 3, 0.75, 1.0) * on_lip)
+    colour = _over(colour, tint, np.where(lip == 3, 0.75, 1.0) * on_lip)
     colour *= 1 - 0.55 * (skin_part & (lip == 1))[:, None]
 
     # Mouth and teeth.
@@ -246,15 +244,15 @@ def _paint(mesh: BuiltinMesh, style: _Style, rng: np.random.Generator) -> Float[
     colour = np.where(ball[:, None], eye, colour)
     lash, lash_colour = rng.uniform(0.55, 0.95), np.array([0.06, 0.04, 0.04])
     upper = dy > 0.001
-    colour = over(colour, lash_colour, (mesh.part == builtin.LID_RIM) * np.where(upper, 0.9, 0.35))
+    colour = _over(colour, lash_colour, (mesh.part == builtin.LID_RIM) * np.where(upper, 0.9, 0.35))
     opacity = lash * (skin_part & (mesh.eye_ring == 0)) * np.where(upper, 1.0, 0.35)
-    colour = over(colour, lash_colour, opacity)
+    colour = _over(colour, lash_colour, opacity)
 
     # Clothes.
     dip = np.maximum(np.cos(mesh.phi), 0) ** 4
     neckline = rng.uniform(-0.235, -0.192) + rng.uniform(-0.35, 0.1) * 0.10 * dip
     covered = skin_part * smoothstep(neckline + 0.008, neckline - 0.008, mesh.v) * (mesh.v < -0.1)
-    colour = over(colour, _hue(rng, 0.08, 0.95), covered)
+    colour = _over(colour, _hue(rng, 0.08, 0.95), covered)
     return np.clip(colour, 0.0, 1.0)
 
 
@@ -276,7 +274,7 @@ def _paint_beard(mesh, colour, hair, rng):
     if kind < 0.08:
         strength *= 0.5  # stubble
     weight = np.clip(weight, 0, 1) * strength * skin_part * smoothstep(-0.02, 0.02, z)
-    return colour + weight[:, None] * (np.clip(hair * 0.9, 0, 1) - colour)
+    return _over(colour, np.clip(hair * 0.9, 0, 1), weight)
 
 
 def _hair_mask(mesh, style, rng):

@@ -7,6 +7,7 @@ on every machine.
 from __future__ import annotations
 
 from fractions import Fraction
+from functools import partial
 
 import numpy as np
 from jaxtyping import Float
@@ -86,17 +87,12 @@ def synth_motion(head: HeadAsset, clip_seed: int, n_frames: int) -> Coefficients
     """
     rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence([int(clip_seed), 7])))
     n = n_frames
-    degrees = np.stack(
-        [
-            _swing(rng, n, 0.25, 1.0, rng.uniform(4.0, 7.5), 22.0),
-            _swing(rng, n, 0.25, 0.8, rng.uniform(9.0, 13.0), 38.0),
-            _swing(rng, n, 0.25, 0.9, rng.uniform(2.5, 5.0), 18.0),
-        ],
-        -1,
-    )
+    pitch = _swing(rng, n, 0.25, 1.0, rng.uniform(4.0, 7.5), 22.0)
+    yaw = _swing(rng, n, 0.25, 0.8, rng.uniform(9.0, 13.0), 38.0)
+    roll = _swing(rng, n, 0.25, 0.9, rng.uniform(2.5, 5.0), 18.0)
     # The limit reduces the swing a little, and the metrics of pose need enough yaw.
-    degrees[:, 1] *= max(1.0, 8.5 / max(degrees[:, 1].std(), 1e-3))
-    rotation = np.deg2rad(degrees)
+    yaw *= max(1.0, 8.5 / max(yaw.std(), 1e-3))
+    rotation = np.deg2rad(np.stack([pitch, yaw, roll], -1))
     translation = np.stack([sd * _wander(rng, n, 0.2, 0.8) for sd in (0.006, 0.005, 0.012)], -1)
 
     speaking = np.clip(0.35 + 0.9 * _bursts(rng, n, 0.3, 0.9, 0.75), 0.0, 1.0)
@@ -107,10 +103,10 @@ def synth_motion(head: HeadAsset, clip_seed: int, n_frames: int) -> Coefficients
     jaw = np.stack([0.26 * opening, 0.012 * _wander(rng, n, 0.5, 2.0), np.zeros(n)], -1)
 
     blink, gaze = _blinks(rng, n), _gaze(rng, n)
-    gaze[:, 1] -= 0.35 * rotation[:, 1]  # eyes stay on the camera while the head turns
-    gaze[:, 0] -= 0.35 * rotation[:, 0]
+    gaze -= 0.35 * rotation[:, :2]  # eyes stay on the camera while the head turns
     down, up = np.maximum(gaze[:, 0], 0), np.maximum(-gaze[:, 0], 0)
-    weights = dict.fromkeys(head.expression_names, 0.0)
+    weights = {name: np.zeros(n) for name in head.expression_names}
+    bursts = partial(_bursts, rng, n)
 
     def both(name, value, asymmetry=0.08):
         tilt = asymmetry * np.clip(rng.standard_normal(), -2, 2)
@@ -118,40 +114,39 @@ def synth_motion(head: HeadAsset, clip_seed: int, n_frames: int) -> Coefficients
         weights[f"{name}Right"] = value * (1 - tilt)
 
     def speech(share, amount, low=1.0, high=3.0):
-        return amount * np.clip(0.25 + speaking, 0, 1) * _bursts(rng, n, low, high, share)
+        return amount * np.clip(0.25 + speaking, 0, 1) * bursts(low, high, share)
 
     both("eyeBlink", np.maximum(blink, np.clip(1.3 * down, 0, 0.45)), 0.0)
-    both("eyeWide", (1 - blink) * np.clip(0.6 * _bursts(rng, n, 0.2, 0.7, 0.25) + 1.0 * up, 0, 1))
-    both("eyeSquint", 0.6 * _bursts(rng, n, 0.2, 0.7, 0.25))
-    smile = rng.uniform(0.2, 0.9) * _bursts(rng, n, 0.15, 0.5, 0.4)
+    both("eyeWide", (1 - blink) * np.clip(0.6 * bursts(0.2, 0.7, 0.25) + 1.0 * up, 0, 1))
+    both("eyeSquint", 0.6 * bursts(0.2, 0.7, 0.25))
+    smile = rng.uniform(0.2, 0.9) * bursts(0.15, 0.5, 0.4)
     both("mouthSmile", np.clip(smile + speech(0.2, 0.3), 0, 1), 0.15)
     both("cheekSquint", 0.7 * smile)
-    brows = _bursts(rng, n, 0.25, 1.0, 0.35)
-    weights["browInnerUp"] = np.clip(0.75 * brows + 0.4 * _bursts(rng, n, 0.3, 1.0, 0.2), 0, 1)
+    brows = bursts(0.25, 1.0, 0.35)
+    weights["browInnerUp"] = np.clip(0.75 * brows + 0.4 * bursts(0.3, 1.0, 0.2), 0, 1)
     both("browOuterUp", 0.85 * brows, 0.3)
-    both("browDown", 0.8 * _bursts(rng, n, 0.2, 0.8, 0.3) * (1 - brows))
-    both("noseSneer", 0.5 * _bursts(rng, n, 0.2, 0.8, 0.15))
+    both("browDown", 0.8 * bursts(0.2, 0.8, 0.3) * (1 - brows))
+    both("noseSneer", 0.5 * bursts(0.2, 0.8, 0.15))
     weights["jawOpen"] = np.clip(0.85 * opening, 0, 1)
-    weights["jawForward"] = 0.5 * _bursts(rng, n, 0.3, 1.0, 0.15)
+    weights["jawForward"] = 0.5 * bursts(0.3, 1.0, 0.15)
     for side in ("Left", "Right"):
-        weights[f"jaw{side}"] = 0.35 * _bursts(rng, n, 0.3, 1.0, 0.15)
-        weights[f"mouth{side}"] = 0.4 * _bursts(rng, n, 0.3, 1.0, 0.15)
-    weights["cheekPuff"] = 0.5 * _bursts(rng, n, 0.3, 1.0, 0.10)
-    rounded = _bursts(rng, n, 1.0, 2.5, 0.35)
+        weights[f"jaw{side}"] = 0.35 * bursts(0.3, 1.0, 0.15)
+        weights[f"mouth{side}"] = 0.4 * bursts(0.3, 1.0, 0.15)
+    weights["cheekPuff"] = 0.5 * bursts(0.3, 1.0, 0.10)
+    rounded = bursts(1.0, 2.5, 0.35)
     weights["mouthPucker"] = 0.8 * rounded * (1 - smile)
     weights["mouthFunnel"] = np.clip(speech(0.35, 0.8), 0, 1) * (1 - 0.6 * rounded)
     both("mouthStretch", speech(0.25, 0.6) * (1 - rounded))
-    both("mouthFrown", 0.6 * _bursts(rng, n, 0.2, 0.8, 0.2) * (1 - np.clip(2 * smile, 0, 1)))
-    both("mouthDimple", 0.5 * _bursts(rng, n, 0.2, 0.8, 0.2))
-    both("mouthPress", 0.7 * _bursts(rng, n, 1.0, 2.5, 0.25) * (1 - np.clip(3 * opening, 0, 1)))
+    both("mouthFrown", 0.6 * bursts(0.2, 0.8, 0.2) * (1 - np.clip(2 * smile, 0, 1)))
+    both("mouthDimple", 0.5 * bursts(0.2, 0.8, 0.2))
+    both("mouthPress", 0.7 * bursts(1.0, 2.5, 0.25) * (1 - np.clip(3 * opening, 0, 1)))
     both("mouthUpperUp", speech(0.35, 0.6))
     both("mouthLowerDown", speech(0.35, 0.7))
-    weights["mouthRollUpper"] = 0.5 * _bursts(rng, n, 0.5, 2.0, 0.15)
-    weights["mouthRollLower"] = 0.5 * _bursts(rng, n, 0.5, 2.0, 0.2)
-    weights["mouthShrugUpper"] = 0.5 * _bursts(rng, n, 0.5, 2.0, 0.15)
-    weights["mouthShrugLower"] = 0.5 * _bursts(rng, n, 0.5, 2.0, 0.2)
-    weights["mouthClose"] = 0.25 * _bursts(rng, n, 0.5, 2.0, 0.2) * np.clip(2 * opening, 0, 1)
-    expression = np.stack([np.broadcast_to(weights[name], (n,)) for name in head.expression_names], -1)
+    for movement in ("Roll", "Shrug"):
+        weights[f"mouth{movement}Upper"] = 0.5 * bursts(0.5, 2.0, 0.15)
+        weights[f"mouth{movement}Lower"] = 0.5 * bursts(0.5, 2.0, 0.2)
+    weights["mouthClose"] = 0.25 * bursts(0.5, 2.0, 0.2) * np.clip(2 * opening, 0, 1)
+    expression = np.stack([weights[name] for name in head.expression_names], -1)
     fields = (
         np.zeros((n, head.n_shape)),
         np.clip(expression, head.expression_bounds[:, 0], head.expression_bounds[:, 1]),

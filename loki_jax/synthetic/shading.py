@@ -8,28 +8,29 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
+from loki_jax.arrays import ArrayLike
 from loki_jax.face.asset import HeadAsset
 from loki_jax.face.camera import ndc_from_world
 from loki_jax.face.normals import vertex_normals
 from loki_jax.face.skinning import Identity, mesh_faces, world_vertices
 from loki_jax.face.types import Camera, Coefficients
 from loki_jax.raster import downsample, interpolate, rasterize
+from loki_jax.raster.fragments import Faces
 from loki_jax.synthetic.appearance import Appearance
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 
 
-def lambert(normals: Float[Array, "*b V 3"], light: Float[Array, "*#b 3"]) -> Float[Array, "*b V"]:
+def lambert(normals: Float[Array, "*b V 3"], light: Float[ArrayLike, "*#b 3"]) -> Float[Array, "*b V"]:
     """Share of a lamp's light that a surface receives, in [0, 1]; `light` is the unit vector to the lamp."""
     facing = jnp.einsum("...vi,...i->...v", normals, light, precision=_HIGHEST)
     return jnp.maximum(facing, 0.0)
 
 
 def plain_shade(
-    vertices: Float[Array, "*b V 3"], faces: Int[Array | np.ndarray, "F 3"], light: tuple[float, float, float]
+    vertices: Float[ArrayLike, "*b V 3"], faces: Faces, light: tuple[float, float, float]
 ) -> Float[Array, "*b V"]:
     """Grey of a white mesh in [0.25, 1]: one lamp in the direction `light`, a quarter from everywhere."""
     direction = jnp.asarray(light)
@@ -38,14 +39,14 @@ def plain_shade(
 
 
 def shade_mesh(
-    vertices: Float[Array, "*b V 3"],
-    faces: Int[Array | np.ndarray, "F 3"],
-    colour: Float[Array, "*#b V C"],
+    vertices: Float[ArrayLike, "*b V 3"],
+    faces: Faces,
+    colour: Float[ArrayLike, "*#b V C"],
     camera: Camera,
-    crop: Float[Array | np.ndarray, "*#b 4"],
+    crop: Float[ArrayLike, "*#b 4"],
     size: int,
     supersample: int = 2,
-    background: Float[Array, "*#b fine fine C"] | float = 0.0,
+    background: Float[ArrayLike, "*#b fine fine C"] | float = 0.0,
 ) -> Float[Array, "*b S S C"]:
     """A mesh with the given colours of its vertices over a background.
 
@@ -76,7 +77,7 @@ def render(
     identity: Identity,
     coefficients: Coefficients,
     camera: Camera,
-    crop: Float[Array | np.ndarray, "*#b 4"],
+    crop: Float[ArrayLike, "*#b 4"],
     appearance: Appearance,
     size: int,
     supersample: int = 2,
@@ -106,7 +107,7 @@ def render(
     return jnp.clip(image, 0.0, 1.0)
 
 
-def _lit_colour(vertices, faces, appearance: Appearance) -> Float[Array, "*b V 3"]:
+def _lit_colour(vertices, faces, appearance: Appearance) -> Float[ArrayLike, "*b V 3"]:
     normals = vertex_normals(vertices, faces)
     direct = lambert(normals, appearance.light)
     # Light from everywhere is a little stronger from above.
@@ -115,7 +116,7 @@ def _lit_colour(vertices, faces, appearance: Appearance) -> Float[Array, "*b V 3
     return appearance.albedo * light
 
 
-def _background(appearance: Appearance, size: int) -> Float[Array, "*b size size 3"]:
+def _background(appearance: Appearance, size: int) -> Float[ArrayLike, "*b size size 3"]:
     axis = 1.0 - (2.0 * jnp.arange(size) + 1.0) / size
     wave = appearance.background_wave[..., None, None, :]
     blend = 0.5 + 0.5 * jnp.sin(wave[..., 0] * axis[None, :] + wave[..., 1] * axis[:, None] + wave[..., 2])

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 from collections.abc import Callable, Iterator
 from importlib import resources
@@ -30,7 +31,10 @@ from etils import epath
 from ml_collections import ConfigDict
 from orbax.checkpoint.checkpoint_managers import preservation_policy as preservation
 
+from loki_jax.diffusion.loss import check_prediction
+from loki_jax.diffusion.schedule import ddim_timesteps
 from loki_jax.face.asset import load_head
+from loki_jax.networks import build_networks, random_params
 from loki_jax.training.config import CheckpointError, NonFiniteError, config_to_json, read_config
 from loki_jax.training.model_file import Checkpoint, load_model_file
 from loki_jax.training.sharding import path_name, put_global
@@ -121,12 +125,12 @@ def save_state(
 
 
 def restore_state(manager: ocp.CheckpointManager, abstract: TrainState, iterator) -> tuple[TrainState, dict]:
-    """The newest whole checkpoint, placed as `abstract` says (any mesh, any number of processes).
+    """The newest whole checkpoint and the frozen parameters, placed as `abstract` says.
 
-    Sets the state of `iterator`.
+    Any mesh and any number of processes will do. Sets the state of `iterator`.
 
     Args:
-      abstract: TrainState of ShapeDtypeStructs with shardings; its `frozen` part is passed through.
+      abstract: TrainState of ShapeDtypeStructs with shardings.
 
     Returns:
       (state, what `save_state` wrote as "run").
@@ -142,32 +146,32 @@ def restore_state(manager: ocp.CheckpointManager, abstract: TrainState, iterator
     if abstract.ema is not None:
         trees["ema"] = abstract.ema
     older = f"Move {folder} away to go on from the checkpoint before it."
-    for name, wanted in trees.items():
-        try:
-            stored = leaf_shapes(_stored_shapes(folder / name))
-        except _UNREADABLE as error:
-            raise CheckpointError(f"{folder / name}: not readable ({error}). {older}") from error
-        check_fit(stored, wanted, str(folder / name))
     items = {name: ocp.args.StandardRestore(tree) for name, tree in trees.items()}
     items |= {"data": ocp.args.JsonRestore(), "run": ocp.args.JsonRestore()}
-    try:
+    with _reading(folder, older):
+        for name, wanted in trees.items():
+            check_fit(leaf_shapes(_stored_shapes(folder / name)), wanted, str(folder / name))
         restored = manager.restore(step, args=ocp.args.Composite(**items))
-    except _UNREADABLE as error:
-        raise CheckpointError(f"{folder}: cannot be read ({error}). {older}") from error
     if restored.run["step"] != step:
         raise CheckpointError(f"{folder}: holds step {restored.run['step']}. {older}")
     if bad := nonfinite_arrays({name: restored[name] for name in trees}):
         raise CheckpointError(f"{folder}: {_listed(bad)} {older}")
     iterator.set_state(restored.data)
     ema = None if abstract.ema is None else restored.ema
-    state = TrainState(
-        jnp.asarray(step, jnp.int32), restored.params, ema, restored.optimizer, abstract.frozen
-    )
-    return state, restored.run
+    count = put_global(jnp.asarray(step, jnp.int32), abstract.step.sharding)
+    frozen = restore_frozen(Path(manager.directory).parent, abstract.frozen)
+    return TrainState(count, restored.params, ema, restored.optimizer, frozen), restored.run
 
 
-# What Orbax raises on a folder that is damaged.
-_UNREADABLE = (ValueError, OSError, KeyError, AttributeError)
+@contextlib.contextmanager
+def _reading(path: Path, remedy: str) -> Iterator[None]:
+    """Whatever Orbax raises on a folder that is damaged becomes a CheckpointError."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except (ValueError, OSError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error}). {remedy}") from error
 
 
 def start(
@@ -184,15 +188,6 @@ def start(
     save_frozen(workdir, frozen)
     create = lambda trained, frozen: create_state(trained, frozen, optimizer, keep_ema)
     return jax.jit(create, out_shardings=shardings)(trained, frozen)
-
-
-def resume(
-    workdir: Path, manager: ocp.CheckpointManager, abstract: TrainState, iterator
-) -> tuple[TrainState, dict]:
-    """`restore_state` with the frozen parameters."""
-    state, run = restore_state(manager, abstract, iterator)
-    step = put_global(state.step, abstract.step.sharding)
-    return state._replace(step=step, frozen=restore_frozen(workdir, abstract.frozen)), run
 
 
 def _stored_shapes(folder: Path):
@@ -254,6 +249,35 @@ def check_fit(found: dict[str, tuple[int, ...]], wanted, source: str) -> None:
         )
 
 
+def _check_model(checkpoint: Checkpoint, source: str) -> None:
+    """Refuse a model whose config describes no networks that can animate, or others than its parameters'.
+
+    Raises:
+      CheckpointError: says what is wrong with the config, or names the first paths and shapes that differ.
+    """
+    config, params, head, _ = checkpoint
+    arrays = len(jax.tree.leaves(params))
+    try:
+        # Tracing takes time and memory by the depth that a config claims.
+        branches = [config.model.unet, config.model.reference, config.model.encoder, config.model.autoencoder]
+        depths = [branch.get("num_res_blocks", 1) for branch in branches]
+        if max(*depths, *(len(jax.tree.leaves(branch.to_dict())) for branch in branches)) > arrays:
+            raise ValueError(f"it has more layers than the file has arrays, {arrays}")
+        if min(config.window, config.image_size) < 1 or not math.isfinite(config.sample.guidance):
+            raise ValueError("window, image_size or sample.guidance is out of range")
+        if not isinstance(config.driver.neck, bool) or not isinstance(config.diffusion.clip, float | int):
+            raise ValueError("driver.neck or diffusion.clip is of another type")
+        ddim_timesteps(config.sample.steps, config.sample.spacing)
+        check_prediction(config.diffusion.prediction)
+        networks = build_networks(config, head)
+        wanted = jax.eval_shape(lambda: random_params(networks, jax.random.key(0)))
+    except Exception as error:  # a damaged config can hold anything
+        raise CheckpointError(
+            f"{source}: its config describes no model ({type(error).__name__}: {error}). Copy it again."
+        ) from error
+    check_fit(leaf_shapes({key: params.get(key, {}) for key in wanted}), wanted, source)
+
+
 def saved_steps(workdir: Path) -> list[int]:
     """Steps of the whole checkpoints in a workdir, ascending."""
     folder = workdir / "checkpoints"
@@ -286,14 +310,9 @@ def restore_frozen(workdir: Path, abstract):
             f"{path}: missing, but this run has parameters that are not trained. Copy the whole workdir, "
             "or start a new run from its weights with --config.init_from."
         )
-    try:
+    with _reading(path, "Copy it again."), ocp.StandardCheckpointer() as checkpointer:
         check_fit(leaf_shapes(_stored_shapes(path)), abstract, str(path))
-        with ocp.StandardCheckpointer() as checkpointer:
-            return checkpointer.restore(path, abstract)
-    except CheckpointError:
-        raise
-    except _UNREADABLE as error:
-        raise CheckpointError(f"{path}: cannot be read ({error}). Copy it again.") from error
+        return checkpointer.restore(path, abstract)
 
 
 def load_checkpoint(source: str | os.PathLike, use_ema: bool = True) -> Checkpoint:
@@ -311,6 +330,7 @@ def load_checkpoint(source: str | os.PathLike, use_ema: bool = True) -> Checkpoi
     if path.suffix == ".safetensors":
         checkpoint = load_model_file(path)
         check_finite(checkpoint.params, str(path))
+        _check_model(checkpoint, str(path))
         return checkpoint
     if path.parent.name == "checkpoints" and path.name.isdigit():
         path, step = path.parent.parent, int(path.name)
@@ -333,10 +353,11 @@ def load_checkpoint(source: str | os.PathLike, use_ema: bool = True) -> Checkpoi
             f"{folder}: no checkpoint of step {step}; there are {', '.join(map(str, saved))}."
         )
     item = "ema" if use_ema and (folder / str(step) / "ema").exists() else "params"
-    # The pixel autoencoder has no parameters, and files keep no empty dict.
-    params = {"autoencoder": {}} | restore_as_numpy((folder / str(step) / item).absolute())
-    if (path / "frozen").is_dir():
-        params |= restore_as_numpy((path / "frozen").absolute())
+    with _reading(folder / str(step), "Copy the workdir again."):
+        # The pixel autoencoder has no parameters, and files keep no empty dict.
+        params = {"autoencoder": {}} | restore_as_numpy((folder / str(step) / item).absolute())
+        if (path / "frozen").is_dir():
+            params |= restore_as_numpy((path / "frozen").absolute())
     return Checkpoint(config, check_finite(params, str(folder / str(step))), head, step)
 
 

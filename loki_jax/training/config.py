@@ -140,42 +140,34 @@ def check_config(config: ConfigDict) -> None:
         config.batch_size, config.grad_accum_steps, config.dropout, config.diffusion
     )  # fmt: skip
     reference, prompt = config.model.reference, config.model.unet.context_dim
-    wrong = {
-        f"batch_size={batch} cannot be split into grad_accum_steps={parts} microbatches": (
-            parts < 1 or batch % parts
-        ),
-        f"gradient_dtype={config.gradient_dtype!r}: use float32 or bfloat16": (
-            config.gradient_dtype not in ("float32", "bfloat16")
-        ),
-        f"sample.guidance={config.sample.guidance} is not a finite number": (
-            not math.isfinite(config.sample.guidance)
-        ),
-        f"sample.pose={config.sample.pose!r}: use relative or absolute": (
-            config.sample.pose not in ("relative", "absolute")
-        ),
-        f"diffusion.shared_timesteps={diffusion.shared_timesteps} is not a share": (
-            not 0 <= diffusion.shared_timesteps <= 1
-        ),
-        f"diffusion.min_snr_gamma={diffusion.min_snr_gamma}: 0 (off) or above": diffusion.min_snr_gamma < 0,
-        "diffusion.max_beta=1 leaves no signal at the last step: set config.diffusion.prediction=v": (
-            diffusion.max_beta >= 1 and diffusion.prediction == "epsilon"
-        ),
-        f"model.unet.context_dim={prompt}: the null prompt has width {reference.context_dim} "
-        "(config.model.reference.context_dim)": prompt not in (None, reference.context_dim),
-        f"dropout.null_reference={dropout.null_reference!r}: use features or latent": (
-            dropout.null_reference not in ("features", "latent")
-        ),
-        "dropout: the three shares add up to more than 1": (
-            dropout.identity + dropout.motion + dropout.both > 1
-        ),
-        "model.reference: a branch that is trained has no null prompt; set context_dim=None": (
-            reference.trainable and reference.context_dim is not None
-        ),
-        "model.reference.driver: a frozen branch has never seen a driver map; set it to False": (
-            reference.driver and not reference.trainable
-        ),
-    }
-    for message, broken in wrong.items():
+    wrong = (
+        (parts < 1 or batch % parts,
+         f"batch_size={batch} cannot be split into grad_accum_steps={parts} microbatches"),
+        (config.gradient_dtype not in ("float32", "bfloat16"),
+         f"gradient_dtype={config.gradient_dtype!r}: use float32 or bfloat16"),
+        (not math.isfinite(config.sample.guidance),
+         f"sample.guidance={config.sample.guidance} is not a finite number"),
+        (config.sample.pose not in ("relative", "absolute"),
+         f"sample.pose={config.sample.pose!r}: use relative or absolute"),
+        (not 0 <= diffusion.shared_timesteps <= 1,
+         f"diffusion.shared_timesteps={diffusion.shared_timesteps} is not a share"),
+        (diffusion.min_snr_gamma < 0,
+         f"diffusion.min_snr_gamma={diffusion.min_snr_gamma}: 0 (off) or above"),
+        (diffusion.max_beta >= 1 and diffusion.prediction == "epsilon",
+         "diffusion.max_beta=1 leaves no signal at the last step: set config.diffusion.prediction=v"),
+        (prompt not in (None, reference.context_dim),
+         f"model.unet.context_dim={prompt}: the null prompt has width {reference.context_dim} "
+         "(config.model.reference.context_dim)"),
+        (dropout.null_reference not in ("features", "latent"),
+         f"dropout.null_reference={dropout.null_reference!r}: use features or latent"),
+        (dropout.identity + dropout.motion + dropout.both > 1,
+         "dropout: the three shares add up to more than 1"),
+        (reference.trainable and reference.context_dim is not None,
+         "model.reference: a branch that is trained has no null prompt; set context_dim=None"),
+        (reference.driver and not reference.trainable,
+         "model.reference.driver: a frozen branch has never seen a driver map; set it to False"),
+    )  # fmt: skip
+    for broken, message in wrong:
         if broken:
             raise ValueError(f"config.{message}")
     if not reference.trainable and not config.pretrained and not config.init_from:

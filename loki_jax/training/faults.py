@@ -160,7 +160,7 @@ class Watchdog:
         compile.
     """
 
-    def __init__(self, seconds: float, slow_seconds: float = 0, end: Callable[[int], None] = os._exit):
+    def __init__(self, seconds: float, slow_seconds: float = 0.0, end: Callable[[int], Any] = os._exit):
         self._seconds, self._limit, self._slow, self._end = seconds, seconds, slow_seconds, end
         self._last: float | None = None
         self._stopped = threading.Event()

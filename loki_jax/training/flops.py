@@ -72,23 +72,9 @@ def chip_named(name: str) -> Chip:
     raise ValueError(f"unknown chip {name!r}; known are {', '.join(chip.name for chip in CHIPS)}")
 
 
-def chip_of(device: jax.Device) -> Chip | None:
-    """The chip a device is, by its exact kind; None where no peak figures are known (a CPU, a PCIe H100)."""
-    return next((chip for chip in CHIPS if device.device_kind in chip.kinds), None)
-
-
-def mfu(flops: float, seconds: float, chip: Chip, n_devices: int) -> float:
-    """Share of the chips' peak that `flops` (over all devices) done in `seconds` are.
-
-    Give `Work.model` for model FLOPs utilisation (recomputation is not counted) or `Work.matrix` for
-    hardware FLOPs utilisation.
-
-    Raises:
-      ValueError: seconds or n_devices is not positive.
-    """
-    if seconds <= 0 or n_devices < 1:
-        raise ValueError(f"mfu of {seconds} seconds on {n_devices} devices")
-    return flops / (seconds * chip.flops * n_devices)
+def chip_of(kind: str) -> Chip | None:
+    """The chip of a device of this `device_kind`; None where no peak is known (a CPU, a PCIe H100)."""
+    return next((chip for chip in CHIPS if kind in chip.kinds), None)
 
 
 class Operation(NamedTuple):
@@ -291,15 +277,11 @@ def _bytes(aval: Any) -> float:
     return float(aval.size * np.dtype(aval.dtype).itemsize) if hasattr(aval.dtype, "itemsize") else 0.0
 
 
-def step_flops(compiled: jax.stages.Compiled, opaque: float = 0.0) -> float:
+def step_flops(compiled: jax.stages.Compiled) -> float:
     """Operations of a compiled step over *all* its devices, by XLA's analysis (elementwise work included).
 
-    XLA analyses the program of one device; the figure is multiplied by the number of devices.
-
-    Args:
-      opaque: operations over all devices that XLA cannot see, e.g. `work_of(traced).attention` where
-        attention is a cuDNN or Pallas kernel. See the module docstring for what else it may miss: on
-        GPUs prefer `work_of`.
+    XLA analyses the program of one device; the figure is multiplied by the number of devices. The module's
+    docstring says what it may miss: on GPUs prefer `work_of`.
 
     Raises:
       ValueError: the backend gives no analysis.
@@ -307,7 +289,7 @@ def step_flops(compiled: jax.stages.Compiled, opaque: float = 0.0) -> float:
     analysis = compiled.cost_analysis() or {}
     if "flops" not in analysis:
         raise ValueError("this backend gives no cost analysis of a program; count with work_of instead")
-    return float(analysis["flops"]) * device_count(compiled) + opaque
+    return float(analysis["flops"]) * device_count(compiled)
 
 
 def device_count(compiled: jax.stages.Compiled) -> int:

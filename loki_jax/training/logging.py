@@ -133,11 +133,11 @@ def duration(seconds: float) -> str:
     return str(datetime.timedelta(seconds=int(seconds))) if np.isfinite(seconds) else "?"
 
 
-def read_metrics(path: Path) -> list[dict[str, float]]:
+def read_metrics(path: Path) -> list[dict[str, int | float]]:
     """The rows of a `metrics.jsonl`; a line cut off by a crash is left out, repeated steps keep the last."""
     # Losses, validation losses and figures of samples may share a step.
     kind = lambda row: next((key for key in ("val_loss", "sample_hpf") if key in row), "loss")
-    rows: dict[tuple, dict[str, float]] = {}
+    rows: dict[tuple, dict[str, int | float]] = {}
     for line in Path(path).read_text().splitlines():
         try:
             row = json.loads(line)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.flax import save_file
 
 from loki_jax.face.asset import HeadAsset
@@ -73,22 +73,24 @@ def load_model_file(path: Path) -> Checkpoint:
     try:
         with safe_open(str(path), framework="flax") as file:
             metadata = file.metadata() or {}
-            tensors = {key: file.get_tensor(key).astype(jnp.float32) for key in file.keys()}
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: not a readable safetensors file ({error}). Copy it again.") from error
-    if metadata.get("format") != "loki_jax-1":
-        raise CheckpointError(
-            f"{path}: not a loki_jax model file. For other weights use `python -m loki_jax.convert`."
-        )
-    try:
+            if metadata.get("format") != "loki_jax-1":
+                raise CheckpointError(
+                    f"{path}: not a loki_jax model file. For other weights use `python -m loki_jax.convert`."
+                )
+            # On the host: as jax arrays every shape would compile its own conversion.
+            tensors = {key: np.asarray(file.get_tensor(key)).astype(np.float32) for key in file.keys()}
+        params = {"autoencoder": {}} | unflatten_dict(tensors, sep="/")
         config, step = config_from_json(metadata["config"]), int(metadata["step"])
         head_name, geometry = metadata["head"], metadata["head_geometry"]
-    except (KeyError, ValueError, AttributeError, TypeError) as error:
-        raise CheckpointError(f"{path}: its metadata are damaged ({error}). Copy it again.") from error
+    except CheckpointError:
+        raise
+    except Exception as error:  # safetensors, JAX and JSON raise many types about damaged files
+        raise CheckpointError(
+            f"{path}: damaged, not a readable model file ({type(error).__name__}: {error}). Copy it again."
+        ) from error
     head = builtin_head()
     if head_name != head.name or geometry != _geometry_digest(head):
         raise CheckpointError(
             f"{path}: made with another built-in head ({head_name}); use the version that made it."
         )
-    params = {"autoencoder": {}} | unflatten_dict(tensors, sep="/")
     return Checkpoint(config, params, head, step)

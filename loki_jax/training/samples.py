@@ -22,7 +22,7 @@ from loki_jax.diffusion.schedule import Schedule
 from loki_jax.driver.encoding import ReferenceFrame
 from loki_jax.face.asset import HeadAsset
 from loki_jax.face.builtin import NAME as BUILTIN
-from loki_jax.face.retarget import retarget, size_ratio
+from loki_jax.face.retarget import fold_neck, neck_joint, retarget, size_ratio
 from loki_jax.face.types import Camera, Coefficients
 from loki_jax.fitting.photometric import fit_photometric_clips
 from loki_jax.metrics.hef import head_expression_follow
@@ -69,7 +69,7 @@ def take_rows(tree: PyTree, rows: np.ndarray, mesh: Mesh) -> PyTree:
 
 
 def make_pairs(
-    batch: Batch, count: int, head: HeadAsset, dataset: Dataset, mode: str, mesh: Mesh
+    batch: Batch, count: int, head: HeadAsset, dataset: Dataset, mode: str, mesh: Mesh, neck: bool = True
 ) -> Pairs | None:
     """Pairs from a validation batch; all processes must call. None where it holds no images.
 
@@ -79,6 +79,7 @@ def make_pairs(
       batch: the global batch.
       count: N; at most as many as the global batch has windows.
       mode: pose of the second kind, "relative" or "absolute".
+      neck: whether the driver map shows the neck's bend; else, in relative mode, it becomes part of `rot`.
     """
     if batch.frames is None or count < 1:
         return None
@@ -93,7 +94,10 @@ def make_pairs(
     def retargeted(driver, reference, driver_camera, reference_camera):
         scale = size_ratio(head, reference.betas, driver.betas[0])
         cameras = dict(driver_camera=driver_camera, reference_camera=reference_camera)
-        return retarget(driver, reference, mode, scale=scale, **cameras)
+        moved = retarget(driver, reference, mode, scale=scale, **cameras)
+        if neck or mode == "absolute":
+            return moved
+        return fold_neck(moved, neck_joint(head, reference.betas))
 
     camera = jax.tree.map(lambda x: x[:, 0], few.camera)
     camera_of = lambda index: jax.tree.map(lambda x: x[index], camera)
@@ -141,13 +145,10 @@ def animate_pairs(
     config: ConfigDict, networks: Networks, params: PyTree, head: HeadAsset, inputs: dict[str, Any]
 ) -> UInt8[Array, "n t s s 3"]:
     """Frames of pairs: `inputs` holds fields of `Pairs` and the noise, each with the leading axis N."""
-    image, own = (
-        inputs["reference"],
-        [inputs[f"reference_{name}"] for name in ("coefficients", "camera", "crop")],
-    )
-    features = portrait_features(config, networks, params, head, image, *own)
-    moved = (inputs["coefficients"], inputs["camera"], inputs["crop"])
-    driver = driver_input(config, head, *moved, ReferenceFrame(*own, image))
+    own = (inputs["reference_coefficients"], inputs["reference_camera"], inputs["reference_crop"])
+    reference = ReferenceFrame(*own, inputs["reference"])
+    features = portrait_features(config, networks, params, head, inputs["reference"], *own)
+    driver = driver_input(config, head, inputs["coefficients"], inputs["camera"], inputs["crop"], reference)
     return sample_from_features(
         config, networks, params, features, driver, inputs["noise"],
         steps=config.sample.steps, guidance=config.sample.guidance, spacing=config.sample.spacing,
@@ -232,7 +233,11 @@ def follow(
     hpf, hef = [], []
     for i in range(len(sampled)):
         mine, target, camera = one(fitted, i), one(pairs.driver_coefficients, i), one(pairs.driver_camera, i)
-        hpf.append(head_pose_follow(mine.rot, target.rot, mine.neck, target.neck).degrees)
+        follow = head_pose_follow(
+            mine.rot, target.rot, mine.neck, target.neck,
+            pred_extrinsics=one(pairs.camera, i).extrinsics, target_extrinsics=camera.extrinsics,
+        )  # fmt: skip
+        hpf.append(follow.degrees)
         hef.append(head_expression_follow(head, mine, target, camera, size=size).distance)
     half = len(sampled) // 2
     mean = lambda values: float(np.mean([v for v in values if v is not None]))

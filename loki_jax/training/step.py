@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
+from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray, PyTree
 from ml_collections import ConfigDict
 
+from loki_jax.arrays import ArrayLike
 from loki_jax.data.schema import Batch
 from loki_jax.diffusion.loss import diffusion_loss
 from loki_jax.driver.encoding import ReferenceFrame
@@ -35,13 +37,13 @@ from loki_jax.training.sharding import BATCH_AXES, gather_params, mean_over_devi
 from loki_jax.training.state import TrainState, update_ema
 
 
-def window_keys(key: PRNGKeyArray, rows: Int[Array, " b"]) -> PRNGKeyArray:
+def window_keys(key: PRNGKeyArray, rows: Int[Array, " b"]) -> Key[Array, " b"]:
     """A key for each window, by its row in the global batch: draws are the same however a batch is cut up."""
     return jax.vmap(jax.random.fold_in, (None, 0))(key, rows)
 
 
-def dropout_masks(keys: PRNGKeyArray, dropout: ConfigDict) -> tuple[Array, Array]:
-    """(keep identity, keep motion), (B,) bool each, for keys (B,).
+def dropout_masks(keys: Key[Array, " b"], dropout: ConfigDict) -> tuple[Bool[Array, " b"], Bool[Array, " b"]]:
+    """(keep identity, keep motion) of each window.
 
     Exclusive shares lose one, the other or both.
     """
@@ -56,7 +58,7 @@ def make_loss(config: ConfigDict, networks: Networks) -> Callable:
     """loss(trained, frozen, batch, head, keys, dropout) -> scalar; `keys` (B,) of `window_keys`."""
 
     def loss(
-        trained: PyTree, frozen: PyTree, batch: Batch, head: HeadAsset, keys: PRNGKeyArray, dropout: bool
+        trained: PyTree, frozen: PyTree, batch: Batch, head: HeadAsset, keys: Key[Array, " b"], dropout: bool
     ):
         params = trained | frozen
         keys_of = jax.vmap(lambda key: jax.random.split(key, 4), out_axes=1)(keys)
@@ -90,7 +92,7 @@ def make_loss(config: ConfigDict, networks: Networks) -> Callable:
 
 def _drivers(
     config: ConfigDict, networks: Networks, params: PyTree, batch: Batch, head: HeadAsset
-) -> tuple[Array, Array | None]:
+) -> tuple[ArrayLike, Array | None]:
     """The window's driver input, and the encoded one of its reference frame where the config wants it."""
     draw = jax.named_scope("driver_map")(functools.partial(driver_input, config))
     inputs = (batch.coefficients, batch.camera, batch.crop)
@@ -100,12 +102,13 @@ def _drivers(
         return draw(head, *inputs, reference), None
     # Window and reference are drawn together: one rasterisation.
     joined = jax.tree.map(lambda x, y: jnp.concatenate([x, y[:, None]], 1), inputs, own)
-    driver = draw(head, *joined, reference)
+    coefficients, camera, crop = joined
+    driver = draw(head, coefficients, camera, crop, reference)
     return driver[:, :-1], encode_condition(networks, params, driver[:, -1:])[:, 0]
 
 
 def _latents(
-    networks: Networks, params: PyTree, batch: Batch, prefix: str, keys: PRNGKeyArray | None
+    networks: Networks, params: PyTree, batch: Batch, prefix: str, keys: Key[Array, " b"] | None
 ) -> Float[Array, "b *t h w c"]:
     """Latents of the frames or of the reference: from the shards where they hold them, else encoded.
 
@@ -120,7 +123,7 @@ def _latents(
         raise ValueError("a batch without images and without latents")
     else:
         flat = unit_range(images).reshape(-1, *images.shape[-3:])
-        encoded = networks.autoencoder.apply({"params": params["autoencoder"]}, flat, method="encode")
+        encoded: Any = networks.autoencoder.apply({"params": params["autoencoder"]}, flat, method="encode")
         mean, logvar = (x.reshape(*images.shape[:-3], *x.shape[1:]) for x in encoded)
     return mean if keys is None else jax.vmap(sample_posterior)(keys, mean, logvar)
 
@@ -208,7 +211,7 @@ def make_eval_step(config: ConfigDict, networks: Networks, mesh: Mesh) -> Callab
     """
     loss_of = make_loss(config, networks)
 
-    def evaluate(trained: PyTree, frozen: PyTree, batch: Batch, head: HeadAsset, index: int):
+    def evaluate(trained: PyTree, frozen: PyTree, batch: Batch, head: HeadAsset, index: Int[Array, ""] | int):
         params = {"params": trained, "frozen": frozen}
         specs = param_specs(config, mesh, params)
 

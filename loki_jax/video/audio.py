@@ -24,17 +24,17 @@ _AAC_RATES = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000, 6400
 class AudioTrack:
     """The audio of another file, muxed into `output` in step with its video.
 
-    It is the source's default track. Time zero is the first picture of the source. Packets are copied where
-    MP4 allows the codec and encoded again as AAC otherwise; gaps become silence. Damage beyond the start
-    costs the damaged sound, with a warning, and never the video.
+    It is the source's default track. Time zero is `start` seconds after the first picture of the source.
+    Packets are copied where MP4 allows the codec and encoded again as AAC otherwise; gaps become silence.
+    Damage beyond the start costs the damaged sound, with a warning, and never the video.
 
     Raises:
       MediaError: the source has no audio track that can be read.
     """
 
-    def __init__(self, source: Path, output: av.container.OutputContainer):
+    def __init__(self, source: Path, output: av.container.OutputContainer, start: Fraction = Fraction(0)):
         self._output, self._source = output, source
-        self._start = first_picture_time(source)
+        self._start = first_picture_time(source) + start
         try:
             self._container = av.open(str(source))
             stream = self._container.streams.best("audio")

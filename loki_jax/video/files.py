@@ -12,6 +12,10 @@ class MediaError(ValueError):
     """A video or image file cannot be read or written; the message names the file and the remedy."""
 
 
+class InputWarning(UserWarning):
+    """Something about a user's file that is worth knowing; programs print it as one line."""
+
+
 def check_file(path: Path, kind: str) -> None:
     """Check that there is a file with content; `kind` is "video" or "image".
 

@@ -7,11 +7,13 @@ be wrong.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 from collections.abc import Iterable, Iterator
 from fractions import Fraction
 from pathlib import Path
+from typing import TypeVar
 
 import av
 import numpy as np
@@ -20,6 +22,8 @@ from av.video.reformatter import Colorspace
 from jaxtyping import Int, UInt8
 
 from loki_jax.video.files import MediaError, check_file, over_white
+
+Item = TypeVar("Item")
 
 _STANDARD_RATES = tuple(
     Fraction(*rate)
@@ -145,9 +149,7 @@ def _square_width(stream: av.VideoStream) -> int | None:
     return max(1, round(stream.codec_context.width * Fraction(aspect)))
 
 
-def _evenly(
-    frames: Iterable[tuple[Fraction | None, av.VideoFrame]], rate: Fraction, fps: Fraction
-) -> Iterator[av.VideoFrame]:
+def _evenly(frames: Iterable[tuple[Fraction | None, Item]], rate: Fraction, fps: Fraction) -> Iterator[Item]:
     """Put frames with time stamps in seconds on the grid k / fps, each grid point its nearest frame.
 
     `rate` is that of the frames: what frames without time stamps are spaced by, and how long the last
@@ -157,7 +159,8 @@ def _evenly(
     repeated or dropped, so that it stays in time with its audio. Memory: two frames.
     """
     first: Fraction | None = None
-    previous, previous_at = None, Fraction(0)
+    previous: Item | None = None
+    previous_at = Fraction(0)
     grid = 0
     for index, (time, frame) in enumerate(frames):
         if time is None:
@@ -312,18 +315,33 @@ class VideoReader:
             )
 
     def __iter__(self) -> Iterator[UInt8[np.ndarray, "H W 3"]]:
-        shape = None
-        for index, frame in enumerate(_evenly(self._decoded(), self.source_fps, self.fps)):
+        return (self.to_rgb(picture) for _, picture in self.numbered_pictures())
+
+    def numbered_pictures(self) -> Iterator[tuple[int, av.VideoFrame]]:
+        """The pictures that iteration converts, each with its number among those of the file."""
+        decoded = ((time, (number, frame)) for number, (time, frame) in enumerate(self._decoded()))
+        size = None
+        for index, (number, frame) in enumerate(_evenly(decoded, self.source_fps, self.fps)):
             if index == 0:
                 _refuse_hdr(self.path, frame.color_trc)
-            image = _to_rgb(frame, self._width)
-            shape = shape or image.shape
-            if image.shape != shape:
+            size = size or (frame.width, frame.height)
+            if size != (frame.width, frame.height):
                 raise MediaError(
-                    f"{self.path}: changes size from {shape[1]}x{shape[0]} to "
-                    f"{image.shape[1]}x{image.shape[0]} at frame {index}. Convert it to one size first."
+                    f"{self.path}: changes size from {size[0]}x{size[1]} to {frame.width}x{frame.height} at "
+                    f"frame {index}. Convert it to one size first."
                 )
-            yield image
+            yield number, frame
+
+    def decode_from(self, stamp: int | None) -> Iterator[tuple[int, av.VideoFrame]]:
+        """Stored pictures, counted from 0: from the key frame before a time stamp, or from the start."""
+        if stamp is not None:
+            with contextlib.suppress(av.error.FFmpegError):  # some containers have no index
+                self._container.seek(stamp, stream=self._stream)
+        yield from enumerate(self._container.decode(self._stream))
+
+    def to_rgb(self, picture: av.VideoFrame) -> UInt8[np.ndarray, "H W 3"]:
+        """A picture of this file as a person would see it."""
+        return _to_rgb(picture, self._width)
 
 
 def first_picture_time(path: str | os.PathLike) -> Fraction:

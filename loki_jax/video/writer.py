@@ -13,6 +13,7 @@ from typing import Any
 import av
 import numpy as np
 from av.video.reformatter import Colorspace
+from av.video.stream import VideoStream
 from jaxtyping import UInt8
 
 from loki_jax.io import atomic_path
@@ -63,7 +64,9 @@ def _unwritable(path: Path, error: av.error.FFmpegError | OSError) -> MediaError
 class VideoWriter:
     """Writes H.264 (yuv420p, BT.709) frame by frame; the file appears when the writer closes without error.
 
-    Use as a context manager: on an exception nothing is left behind. Arguments and errors: `write_video`.
+    Use as a context manager: on an exception nothing is left behind. Arguments and errors: `write_video`; and
+    `audio_start`, the time of the first frame in `audio_from` in seconds after its first picture; `codec`,
+    FFmpeg's name of another encoder, with `bit_rate` in bits a second instead of `crf`.
     """
 
     def __init__(
@@ -72,15 +75,18 @@ class VideoWriter:
         fps: Fraction,
         *,
         audio_from: str | os.PathLike | None = None,
+        audio_start: Fraction = Fraction(0),
         synthetic: bool = True,
         crf: int = 16,
+        codec: str = "libx264",
+        bit_rate: int | None = None,
     ):
         self.path = Path(path)
         self.fps = Fraction(fps)
         if self.fps <= 0:
             raise ValueError(f"fps is {fps}, expected a positive rational")
         check_output(self.path, [] if audio_from is None else [audio_from])
-        self._crf = crf
+        self._crf, self._bit_rate = crf, bit_rate
         self._shape: tuple[int, ...] | None = None
         self._count = 0
         self._audio: AudioTrack | None = None
@@ -96,12 +102,15 @@ class VideoWriter:
             if synthetic:
                 self._container.metadata["comment"] = SYNTHETIC_TAG
                 self._container.metadata["synthetic"] = "true"
-            self._stream = self._container.add_stream("libx264", rate=self.fps)
+            stream = self._container.add_stream(codec, rate=self.fps)
+            if not isinstance(stream, VideoStream):
+                raise ValueError(f"codec {codec!r} is not one of video")
+            self._stream = stream
             if audio_from is not None:
                 with VideoReader(audio_from) as reader:
                     has_audio = reader.has_audio
                 if has_audio:
-                    self._audio = AudioTrack(Path(audio_from), self._container)
+                    self._audio = AudioTrack(Path(audio_from), self._container, audio_start)
                     stack.callback(self._audio.close)
             self._open = stack.pop_all()  # what ends with `close`, or with an exception
 
@@ -122,10 +131,13 @@ class VideoWriter:
     def _start(self, height: int, width: int) -> None:
         self._stream.width, self._stream.height = width + width % 2, height + height % 2
         self._stream.pix_fmt = "yuv420p"
-        self._stream.options = {"crf": str(self._crf), "preset": "medium"}
-        if width < 256:
+        if self._bit_rate is not None:
+            self._stream.bit_rate = self._bit_rate
+        else:
+            self._stream.options = {"crf": str(self._crf), "preset": "medium"}
+        if width < 256 and "264" in self._stream.codec_context.name:
             # x264's macroblock tree reads past short rows, which makes equal frames unequal files.
-            self._stream.options["x264-params"] = "mbtree=0"
+            self._stream.options |= {"x264-params": "mbtree=0"}
         codec = self._stream.codec_context
         codec.time_base = 1 / self.fps
         codec.colorspace = codec.color_primaries = codec.color_trc = _BT709

@@ -31,13 +31,7 @@ _BLOCKS = (
 
 _UNET_LAYERS = {
     "time_in": "time_embedding.linear_1", "time_out": "time_embedding.linear_2", "time": "time_emb_proj",
-    "skip": "conv_shortcut", "block/self_norm": "transformer_blocks.0.norm1",
-    "block/cross_norm": "transformer_blocks.0.norm2", "block/ff_norm": "transformer_blocks.0.norm3",
-    "block/ff_in": "transformer_blocks.0.ff.net.0.proj", "block/ff_out": "transformer_blocks.0.ff.net.2",
-} | {
-    f"block/{ours}_attention/{layer}": f"transformer_blocks.0.{theirs}.{to}"
-    for ours, theirs in (("self", "attn1"), ("cross", "attn2"))
-    for layer, to in (("q", "to_q"), ("k", "to_k"), ("v", "to_v"), ("out", "to_out.0"))
+    "skip": "conv_shortcut",
 }  # fmt: skip
 
 _VAE_LAYERS = {"skip": "conv_shortcut", "quant": "quant_conv", "post_quant": "post_quant_conv"}
@@ -57,14 +51,18 @@ def diffusers_unet_table(unet: UNet, prefix: str = "") -> Table:
     if "temporal" in unet.attention_modes:
         raise ValueError("diffusers' image UNet has no temporal attention")
     table = {}
-    for path, (_, layout) in unet_table(unet).items():
+    for path, (ldm_name, layout) in unet_table(unet).items():
         module, _, leaf = path.rpartition("/")
         block, _, layer = module.partition("/")
-        if layer:
-            name = f"{_block(block, len(unet.multipliers))}.{_UNET_LAYERS.get(layer, layer)}"
+        theirs = _block(block, len(unet.multipliers))
+        if "transformer" in block:  # inside a transformer diffusers kept the names of the original code
+            inside = re.sub(r"^(input_blocks\.\d+|output_blocks\.\d+|middle_block)\.\d+\.", "", ldm_name)
+            name = f"{theirs}.{inside}"
+        elif layer:
+            name = f"{theirs}.{_UNET_LAYERS.get(layer, layer)}.{_leaf(leaf)}"
         else:
-            name = _UNET_LAYERS.get(block, _block(block, len(unet.multipliers)))
-        table[path] = LdmWeight(f"{prefix}{name}.{_leaf(leaf)}", layout)
+            name = f"{_UNET_LAYERS.get(block, theirs)}.{_leaf(leaf)}"
+        table[path] = LdmWeight(f"{prefix}{name}", layout)
     return table
 
 
@@ -74,15 +72,15 @@ def diffusers_autoencoder_table(autoencoder: AutoencoderKL, prefix: str = "") ->
     for path, (_, layout) in autoencoder_table(autoencoder).items():
         module, _, leaf = path.rpartition("/")
         part, _, rest = module.partition("/")
+        block, _, layer = rest.rpartition("/")
         if not rest:
             name = _VAE_LAYERS[part]
-        elif rest.startswith("middle/attention/"):
-            name = f"{part}.mid_block.attentions.0.{_VAE_ATTENTION[rest.removeprefix('middle/attention/')]}"
-            layout = "linear" if layout == "conv1x1" else layout
+        elif not block:
+            name = f"{part}.{_block(layer, len(autoencoder.widths))}"
         else:
-            block, layer = re.fullmatch(r"(middle/\w+?|\w+?)(?:/(\w+))?", rest).groups()
-            name = f"{part}.{_block(block, len(autoencoder.widths))}"
-            name += f".{_VAE_LAYERS.get(layer, layer)}" if layer else ""
+            if block == "middle/attention":
+                layer, layout = _VAE_ATTENTION[layer], "linear" if layout == "conv1x1" else layout
+            name = f"{part}.{_block(block, len(autoencoder.widths))}.{_VAE_LAYERS.get(layer, layer)}"
         table[path] = LdmWeight(f"{prefix}{name}.{_leaf(leaf)}", layout)
     return table
 
@@ -98,14 +96,13 @@ def flax_table(table: Table) -> Table:
     """The same weights in diffusers' Flax models, from a table of its PyTorch models."""
     flax = {}
     for path, (name, layout) in table.items():
-        if path.startswith(("encoder/", "decoder/")) or "/encoder/" in path or "/decoder/" in path:
+        if re.search("(^|/)(encoder|decoder)/", path):
             for new, old in _VAE_ATTENTION_OLD.items():
                 name = name.replace(f"mid_block.attentions.0.{new}.", f"mid_block.attentions.0.{old}.")
         module, _, _ = name.rpartition(".")
         module = re.sub(r"\.(\d+)", r"_\1", module).replace(".", "/")
-        flax[path] = LdmWeight(
-            f"{module}/{path.rpartition('/')[2]}", "pointwise" if layout == "conv1x1" else "vector"
-        )
+        layout = "pointwise" if layout == "conv1x1" else "vector"
+        flax[path] = LdmWeight(f"{module}/{path.rpartition('/')[2]}", layout)
     return flax
 
 

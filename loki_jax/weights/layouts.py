@@ -13,8 +13,8 @@ or are "null_prompt". A Stable Diffusion UNet is our reference branch.
 
 from __future__ import annotations
 
-import importlib.util
 import re
+import runpy
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,8 +26,16 @@ from loki_jax.models.autoencoder import AutoencoderKL, make_autoencoder
 from loki_jax.models.encoder import ConditioningEncoder
 from loki_jax.models.loki import Loki, init_params, make_loki
 from loki_jax.training.config import config_from_json, import_configs
+from loki_jax.training.sharding import path_name
 from loki_jax.weights.diffusers_names import diffusers_autoencoder_table, diffusers_unet_table, flax_table
-from loki_jax.weights.ldm_names import LdmWeight, Table, autoencoder_table, encoder_table, unet_table
+from loki_jax.weights.ldm_names import (
+    LdmWeight,
+    Table,
+    autoencoder_table,
+    encoder_table,
+    prefixed,
+    unet_table,
+)
 from loki_jax.weights.match import Drop
 from loki_jax.weights.tensors import WeightsError
 from loki_jax.weights.torch_zip import OUTSIDE
@@ -99,11 +107,8 @@ def load_config(argument: str) -> ConfigDict:
         if path.suffix == ".json":
             return config_from_json(path.read_text())
         import_configs()  # a config file imports its neighbours by this name
-        spec = importlib.util.spec_from_file_location(path.stem, path)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module.get_config(variant or None)
-    except (AttributeError, ImportError, SyntaxError, ValueError) as error:
+        return runpy.run_path(str(path))["get_config"](variant or None)
+    except (AttributeError, ImportError, KeyError, SyntaxError, ValueError) as error:
         raise WeightsError(f"--config {argument}: not a config file ({error}).") from error
 
 
@@ -114,26 +119,22 @@ def make_network(model_config: ConfigDict, driver_channels: int = 45) -> Network
       WeightsError: the config has no VAE or no text cross-attention, so it takes no such weights.
     """
     config = ConfigDict(model_config.to_dict())
-    if config.autoencoder.kind != "kl" or config.reference.context_dim is None:
+    config.latent_size = 8 * 2 ** len(config.unet.multipliers)
+    config.encoder.kind, config.encoder.in_channels = "map", driver_channels
+    autoencoder = make_autoencoder(config) if config.autoencoder.kind == "kl" else None
+    if not isinstance(autoencoder, AutoencoderKL) or config.reference.context_dim is None:
         raise WeightsError(
             "config.model: this config trains without Stable Diffusion (it needs autoencoder.kind='kl' and "
             "reference.context_dim), so there is nothing to convert for it."
         )
-    config.latent_size = 8 * 2 ** len(config.unet.multipliers)
-    config.encoder.kind, config.encoder.in_channels = "map", driver_channels
-    loki, autoencoder = make_loki(config), make_autoencoder(config)
-
-    def init(key):
-        image = jnp.zeros((1, 2 * autoencoder.stride, 2 * autoencoder.stride, 3))
-        vae = autoencoder.init(key, image)["params"]
-        return {
-            **init_params(loki, config, key), "autoencoder": vae,
-            "null_prompt": jnp.zeros((1, PROMPT_TOKENS, config.reference.context_dim)),
-        }  # fmt: skip
-
-    leaves = jax.tree_util.tree_flatten_with_path(jax.eval_shape(init, jax.random.key(0)))[0]
-    shapes = {"/".join(str(key.key) for key in path): tuple(leaf.shape) for path, leaf in leaves}
-    return Network(config, loki, autoencoder, shapes)
+    loki = make_loki(config)
+    image = jnp.zeros((1, 2 * autoencoder.stride, 2 * autoencoder.stride, 3))
+    init = lambda key: {
+        **init_params(loki, config, key), "autoencoder": autoencoder.init(key, image)["params"],
+        "null_prompt": jnp.zeros((1, PROMPT_TOKENS, config.reference.context_dim)),
+    }  # fmt: skip
+    leaves = jax.tree_util.tree_leaves_with_path(jax.eval_shape(init, jax.random.key(0)))
+    return Network(config, loki, autoencoder, {path_name(path): leaf.shape for path, leaf in leaves})
 
 
 def make_layout(name: str, network: Network, wrapped: bool = False) -> Layout:
@@ -148,30 +149,28 @@ def make_layout(name: str, network: Network, wrapped: bool = False) -> Layout:
     reference, autoencoder = network.loki.reference, network.autoencoder
     if name in ("diffusers", "flax"):
         try:
-            unet = diffusers_unet_table(reference, "unet/")
+            table = prefixed(diffusers_unet_table(reference, "unet/"), "reference/")
         except ValueError as error:
             raise WeightsError(f"layout {name}: {error}.") from error
-        vae = diffusers_autoencoder_table(autoencoder, "vae/")
-        unet, vae = _under("reference", unet), _under("autoencoder", vae)
-        return Layout(name, unet | vae if name == "diffusers" else flax_table(unet) | flax_table(vae))
+        table |= prefixed(diffusers_autoencoder_table(autoencoder, "vae/"), "autoencoder/")
+        return Layout(name, table if name == "diffusers" else flax_table(table))
     if name == "ldm":
-        table = _under("reference", unet_table(reference, "model.diffusion_model."))
-        table |= _under("autoencoder", autoencoder_table(autoencoder, "first_stage_model."))
+        table = prefixed(unet_table(reference, "model.diffusion_model."), "reference/")
+        table |= prefixed(autoencoder_table(autoencoder, "first_stage_model."), "autoencoder/")
         return Layout(name, table, _TRAINING_DROPS)
     if name == "loki":
         outer, generation = "model." if wrapped else "", network.loki.generation
         if not isinstance(generation.encoder, ConditioningEncoder):
             raise WeightsError("layout loki: the public code has no encoder of coefficient vectors.")
         prefix = f"{outer}model.diffusion_model."
-        table = _under("generation/unet", unet_table(generation.unet, prefix))
-        table |= _under("generation/encoder", encoder_table(generation.encoder, f"{prefix}cond_encoder."))
-        table |= _under("reference", unet_table(reference, f"{outer}ref_extractor.unet."))
-        table |= _under("autoencoder", autoencoder_table(autoencoder, f"{outer}first_stage_model."))
+        table = prefixed(unet_table(generation.unet, prefix), "generation/unet/")
+        table |= prefixed(encoder_table(generation.encoder, f"{prefix}cond_encoder."), "generation/encoder/")
+        table |= prefixed(unet_table(reference, f"{outer}ref_extractor.unet."), "reference/")
+        table |= prefixed(autoencoder_table(autoencoder, f"{outer}first_stage_model."), "autoencoder/")
         return Layout(name, table, _TRAINING_DROPS + _LOKI_DROPS)
-    if name == "orbax":
-        return Layout(name, _own(p for p in network.shapes if not p.startswith("generation/")))
-    if name == "workdir":
-        return Layout(name, _own(network.shapes))
+    if name in ("orbax", "workdir"):
+        own = (path for path in network.shapes if name == "workdir" or not path.startswith("generation/"))
+        return Layout(name, {path: LdmWeight(path, "vector") for path in own})
     raise WeightsError(f"unknown layout {name!r}.")
 
 
@@ -222,11 +221,3 @@ CHECKED_SETTINGS = (
     "attention_head_dim", "norm_num_groups", "norm_eps", "act_fn", "flip_sin_to_cos", "freq_shift",
     "center_input_sample", "scaling_factor",
 )  # fmt: skip
-
-
-def _under(prefix: str, table: Table) -> Table:
-    return {f"{prefix}/{path}": weight for path, weight in table.items()}
-
-
-def _own(paths) -> Table:
-    return {path: LdmWeight(path, "vector") for path in paths}

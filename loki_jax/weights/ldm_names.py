@@ -7,12 +7,9 @@ reads files.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
-from jaxtyping import PyTree
 
 from loki_jax.models.autoencoder import AutoencoderKL
 from loki_jax.models.encoder import ConditioningEncoder
@@ -34,128 +31,148 @@ class LdmWeight(NamedTuple):
 Table = dict[str, LdmWeight]
 
 
+# Layers of a block: name of ours -> name of theirs and layout.
+_RESIDUAL = {
+    "norm1": ("norm1", "vector"), "conv1": ("conv1", "conv"),
+    "norm2": ("norm2", "vector"), "conv2": ("conv2", "conv"),
+}  # fmt: skip
+_UNET_RESIDUAL = {
+    "norm1": ("in_layers.0", "vector"), "conv1": ("in_layers.2", "conv"), "time": ("emb_layers.1", "linear"),
+    "norm2": ("out_layers.0", "vector"), "conv2": ("out_layers.3", "conv"),
+}  # fmt: skip
+_VAE_ATTENTION = {
+    "norm": ("norm", "vector"), "q": ("q", "conv1x1"), "k": ("k", "conv1x1"), "v": ("v", "conv1x1"),
+    "out": ("proj_out", "conv1x1"),
+}  # fmt: skip
+
+
 def unet_table(unet: UNet, prefix: str = "") -> Table:
     """Every parameter of a UNet of this shape. Public prefixes: "model.diffusion_model." (generation
     branch and SD 2.1 itself) and "ref_extractor.unet." (reference branch)."""
     levels, blocks = len(unet.multipliers), unet.num_res_blocks
     widths = [unet.channels * m for m in unet.multipliers]
-    table: Table = {}
+    table = _layer("time_in", "time_embed.0", "linear") | _layer("time_out", "time_embed.2", "linear")
+    table |= _layer("conv_in", "input_blocks.0.0", "conv")
 
-    def residual(ours: str, theirs: str, has_skip: bool) -> None:
-        table.update(_norm(f"{ours}/norm1", f"{theirs}.in_layers.0"))
-        table.update(_conv(f"{ours}/conv1", f"{theirs}.in_layers.2"))
-        table.update(_linear(f"{ours}/time", f"{theirs}.emb_layers.1"))
-        table.update(_norm(f"{ours}/norm2", f"{theirs}.out_layers.0"))
-        table.update(_conv(f"{ours}/conv2", f"{theirs}.out_layers.3"))
-        if has_skip:
-            table.update(_linear(f"{ours}/skip", f"{theirs}.skip_connection", layout="conv1x1"))
-
-    def transformer(ours: str, theirs: str, level: int) -> None:
+    def transformer(ours: str, theirs: str, level: int) -> Table:
         cross = unet.context_dim is not None
-        table.update(transformer_table(unet.attention_modes[level], cross, f"{ours}/", f"{theirs}."))
+        return transformer_table(unet.attention_modes[level], cross, f"{ours}/", f"{theirs}.")
 
-    table.update(_linear("time_in", "time_embed.0") | _linear("time_out", "time_embed.2"))
-    table.update(_conv("conv_in", "input_blocks.0.0"))
     below = widths[0]
     skips = [below]
     for level, width in enumerate(widths):
         for i in range(blocks):
             theirs = f"input_blocks.{1 + level * (blocks + 1) + i}"
-            residual(f"down_{level}_residual_{i}", f"{theirs}.0", below != width)
+            skip = "skip_connection" if below != width else None
+            table |= _block(f"down_{level}_residual_{i}", f"{theirs}.0", _UNET_RESIDUAL, skip)
             if level in unet.attention_levels:
-                transformer(f"down_{level}_transformer_{i}", f"{theirs}.1", level)
+                table |= transformer(f"down_{level}_transformer_{i}", f"{theirs}.1", level)
             below = width
             skips.append(below)
         if level + 1 < levels:
-            table.update(_conv(f"down_{level}_sample", f"input_blocks.{(level + 1) * (blocks + 1)}.0.op"))
+            theirs = f"input_blocks.{(level + 1) * (blocks + 1)}.0.op"
+            table |= _layer(f"down_{level}_sample", theirs, "conv")
             skips.append(below)
-    residual("middle_residual_0", "middle_block.0", False)
-    transformer("middle_transformer", "middle_block.1", -1)
-    residual("middle_residual_1", "middle_block.2", False)
+    table |= _block("middle_residual_0", "middle_block.0", _UNET_RESIDUAL)
+    table |= transformer("middle_transformer", "middle_block.1", -1)
+    table |= _block("middle_residual_1", "middle_block.2", _UNET_RESIDUAL)
     for level, width in reversed(list(enumerate(widths))):
         first = (levels - 1 - level) * (blocks + 1)
         attended = level in unet.attention_levels
         for i in range(blocks + 1):
             theirs = f"output_blocks.{first + i}"
-            residual(f"up_{level}_residual_{i}", f"{theirs}.0", below + skips.pop() != width)
+            skip = "skip_connection" if below + skips.pop() != width else None
+            table |= _block(f"up_{level}_residual_{i}", f"{theirs}.0", _UNET_RESIDUAL, skip)
             if attended:
-                transformer(f"up_{level}_transformer_{i}", f"{theirs}.1", level)
+                table |= transformer(f"up_{level}_transformer_{i}", f"{theirs}.1", level)
             below = width
         if level:
-            table.update(_conv(f"up_{level}_sample", f"output_blocks.{first + blocks}.{1 + attended}.conv"))
-    table.update(_norm("norm_out", "out.0") | _conv("conv_out", "out.2"))
-    return {path: LdmWeight(prefix + name, layout) for path, (name, layout) in table.items()}
+            theirs = f"output_blocks.{first + blocks}.{1 + attended}.conv"
+            table |= _layer(f"up_{level}_sample", theirs, "conv")
+    table |= _layer("norm_out", "out.0", "vector") | _layer("conv_out", "out.2", "conv")
+    return prefixed(table, theirs=prefix)
 
 
 def transformer_table(mode: str, cross_attention: bool, ours: str = "", theirs: str = "") -> Table:
     """Parameters of one `SpatioTemporalTransformer`."""
-    block, ldm_block = f"{ours}block/", f"{theirs}transformer_blocks.0."
     attentions = [("self", "attn1", "norm1")]
     if mode == "temporal":
         attentions.append(("temporal", "attn_t", "norm_t"))
     if cross_attention:
         attentions.append(("cross", "attn2", "norm2"))
-    table = _norm(f"{ours}norm", f"{theirs}norm")
-    table |= _linear(f"{ours}proj_in", f"{theirs}proj_in") | _linear(f"{ours}proj_out", f"{theirs}proj_out")
-    for name, attention, norm in attentions:
-        table |= _norm(f"{block}{name}_norm", f"{ldm_block}{norm}")
+    table = _layer("norm", "norm", "vector")
+    table |= _layer("proj_in", "proj_in", "linear") | _layer("proj_out", "proj_out", "linear")
+    for path, attention, norm in attentions:
+        path, attention = f"block/{path}", f"transformer_blocks.0.{attention}"
+        table |= _layer(f"{path}_norm", f"transformer_blocks.0.{norm}", "vector")
         for part in "qkv":
-            path = f"{block}{name}_attention/{part}/kernel"
-            table[path] = LdmWeight(f"{ldm_block}{attention}.to_{part}.weight", "linear")
-        table |= _linear(f"{block}{name}_attention/out", f"{ldm_block}{attention}.to_out.0")
-    table |= _norm(f"{block}ff_norm", f"{ldm_block}norm3")
-    table |= _linear(f"{block}ff_in", f"{ldm_block}ff.net.0.proj")
-    return table | _linear(f"{block}ff_out", f"{ldm_block}ff.net.2")
+            table[f"{path}_attention/{part}/kernel"] = LdmWeight(f"{attention}.to_{part}.weight", "linear")
+        table |= _layer(f"{path}_attention/out", f"{attention}.to_out.0", "linear")
+    table |= _layer("block/ff_norm", "transformer_blocks.0.norm3", "vector")
+    table |= _layer("block/ff_in", "transformer_blocks.0.ff.net.0.proj", "linear")
+    table |= _layer("block/ff_out", "transformer_blocks.0.ff.net.2", "linear")
+    return prefixed(table, ours, theirs)
 
 
 def encoder_table(encoder: ConditioningEncoder, prefix: str = "") -> Table:
     """Every parameter of a conditioning encoder. Public prefix: "model.diffusion_model.cond_encoder."."""
-    table = _conv("stem", "stem")
+    table = _layer("stem", "stem", "conv")
     below = encoder.stem
     for i, width in enumerate(encoder.widths):
-        table |= _residual(f"stage_{i}_residual", f"stages.{i}.0", "skip" if below != width else None)
-        table |= _conv(f"stage_{i}_sample", f"stages.{i}.1.conv")
+        skip = "skip" if below != width else None
+        table |= _block(f"stage_{i}_residual", f"stages.{i}.0", _RESIDUAL, skip)
+        table |= _layer(f"stage_{i}_sample", f"stages.{i}.1.conv", "conv")
         below = width
-    table |= _residual("refine", "refine")
-    table |= _norm("norm_out", "out_norm") | _conv("conv_out", "out_conv")
-    return {path: LdmWeight(prefix + name, layout) for path, (name, layout) in table.items()}
+    table |= _block("refine", "refine", _RESIDUAL)
+    table |= _layer("norm_out", "out_norm", "vector") | _layer("conv_out", "out_conv", "conv")
+    return prefixed(table, theirs=prefix)
 
 
 def autoencoder_table(autoencoder: AutoencoderKL, prefix: str = "") -> Table:
     """Every parameter of the VAE. Public prefix: "first_stage_model."."""
-    levels, blocks = len(autoencoder.widths), autoencoder.num_res_blocks
-
-    def middle(part: str) -> Table:
-        ours, theirs = f"{part}/middle", f"{part}.mid"
-        table = _residual(f"{ours}/residual_0", f"{theirs}.block_1")
-        table |= _residual(f"{ours}/residual_1", f"{theirs}.block_2")
-        table |= _norm(f"{ours}/attention/norm", f"{theirs}.attn_1.norm")
-        for name in "qkv":
-            table |= _linear(f"{ours}/attention/{name}", f"{theirs}.attn_1.{name}", layout="conv1x1")
-        return table | _linear(f"{ours}/attention/out", f"{theirs}.attn_1.proj_out", layout="conv1x1")
-
     table: Table = {}
     for part in ("encoder", "decoder"):
-        table |= _conv(f"{part}/conv_in", f"{part}.conv_in") | middle(part)
-        table |= _norm(f"{part}/norm_out", f"{part}.norm_out") | _conv(f"{part}/conv_out", f"{part}.conv_out")
-    below = autoencoder.widths[0]
-    for level, width in enumerate(autoencoder.widths):
-        for i in range(blocks):
-            skip = "nin_shortcut" if below != width else None
-            table |= _residual(f"encoder/down_{level}_residual_{i}", f"encoder.down.{level}.block.{i}", skip)
-            below = width
-        if level + 1 < levels:
-            table |= _conv(f"encoder/down_{level}_sample", f"encoder.down.{level}.downsample.conv")
-    for level, width in reversed(list(enumerate(autoencoder.widths))):
-        for i in range(blocks + 1):
-            skip = "nin_shortcut" if below != width else None
-            table |= _residual(f"decoder/up_{level}_residual_{i}", f"decoder.up.{level}.block.{i}", skip)
-            below = width
-        if level:
-            table |= _conv(f"decoder/up_{level}_sample", f"decoder.up.{level}.upsample.conv")
-    table |= _linear("quant", "quant_conv", layout="conv1x1")
-    table |= _linear("post_quant", "post_quant_conv", layout="conv1x1")
-    return {path: LdmWeight(prefix + name, layout) for path, (name, layout) in table.items()}
+        table |= _layer(f"{part}/conv_in", f"{part}.conv_in", "conv")
+        table |= _block(f"{part}/middle/residual_0", f"{part}.mid.block_1", _RESIDUAL)
+        table |= _block(f"{part}/middle/residual_1", f"{part}.mid.block_2", _RESIDUAL)
+        table |= _block(f"{part}/middle/attention", f"{part}.mid.attn_1", _VAE_ATTENTION)
+        table |= _layer(f"{part}/norm_out", f"{part}.norm_out", "vector")
+        table |= _layer(f"{part}/conv_out", f"{part}.conv_out", "conv")
+    below, last = autoencoder.widths[0], len(autoencoder.widths) - 1
+    for part, side, sample in (("encoder", "down", "downsample"), ("decoder", "up", "upsample")):
+        for level in range(last + 1) if side == "down" else range(last, -1, -1):
+            width = autoencoder.widths[level]
+            for i in range(autoencoder.num_res_blocks + (side == "up")):
+                skip = "nin_shortcut" if below != width else None
+                ours, theirs = f"{part}/{side}_{level}_residual_{i}", f"{part}.{side}.{level}.block.{i}"
+                table |= _block(ours, theirs, _RESIDUAL, skip)
+                below = width
+            if level != (last if side == "down" else 0):
+                theirs = f"{part}.{side}.{level}.{sample}.conv"
+                table |= _layer(f"{part}/{side}_{level}_sample", theirs, "conv")
+    table |= _layer("quant", "quant_conv", "conv1x1") | _layer("post_quant", "post_quant_conv", "conv1x1")
+    return prefixed(table, theirs=prefix)
+
+
+def prefixed(table: Table, ours: str = "", theirs: str = "") -> Table:
+    return {f"{ours}{path}": LdmWeight(f"{theirs}{name}", how) for path, (name, how) in table.items()}
+
+
+def _layer(ours: str, theirs: str, layout: str) -> Table:
+    """Scale and bias of a normalisation ("vector"), kernel and bias of any other layer."""
+    weight = "scale" if layout == "vector" else "kernel"
+    return {
+        f"{ours}/{weight}": LdmWeight(f"{theirs}.weight", layout),
+        f"{ours}/bias": LdmWeight(f"{theirs}.bias", "vector"),
+    }
+
+
+def _block(ours: str, theirs: str, layers: dict[str, tuple[str, str]], skip: str | None = None) -> Table:
+    """All layers of a block; `skip` is their name of its 1x1 convolution, if it has one."""
+    table: Table = {}
+    for path, (name, layout) in (layers | ({"skip": (skip, "conv1x1")} if skip else {})).items():
+        table |= _layer(f"{ours}/{path}", f"{theirs}.{name}", layout)
+    return table
 
 
 def to_ldm(array: np.ndarray, layout: str) -> np.ndarray:
@@ -166,71 +183,13 @@ def to_ldm(array: np.ndarray, layout: str) -> np.ndarray:
         return array.T[:, :, None, None]
     if layout == "conv":
         return array.transpose(3, 2, 0, 1)
-    if layout == "pointwise":
-        return array[None, None]
-    return array
+    return array[None, None] if layout == "pointwise" else array
 
 
 def from_ldm(array: np.ndarray, layout: str) -> np.ndarray:
     """The inverse of `to_ldm`. A 1x1 convolution may also arrive as a plain matrix (diffusers)."""
-    if layout == "linear":
-        return array.reshape(array.shape[:2]).T
-    if layout == "conv1x1":
+    if layout in ("linear", "conv1x1"):
         return array.reshape(array.shape[:2]).T
     if layout == "conv":
         return array.transpose(2, 3, 1, 0)
-    if layout == "pointwise":
-        return array.reshape(array.shape[2:])
-    return array
-
-
-def params_from_ldm(state: Mapping[str, np.ndarray], table: Table) -> PyTree:
-    """Nested parameters taken from a state dict; its other entries are ignored.
-
-    Raises:
-      KeyError: the state dict lacks weights of the table; the first eight are named.
-    """
-    missing = [weight.name for weight in table.values() if weight.name not in state]
-    if missing:
-        named = ", ".join(missing[:8]) + (" ..." if len(missing) > 8 else "")
-        raise KeyError(f"the state dict lacks {len(missing)} of {len(table)} weights: {named}")
-    flat = {tuple(path.split("/")): from_ldm(state[name], layout) for path, (name, layout) in table.items()}
-    return unflatten_dict(flat)
-
-
-def params_to_ldm(params: PyTree, table: Table) -> dict[str, np.ndarray]:
-    """State dict of nested parameters. Raises KeyError when the paths are not exactly the table's."""
-    flat = flatten_dict(params, sep="/")
-    if flat.keys() != table.keys():
-        unmatched = sorted(flat.keys() ^ table.keys())
-        raise KeyError(f"parameters without a name, or names without a parameter: {unmatched}")
-    return {table[path].name: to_ldm(np.asarray(value), table[path].layout) for path, value in flat.items()}
-
-
-def _residual(ours: str, theirs: str, skip: str | None = None) -> Table:
-    """A residual block without time embedding; `skip` names its 1x1 convolution."""
-    table: Table = {}
-    for i in (1, 2):
-        table |= _norm(f"{ours}/norm{i}", f"{theirs}.norm{i}")
-        table |= _conv(f"{ours}/conv{i}", f"{theirs}.conv{i}")
-    if skip is not None:
-        table |= _linear(f"{ours}/skip", f"{theirs}.{skip}", layout="conv1x1")
-    return table
-
-
-def _norm(ours: str, theirs: str) -> Table:
-    return {
-        f"{ours}/scale": LdmWeight(f"{theirs}.weight", "vector"),
-        f"{ours}/bias": LdmWeight(f"{theirs}.bias", "vector"),
-    }
-
-
-def _conv(ours: str, theirs: str) -> Table:
-    return _linear(ours, theirs, layout="conv")
-
-
-def _linear(ours: str, theirs: str, layout: str = "linear") -> Table:
-    return {
-        f"{ours}/kernel": LdmWeight(f"{theirs}.weight", layout),
-        f"{ours}/bias": LdmWeight(f"{theirs}.bias", "vector"),
-    }
+    return array.reshape(array.shape[2:]) if layout == "pointwise" else array

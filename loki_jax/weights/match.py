@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -23,27 +23,13 @@ class Drop(NamedTuple):
     reason: str
 
 
-class KeyMatch(NamedTuple):
-    """The result of `match_keys`.
-
-    Attributes:
-      used: parameter path -> name of the tensor that fills it.
-      dropped: name of a tensor -> why it is left out.
-      new: path of a parameter that the source does not fill -> where it comes from instead.
-    """
-
-    used: dict[str, str]
-    dropped: dict[str, str]
-    new: dict[str, str]
-
-
 def match_keys(
     infos: Mapping[str, TensorInfo],
     table: Table,
     shapes: Mapping[str, tuple[int, ...]],
-    drops: Iterable[Drop],
+    drops: Sequence[Drop],
     source: str,
-) -> KeyMatch:
+) -> dict[str, str]:
     """Match the tensors of a source to the parameters of a table, without reading any.
 
     Args:
@@ -53,13 +39,19 @@ def match_keys(
       drops: rules for tensors that are left out; a tensor the table names is never left out.
       source: what errors call the source.
 
+    Returns:
+      name of each tensor that is left out -> why.
+
     Raises:
       WeightsError: tensors are missing, have another shape or are no floating-point numbers, or are
         neither in the table nor covered by a rule. All of them are counted, the first named.
     """
     names = {weight.name: path for path, weight in table.items()}
-    missing, misshapen, mistyped, unknown = [], [], [], []
-    dropped: dict[str, str] = {}
+    problems: dict[str, list[str]] = {
+        "missing": [], "of another shape": [], "of another dtype": [],
+        "that nothing asks for and no rule drops": [],
+    }  # fmt: skip
+    missing, misshapen, mistyped, unknown = problems.values()
     for name, path in names.items():
         wanted = state_shape(shapes[path], table[path].layout)
         if name not in infos:
@@ -68,25 +60,20 @@ def match_keys(
             misshapen.append(f"{name}: {infos[name].shape} there, {wanted} in this network")
         elif infos[name].dtype not in FLOATS:
             mistyped.append(f"{name}: {infos[name]}, expected one of {', '.join(FLOATS)}")
-    rules = [(re.compile(drop.pattern), drop.reason) for drop in drops]
-    for name, info in infos.items():
-        if name not in names:
-            reason = next((reason for pattern, reason in rules if pattern.fullmatch(name)), None)
-            if reason is None:
-                unknown.append(f"{name}: {info}")
-            else:
-                dropped[name] = reason
-    problems = [
-        _problem("missing", missing), _problem("of another shape", misshapen),
-        _problem("of another dtype", mistyped), _problem("that nothing asks for and no rule drops", unknown),
-    ]  # fmt: skip
-    if any(problems):
+    dropped: dict[str, str] = {}
+    for name in [name for name in infos if name not in names]:
+        reason = next((drop.reason for drop in drops if re.fullmatch(drop.pattern, name)), None)
+        if reason is None:
+            unknown.append(f"{name}: {infos[name]}")
+        else:
+            dropped[name] = reason
+    if any(problems.values()):
         raise WeightsError(
             f"{source}: not the weights of this network.\n"
-            + "\n".join(filter(None, problems))
+            + "\n".join(_problem(kind, lines) for kind, lines in problems.items() if lines)
             + "\nGive the weights that fit, or the --config that they were made with."
         )
-    return KeyMatch({path: name for name, path in names.items()}, dropped, {})
+    return dropped
 
 
 def state_shape(shape: tuple[int, ...], layout: str) -> tuple[int, ...]:
@@ -95,7 +82,5 @@ def state_shape(shape: tuple[int, ...], layout: str) -> tuple[int, ...]:
 
 
 def _problem(kind: str, lines: list[str]) -> str:
-    if not lines:
-        return ""
     rest = [f"... and {len(lines) - _NAMED} more"] if len(lines) > _NAMED else []
     return f"{len(lines)} tensors {kind}:\n  " + "\n  ".join([*sorted(lines)[:_NAMED], *rest])

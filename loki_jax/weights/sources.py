@@ -3,30 +3,32 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 
 import jax
+import msgpack
 import numpy as np
 import orbax.checkpoint as ocp
-from safetensors import SafetensorError, safe_open
+from flax.traverse_util import flatten_dict, unflatten_dict
+from safetensors import safe_open
 
-from loki_jax.weights import flax_msgpack, torch_zip
-from loki_jax.weights.tensors import TensorInfo, Tensors, WeightsError
-
-_SAFETENSORS_DTYPES = {
-    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
-    "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
-}  # fmt: skip
+from loki_jax.training.sharding import path_name
+from loki_jax.weights.tensors import SAFETENSORS_DTYPES, TensorInfo, Tensors, WeightsError
+from loki_jax.weights.torch_zip import open_torch
 
 # Files of a network in a diffusers folder, the preferred first.
-_DIFFUSERS_FILES = (
+DIFFUSERS_FILES = (
     "diffusion_pytorch_model.safetensors",
     "diffusion_pytorch_model.safetensors.index.json",
     "diffusion_pytorch_model.bin",
     "diffusion_pytorch_model.bin.index.json",
 )
-_FLAX_FILE = "diffusion_flax_model.msgpack"
+FLAX_FILE = "diffusion_flax_model.msgpack"
+
+FLAX_ARRAY = 1  # MessagePack extension; its payload is the array [shape, dtype name, bytes]
+_MOST_AXES = 32
 
 
 def open_file(path: Path) -> Tensors:
@@ -37,45 +39,54 @@ def open_file(path: Path) -> Tensors:
     """
     if not path.is_file():
         raise WeightsError(f"{path}: no such file.")
-    if path.name.endswith(".index.json"):
-        return _open_sharded(path)
-    readers = {
-        ".safetensors": _open_safetensors, ".ckpt": torch_zip.open_torch, ".bin": torch_zip.open_torch,
-        ".pt": torch_zip.open_torch, ".pth": torch_zip.open_torch, ".msgpack": flax_msgpack.open_msgpack,
+    readers: dict[str, Callable[[Path], Tensors]] = {
+        ".safetensors": _open_safetensors, ".ckpt": open_torch, ".bin": open_torch, ".pt": open_torch,
+        ".pth": open_torch, ".msgpack": _open_flax, ".json": _open_sharded,
     }  # fmt: skip
-    if path.suffix not in readers:
+    if path.suffix not in readers or (path.suffix == ".json" and not path.name.endswith(".index.json")):
         raise WeightsError(f"{path}: unknown kind of file; known are {', '.join(readers)}.")
-    return readers[path.suffix](path)
+    # Parsers and NumPy fail on damaged bytes in any way there is. This is the one place that names them.
+    try:
+        tensors = readers[path.suffix](path)
+    except WeightsError:
+        raise
+    except Exception as error:
+        raise WeightsError(
+            f"{path}: damaged or cut short ({_reason(error)}). Copy it again and compare its SHA-256."
+        ) from error
+
+    def read(name: str) -> np.ndarray:
+        try:
+            return tensors.read(name)
+        except WeightsError:
+            raise
+        except Exception as error:
+            raise WeightsError(f"{path}: {name} is damaged ({_reason(error)}). Copy it again.") from error
+
+    return tensors._replace(read=read)
 
 
-def open_diffusers(folder: Path, flax: bool) -> Tensors:
-    """UNet and VAE of a diffusers folder; names are "unet/..." and "vae/...".
+def open_diffusers(folder: Path) -> tuple[Tensors, bool]:
+    """UNet and VAE of a diffusers folder ("unet/...", "vae/..."), and whether they are Flax files.
 
-    Args:
-      flax: take the Flax files (`diffusion_flax_model.msgpack`) instead of PyTorch's.
+    The UNet's files decide: PyTorch's are preferred to Flax files (`diffusion_flax_model.msgpack`).
 
     Raises:
       WeightsError: a network has no file of that kind, or it cannot be read.
     """
-    parts = {}
-    for part in ("unet", "vae"):
-        wanted = (_FLAX_FILE,) if flax else _DIFFUSERS_FILES
-        found = [folder / part / name for name in wanted if (folder / part / name).is_file()]
-        if not found:
-            there = sorted(p.name for p in (folder / part).glob("*")) or "nothing"
+    held = {part: {path.name for path in (folder / part).glob("*")} for part in ("unet", "vae")}
+    is_flax = FLAX_FILE in held["unet"] and held["unet"].isdisjoint(DIFFUSERS_FILES)
+    wanted, parts = (FLAX_FILE,) if is_flax else DIFFUSERS_FILES, []
+    for part, names in held.items():
+        found = next((name for name in wanted if name in names), None)
+        if found is None:
             raise WeightsError(
-                f"{folder / part}: expected {' or '.join(wanted)}, found {there}. "
+                f"{folder / part}: expected {' or '.join(wanted)}, found {sorted(names) or 'nothing'}. "
                 "Give the folder that holds unet/ and vae/; rename a variant (.fp16.) to the plain name."
             )
-        parts[part] = open_file(found[0])
-    return _join(parts, "/")
-
-
-def has_flax_files(folder: Path) -> bool:
-    """Whether a diffusers folder holds the UNet in Flax files only."""
-    return (folder / "unet" / _FLAX_FILE).is_file() and not any(
-        (folder / "unet" / name).is_file() for name in _DIFFUSERS_FILES
-    )
+        tensors = open_file(folder / part / found)
+        parts.append(tensors.pick({f"{part}/{name}": name for name in tensors.infos}))
+    return merge(*parts), is_flax
 
 
 def open_orbax(folder: Path) -> Tensors:
@@ -87,10 +98,9 @@ def open_orbax(folder: Path) -> Tensors:
     try:
         with ocp.PyTreeCheckpointer() as checkpointer:
             tree = checkpointer.metadata(folder.absolute()).item_metadata.tree
-        flat = jax.tree_util.tree_flatten_with_path(tree)[0]
         infos = {
-            "/".join(str(key.key) for key in path): TensorInfo(tuple(leaf.shape), np.dtype(leaf.dtype).name)
-            for path, leaf in flat
+            path_name(path): TensorInfo(tuple(leaf.shape), np.dtype(leaf.dtype).name)
+            for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
         }
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise WeightsError(f"{folder}: not a finished Orbax checkpoint ({error}).") from error
@@ -112,18 +122,14 @@ def open_orbax(folder: Path) -> Tensors:
 
 def merge(*parts: Tensors) -> Tensors:
     """Several sources as one. Raises WeightsError when two of them have a tensor of the same name."""
+    files = tuple(file for tensors in parts for file in tensors.files)
     owner: dict[str, Tensors] = {}
     for tensors in parts:
         if twice := owner.keys() & tensors.infos.keys():
-            raise WeightsError(
-                f"{_files(parts)}: {len(twice)} tensors occur twice, first {sorted(twice)[0]}."
-            )
+            raise WeightsError(f"{_named(files)}: {len(twice)} tensors occur twice, first {min(twice)}.")
         owner |= dict.fromkeys(tensors.infos, tensors)
-    return Tensors(
-        {name: tensors.infos[name] for name, tensors in owner.items()},
-        lambda name: owner[name].read(name),
-        tuple(file for tensors in parts for file in tensors.files),
-    )
+    infos = {name: tensors.infos[name] for name, tensors in owner.items()}
+    return Tensors(infos, lambda name: owner[name].read(name), files)
 
 
 def from_arrays(arrays: dict[str, np.ndarray], files: tuple[Path, ...] = ()) -> Tensors:
@@ -138,9 +144,21 @@ def renamed(tensors: Tensors, rename: Callable[[str], str]) -> Tensors:
     for name in tensors.infos:
         other = original.setdefault(rename(name), name)
         if other != name:
-            raise WeightsError(f"{_files([tensors])}: {other} and {name} are two names of the same weight.")
-    infos = {new: tensors.infos[old] for new, old in original.items()}
-    return Tensors(infos, lambda name: tensors.read(original[name]), tensors.files)
+            raise WeightsError(
+                f"{_named(tensors.files)}: {other} and {name} are two names of the same weight."
+            )
+    return tensors.pick(original)
+
+
+def _named(files: tuple[Path, ...]) -> str:
+    return ", ".join(map(str, files[:4])) or "weights"
+
+
+def _reason(error: Exception) -> str:
+    try:
+        return f"{type(error).__name__}: {error}"
+    except RecursionError:  # a KeyError shows its key, which a hostile pickle can nest without end
+        return type(error).__name__
 
 
 def _block_of(name: str) -> str:
@@ -150,48 +168,24 @@ def _block_of(name: str) -> str:
 
 def _restore(folder: Path, names: list[str]) -> dict[str, np.ndarray]:
     """Some tensors of an Orbax tree."""
-    item: dict = {}
-    for name in names:
-        *parents, leaf = name.split("/")
-        branch = item
-        for parent in parents:
-            branch = branch.setdefault(parent, {})
-        branch[leaf] = 0
+    item = unflatten_dict(dict.fromkeys(names, 0), sep="/")
     restore = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
     arguments = ocp.args.PyTreeRestore(item=item, restore_args=restore, partial_restore=True)
     try:
         with ocp.PyTreeCheckpointer() as checkpointer:
-            tree = checkpointer.restore(folder.absolute(), args=arguments)
+            return flatten_dict(checkpointer.restore(folder.absolute(), args=arguments), sep="/")
     except (OSError, ValueError) as error:
         raise WeightsError(f"{folder}: {names[0]} cannot be read ({error}). Make the folder anew.") from error
-    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return {"/".join(str(key.key) for key in path): array for path, array in leaves}
-
-
-def _join(parts: dict[str, Tensors], separator: str) -> Tensors:
-    return merge(
-        *(
-            renamed(tensors, lambda name, part=part: f"{part}{separator}{name}")
-            for part, tensors in parts.items()
-        )
-    )
 
 
 def _open_safetensors(path: Path) -> Tensors:
-    try:
-        with safe_open(str(path), framework="np") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}
-            infos = {
-                name: TensorInfo(
-                    tuple(part.get_shape()), _SAFETENSORS_DTYPES.get(part.get_dtype(), part.get_dtype())
-                )
-                for name, part in slices.items()
-            }
-    except (SafetensorError, OSError) as error:
-        raise WeightsError(
-            f"{path}: damaged or cut short, not a readable safetensors file ({error}). "
-            "Copy it again and compare its SHA-256."
-        ) from error
+    dtypes = {code: dtype for dtype, code in SAFETENSORS_DTYPES.items()}
+    with safe_open(str(path), framework="np") as file:
+        slices = {name: file.get_slice(name) for name in file.keys()}
+        infos = {
+            name: TensorInfo(tuple(part.get_shape()), dtypes.get(part.get_dtype(), part.get_dtype()))
+            for name, part in slices.items()
+        }
 
     def read(name: str) -> np.ndarray:
         with safe_open(str(path), framework="np") as file:
@@ -200,15 +194,40 @@ def _open_safetensors(path: Path) -> Tensors:
     return Tensors(infos, read, (path,))
 
 
+def _open_flax(path: Path) -> Tensors:
+    """A Flax file, nested maps of arrays in MessagePack. It is held in memory as a whole.
+
+    `flax.serialization.msgpack_restore` reads the same, but a list's claimed length decides there how much
+    is allocated. Here only an array's own three entries and its axes are lists.
+    """
+    tree = msgpack.unpackb(path.read_bytes(), ext_hook=_flax_array, max_array_len=0)
+    arrays = flatten_dict(tree, sep="/")
+    for name, value in arrays.items():
+        if "__msgpack_chunked_array__" in name:
+            raise WeightsError(f"{path}: {name} is in chunks, as Flax stores arrays above 1 GB. Split it.")
+        if not isinstance(value, np.ndarray):
+            raise ValueError(f"{name} is {value!r:.40} where an array or a map should be")
+    return from_arrays(arrays, (path,))
+
+
+def _flax_array(kind: int, data: bytes) -> np.ndarray:
+    if kind != FLAX_ARRAY:
+        raise ValueError(f"extension type {kind}; only arrays ({FLAX_ARRAY}) are known")
+    shape, dtype, numbers = msgpack.unpackb(data, max_array_len=_MOST_AXES)
+    if dtype not in SAFETENSORS_DTYPES or len(numbers) != math.prod(shape) * np.dtype(dtype).itemsize:
+        raise ValueError(f"an array of dtype {dtype!r:.40}, shape {shape} and {len(numbers)} bytes")
+    return np.frombuffer(numbers, dtype).reshape(shape)
+
+
 def _open_sharded(index: Path) -> Tensors:
     """Shards named by an index file `{"weight_map": {tensor: file}}`."""
-    try:
-        weight_map = json.loads(index.read_text())["weight_map"]
-        shards = sorted(set(weight_map.values()))
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-        raise WeightsError(f"{index}: not an index of shards ({error!r}). Copy it again.") from error
+    content = json.loads(index.read_text())
+    if not isinstance(content, dict) or not isinstance(content.get("weight_map"), dict):
+        raise WeightsError(f"{index}: not an index of shards. Copy it again.")
+    weight_map = content["weight_map"]
+    shards = sorted(set(weight_map.values()))
     # A name with folders in it could reach any file of the machine.
-    if strange := [name for name in shards if not isinstance(name, str) or Path(name).name != name]:
+    if strange := [name for name in shards if Path(name).name != name]:
         raise WeightsError(f"{index}: shard {strange[0]!r} is not a file beside the index.")
     parts = {name: open_file(index.parent / name) for name in shards}
     for name, tensors in parts.items():
@@ -220,7 +239,3 @@ def _open_sharded(index: Path) -> Tensors:
             )
     together = merge(*parts.values())
     return together._replace(files=(index, *together.files))
-
-
-def _files(parts) -> str:
-    return ", ".join(str(file) for tensors in parts for file in tensors.files[:2]) or "weights"

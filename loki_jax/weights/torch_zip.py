@@ -32,36 +32,30 @@ _STORAGES = {
     "CharStorage": np.dtype(np.int8), "ByteStorage": np.dtype(np.uint8), "BoolStorage": np.dtype(np.bool_),
 }  # fmt: skip
 
-# Harmless company of weights in training checkpoints: hyperparameters and callbacks. They are read as
-# empty stand-ins.
-_IGNORED = frozenset({
-    ("pytorch_lightning.callbacks.model_checkpoint", "ModelCheckpoint"),
-    ("lightning.pytorch.callbacks.model_checkpoint", "ModelCheckpoint"),
-    ("pytorch_lightning.utilities.parsing", "AttributeDict"),
-    ("lightning_fabric.utilities.data", "AttributeDict"),
-    ("lightning.fabric.utilities.data", "AttributeDict"),
-    ("omegaconf.dictconfig", "DictConfig"),
-    ("omegaconf.listconfig", "ListConfig"),
-    ("omegaconf.base", "ContainerMetadata"),
-    ("omegaconf.base", "Metadata"),
-    ("omegaconf.nodes", "AnyNode"),
-    ("typing", "Any"),
-    ("argparse", "Namespace"),
-    ("pathlib", "PosixPath"),
-    ("pathlib", "Path"),
-    ("collections", "defaultdict"),
-    ("collections", "Counter"),
-    ("torch", "Size"),
-    ("torch", "device"),
-    *(("torch", name) for name in ("float32", "float16", "bfloat16", "float64", "int64", "int32")),
-    *((module, name) for module in ("numpy.core.multiarray", "numpy._core.multiarray")
-      for name in ("scalar", "_reconstruct")),
-    ("numpy", "dtype"),
-    ("numpy", "ndarray"),
-    ("_codecs", "encode"),
-    *((module, name) for module in ("builtins", "__builtin__")
-      for name in ("dict", "list", "set", "int", "float", "str", "bool")),
-})  # fmt: skip
+# What training checkpoints hold beside weights: hyperparameters and callbacks, read as empty objects.
+_IGNORED = frozenset(
+    (module, name)
+    for modules, names in (
+        ("pytorch_lightning.callbacks.model_checkpoint", "ModelCheckpoint"),
+        ("lightning.pytorch.callbacks.model_checkpoint", "ModelCheckpoint"),
+        ("pytorch_lightning.utilities.parsing", "AttributeDict"),
+        ("lightning_fabric.utilities.data lightning.fabric.utilities.data", "AttributeDict"),
+        ("omegaconf.dictconfig", "DictConfig"),
+        ("omegaconf.listconfig", "ListConfig"),
+        ("omegaconf.base", "ContainerMetadata Metadata"),
+        ("omegaconf.nodes", "AnyNode"),
+        ("typing", "Any"),
+        ("argparse", "Namespace"),
+        ("pathlib", "PosixPath Path"),
+        ("collections", "defaultdict Counter"),
+        ("torch", "Size device float32 float16 bfloat16 float64 int64 int32"),
+        ("numpy.core.multiarray numpy._core.multiarray", "scalar _reconstruct"),
+        ("numpy", "dtype ndarray"),
+        ("_codecs", "encode"),
+        ("builtins __builtin__", "dict list set int float str bool"),
+    )
+    for module in modules.split() for name in names.split()
+)  # fmt: skip
 
 _ZIP_MAGIC = b"PK\x03\x04"
 _LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
@@ -83,46 +77,34 @@ class _Tensor(NamedTuple):
 
 
 class _Refused(Exception):
-    pass
-
-
-class _Malformed(Exception):
-    pass
+    """The pickle names something that weights do not need."""
 
 
 def _allowed_globals() -> dict[tuple[str, str], Any]:
     """What a pickle may name. Made anew for each file: a pickle can set attributes of what it names."""
 
-    class Ignored(dict):
+    class Ignored:
         """Takes anything, keeps nothing."""
 
-        def __new__(cls, *args, **kwargs):
-            return super().__new__(cls)
-
-        def __init__(self, *args, **kwargs):
-            super().__init__()
-
-        __hash__ = object.__hash__
-
-        def __setitem__(self, key, value):
+        def __init__(self, *args: Any, **kwargs: Any):
             pass
 
-        def __setstate__(self, state):
+        def ignore(self, *args: Any) -> None:
             pass
 
-        def append(self, value):
-            pass
+        __setitem__ = __setstate__ = append = extend = add = ignore
 
-        def extend(self, values):
-            pass
+    def rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_rest: Any) -> _Tensor:
+        """A tensor whose elements all lie within its storage."""
+        numbers = (offset, *shape, *strides)
+        if not isinstance(storage, _Storage) or any(type(n) is not int or n < 0 for n in numbers):
+            raise ValueError("a tensor is no view of a storage")
+        last = offset + sum((n - 1) * step for n, step in zip(shape, strides, strict=True))
+        if 0 not in shape and last >= storage.size:
+            raise ValueError(f"a tensor of shape {tuple(shape)} reaches beyond its storage")
+        return _Tensor(storage, offset, tuple(shape), tuple(strides))
 
-        def add(self, value):
-            pass
-
-    def rebuild_tensor(storage, offset, shape, strides, *_rest):
-        return _describe(storage, offset, shape, strides)
-
-    def rebuild_parameter(data, *_rest):
+    def rebuild_parameter(data: Any, *_rest: Any) -> Any:
         return data
 
     allowed: dict[tuple[str, str], Any] = dict.fromkeys(_IGNORED, Ignored)
@@ -134,22 +116,9 @@ def _allowed_globals() -> dict[tuple[str, str], Any]:
     return allowed
 
 
-def _describe(storage: Any, offset: Any, shape: Any, strides: Any) -> _Tensor:
-    """A tensor whose elements all lie within its storage."""
-    numbers = (offset, *shape, *strides)
-    if not isinstance(storage, _Storage) or any(type(n) is not int or n < 0 for n in numbers):
-        raise _Malformed("a tensor that is no view of a storage")
-    if len(shape) != len(strides):
-        raise _Malformed(f"a tensor of shape {tuple(shape)} with strides {tuple(strides)}")
-    last = offset + sum((n - 1) * step for n, step in zip(shape, strides, strict=True))
-    if 0 not in shape and last >= storage.size:
-        raise _Malformed(f"a tensor of shape {tuple(shape)} that reaches beyond its storage")
-    return _Tensor(storage, offset, tuple(shape), tuple(strides))
-
-
 class _TensorUnpickler(pickle.Unpickler):
-    def __init__(self, file: io.BytesIO, folder: str):
-        super().__init__(file, encoding="utf-8")
+    def __init__(self, data: bytes, folder: str):
+        super().__init__(io.BytesIO(data), encoding="utf-8")
         self._allowed = _allowed_globals()
         self._folder = folder
 
@@ -159,16 +128,9 @@ class _TensorUnpickler(pickle.Unpickler):
         return self._allowed[module, name]
 
     def persistent_load(self, pid: Any) -> _Storage:
-        if not isinstance(pid, tuple) or len(pid) != 5 or pid[0] != "storage":
-            raise _Malformed("a reference that is no storage")
-        _, dtype, key, _, size = pid
-        if (
-            not isinstance(dtype, str)
-            or dtype not in _STORAGES
-            or not isinstance(key, str)
-            or type(size) is not int
-        ):
-            raise _Malformed("a storage of unknown type")
+        kind, dtype, key, _, size = pid
+        if kind != "storage" or dtype not in _STORAGES or type(key) is not str or type(size) is not int:
+            raise ValueError("a reference is no storage")
         return _Storage(_STORAGES[dtype], f"{self._folder}/data/{key}", size)
 
 
@@ -176,60 +138,51 @@ def open_torch(path: Path) -> Tensors:
     """The tensors of a PyTorch file; names are those of its `state_dict`, or of the whole file without one.
 
     Raises:
-      WeightsError: the file is damaged, cut short, of the format before torch 1.6, or its pickle names
-        anything that rebuilding tensors does not need.
+      WeightsError: the file is of the format before torch 1.6, or its pickle names anything that
+        rebuilding tensors does not need.
+      Exception: of any kind, where the file is damaged or cut short; `sources.open_file` names it.
     """
-    try:
-        with path.open("rb") as file:
-            start = file.read(len(_LEGACY_MAGIC))
-    except OSError as error:
-        raise WeightsError(f"{path}: cannot be read ({error}).") from error
+    with path.open("rb") as file:
+        start = file.read(len(_LEGACY_MAGIC))
     if not start.startswith(_ZIP_MAGIC):
         kind = "the format before torch 1.6" if start == _LEGACY_MAGIC else "no PyTorch zip archive"
         raise WeightsError(
             f"{path}: {kind}, which is not read here. Get the .safetensors file, or load and save it once "
             "with `torch.load(..., weights_only=True)` and `torch.save` on a machine you trust it with."
         )
-    try:
+    limit = path.stat().st_size
+    with zipfile.ZipFile(path) as archive:
+        tensors = _named_tensors(path, _unpickle(path, archive))
+        for name, (storage, _, shape, _) in tensors.items():
+            size = _stored_record(archive, storage.record, limit).file_size
+            if size != storage.size * storage.dtype.itemsize:
+                raise ValueError(f"the storage of {name} has {size} bytes")
+            # Strides of 0 repeat numbers: a few bytes could describe a tensor of any size.
+            if math.prod(shape) * storage.dtype.itemsize > limit:
+                raise ValueError(f"{name} of shape {shape} is larger than the whole file")
+
+    def read(name: str) -> np.ndarray:
+        storage, offset, shape, steps = tensors[name]
         with zipfile.ZipFile(path) as archive:
-            content = _unpickle(path, archive)
-            tensors = _named_tensors(path, content)
-            for name, tensor in tensors.items():
-                record = _stored_record(archive, tensor.storage.record)
-                if record.file_size != tensor.storage.size * tensor.storage.dtype.itemsize:
-                    raise _Malformed(f"{name}, whose storage has {record.file_size} bytes")
-                # Strides of 0 repeat numbers: a few bytes could describe a tensor of any size.
-                if math.prod(tensor.shape) * tensor.storage.dtype.itemsize > path.stat().st_size:
-                    raise _Malformed(f"{name} of shape {tensor.shape}, larger than the whole file")
-    except WeightsError:
-        raise
-    except (_Malformed, KeyError) as error:
-        raise WeightsError(
-            f"{path}: damaged, it holds {error}. Copy it again and compare its SHA-256."
-        ) from error
-    except Exception as error:  # zipfile fails on damaged bytes in many ways
-        raise WeightsError(
-            f"{path}: damaged or cut short ({error}). Copy it again and compare its SHA-256."
-        ) from error
+            numbers = np.frombuffer(archive.read(storage.record), storage.dtype)
+        if 0 in shape:
+            return np.zeros(shape, storage.dtype)
+        strides = [step * storage.dtype.itemsize for step in steps]
+        view = np.lib.stride_tricks.as_strided(numbers[offset:], shape, strides, writeable=False)
+        return np.ascontiguousarray(view).reshape(shape)
+
     infos = {name: TensorInfo(tensor.shape, tensor.storage.dtype.name) for name, tensor in tensors.items()}
-    return Tensors(infos, lambda name: _read(path, name, tensors[name]), (path,))
+    return Tensors(infos, read, (path,))
 
 
-def _stored_record(archive: zipfile.ZipFile, name: str) -> zipfile.ZipInfo:
+def _stored_record(archive: zipfile.ZipFile, name: str, limit: int) -> zipfile.ZipInfo:
     """A record that is not compressed, as torch writes all: it cannot unpack to more than the file's size."""
     record = archive.getinfo(name)
     if record.compress_type != zipfile.ZIP_STORED or record.file_size != record.compress_size:
-        raise _Malformed(f"{name}, which is compressed")
-    if record.file_size > Path(archive.filename).stat().st_size:
-        raise _Malformed(f"{name}, which is larger than the whole file")
+        raise ValueError(f"record {name} is compressed")
+    if record.file_size > limit:
+        raise ValueError(f"record {name} is larger than the whole file")
     return record
-
-
-def _check_memo(data: bytes) -> None:
-    """Refuse memo indices beyond the length of the pickle: the unpickler allocates up to the largest one."""
-    for opcode, argument, _ in pickletools.genops(data):
-        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and not 0 <= argument <= len(data):
-            raise _Malformed(f"memo index {argument} in a pickle of {len(data)} bytes")
 
 
 def _unpickle(path: Path, archive: zipfile.ZipFile) -> Any:
@@ -239,37 +192,34 @@ def _unpickle(path: Path, archive: zipfile.ZipFile) -> Any:
     pickles = [name for name in names if name.count("/") == 1 and name.endswith("/data.pkl")]
     if len(pickles) != 1:
         raise WeightsError(f"{path}: a zip archive, but not one of PyTorch (no data.pkl).")
-    folder = pickles[0].partition("/")[0]
+    folder, limit = pickles[0].partition("/")[0], path.stat().st_size
     order = f"{folder}/byteorder"
-    if order in names and archive.read(_stored_record(archive, order)) != b"little":
+    if order in names and archive.read(_stored_record(archive, order, limit)) != b"little":
         raise WeightsError(f"{path}: written on a big-endian machine. Save it anew on another.")
+    data = archive.read(_stored_record(archive, pickles[0], limit))
+    for opcode, argument, _ in pickletools.genops(data):
+        # The unpickler allocates up to the largest memo index.
+        is_index = opcode.name in ("PUT", "BINPUT", "LONG_BINPUT")
+        if is_index and not 0 <= int(argument or 0) <= len(data):
+            raise ValueError(f"memo index {argument} in a pickle of {len(data)} bytes")
     try:
-        data = archive.read(_stored_record(archive, pickles[0]))
-        _check_memo(data)
-        return _TensorUnpickler(io.BytesIO(data), folder).load()
+        return _TensorUnpickler(data, folder).load()
     except _Refused as refused:
         raise WeightsError(
             f"{path}: its pickle names {refused}, which weights do not need and which could run a program. "
             "Nothing was executed. Get the .safetensors file instead."
         ) from None
-    except (_Malformed, zipfile.BadZipFile):
-        raise
-    except Exception as error:  # an unpickler fails on damaged bytes in any way there is
-        raise WeightsError(f"{path}: its pickle is damaged ({error!r}). Copy it again.") from error
 
 
 def _named_tensors(path: Path, content: Any) -> dict[str, _Tensor]:
-    if not isinstance(content, dict):
-        raise WeightsError(f"{path}: holds a {type(content).__name__}, not a mapping from names to tensors.")
-    weights = content.get("state_dict", content)
+    weights = content.get("state_dict", content) if isinstance(content, dict) else content
     if not isinstance(weights, dict):
-        raise WeightsError(f"{path}: its state_dict is no mapping from names to tensors.")
-    strange = [
-        name for name, value in weights.items() if not isinstance(name, str) or not isinstance(value, _Tensor)
-    ]
+        raise WeightsError(f"{path}: holds a {type(weights).__name__}, not a mapping from names to tensors.")
+    strange = [n for n, value in weights.items() if type(n) is not str or not isinstance(value, _Tensor)]
     if strange:
         raise WeightsError(
-            f"{path}: {len(strange)} entries are no tensors, first {strange[0]!r}. Is it a file of weights?"
+            f"{path}: {len(strange)} entries are no tensors, first {strange[0]!r:.80}. Is it a file of "
+            "weights?"
         )
     tensors = dict(weights)
     if weights is not content:
@@ -288,19 +238,3 @@ def _collect(value: Any, name: str, into: dict[str, _Tensor], seen: set[int]) ->
         seen.add(id(value))
         for key, item in value.items() if isinstance(value, dict) else enumerate(value):
             _collect(item, f"{name}/{key}", into, seen)
-
-
-def _read(path: Path, name: str, tensor: _Tensor) -> np.ndarray:
-    storage = tensor.storage
-    try:
-        with zipfile.ZipFile(path) as archive:
-            numbers = np.frombuffer(archive.read(storage.record), storage.dtype)
-        if 0 in tensor.shape:
-            return np.zeros(tensor.shape, storage.dtype)
-        strides = [step * storage.dtype.itemsize for step in tensor.strides]
-        view = np.lib.stride_tricks.as_strided(
-            numbers[tensor.offset :], tensor.shape, strides, writeable=False
-        )
-        return np.ascontiguousarray(view).reshape(tensor.shape)
-    except Exception as error:  # zipfile and NumPy fail on damaged bytes in many ways
-        raise WeightsError(f"{path}: {name} is damaged ({error}). Copy the file again.") from error

@@ -1,72 +1,69 @@
-"""Writers of weights that hold one tensor in memory at a time, and leave nothing half-written."""
+"""Writers of weights that hold one tensor in memory at a time."""
 
 from __future__ import annotations
 
 import json
 import struct
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import jax
-import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
+from flax.traverse_util import unflatten_dict
 
 from loki_jax.weights.ldm_names import Table, from_ldm, to_ldm
 from loki_jax.weights.match import state_shape
-from loki_jax.weights.tensors import TensorInfo, Tensors, WeightsError
+from loki_jax.weights.sources import FLAX_ARRAY
+from loki_jax.weights.tensors import SAFETENSORS_DTYPES, TensorInfo, Tensors, WeightsError
 
-_SAFETENSORS_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _ALIGNMENT = 64
 
 
-def to_ours(
-    tensors: Tensors, table: Table, used: dict[str, str], shapes: dict[str, tuple[int, ...]]
-) -> Tensors:
-    """The tensors of a matched source under our paths and in our layout."""
-    infos = {path: TensorInfo(shapes[path], tensors.infos[name].dtype) for path, name in used.items()}
-    return Tensors(infos, lambda path: from_ldm(tensors.read(used[path]), table[path].layout), tensors.files)
+def to_ours(tensors: Tensors, table: Table, shapes: dict[str, tuple[int, ...]]) -> Tensors:
+    """The tensors that a table names, under our paths and in our layout."""
+    infos = {path: TensorInfo(shapes[path], tensors.infos[name].dtype) for path, (name, _) in table.items()}
+    read = lambda path: from_ldm(tensors.read(table[path].name), table[path].layout)
+    return Tensors(infos, read, tensors.files)
 
 
 def to_theirs(params: Tensors, table: Table) -> Tensors:
     """Our parameters under the names and in the layout of a table, which must not ask for others."""
-    paths = {weight.name: path for path, weight in table.items()}
-    infos = {
-        name: TensorInfo(state_shape(params.infos[path].shape, table[path].layout), params.infos[path].dtype)
-        for name, path in paths.items()
-    }
-    return Tensors(
-        infos, lambda name: to_ldm(params.read(paths[name]), table[paths[name]].layout), params.files
-    )
+    infos, paths = {}, {}
+    for path, (name, layout) in table.items():
+        shape, dtype = params.infos[path]
+        paths[name], infos[name] = path, TensorInfo(state_shape(shape, layout), dtype)
+    read = lambda name: to_ldm(params.read(paths[name]), table[paths[name]].layout)
+    return Tensors(infos, read, params.files)
 
 
 def cast(tensors: Tensors, dtype: str) -> Tensors:
     """The same numbers in another dtype. Reading raises WeightsError where a number is too large for it."""
-    target = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
 
     def read(name: str) -> np.ndarray:
         array = tensors.read(name)
         with np.errstate(over="ignore"):
-            result = array.astype(target, copy=False)
+            result = array.astype(dtype, copy=False)
         if np.isinf(result.astype(np.float32)).any() and not np.isinf(array.astype(np.float32)).any():
             raise WeightsError(f"{name}: holds numbers too large for {dtype}. Choose another --dtype.")
         return result
 
-    return Tensors(
-        {name: info._replace(dtype=target.name) for name, info in tensors.infos.items()}, read, tensors.files
-    )
+    infos = {name: TensorInfo(info.shape, dtype) for name, info in tensors.infos.items()}
+    return Tensors(infos, read, tensors.files)
 
 
 def write_safetensors(path: Path, tensors: Tensors, metadata: dict[str, str]) -> None:
-    """Write one safetensors file, a tensor at a time. Tensors must be of a dtype of `match.FLOATS`."""
+    """Write one safetensors file, a tensor at a time."""
     header: dict[str, object] = {"__metadata__": metadata}
     end = 0
     # Wide numbers first keeps every tensor aligned to its own width.
-    names = sorted(tensors.infos, key=lambda name: (-_itemsize(tensors.infos[name]), name))
+    names = sorted(tensors.infos, key=lambda name: (-np.dtype(tensors.infos[name].dtype).itemsize, name))
     for name in names:
         info = tensors.infos[name]
-        start, end = end, end + int(np.prod(info.shape)) * _itemsize(info)
+        start, end = end, end + info.nbytes
         header[name] = {
-            "dtype": _SAFETENSORS_NAMES[info.dtype], "shape": list(info.shape), "data_offsets": [start, end]
+            "dtype": SAFETENSORS_DTYPES[info.dtype], "shape": list(info.shape), "data_offsets": [start, end]
         }  # fmt: skip
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
@@ -74,6 +71,31 @@ def write_safetensors(path: Path, tensors: Tensors, metadata: dict[str, str]) ->
         file.write(struct.pack("<Q", len(text)) + text)
         for name in names:
             file.write(np.ascontiguousarray(tensors.read(name)).tobytes())
+
+
+def write_flax(path: Path, tensors: Tensors) -> None:
+    """Write a Flax file, a tensor at a time: nested maps in MessagePack, whose keys the names spell."""
+    with path.open("wb") as file:
+        for piece in _pack(unflatten_dict({name: name for name in tensors.infos}, sep="/"), tensors):
+            file.write(piece)
+
+
+def _pack(node: dict[str, Any] | str, tensors: Tensors) -> Iterable[bytes]:
+    if isinstance(node, dict):
+        yield struct.pack(">BI", 0xDF, len(node))
+        for key, value in node.items():
+            text = key.encode()
+            yield struct.pack(">BH", 0xDA, len(text)) + text
+            yield from _pack(value, tensors)
+        return
+    shape, dtype = tensors.infos[node]
+    numbers = np.ascontiguousarray(tensors.read(node)).tobytes()
+    header = b"\x93" + struct.pack(">BH", 0xDC, len(shape))
+    header += b"".join(struct.pack(">BI", 0xCE, n) for n in shape)
+    header += struct.pack(">BB", 0xD9, len(dtype)) + dtype.encode()
+    header += struct.pack(">BI", 0xC6, len(numbers))
+    yield struct.pack(">BIB", 0xC9, len(header) + len(numbers), FLAX_ARRAY) + header
+    yield numbers
 
 
 def write_orbax(folder: Path, tensors: Tensors) -> None:
@@ -85,7 +107,7 @@ def write_orbax(folder: Path, tensors: Tensors) -> None:
     offsets, size = {}, 0
     for name, info in tensors.infos.items():
         offsets[name] = size
-        size += -(-int(np.prod(info.shape)) * _itemsize(info) // _ALIGNMENT) * _ALIGNMENT
+        size += -(-info.nbytes // _ALIGNMENT) * _ALIGNMENT
     scratch = folder.with_name(f"{folder.name}.scratch")
     try:
         with scratch.open("wb") as file:
@@ -93,14 +115,10 @@ def write_orbax(folder: Path, tensors: Tensors) -> None:
                 file.seek(offset)
                 file.write(np.ascontiguousarray(tensors.read(name)).tobytes())
             file.truncate(size)
-        tree: dict = {}
-        for name, info in tensors.infos.items():
-            *parents, leaf = name.split("/")
-            branch = tree
-            for parent in parents:
-                branch = branch.setdefault(parent, {})
-            mapped = np.memmap(scratch, _dtype(info), "r", offsets[name], info.shape)
-            branch[leaf] = mapped.view(np.ndarray)
+        mapped = {
+            name: np.memmap(scratch, dtype, "r", offsets[name], shape).view(np.ndarray)
+            for name, (shape, dtype) in tensors.infos.items()
+        }
         handlers = ocp.type_handlers.create_type_handler_registry(
             # Without this flag Orbax copies every array before it writes the first.
             (np.ndarray, ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False)),
@@ -108,14 +126,6 @@ def write_orbax(folder: Path, tensors: Tensors) -> None:
         )
         handler = ocp.PyTreeCheckpointHandler(type_handler_registry=handlers, use_compression=False)
         with ocp.Checkpointer(handler) as checkpointer:
-            checkpointer.save(folder.absolute(), ocp.args.PyTreeSave(tree))
+            checkpointer.save(folder.absolute(), ocp.args.PyTreeSave(unflatten_dict(mapped, sep="/")))
     finally:
         scratch.unlink(missing_ok=True)
-
-
-def _dtype(info: TensorInfo) -> np.dtype:
-    return np.dtype(ml_dtypes.bfloat16 if info.dtype == "bfloat16" else info.dtype)
-
-
-def _itemsize(info: TensorInfo) -> int:
-    return _dtype(info).itemsize

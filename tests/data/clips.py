@@ -21,7 +21,7 @@ def small_head(n_shape=4, n_expression=6, vertices=7, name="small"):
         expression_basis=rng.normal(size=(n_expression, vertices, 3)).astype(np.float32),
         pose_correctives=np.zeros((0, vertices, 3), np.float32),
         joint_regressor=np.full((2, vertices), 1 / vertices, np.float32),
-        parents=np.array([-1, 0], np.int32),
+        parents=(-1, 0),
         skinning_weights=np.full((vertices, 2), 0.5, np.float32),
         render_mask=np.ones(vertices, bool),
         inner_mouth=np.zeros(vertices, bool),
@@ -43,6 +43,8 @@ def make_clip(number, length, split="train", *, latents=False, images=True, **ch
 
     `images`: True, False, or the pictures themselves.
     """
+    if not isinstance(images, bool):
+        changes["images"] = images
     rng = np.random.default_rng(number)
 
     def pictures():
@@ -68,11 +70,15 @@ def make_clip(number, length, split="train", *, latents=False, images=True, **ch
         "coefficients": coefficients,
         "camera": Camera(np.array([900.0, 910.0, 250.0, 260.0]), np.eye(4)),
         "crop": np.array([10.5, 20.25, 300.5, 310.25]),
-        "images": (pictures() if images is True else images) if images is not False else None,
+        "images": pictures() if images else None,
         "latent_mean": rng.normal(size=(length, 2, 2, 4)) if latents else None,
         "latent_logvar": rng.normal(size=(length, 2, 2, 4)) - 5 if latents else None,
         "confidence": np.linspace(0.5, 1, length),
         "fit_quality": 1.25,
         "extra": {"identity_seed": number},
     }
-    return Clip(**(fields | changes))
+    clip = Clip(**fields)
+    for name, value in changes.items():
+        # As from a caller that no type checker has seen.
+        object.__setattr__(clip, name, value)
+    return clip

@@ -382,6 +382,8 @@ def test_metadata_and_clip_table_must_agree_with_the_shards(tmp_path):
         ("clips.json", "[30000, 1001]", "[30000, 0]"),
         ("metadata.json", '"train": 13', '"train": 12'),
         ("metadata.json", '"n_shape"', '"n_shapes"'),
+        ("metadata.json", '"head_name": "small"', '"head_name": true'),
+        ("clips.json", '"identity": "', '"identity": 1, "source": "'),
     ):
         path = tmp_path / "d" / name
         text = path.read_text()

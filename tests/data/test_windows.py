@@ -74,7 +74,7 @@ def test_a_batch_holds_what_the_records_hold(shards):
     assert shapes.reference_coefficients.betas == ((3, 4), "float32")
     for b in range(3):
         clip = dataset.clips[batch.clip_index[b]]
-        start = batch.frame_index[b, 0]
+        start = int(batch.frame_index[b, 0])
         np.testing.assert_array_equal(batch.frame_index[b], np.arange(start, start + T))
         frames = dataset.read_clip(clip, start, start + T)
         reference = dataset.read_clip(clip)[batch.reference_index[b]]

@@ -1,5 +1,7 @@
 """A stand-in for the fit of a clip, picklable and quick: everything follows from the bytes of its file."""
 
+import dataclasses
+import functools
 import hashlib
 import io
 import os
@@ -9,9 +11,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from data_prep.dataset.assemble import DatasetOptions, RejectedClip, build
+from data_prep.dataset.assemble import RejectedClip, build
 from data_prep.dataset.clip_file import ClipData, overlay_path
 from data_prep.dataset.manifest import pipeline_identity, plan_clips
+from data_prep.dataset.options import DatasetOptions
 from loki_jax.face.types import Camera, Coefficients
 from tests.data.clips import small_head
 
@@ -67,16 +70,17 @@ def write_files(folder, contents):
     return paths
 
 
-def build_fake(paths, out, *, fit_log=None, settings=None, options=None, labels=None, **arguments):
-    """Build `out` from files with the stand-in."""
-    import functools
+OPTIONS = DatasetOptions(size=SIZE, validation=0.3, workers=0)
 
+
+def build_fake(paths, out, *, fit_log=None, settings=None, labels=None, encoder=None, log=len, **changes):
+    """Build `out` from files with the stand-in; `changes` to OPTIONS."""
+    options = dataclasses.replace(OPTIONS, **changes)
     head = small_head()
     made_by = pipeline_identity(head, {}, settings or {"size": SIZE})
-    planned = plan_clips(paths, made_by, labels=labels)
-    options = options or DatasetOptions(SIZE, "png", validation=0.3)
+    planned = plan_clips(paths, made_by, options, labels=labels)
     make_fit = functools.partial(make_fake_fit, fit_log)
-    return build(planned, head, out, make_fit, made_by, options, **({"log": len} | arguments))
+    return build(planned, head, out, make_fit, made_by, options, encoder=encoder, log=log)
 
 
 def tree(folder):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from data_prep.dataset import clip_file
-from data_prep.dataset.assemble import DatasetOptions, work_folder
+from data_prep.dataset.assemble import work_folder
 from data_prep.dataset.latents import LatentEncoder
 from data_prep.dataset.manifest import label_of, read_labels
 from data_prep.dataset.workers import Died, WorkerError, run_parallel
@@ -130,9 +130,7 @@ def test_labels_and_splits_may_change_without_new_fits(whole, tmp_path):
     shutil.copytree(out, tmp_path / "out")
     log = tmp_path / "log"
     labels = {path.name: {"identity": "one person", "licence": "CC0", "source": "here"} for path in paths}
-    build_fake(
-        paths, tmp_path / "out", fit_log=log, labels=labels, options=DatasetOptions(SIZE, "png", validation=0)
-    )
+    build_fake(paths, tmp_path / "out", fit_log=log, labels=labels, validation=0.0)
     assert lines(log) == []
     rows = open_dataset(tmp_path / "out").clips
     assert {(row.identity, row.licence, row.source, row.split) for row in rows} == {
@@ -252,8 +250,8 @@ def test_latents_beside_and_instead_of_pictures(whole, tmp_path):
     both = open_dataset(tmp_path / "both")
     assert both.metadata.latent_shape == (4, 4, 3) and both.metadata.image_format == "png"
     assert sum(log) == sum(both.metadata.records.values())
-    options = DatasetOptions(SIZE, "png", images=False, validation=0.3)
-    build_fake(paths, tmp_path / "alone", encoder=fake_encoder([]), options=options)
+    latents_only = {"images": False, "latents": tmp_path / "sd"}
+    build_fake(paths, tmp_path / "alone", encoder=fake_encoder([]), **latents_only)
     alone = open_dataset(tmp_path / "alone")
     assert alone.metadata.image_format is None
     for row in both.clips:
@@ -263,7 +261,7 @@ def test_latents_beside_and_instead_of_pictures(whole, tmp_path):
             np.testing.assert_array_equal(frame.latent_mean, other.latent_mean)
             np.testing.assert_array_equal(frame.latent_logvar, other.latent_logvar)
     with pytest.raises(DatasetError, match="need pictures or latents"):
-        build_fake(paths, tmp_path / "neither", options=options)
+        build_fake(paths, tmp_path / "neither", **latents_only)
 
 
 def test_latents_are_kept_when_a_dataset_grows(whole, tmp_path):

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep.dataset.clips import BuildSettings, build_dataset, fit_clip
+from data_prep.dataset.clips import build_dataset, fit_clip
+from data_prep.dataset.options import BuildOptions
 from loki_jax.data.reader import open_dataset
 from loki_jax.face.builtin import builtin_head
 from loki_jax.fitting.clips import fit_image
@@ -34,7 +35,7 @@ def batch(tmp_path_factory, known):
         paths[name] = make(folder)
     paths[GOOD[1]] = video("good2.mp4", SPEECH[::-1])(folder)
     head, networks = known
-    settings = BuildSettings(size=32, overlay=0, max_bytes=400 * 2**20, validation=0.1)
+    settings = BuildOptions(size=32, overlay=0, max_memory=400 / 2**10, validation=0.1, workers=0)
     out, lines = tmp_path_factory.mktemp("out") / "shards", []
     summary = build_dataset(list(paths.values()), head, out, lambda: networks, settings, log=lines.append)
     manifest = json.loads((out / "manifest.json").read_text())
@@ -102,10 +103,10 @@ def test_of_two_faces_the_larger_is_taken_and_others_by_number(tmp_path, known):
     head, networks = known
     networks = TwoFaces(networks.points)
     path = video("two.mp4")(tmp_path)
-    settings = BuildSettings(size=32, overlay=0)
+    settings = BuildOptions(size=32, overlay=0)
     assert fit_clip(path, head, networks, settings).track.faces == 2
     with pytest.raises(LandmarkError, match=r"two.mp4: no face number 2: 2 faces .*`--face INDEX`"):
-        fit_clip(path, head, networks, BuildSettings(size=32, overlay=0, face=2))
+        fit_clip(path, head, networks, BuildOptions(size=32, overlay=0, face=2))
     grey = np.full((HEIGHT, WIDTH, 3), 40, np.uint8)
     with pytest.raises(LandmarkError, match=r"two.png: 2 faces .*Choose one with `--face INDEX`"):
         fit_image(grey, head, landmarker=networks, name="two.png")

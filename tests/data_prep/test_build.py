@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 
@@ -11,9 +12,11 @@ import numpy as np
 import pytest
 
 from data_prep import build
-from data_prep.dataset.clips import BuildSettings, build_dataset, load_any_head
+from data_prep.dataset import clips as dataset_clips
+from data_prep.dataset.clips import build_dataset, load_any_head
 from data_prep.dataset.manifest import choose_splits, clip_names, find_clips
-from data_prep.dataset.options import format_table
+from data_prep.dataset.options import BuildOptions
+from data_prep.dataset.summary import format_summary
 from loki_jax.data.reader import open_dataset
 from loki_jax.data.schema import DatasetError
 from loki_jax.face.asset import HeadAssetError, save_head
@@ -79,7 +82,7 @@ def clips(tmp_path_factory):
     return folder
 
 
-SETTINGS = BuildSettings(size=32, overlay=32, validation=0.5)
+SETTINGS = BuildOptions(size=32, overlay=32, validation=0.5, workers=0)
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +104,7 @@ def test_good_clips_are_built_and_bad_ones_listed(built):
     assert all(entry["reason"].count("\n") == 0 for entry in summary["rejected"])
     assert len(lines) == 8 and sum("s left" in line for line in lines) == 3
     assert json.loads((out / "summary.json").read_text()) == json.loads(json.dumps(summary))
-    table = format_table(summary)
+    table = format_summary(summary)
     assert table.count("\n") == 7 and "rejected" in table
 
 
@@ -158,13 +161,13 @@ def test_badly_fitting_clip_is_rejected(clips, head, points, tmp_path):
 
 
 def test_small_head_is_rejected(clips, head, networks, tmp_path):
-    settings = BuildSettings(size=32, min_face=300)
+    settings = dataclasses.replace(SETTINGS, min_face=300.0)
     with pytest.raises(DatasetError, match=r"good.mp4: the head is \d\d pixels large.*`--min-face`"):
         build_dataset([clips / "good.mp4"], head, tmp_path / "out", lambda: networks, settings, log=len)
 
 
 def test_clip_beyond_the_memory_limit_is_rejected(clips, head, networks, tmp_path):
-    settings = BuildSettings(size=32, max_bytes=5 * HEIGHT * WIDTH * 3)
+    settings = dataclasses.replace(SETTINGS, max_memory=5 * HEIGHT * WIDTH * 3 / 2**30)
     with pytest.raises(DatasetError, match=r"good.mp4: .*128x96.*take more than .*`--max-memory`"):
         build_dataset([clips / "good.mp4"], head, tmp_path / "out", lambda: networks, settings, log=len)
 
@@ -175,7 +178,8 @@ def test_fits_do_not_depend_on_the_number_of_processes(clips, head, points, tmp_
     for workers in (1, 2):
         out = tmp_path / f"out{workers}"
         make = functools.partial(KnownFace, points)
-        build_dataset(find_clips([str(clips)]), head, out, make, SETTINGS, workers=workers, log=len)
+        options = dataclasses.replace(SETTINGS, workers=workers)
+        build_dataset(find_clips([str(clips)]), head, out, make, options, log=len)
         contents.append(tree(out))
         assert not list(tmp_path.glob("*.work"))
     assert contents[0] == contents[1]
@@ -286,7 +290,7 @@ def test_ctrl_c_says_how_to_go_on(tmp_path, clips, monkeypatch, capsys):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(build, "fetch_models", lambda wheel: {})
-    monkeypatch.setattr(build, "build_dataset", interrupted)
+    monkeypatch.setattr(dataset_clips, "build_dataset", interrupted)
     out = tmp_path / "out"
     assert build.main(["--clips", str(clips), "--head", "builtin", "--out", str(out)]) == 130
     assert f"kept in {out}.work. Run the same command again" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -39,7 +40,7 @@ def flame_like(n_expression=65, blink=True, n_shape=N_SHAPE):
         shape_basis=(0.001 * head.shape_basis).astype(np.float32),
         expression_basis=(0.001 * head.expression_basis).astype(np.float32),
         joint_regressor=rng.dirichlet(np.ones(VERTICES), 5).astype(np.float32),
-        parents=np.array([-1, 0, 1, 1, 1], np.int32),
+        parents=(-1, 0, 1, 1, 1),
         skinning_weights=(weights / weights.sum(1, keepdims=True)).astype(np.float32),
         joint_names=("root", "neck", "jaw", "left_eye", "right_eye"),
         expression_names=tuple(names),
@@ -231,6 +232,32 @@ def camera_to_world():
     matrix[:3, :3] = np.asarray(matrix_from_rotvec(jnp.array([0.05, 0.1, -0.03])))
     matrix[:3, 3] = matrix[:3, :3] @ [0.0, 0.02, 1.5]
     return matrix
+
+
+FAULTS = Path(__file__).with_name("faults")
+
+
+@pytest.mark.parametrize("path", sorted(FAULTS.rglob("*.*")), ids=lambda path: path.parent.name + path.suffix)
+def test_mutated_fits_are_refused(path):
+    """Files as a fuzzer changed them; each made a foreign exception in version 0.1.0."""
+    with pytest.raises(DatasetError, match=r"(fit|flame_param).npz: not a readable .npz file"):
+        read_fit(path, flame_like())
+
+
+@pytest.mark.parametrize("change", [
+    lambda content: content["frames"][0].update(timestep_index=2**70),
+    lambda content: content["frames"][0].update(transform_matrix=[[]]),
+    lambda content: content["frames"].__setitem__(0, None),
+    lambda content: content.update(fl_x={}),
+])  # fmt: skip
+def test_a_vhap_fit_with_other_values_is_refused(tmp_path, change):
+    write_vhap(tmp_path / "carl", vhap_arrays(), per_frame=False)
+    path = tmp_path / "carl" / "transforms.json"
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+    with pytest.raises(DatasetError, match="transforms.json"):
+        read_fit(path, flame_like())
 
 
 def write_vhap(folder, arrays, per_frame):

@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 from scipy.spatial.transform import Rotation
 
-from data_prep import report
-from data_prep.report import count_closures, jitter_degrees, make_report
+from data_prep import report as program
+from data_prep.dataset import report
+from data_prep.dataset.report import count_closures, make_report
+from data_prep.dataset.summary import jitter_degrees
 from loki_jax.data.schema import Clip, DatasetError
 from loki_jax.data.writer import write_dataset
 from loki_jax.face.builtin import builtin_head
@@ -96,10 +98,10 @@ def test_overlays_can_be_linked_or_left_out(dataset):
 
 
 def test_program_prints_table_and_rejections(dataset, tmp_path, capsys):
-    assert report.main([str(dataset), "--out", str(tmp_path / "r.html")]) == 0
+    assert program.main([str(dataset), "--out", str(tmp_path / "r.html")]) == 0
     printed = capsys.readouterr().out
     assert "a<b" in printed and "rejected (1): bad.mp4: no <face> found" in printed
-    assert report.main([str(tmp_path)]) == 1
+    assert program.main([str(tmp_path)]) == 1
     assert "error: " in capsys.readouterr().err
 
 

@@ -17,15 +17,16 @@ def test_public_sampler(golden, case):
     steps = int(steps)
     last = lambda x: np.moveaxis(x, 2, -1)  # (B,T,C,h,w) -> (B,T,h,w,C)
     condition, reference = jnp.asarray(last(data[f"{case}/cond"])), jnp.asarray(data[f"{case}/ref_z"])
-    times = []
+    times, trajectory = [], []
 
     def denoise(x, t, inputs):
         condition, reference = inputs
         jax.debug.callback(lambda t: times.append(np.asarray(t)), t, ordered=True)
+        jax.debug.callback(lambda x: trajectory.append(np.asarray(x)), x[1:], ordered=True)
         phase = jnp.sin(t.astype(jnp.float32) / 1000)[..., None, None, None]
         return 0.1 * x + phase * condition + 0.05 * reference[:, None, None, None, :]
 
-    x0, trajectory = jax.jit(
+    x0 = jax.jit(
         lambda x: ddim_sample(
             denoise,
             x,
@@ -35,7 +36,6 @@ def test_public_sampler(golden, case):
             steps=steps,
             guidance=float(guidance),
             spacing="official",
-            keep_trajectory=True,
         )
     )(jnp.asarray(last(data[f"{case}/x_T"])))
     jax.effects_barrier()
@@ -78,7 +78,7 @@ def test_samples_a_gaussian(prediction, spacing):
         noise,
         schedule,
         conditional=None,
-        guidance=1,
+        guidance=1.0,
         steps=500,
         spacing=spacing,
         prediction=prediction,
@@ -100,7 +100,7 @@ def test_zero_terminal_snr_reaches_any_brightness(prediction, steps):
         noise,
         schedule,
         conditional=None,
-        guidance=1,
+        guidance=1.0,
         steps=steps,
         spacing=spacing,
         prediction=prediction,
@@ -130,12 +130,12 @@ def test_guidance_extrapolates_and_one_skips_the_unconditional_branch():
         steps=4,
         guidance=guidance,
     )
-    plain = run(1, c, None)
+    plain = run(1.0, c, None)
     assert set(batches) == {2}
     batches.clear()
     guided = run(2.5, c, u)
     assert set(batches) == {4}
-    np.testing.assert_allclose(guided, run(1, u + 2.5 * (c - u), None), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(guided, run(1.0, u + 2.5 * (c - u), None), rtol=1e-5, atol=1e-5)
     assert jnp.abs(guided - plain).max() > 1e-2
 
 
@@ -159,7 +159,7 @@ def test_clip_bounds_the_result():
         noise,
         schedule,
         conditional=None,
-        guidance=1,
+        guidance=1.0,
         steps=10,
         spacing="trailing",
         prediction="v",
@@ -175,15 +175,15 @@ def test_errors():
     with pytest.raises(ValueError, match=r"guidance 2.0 needs unconditional inputs"):
         run()
     with pytest.raises(ValueError, match="unknown prediction 'score'"):
-        run(guidance=1, prediction="score")
+        run(guidance=1.0, prediction="score")
     with pytest.raises(ValueError, match="cannot start at step 999"):
-        run(guidance=1, spacing="trailing")
+        run(guidance=1.0, spacing="trailing")
     with pytest.raises(ValueError, match="cannot start at step 999"):
         ddim_sample(
             lambda x, t, c: x,
             x,
             make_schedule(max_beta=1.0),
             conditional=None,
-            guidance=1,
+            guidance=1.0,
             spacing="trailing",
         )

@@ -56,8 +56,8 @@ def test_golden_driver_maps(golden, size):
 
     shown = raster.clear_hidden_faces(found, faces, mask)
     np.testing.assert_array_equal(np.asarray(shown.face >= 0)[sure], fragments["mask"][sure])
-    inputs = driver.DriverInputs(faces=faces, canonical=canonical, offsets=offsets, fragments=shown)
-    image = np.asarray(driver.encode_map(inputs))
+    inputs = driver.DriverInputs(faces, canonical, vertices, offsets)
+    image = np.asarray(driver.encode_map(shown, inputs))
     assert image.shape == (n_frames, size, size, 45)
     encoded = load(golden, f"driver_map_{size}_posenc42")["spatial_cond_0_42"]
     expected = encoded.reshape(n_frames, size // 4, size // 4, 42)  # every fourth pixel
@@ -182,7 +182,7 @@ def test_gradients_reach_the_coefficients(head, scene):
 
 def test_flame_vector(head, scene):
     _, coefficients, _, _ = scene
-    vector = driver.flame_vector(driver.DriverInputs(head=head, coefficients=coefficients))
+    vector = driver.flame_vector(head, coefficients)
     n = head.n_expression
     assert vector.shape == (2, 3, n + 12) and driver.driver_channels("flame_vector", head) == n + 12
     for field, start in (("rot", n), ("neck", n + 3), ("jaw", n + 6), ("eyes", n + 9)):
@@ -207,7 +207,7 @@ def test_wrong_arguments_are_named(head, scene):
         driver.driver_channels("posenc", head)
     short = scene[1]._replace(expression=scene[1].expression[..., :-1])
     with pytest.raises(ValueError, match="do not end in the"):
-        driver.flame_vector(driver.DriverInputs(head=head, coefficients=short))
+        driver.flame_vector(head, short)
 
 
 def test_frame_after_frame_gives_the_same_map(head, scene, monkeypatch):
@@ -217,7 +217,7 @@ def test_frame_after_frame_gives_the_same_map(head, scene, monkeypatch):
     vertices = jax.jit(driver.ndc_vertices)(head, *scene)
     offsets = expression_offsets(head, identity, coefficients)
     offsets = jnp.broadcast_to(offsets, vertices.shape)
-    inputs = driver.DriverInputs(faces=mesh_faces(head), canonical=canonical, offsets=offsets)
+    inputs = driver.DriverInputs(mesh_faces(head), canonical, vertices, offsets)
     draw = lambda: jax.jit(lambda v, i: driver.map_of_mesh(v, mesh_render_mask(head), i, SIZE))(
         vertices, inputs
     )

@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 from benchmarks.tiny_run import SIZE, noise_clips, tiny_config, write_shards
+
 from loki_jax.data.schema import DatasetError
 from loki_jax.data.writer import write_dataset
 from loki_jax.driver import ReferenceFrame, driver_map
-from loki_jax.driver.encoding import FLOW_SCALE
+from loki_jax.driver.flow_map import FLOW_SCALE
 from loki_jax.driver.registry import find_arm
 from loki_jax.face.builtin import builtin_head
 from loki_jax.face.camera import camera_from_world, project

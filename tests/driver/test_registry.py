@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks.tiny_run import SIZE, tiny_config, write_shards
 from loki_jax.driver.registry import ARMS, DriverArm, driver_channels, find_arm, find_map_arm
 from loki_jax.face.builtin import builtin_head
 from loki_jax.face.normals import vertex_normals
@@ -14,11 +13,12 @@ from loki_jax.pipeline import LokiPipeline, retarget_clip
 from loki_jax.raster import interpolate
 from loki_jax.sources import load_driving_clip, load_portrait
 from loki_jax.train import train
+from tests.training.tiny_run import SIZE, tiny_config, write_shards
 
 
-def camera_normals(inputs, dtype=jnp.float32):
+def camera_normals(fragments, inputs, dtype=jnp.float32):
     """Unit normals of the surface in camera axes (+x right, +y down, +z away), zero on the background."""
-    normals = interpolate(inputs.fragments, inputs.faces, vertex_normals(inputs.points, inputs.faces))
+    normals = interpolate(fragments, inputs.faces, vertex_normals(inputs.points, inputs.faces))
     length = jnp.linalg.norm(jnp.where(normals == 0, 1e-9, normals), axis=-1, keepdims=True)
     return (normals / length).astype(dtype)
 

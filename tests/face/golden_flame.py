@@ -26,7 +26,7 @@ def head_of(model, n_shape=150, n_expression=65, lip_vertex=LIP_VERTEX):
         expression_basis=directions[300 : 300 + n_expression].copy(),
         pose_correctives=np.moveaxis(model["model/posedirs"], -1, 0).copy(),
         joint_regressor=model["model/J_regressor"],
-        parents=np.array([-1, 0, 1, 1, 1], np.int32),
+        parents=(-1, 0, 1, 1, 1),
         skinning_weights=model["model/weights"],
         render_mask=np.ones(n_vertices, bool),
         inner_mouth=np.zeros(n_vertices, bool),

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from scipy.spatial.transform import Rotation
 
-from loki_jax.face.retarget import head_rotation, retarget, size_ratio
+from loki_jax.face.retarget import fold_neck, head_rotation, neck_joint, retarget, size_ratio
+from loki_jax.face.skinning import make_identity, world_vertices
 from loki_jax.face.types import Camera, Coefficients
 from tests.face.golden_flame import head_of, read
 
@@ -103,6 +104,26 @@ def test_increments_pass_from_camera_to_camera():
 
     for found, expected in zip(seen(result, matrices[1]), seen(driver, matrices[0]), strict=True):
         np.testing.assert_allclose(found, expected, atol=5e-6)
+
+
+def test_a_folded_neck_moves_the_head_as_before(golden):
+    head = head_of(read(golden, "flame_model"))
+    # A head that follows the neck wholly.
+    weights = np.tile(np.float32([0, 1, 0, 0, 0]), (len(head.template), 1))
+    head = dataclasses.replace(
+        head, skinning_weights=weights, pose_correctives=np.zeros((0, 502, 3), np.float32)
+    )
+    driver, reference = random_coefficients(12, FRAMES), random_coefficients(13)
+    driver = driver._replace(expression=jnp.zeros((FRAMES, 65)))
+    betas = jnp.asarray(np.random.default_rng(0).normal(size=150), jnp.float32)
+    moved = retarget(driver, reference._replace(betas=betas), "relative")
+    folded = fold_neck(moved, neck_joint(head, betas))
+    identity = make_identity(head, betas)
+    assert not np.asarray(folded.neck).any() and np.asarray(moved.neck).any()
+    assert head_pose_follow(folded, driver) < 2e-2
+    assert head_pose_follow(folded._replace(rot=moved.rot), driver) > 3  # the neck's bend simply left out
+    before, after = (world_vertices(head, identity, c)[:, :502] for c in (moved, folded))
+    np.testing.assert_allclose(after, before, atol=3e-6)
 
 
 def test_size_ratio(golden):

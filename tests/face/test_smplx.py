@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks.head import N_VERTICES, TOLERANCE, both_models, random_coefficients
 from loki_jax.face.rotation import matrix_from_rotvec
 from loki_jax.face.skinning import head_vertices, make_identity, skin
+from tests.face.smplx_oracle import N_VERTICES, TOLERANCE, both_models, random_coefficients
 
 
 @pytest.fixture(scope="module")

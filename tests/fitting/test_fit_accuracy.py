@@ -2,8 +2,8 @@
 
 import pytest
 
-from benchmarks.fit_accuracy import LIMITS, measure
 from loki_jax.face.builtin import builtin_head
+from tests.fitting.accuracy import LIMITS, measure
 
 
 def check(result):

@@ -5,8 +5,8 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
+from data_prep.dataset.summary import jitter_degrees
 from data_prep.landmarks.embed import with_landmarks
-from data_prep.report import jitter_degrees
 from loki_jax.face.ict import head_from_ict
 from loki_jax.fitting.fit import fit_landmarks
 from loki_jax.fitting.tracking import clip_landmarks

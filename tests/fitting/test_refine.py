@@ -6,8 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks.fit_accuracy import FRAME_SIZE, observe, true_clip
-from data_prep.report import jitter_degrees
+from data_prep.dataset.summary import jitter_degrees
 from loki_jax.face.builtin import builtin_head
 from loki_jax.fitting.clips import FittedClip, clip_crop_box
 from loki_jax.fitting.fit import fit_landmarks
@@ -23,6 +22,7 @@ from loki_jax.fitting.tracking import Track
 from loki_jax.metrics.hpf import head_pose_follow, head_rotation
 from loki_jax.synthetic.appearance import sample_appearance
 from loki_jax.synthetic.clips import render_frames
+from tests.fitting.accuracy import FRAME_SIZE, observe, true_clip
 
 
 def random_directions(n, seed=0):

@@ -1,9 +1,13 @@
 """Head-pose follow: parity with the public metric, and what it is meant to (not) see."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy.spatial.transform import Rotation
 
+from loki_jax.face.retarget import retarget
+from loki_jax.face.types import Camera, Coefficients
 from loki_jax.metrics.hpf import head_pose_follow
 
 
@@ -48,6 +52,27 @@ def test_constant_offset_shows_only_in_the_absolute_error():
     result = head_pose_follow(shifted, target)
     assert result.degrees == pytest.approx(0, abs=1e-6)
     assert result.absolute_degrees == pytest.approx(12)
+
+
+def test_a_perfect_transfer_has_no_error_whatever_the_extrinsics():
+    rng = np.random.default_rng(3)
+    driver = Coefficients(*(jnp.asarray(0.4 * rng.normal(size=(9, 3)), jnp.float32) for _ in range(7)))
+    reference = jax.tree.map(lambda x: x[5] + 0.2, driver)
+    extrinsics = np.tile(np.eye(4), (2, 1, 1))
+    extrinsics[:, :3, :3] = Rotation.random(2, random_state=1).as_matrix()
+    cameras = [Camera(jnp.ones(4), jnp.asarray(matrix, jnp.float32)) for matrix in extrinsics]
+    moved = retarget(driver, reference, driver_camera=cameras[0], reference_camera=cameras[1])
+    moved, driver = jax.tree.map(np.asarray, (moved, driver))
+    world = head_pose_follow(moved.rot, driver.rot, moved.neck, driver.neck)
+    cameras = {"pred_extrinsics": extrinsics[1], "target_extrinsics": np.tile(extrinsics[0], (9, 1, 1))}
+    result = head_pose_follow(moved.rot, driver.rot, moved.neck, driver.neck, **cameras)
+    assert world.degrees > 10
+    assert result.degrees < 1e-3 and result.aligned_degrees < 1e-3
+    # One camera turned with its world changes nothing.
+    same = head_pose_follow(
+        driver.rot, driver.rot, pred_extrinsics=extrinsics[0], target_extrinsics=extrinsics[0]
+    )
+    assert same.absolute_degrees < 1e-6
 
 
 def test_neck_and_root_share_the_rotation():

@@ -6,11 +6,12 @@ import sys
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 
 from loki_jax.models import attention
-from loki_jax.models.attention import attend, attend_shared
+from loki_jax.models.attention import attend, attend_frames
 from loki_jax.models.autoencoder import make_autoencoder
 from loki_jax.models.loki import make_loki
 from loki_jax.weights.layouts import sd21_config
@@ -180,7 +181,7 @@ def test_shared_tokens_are_appended_to_every_frame():
     keys = jax.random.split(jax.random.key(0), 5)
     q, k, v = (jax.random.normal(key, (batch, frames, n, 2, 4)) for key in keys[:3])
     shared_k, shared_v = (jax.random.normal(key, (batch, m, 2, 4)) for key in keys[3:])
-    out = attend_shared(q, k, v, shared_k, shared_v)
+    out = attend_frames(q, k, v, (shared_k, shared_v))
     for frame in range(frames):
         expected = attend(
             q[:, frame],
@@ -199,7 +200,8 @@ def test_bfloat16_is_accumulated_in_float32():
     np.testing.assert_allclose(out.astype(jnp.float32), exact, atol=0.06)
 
 
-def test_errors():
+def test_errors(monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # the function's own checks are meant
     q, k, v = random_qkv(3, 4)
     with pytest.raises(ValueError, match="unknown attention backend 'flash'"):
         attend(q, k, v, "flash")

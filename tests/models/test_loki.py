@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
@@ -283,7 +284,8 @@ def test_bad_options(changes, message):
         jax.eval_shape(lambda key: init_params(loki, config, key), jax.random.key(0))
 
 
-def test_bad_inputs(model):
+def test_bad_inputs(model, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # the functions' own checks are meant
     _, _, encode, refer, denoise = model
     x, timesteps, driver, z = inputs()
     with pytest.raises(ValueError, match="timesteps"):

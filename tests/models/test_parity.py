@@ -13,8 +13,6 @@ from loki_jax.models.unet import SpatioTemporalTransformer, UNet
 from loki_jax.weights.ldm_names import (
     autoencoder_table,
     encoder_table,
-    params_from_ldm,
-    params_to_ldm,
     transformer_table,
     unet_table,
 )
@@ -22,6 +20,8 @@ from tests.golden.make import NETWORKS, digest
 from tests.models.weights import (
     channels_last,
     error,
+    params_from_ldm,
+    params_to_ldm,
     quick_jit,
     recipe_driver_map,
     recipe_input,

@@ -1,12 +1,16 @@
 """The seeded weights and inputs behind the reference vectors, and their measure of error."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from zlib import crc32
 
 import jax
 import ml_dtypes
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from loki_jax.weights.ldm_names import Table, from_ldm, to_ldm
 
 
 def quick_jit(function):
@@ -68,3 +72,26 @@ def error(actual, expected) -> float:
 def channels_last(x: np.ndarray) -> np.ndarray:
     """(..., C, H, W) -> (..., H, W, C)."""
     return np.moveaxis(x, -3, -1)
+
+
+def params_from_ldm(state: Mapping[str, np.ndarray], table: Table) -> dict:
+    """Nested parameters taken from a state dict; its other entries are ignored.
+
+    Raises:
+      KeyError: the state dict lacks weights of the table; the first eight are named.
+    """
+    missing = [weight.name for weight in table.values() if weight.name not in state]
+    if missing:
+        named = ", ".join(missing[:8]) + (" ..." if len(missing) > 8 else "")
+        raise KeyError(f"the state dict lacks {len(missing)} of {len(table)} weights: {named}")
+    flat = {tuple(path.split("/")): from_ldm(state[name], layout) for path, (name, layout) in table.items()}
+    return unflatten_dict(flat)
+
+
+def params_to_ldm(params: dict, table: Table) -> dict[str, np.ndarray]:
+    """State dict of nested parameters. Raises KeyError when the paths are not exactly the table's."""
+    flat = flatten_dict(params, sep="/")
+    if flat.keys() != table.keys():
+        unmatched = sorted(flat.keys() ^ table.keys())
+        raise KeyError(f"parameters without a name, or names without a parameter: {unmatched}")
+    return {table[path].name: to_ldm(np.asarray(value), table[path].layout) for path, value in flat.items()}

@@ -29,7 +29,7 @@ FACES = jnp.asarray(grid_faces(72), jnp.int32)  # 10,082 over 5,184 of the verti
 
 def drawn_map(vertices, canonical, offsets, dtype=jnp.bfloat16):
     mask = jnp.ones(vertices.shape[-2], bool)
-    inputs = driver.DriverInputs(faces=FACES, canonical=canonical, offsets=offsets)
+    inputs = driver.DriverInputs(FACES, canonical, vertices, offsets)
     return driver.map_of_mesh(vertices, mask, inputs, SIZE, dtype=dtype)
 
 

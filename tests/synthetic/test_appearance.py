@@ -141,11 +141,11 @@ def test_motion_shows(head, draw):
 
 def test_the_lamp_lights_the_side_it_is_on(head, draw):
     look = sample_appearance(1, head)
-    look = dataclasses.replace(look, albedo=np.full_like(look.albedo, 0.8))
+    look = look._replace(albedo=np.full_like(look.albedo, 0.8))
     cheeks = []
     for x in (0.9, -0.9):
         light = np.array([x, 0.1, 0.42]) / np.linalg.norm([x, 0.1, 0.42])
-        image = draw(_coefficients(head), dataclasses.replace(look, light=light.astype(np.float32)))
+        image = draw(_coefficients(head), look._replace(light=light.astype(np.float32)))
         row = image[SIZE // 2 + 5]
         cheeks.append((row[SIZE // 2 + 7].mean(), row[SIZE // 2 - 8].mean()))
     # +x is the subject's left, on the image's right.
@@ -187,7 +187,7 @@ def test_wrong_heads_are_refused(head, camera):
     with pytest.raises(ValueError, match="built-in head only"):
         sample_shape(0, dataclasses.replace(head, name="flame"))
     look = sample_appearance(0, head)
-    short = dataclasses.replace(look, albedo=look.albedo[:-1])
+    short = look._replace(albedo=look.albedo[:-1])
     c = _coefficients(head)
     with pytest.raises(ValueError, match="vertex colours"):
         render(head, make_identity(head, jnp.asarray(c.betas)), c, camera, CROP, short, 16)

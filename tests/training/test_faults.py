@@ -86,7 +86,7 @@ def test_watchdog_ends_a_run_that_hangs_and_no_other():
     assert not done.wait(0.5)  # not before the first beat
     watchdog.beat()
     assert done.wait(30) and ended == [ExitCode.LOST_PROCESS]
-    patient = Watchdog(60, end=ended.append)
+    patient = Watchdog(60.0, end=ended.append)
     patient.beat()
     patient.stop()
     assert len(ended) == 1
@@ -94,7 +94,7 @@ def test_watchdog_ends_a_run_that_hangs_and_no_other():
 
 def test_what_takes_longer_than_a_step_has_a_limit_of_its_own():
     ended = []
-    watchdog = Watchdog(0.4, 60, end=ended.append)
+    watchdog = Watchdog(0.4, 60.0, end=ended.append)
     watchdog.beat()
     with watchdog.slow():
         time.sleep(1.5)
@@ -112,36 +112,44 @@ def metrics(loss=1.0, norm=1.0):
     return {"loss": jnp.float32(loss), "grad_norm": jnp.float32(norm), "skipped": jnp.float32(bad)}
 
 
+def batch_of(number):
+    return Batch(*(None,) * 8)._replace(clip_index=number)
+
+
 def faults(**changes):
     return ConfigDict(base_config().faults.to_dict() | changes)
 
 
 def test_steps_are_looked_at_one_late_until_one_is_skipped():
     monitor = StepMonitor(faults(max_skips=3), skipped=5)
-    assert monitor.follow(1, {"n": 1}, metrics()) == []
-    assert monitor.follow(2, {"n": 2}, metrics(np.nan)) == []
+    assert monitor.follow(1, batch_of(1), metrics()) == []
+    assert monitor.follow(2, batch_of(2), metrics(np.nan)) == []
     # Step 2 is seen when 3 has started, and then 3 at once.
-    seen = monitor.follow(3, {"n": 3}, metrics(norm=np.inf))
-    assert [(i.kind, i.step, i.batch["n"]) for i in seen] == [("skipped", 2, 2), ("skipped", 3, 3)]
+    seen = monitor.follow(3, batch_of(3), metrics(norm=np.inf))
+    assert [(i.kind, i.step, i.batch.clip_index) for i in seen] == [("skipped", 2, 2), ("skipped", 3, 3)]
     assert monitor.in_row == 2 and monitor.skipped == 7 and not monitor.stuck
-    assert [i.step for i in monitor.follow(4, {}, metrics(np.nan))] == [4]
+    assert [i.step for i in monitor.follow(4, batch_of(4), metrics(np.nan))] == [4]
     assert monitor.stuck
-    assert monitor.follow(5, {}, metrics(2.0, 3.0)) == [] and monitor.in_row == 0
+    assert monitor.follow(5, batch_of(5), metrics(2.0, 3.0)) == [] and monitor.in_row == 0
     assert monitor.means() == {"loss": 1.5, "grad_norm": 2.0, "skipped": 3.0}
     assert monitor.means() == {"skipped": 0.0}
 
 
 def test_one_skip_is_enough_where_the_config_says_so():
     monitor = StepMonitor(faults(max_skips=1))
-    assert [i.step for i in monitor.follow(1, {}, metrics(np.nan))] == [1] and monitor.stuck
+    assert [i.step for i in monitor.follow(1, batch_of(1), metrics(np.nan))] == [1] and monitor.stuck
 
 
 def test_spikes_stand_out_of_the_median():
     monitor = StepMonitor(faults(spike_factor=5.0, spike_window=40))
     rng = np.random.default_rng(0)
-    found = [i for step in range(30) for i in monitor.follow(step, {}, metrics(norm=1 + 0.5 * rng.random()))]
+    found = [
+        i
+        for step in range(30)
+        for i in monitor.follow(step, batch_of(step), metrics(norm=1 + 0.5 * rng.random()))
+    ]
     assert found == []
-    monitor.follow(30, {}, metrics(norm=9.0))
+    monitor.follow(30, batch_of(30), metrics(norm=9.0))
     (spike,) = monitor.finish()
     assert (spike.kind, spike.step) == ("spike", 30) and 1 < spike.figures["median"] < 1.5
     assert "step 30" in str(spike)

@@ -1,6 +1,7 @@
 """Operations counted in the traced program against XLA's analysis and against formulas; chips and MFU."""
 
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,6 @@ from loki_jax.training.flops import (
     chip_named,
     chip_of,
     device_count,
-    mfu,
     operations,
     step_flops,
     work_of,
@@ -140,14 +140,12 @@ def test_flops_of_a_compiled_program_are_summed_over_devices():
     compiled = traced(lambda a, b: a @ b, (64, 64), (64, 64)).lower().compile()
     assert device_count(compiled) == 1
     assert step_flops(compiled) == pytest.approx(2 * 64**3, rel=0.01)
-    assert step_flops(compiled, opaque=1e9) == pytest.approx(1e9 + 2 * 64**3)
     shardings = (SimpleNamespace(device_set={1, 2, 3, 4}),)
-    several = SimpleNamespace(
-        cost_analysis=lambda: {"flops": 10.0}, input_shardings=shardings, output_shardings=()
-    )
+    several = Mock(spec=jax.stages.Compiled, input_shardings=shardings, output_shardings=())
+    several.cost_analysis.return_value = {"flops": 10.0}
     assert step_flops(several) == 40
     with pytest.raises(ValueError, match="no cost analysis"):
-        step_flops(SimpleNamespace(cost_analysis=lambda: None))
+        step_flops(Mock(spec=jax.stages.Compiled, **{"cost_analysis.return_value": None}))
 
 
 # ------------------------------------------------------------------------------------------- chips
@@ -170,7 +168,7 @@ def test_flops_of_a_compiled_program_are_summed_over_devices():
     ],
 )
 def test_a_device_is_known_by_its_exact_kind(kind, name):
-    chip = chip_of(SimpleNamespace(device_kind=kind))
+    chip = chip_of(kind)
     assert (chip.name if chip else None) == name
 
 
@@ -180,10 +178,3 @@ def test_unknown_chips_are_named_with_the_known_ones():
         ValueError, match="unknown chip 'h300'; known are h100, h200, a100-80, v4, v5e, v5p, v6e"
     ):
         chip_named("h300")
-
-
-def test_mfu():
-    chip = chip_named("h200")
-    assert mfu(8 * chip.flops, 2.0, chip, 8) == pytest.approx(0.5)
-    with pytest.raises(ValueError):
-        mfu(1.0, 0.0, chip, 8)

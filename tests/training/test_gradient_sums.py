@@ -6,14 +6,14 @@ import sys
 
 import pytest
 
-from benchmarks.tiny_run import ROOT, environment, write_shards
 from loki_jax.face.builtin import builtin_head
 from loki_jax.planning.report import make_plan
 from loki_jax.planning.work import make_subject
 from loki_jax.training.flops import chip_named
+from tests.training.tiny_run import ROOT, environment, write_shards
 
 CONFIG = """
-from benchmarks.tiny_run import tiny_config
+from tests.training.tiny_run import tiny_config
 config = tiny_config(
     {shards!r}, batch_size=8, window=2, model__dtype="bfloat16", driver__arm="flame_vector",
     sharding_min_size=256, model__unet__multipliers=(1,), model__unet__attention_modes=("3d",),

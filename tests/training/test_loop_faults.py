@@ -12,8 +12,6 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from benchmarks import resume, topologies
-from benchmarks.tiny_run import environment, tiny_config, train_command, write_shards
 from loki_jax.data.schema import DatasetError
 from loki_jax.face.builtin import builtin_head
 from loki_jax.networks import build_networks, random_params
@@ -25,6 +23,8 @@ from loki_jax.training.init import initial_params
 from loki_jax.training.logging import read_metrics
 from loki_jax.training.snapshot import read_snapshot, replay
 from loki_jax.video.reader import read_video
+from tests.training.processes import ONE, Topology, free_port, losses, start
+from tests.training.tiny_run import environment, tiny_config, train_command, write_shards
 
 
 @pytest.fixture(scope="module")
@@ -188,21 +188,9 @@ def test_sigterm_saves_and_resumes_where_it_was(shards, workdir):
     assert steps == list(range(1, last + 2))  # none lost, none repeated
 
 
-@pytest.mark.slow
-def test_a_killed_run_resumes_bit_for_bit(tmp_path):
-    result = resume.run(tmp_path, 2, 30, environment(tmp_path / "cache"))
-    assert result["identical"] == 2, result
-
-
-@pytest.mark.slow
-def test_two_processes_compute_what_one_does(tmp_path):
-    result = topologies.measure(tmp_path, topologies.QUICK, 3, tmp_path / "cache")
-    assert result["within_bounds"] and result["restored_pairs"] == 2, result
-
-
 def start_two(shards, workdir, tmp_path):
     config = tiny_config(shards, steps=10**6, checkpoint__every=10**6)
-    port = topologies.free_port()
+    port = free_port()
     return [
         subprocess.Popen(
             train_command(
@@ -248,20 +236,20 @@ def test_two_processes_share_frozen_parameters_and_resume_from_the_workdir(shard
         checkpointer.save(tmp_path / "sd", backbone)
     train(config, tmp_path / "one")
     two = tiny_config(shards, **options, mesh__data=1, mesh__fsdp=2)
-    topology = topologies.Topology(2, 1, "fsdp")
-    topologies.start(train_command(two, tmp_path / "two"), topology, tmp_path / "cache")
+    topology = Topology(2, 1, "fsdp")
+    start(train_command(two, tmp_path / "two"), topology, tmp_path / "cache")
     shutil.rmtree(tmp_path / "sd")
     config.steps = two.steps = 3
     train(config, tmp_path / "one")
-    topologies.start(train_command(two, tmp_path / "two"), topology, tmp_path / "cache")
+    start(train_command(two, tmp_path / "two"), topology, tmp_path / "cache")
     one, two = (load_checkpoint(tmp_path / name, use_ema=False) for name in ("one", "two"))
     assert one.step == two.step == 3
     for key in ("reference", "null_prompt"):
         jax.tree.map(np.testing.assert_array_equal, one.params[key], two.params[key])
         jax.tree.map(np.testing.assert_array_equal, one.params[key], jax.device_get(backbone[key]))
-    losses = [topologies.losses(tmp_path / name) for name in ("one", "two")]
-    assert len(losses[0]) == 3
-    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
+    found = [losses(tmp_path / name) for name in ("one", "two")]
+    assert len(found[0]) == 3
+    np.testing.assert_allclose(found[0], found[1], rtol=1e-5)
 
 
 @pytest.mark.slow
@@ -270,12 +258,10 @@ def test_two_processes_validate_and_sample_as_one_does(tmp_path):
     options = dict(
         steps=2, batch_size=4, sharding_min_size=64, validation__every=2, sample__every=2, sample__pairs=2
     )
-    topologies.start(
-        train_command(tiny_config(shards, **options), tmp_path / "one"), topologies.ONE, tmp_path / "cache"
-    )
-    topologies.start(
+    start(train_command(tiny_config(shards, **options), tmp_path / "one"), ONE, tmp_path / "cache")
+    start(
         train_command(tiny_config(shards, **options, mesh__data=1, mesh__fsdp=2), tmp_path / "two"),
-        topologies.Topology(2, 1, "fsdp"), tmp_path / "cache",
+        Topology(2, 1, "fsdp"), tmp_path / "cache",
     )  # fmt: skip
     rows = [read_metrics(tmp_path / name / "metrics.jsonl") for name in ("one", "two")]
     values = [[row.get("loss", row.get("val_loss")) for row in side] for side in rows]

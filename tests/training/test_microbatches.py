@@ -5,13 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks.tiny_run import tiny_config, write_shards
 from loki_jax.networks import build_networks, random_params
 from loki_jax.training.config import check_config
 from loki_jax.training.inputs import open_inputs
 from loki_jax.training.sharding import global_batch, make_mesh
 from loki_jax.training.state import TrainState
 from loki_jax.training.step import make_eval_step, make_gradients, split_microbatches
+from tests.training.tiny_run import tiny_config, write_shards
 
 
 def test_parts_give_the_gradients_of_the_whole(tmp_path):

@@ -9,13 +9,13 @@ import sys
 import jax
 import numpy as np
 
-from benchmarks.tiny_run import ROOT, SIZE, noise_clips
 from loki_jax.data.reader import open_dataset
 from loki_jax.data.windows import make_dataset
 from loki_jax.data.writer import write_dataset
 from loki_jax.face.builtin import builtin_head
 from loki_jax.training.samples import can_follow, make_pairs, sample_frames, sample_sheet
 from loki_jax.training.sharding import make_mesh
+from tests.training.tiny_run import ROOT, SIZE, noise_clips
 
 
 def test_pairs_are_of_one_person_and_then_of_two(tmp_path):
@@ -55,7 +55,7 @@ def test_pairs_are_of_one_person_and_then_of_two(tmp_path):
 ON_EIGHT_DEVICES = """
 import jax, json, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
-from benchmarks.tiny_run import tiny_config
+from tests.training.tiny_run import tiny_config
 from loki_jax.planning.collectives import parse_collectives
 from loki_jax.training import samples
 from loki_jax.training.sharding import global_batch, make_mesh, put_global

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks.tiny_run import SIZE, tiny_config, write_shards
 from configs import demo, hdtf
 from loki_jax.data.schema import DatasetError
 from loki_jax.face.builtin import builtin_head
@@ -19,6 +18,7 @@ from loki_jax.training.config import CheckpointError
 from loki_jax.training.init import initial_params
 from loki_jax.training.logging import read_metrics
 from loki_jax.training.model_file import load_model_file, save_model_file
+from tests.training.tiny_run import SIZE, tiny_config, write_shards
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +117,38 @@ def test_model_file_round_trip_and_damage(finished, tmp_path):
         load_model_file(path)
     with pytest.raises(CheckpointError, match="config.json"):
         load_checkpoint(tmp_path)
+
+
+def test_a_model_file_must_be_whole_and_of_its_config(finished, tmp_path):
+    """Refused where it is loaded, not where it is used."""
+    checkpoint = load_checkpoint(finished)
+    path = tmp_path / "model.safetensors"
+    changes = {
+        "model.unet.channels": (32, "weights of another architecture"),
+        "model.unet.num_res_blocks": (10**9, "more layers than the file has arrays"),
+        "model.encoder": ("x", "its config describes no model"),
+        "driver.arm": ("none", "unknown driver arm"),
+        "sample.spacing": ("odd", "unknown spacing"),
+        "diffusion.prediction": (None, "unknown prediction"),
+        "window": (0, "window, image_size or sample.guidance"),
+    }
+    for key, (value, message) in changes.items():
+        config = checkpoint.config.copy_and_resolve_references()
+        with config.ignore_type():
+            config.update_from_flattened_dict({key: value})
+        save_model_file(path, checkpoint._replace(config=config))
+        with pytest.raises(CheckpointError, match=f"model.safetensors: (.|\n)*{message}"):
+            load_checkpoint(path)
+    config = checkpoint.config.copy_and_resolve_references()
+    del config.sample
+    save_model_file(path, checkpoint._replace(config=config))
+    with pytest.raises(CheckpointError, match="model.safetensors: its config describes no model.*sample"):
+        load_checkpoint(path)
+
+    spoilt = jax.tree.map(lambda x: np.full_like(x, np.nan) if x.ndim == 1 else x, dict(checkpoint.params))
+    save_model_file(path, checkpoint._replace(params=spoilt))
+    with pytest.raises(CheckpointError, match="model.safetensors: .* arrays hold NaN or infinity"):
+        load_checkpoint(path)
 
 
 def test_frozen_reference_comes_from_pretrained_weights_and_stays(shards, tmp_path):

@@ -6,7 +6,6 @@ import shutil
 import jax
 import pytest
 
-from benchmarks.tiny_run import tiny_config, write_shards
 from configs import hdtf
 from loki_jax.data.reader import open_dataset
 from loki_jax.diffusion.schedule import make_schedule
@@ -17,6 +16,7 @@ from loki_jax.training.faults import ExitCode, exit_code
 from loki_jax.training.samples import check_sampling
 from loki_jax.training.sharding import make_mesh
 from loki_jax.training.workdir import clips_digest, describe_run, prepare_workdir, record_start
+from tests.training.tiny_run import tiny_config, write_shards
 
 
 @pytest.fixture(scope="module")

@@ -460,7 +460,7 @@ def test_resampling_is_exact_and_nearest_in_time():
         np.arange(60, dtype=np.uint8)[:, None, None, None] + np.zeros((60, 2, 2, 3), np.uint8),
         Fraction(50),
         False,
-        "x",
+        Path("x"),
     )
     half = video.resample_to_fps(clip, Fraction(25))
     assert half.fps == 25

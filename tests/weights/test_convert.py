@@ -13,8 +13,10 @@ from loki_jax import convert
 from loki_jax.face.asset import save_head
 from loki_jax.face.builtin import builtin_head
 from loki_jax.weights import layouts, sources
-from loki_jax.weights.flax_msgpack import write_msgpack
+from loki_jax.weights.conversion import RECORD
 from loki_jax.weights.layouts import diffusers_configs
+from loki_jax.weights.tensors import WeightsError
+from loki_jax.weights.write import write_flax
 from tests.weights.tiny import (
     parts_of,
     random_state,
@@ -57,22 +59,23 @@ def options(tmp_path, network):
     return {"config": save_config(tmp_path), "null_prompt": str(save_null_prompt(tmp_path, network))}
 
 
-def run(source, out, **options):
-    """The program; False stands for a flag."""
+def run(source, out, expected=0, **options):
+    """The program, which returns `expected`."""
     arguments = [str(source), "--out", str(out)]
     for name, value in options.items():
-        arguments += [f"--{name.replace('_', '-')}"] + ([] if value is True else [str(value)])
-    convert.main(arguments)
+        arguments += [f"--{name.replace('_', '-')}", str(value)]
+    assert convert.main(arguments) == expected
 
 
 def error_of(capsys, source, out, **options):
     """The program's one message; nothing may be left behind."""
     before = sorted(out.parent.iterdir())
-    with pytest.raises(SystemExit) as stopped:
-        run(source, out, **options)
-    assert isinstance(stopped.value.code, str) and stopped.value.code.startswith("error: ")
+    capsys.readouterr()
+    run(source, out, expected=1, **options)
     assert sorted(out.parent.iterdir()) == before
-    return stopped.value.code
+    message = capsys.readouterr().err
+    assert message.startswith("error: ")
+    return message
 
 
 def read_diffusers(folder):
@@ -104,7 +107,7 @@ def test_diffusers_to_orbax_and_back(tmp_path, network, options, kind):
     save = save_torch if kind.endswith("bin") else save_file
     filename = "diffusion_pytorch_model.bin" if kind.endswith("bin") else SAFETENSORS
     if kind == "flax":
-        write = lambda arrays, path: write_msgpack(path, *sources.from_arrays(arrays)[:2])
+        write = lambda arrays, path: write_flax(path, sources.from_arrays(arrays))
         save_diffusers(tmp_path / "sd", state, write, "diffusion_flax_model.msgpack")
     elif kind.startswith("sharded"):
         save_diffusers(tmp_path / "sd", state, lambda arrays, path: save_shards(arrays, path, save), filename)
@@ -114,7 +117,8 @@ def test_diffusers_to_orbax_and_back(tmp_path, network, options, kind):
     target = "flax" if kind == "flax" else "diffusers"
     run(tmp_path / "ours", tmp_path / "back", to=target, config=options["config"])
     if kind == "flax":
-        back = sources.open_diffusers(tmp_path / "back", flax=True)
+        back, is_flax = sources.open_diffusers(tmp_path / "back")
+        assert is_flax
         assert_same_bits({name: back.read(name) for name in back.infos}, state)
     else:
         assert_same_bits(read_diffusers(tmp_path / "back"), state)
@@ -213,7 +217,7 @@ def test_loki_checkpoint_to_a_run_and_back(tmp_path, network, options, wrapped):
     save_torch(state | legacy, tmp_path / "loki.ckpt", epoch=3, optimizer_states=[])
     save_head(tmp_path / "head.npz", builtin_head())
     run(tmp_path / "loki.ckpt", tmp_path / "run", head=tmp_path / "head.npz", **options)
-    record = json.loads((tmp_path / "run" / convert.RECORD).read_text())
+    record = json.loads((tmp_path / "run" / RECORD).read_text())
     assert sorted(name for names in record["dropped"].values() for name in names) == sorted(legacy)
 
     checkpoint = load_checkpoint(tmp_path / "run")
@@ -240,7 +244,7 @@ def test_record_and_digest(tmp_path, network, options, capsys):
     run(tmp_path / "sd.safetensors", tmp_path / "ours", sha256=digest.upper(), **options)
     printed = capsys.readouterr().out
     assert digest in printed and "1 dropped: text encoder" in printed
-    record = json.loads((tmp_path / "ours" / convert.RECORD).read_text())
+    record = json.loads((tmp_path / "ours" / RECORD).read_text())
     assert record["source"]["files"] == [
         {"name": "sd.safetensors", "bytes": (tmp_path / "sd.safetensors").stat().st_size, "sha256": digest}
     ]
@@ -433,18 +437,24 @@ def test_an_existing_output_stays(tmp_path, diffusers_folder, options, capsys):
     assert (tmp_path / "ours" / "mine.txt").read_text() == "kept"
 
 
-@pytest.mark.parametrize("arguments", [
-    ["--out", "x.safetensors"],
-    ["a", "--workdir", "b", "--out", "x.safetensors"],
-    ["--workdir", "b", "--out", "x"],
-    ["a", "--to", "ldm", "--out", "x"],
-    ["a", "--out", "x", "--text-encoder", "t", "--null-prompt", "n"],
-    ["a", "--to", "onnx", "--out", "x"]])  # fmt: skip
-def test_contradicting_options(arguments, capsys):
+@pytest.mark.parametrize("arguments, message", [
+    (["--out", "x.safetensors"], "either SOURCE or --workdir"),
+    (["a", "--workdir", "b", "--out", "x.safetensors"], "either SOURCE or --workdir"),
+    (["--workdir", "b", "--out", "x"], "the only file format written is .safetensors"),
+    (["--workdir", "b", "--to", "ldm", "--out", "x.safetensors"], "give the workdir as SOURCE"),
+    (["a", "--to", "ldm", "--out", "x"], "the only file format written is .safetensors"),
+    (["a", "--out", "x", "--text-encoder", "t", "--null-prompt", "n"], "exclude each other")])  # fmt: skip
+def test_contradicting_options(arguments, message, capsys):
+    assert convert.main(arguments) == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith("error: ") and message in printed
+
+
+def test_an_unknown_layout(capsys):
     with pytest.raises(SystemExit) as stopped:
-        convert.main(arguments)
+        convert.main(["a", "--to", "onnx", "--out", "x"])
     assert stopped.value.code == 2
-    assert "error: " in capsys.readouterr().err
+    assert "onnx" in capsys.readouterr().err
 
 
 def test_a_prediction_that_loki_does_not_start_from_is_noted(tmp_path, diffusers_folder, options, capsys):
@@ -466,11 +476,24 @@ def test_config_files(tmp_path):
         "def get_config(arg):\n    from configs.hdtf import get_config as g\n    return g(arg)\n"
     )
     assert layouts.load_config(f"{program}:official").sample.spacing == "official"
-    with pytest.raises(convert.WeightsError, match="not a config file.*nonsense"):
+    with pytest.raises(WeightsError, match="not a config file.*nonsense"):
         layouts.load_config(f"{program}:nonsense")
     program.write_text("x = 1\n")
-    with pytest.raises(convert.WeightsError, match="not a config file"):
+    with pytest.raises(WeightsError, match="not a config file"):
         layouts.load_config(str(program))
+
+
+@pytest.mark.parametrize("change, shown", [
+    (lambda config: config.pop("model"), "model"),
+    (lambda config: config["model"]["unet"].update(channels="x"), ""),
+    (lambda config: config["driver"].update(arm="none"), "unknown driver arm"),
+])  # fmt: skip
+def test_a_config_that_describes_no_network(tmp_path, diffusers_folder, options, capsys, change, shown):
+    config = json.loads((tmp_path / "tiny.json").read_text())
+    change(config)
+    (tmp_path / "tiny.json").write_text(json.dumps(config))
+    message = error_of(capsys, diffusers_folder, tmp_path / "ours", **options)
+    assert "tiny.json: describes no network" in message and shown in message
 
 
 def run_config(pretrained):

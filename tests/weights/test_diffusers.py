@@ -10,6 +10,7 @@ import pytest
 from loki_jax import convert
 from loki_jax.models.loki import make_loki
 from loki_jax.weights import sources
+from loki_jax.weights.conversion import RECORD
 from loki_jax.weights.layouts import diffusers_configs, make_network
 from tests.models.weights import error, quick_jit
 from tests.weights.tiny import save_config, save_null_prompt, tiny_config
@@ -58,10 +59,10 @@ def diffusers_folder(network, tmp_path_factory):
 
 
 def converted(folder, tmp_path, network):
-    convert.main([
+    assert convert.main([
         str(folder), "--out", str(tmp_path / "ours"), "--config", save_config(tmp_path),
         "--null-prompt", str(save_null_prompt(tmp_path, network)),
-    ])  # fmt: skip
+    ]) == 0  # fmt: skip
     tensors = sources.open_orbax(tmp_path / "ours")
     tree = {}
     for name in tensors.infos:
@@ -115,8 +116,13 @@ def test_diffusers_reads_what_we_write(diffusers_folder, tmp_path, network):
 
     folder, unet, _ = diffusers_folder
     config = save_config(tmp_path)
-    convert.main([str(folder), "--out", str(tmp_path / "torch"), "--to", "diffusers", "--config", config])
-    convert.main([str(folder), "--out", str(tmp_path / "flax"), "--to", "flax", "--config", config])
+    assert (
+        convert.main([str(folder), "--out", str(tmp_path / "torch"), "--to", "diffusers", "--config", config])
+        == 0
+    )
+    assert (
+        convert.main([str(folder), "--out", str(tmp_path / "flax"), "--to", "flax", "--config", config]) == 0
+    )
     back = diffusers.UNet2DConditionModel.from_pretrained(tmp_path / "torch" / "unet")
     for name, value in unet.state_dict().items():
         assert torch.equal(back.state_dict()[name], value), name
@@ -142,10 +148,10 @@ def test_null_prompt_of_a_text_encoder(diffusers_folder, tmp_path, network):
     )  # fmt: skip
     model = randomised(transformers.CLIPTextModel(config))
     model.save_pretrained(tmp_path / "text_encoder")
-    convert.main([
+    assert convert.main([
         str(diffusers_folder[0]), "--out", str(tmp_path / "ours"), "--config", save_config(tmp_path),
         "--text-encoder", str(tmp_path / "text_encoder"),
-    ])  # fmt: skip
+    ]) == 0  # fmt: skip
     stored = sources.open_orbax(tmp_path / "ours").read("null_prompt")
     tokens = torch.zeros((1, 77), dtype=torch.long)
     tokens[0, :2] = torch.tensor([49406, 49407])
@@ -153,5 +159,5 @@ def test_null_prompt_of_a_text_encoder(diffusers_folder, tmp_path, network):
         expected = model(tokens).last_hidden_state.numpy()
     np.testing.assert_allclose(stored, expected, rtol=1e-5, atol=1e-6)
     assert np.ptp(stored) > 0.1
-    record = json.loads((tmp_path / "ours" / convert.RECORD).read_text())
+    record = json.loads((tmp_path / "ours" / RECORD).read_text())
     assert any(entry["name"] == "model.safetensors" for entry in record["null_prompt"]["files"])

@@ -73,10 +73,10 @@ def saved(network, tmp_path_factory):
 def params(saved, network, tmp_path_factory):
     """Our parameters, through the program."""
     tmp_path = tmp_path_factory.mktemp("ours")
-    convert.main([
+    assert convert.main([
         str(saved[0]), "--out", str(tmp_path / "ours"), "--config", save_config(tmp_path),
         "--null-prompt", str(save_null_prompt(tmp_path, network)),
-    ])  # fmt: skip
+    ]) == 0  # fmt: skip
     tensors = sources.open_orbax(tmp_path / "ours")
     return unflatten_dict({name: jnp.asarray(tensors.read(name)) for name in tensors.infos}, sep="/")
 

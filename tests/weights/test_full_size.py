@@ -88,7 +88,7 @@ def test_other_names_stay(name):
     assert current_name(name) == name
 
 
-def test_sd21_checkpoint_is_accounted_for(network, golden):
+def test_sd21_checkpoint_is_matched(network, golden):
     infos = infos_of(golden_keys(golden, "sd21_ldm_checkpoint_keys"))
     infos |= {
         "cond_stage_model.model.positional_embedding": TensorInfo((77, 1024), "float32"),
@@ -97,10 +97,10 @@ def test_sd21_checkpoint_is_accounted_for(network, golden):
         "model_ema.num_updates": TensorInfo((), "int32"),
     }
     layout = make_layout("ldm", network)
-    key_match = match_keys(infos, layout.table, network.shapes, layout.drops, "sd21")
-    assert len(key_match.used) == 686 + 248
-    assert count(network.shapes[path] for path in key_match.used) == 865_910_724 + 83_653_863
-    assert set(key_match.dropped) == set(infos) - set(golden_keys(golden, "sd21_ldm_checkpoint_keys"))
+    dropped = match_keys(infos, layout.table, network.shapes, layout.drops, "sd21")
+    assert len(layout.table) == 686 + 248
+    assert count(network.shapes[path] for path in layout.table) == 865_910_724 + 83_653_863
+    assert set(dropped) == set(infos) - set(golden_keys(golden, "sd21_ldm_checkpoint_keys"))
 
 
 def test_a_moving_average_is_never_dropped_silently(network, golden):
@@ -128,7 +128,7 @@ def test_what_a_run_takes_from_the_backbone(network, golden):
 
 
 @pytest.mark.parametrize("wrapped", [False, True])
-def test_public_loki_checkpoint_is_accounted_for(network, golden, wrapped):
+def test_public_loki_checkpoint_is_matched(network, golden, wrapped):
     prefix = "model.diffusion_model."
     generation = {
         n if n.startswith(prefix) else prefix + n: s for n, s in golden_keys(golden, "loki_unet_keys").items()
@@ -145,14 +145,14 @@ def test_public_loki_checkpoint_is_accounted_for(network, golden, wrapped):
     outer = "model." if wrapped else ""
     infos = infos_of({outer + name: shape for name, shape in (state | legacy).items()}, "float16")
     layout = make_layout("loki", network, wrapped)
-    key_match = match_keys(infos, layout.table, network.shapes, layout.drops, "loki")
-    assert key_match.used.keys() == network.shapes.keys() - {"null_prompt"}
-    assert set(key_match.dropped) == {outer + name for name in legacy}
-    assert len(set(key_match.dropped.values())) == 3
+    dropped = match_keys(infos, layout.table, network.shapes, layout.drops, "loki")
+    assert layout.table.keys() == network.shapes.keys() - {"null_prompt"}
+    assert set(dropped) == {outer + name for name in legacy}
+    assert len(set(dropped.values())) == 3
     # The reference branch's own cross-attention is used, never dropped.
-    assert any(
-        name.startswith(f"{outer}ref_extractor.") and "attn2" in name for name in key_match.used.values()
-    )
+    used = [weight.name for weight in layout.table.values()]
+    assert any(name.startswith(f"{outer}ref_extractor.") and "attn2" in name for name in used)
+    assert not set(used) & set(dropped)
 
 
 def test_settings_that_diffusers_needs(network):

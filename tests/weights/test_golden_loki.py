@@ -63,10 +63,10 @@ def test_public_checkpoint_predicts_what_the_public_code_does(golden, tmp_path):
     (tmp_path / "config.json").write_text(config_to_json(golden_config()))
     save_head(tmp_path / "head.npz", builtin_head())
     np.save(tmp_path / "null.npy", np.ones((1, 77, 64), np.float32))
-    convert.main([
+    assert convert.main([
         str(tmp_path / "loki.ckpt"), "--out", str(tmp_path / "run"), "--head", str(tmp_path / "head.npz"),
         "--config", str(tmp_path / "config.json"), "--null-prompt", str(tmp_path / "null.npy"),
-    ])  # fmt: skip
+    ]) == 0  # fmt: skip
 
     checkpoint = load_checkpoint(tmp_path / "run")
     networks = build_networks(checkpoint.config, checkpoint.head)

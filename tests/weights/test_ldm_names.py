@@ -16,11 +16,10 @@ from loki_jax.weights.ldm_names import (
     autoencoder_table,
     encoder_table,
     from_ldm,
-    params_from_ldm,
-    params_to_ldm,
     to_ldm,
     unet_table,
 )
+from tests.models.weights import params_from_ldm, params_to_ldm
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 
 from loki_jax.weights import sources
-from loki_jax.weights.flax_msgpack import write_msgpack
 from loki_jax.weights.tensors import TensorInfo, Tensors, WeightsError
-from loki_jax.weights.write import cast, write_orbax, write_safetensors
+from loki_jax.weights.write import cast, write_flax, write_orbax, write_safetensors
 
 COUNT, SIZE = 8, 2**18  # tensors of 1 MiB
 
@@ -38,7 +37,7 @@ def test_one_tensor_at_a_time(tmp_path, kind):
     if kind == "safetensors":
         write_safetensors(path, tensors, {})
     elif kind == "msgpack":
-        write_msgpack(path, tensors.infos, tensors.read)
+        write_flax(path, tensors)
     else:
         write_orbax(path, tensors)
     peak = tracemalloc.get_traced_memory()[1]

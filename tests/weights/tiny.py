@@ -70,7 +70,7 @@ def save_diffusers(folder, state, save, filename):
 
 
 def save_torch(arrays, path, **around):
-    """A .bin, or a .ckpt with a state_dict and company when `around` is given."""
+    """A .bin, or a .ckpt with a state_dict and other entries when `around` is given."""
     import torch
 
     tensors = {name: torch.from_numpy(np.array(array)) for name, array in arrays.items()}

@@ -73,7 +73,7 @@ def generate_head(mesh: BuiltinMesh) -> HeadAsset:
         expression_basis=on_grid(expression_basis).astype(np.float32),
         pose_correctives=np.zeros((0, len(p), 3), np.float32),
         joint_regressor=on_grid(regressor).astype(np.float32),
-        parents=np.array([-1, 0, 1, 1, 1], np.int32),
+        parents=(-1, 0, 1, 1, 1),
         skinning_weights=on_grid(skinning_weights(mesh)).astype(np.float32),
         render_mask=~below,
         inner_mouth=np.isin(mesh.part, [CAVITY, UPPER_TEETH, LOWER_TEETH]),

@@ -22,7 +22,7 @@ from loki_jax.face.asset import HeadAsset
 from loki_jax.face.builtin import builtin_head
 from loki_jax.face.types import Camera, Coefficients
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SIZE = 16  # pixels
 
 

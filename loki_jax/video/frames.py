@@ -1,0 +1,137 @@
+"""Frames of a video that are decoded when they are asked for: memory does not grow with its length."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from fractions import Fraction
+from typing import overload
+
+import av
+import numpy as np
+from jaxtyping import Int, UInt8
+
+from loki_jax.video.files import MediaError
+from loki_jax.video.reader import VideoReader
+
+# Uncropped RGB frames: an array or any sequence of them.
+Frames = Sequence[UInt8[np.ndarray, "h w 3"]] | UInt8[np.ndarray, "n h w 3"]
+
+# Decoded pictures that are kept, in bytes: they are decoded in pieces, since a tracker goes both ways.
+_KEPT_BYTES = 192 * 2**20
+
+
+class LazyFrames(Sequence[UInt8[np.ndarray, "H W 3"]]):
+    """Frames (H, W, 3) of a video file, by random access, as `VideoReader` gives them in order.
+
+    The file is read through once when it is opened, which finds damage before any work and the time stamp of
+    every frame. Slices and arrays of indices give other views of the same file.
+
+    Args:
+      path, fps: as for `VideoReader`.
+
+    Raises:
+      MediaError: as `VideoReader`, on opening.
+    """
+
+    def __init__(self, path: str | os.PathLike, fps: Fraction | None = None):
+        self._file = _File(path, fps)
+        self._indices = np.arange(len(self._file.stamps))
+        self._change: Callable[[np.ndarray], np.ndarray] | None = None
+
+    @property
+    def fps(self) -> Fraction:
+        """Exact frame rate of the whole file's frames."""
+        return self._file.fps
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    @overload
+    def __getitem__(self, index: int) -> UInt8[np.ndarray, "H W 3"]: ...
+
+    @overload
+    def __getitem__(self, index: slice | Int[np.ndarray, " m"]) -> LazyFrames: ...
+
+    def __getitem__(self, index):
+        if isinstance(index, slice | np.ndarray):
+            return self._view(self._indices[index], self._change)
+        frame = self._file.frame(int(self._indices[index]))
+        return frame if self._change is None else self._change(frame)
+
+    def map(self, function: Callable[[np.ndarray], np.ndarray]) -> LazyFrames:
+        """The frames changed by a function, such as a crop, each time they are asked for."""
+        before = self._change
+        return self._view(
+            self._indices, function if before is None else lambda frame: function(before(frame))
+        )
+
+    def _view(self, indices: np.ndarray, change: Callable[[np.ndarray], np.ndarray] | None) -> LazyFrames:
+        view = object.__new__(LazyFrames)
+        view._file, view._indices, view._change = self._file, indices, change
+        return view
+
+
+class _File:
+    """Random access to the pictures of a file.
+
+    Attributes:
+      stamps: what identifies each frame's picture in decoding: its time stamp, or, where the file has none,
+        its number. Repeated where a picture is shown for several frames.
+    """
+
+    def __init__(self, path: str | os.PathLike, fps: Fraction | None):
+        self._path = path
+        with VideoReader(path, fps) as reader:
+            self.fps = reader.fps
+            shown = [(number, picture.pts) for number, picture in reader.numbered_pictures()]
+        self._timed = all(stamp is not None for _, stamp in shown)
+        self.stamps = [stamp if self._timed and stamp is not None else number for number, stamp in shown]
+        self._kept: dict[int, np.ndarray] = {}
+        self._piece = 1  # frames decoded together; known with the first picture
+        self._reader = VideoReader(path)
+        self._decoding: Iterator[tuple[int, av.VideoFrame]] = self._reader.decode_from(None)
+        self._next = 0  # the frame before which decoding stands
+
+    def frame(self, index: int) -> np.ndarray:
+        stamp = self.stamps[index]
+        if stamp not in self._kept:
+            self._decode(index // self._piece * self._piece)
+            self._piece = max(1, _KEPT_BYTES // self._kept[self.stamps[index]].nbytes)
+        return self._kept[stamp]
+
+    def _decode(self, first: int) -> None:
+        """Decode the piece that begins with frame `first`, and forget what was kept."""
+        wanted = self.stamps[first : first + self._piece]
+        self._kept = {stamp: self._kept[stamp] for stamp in wanted if stamp in self._kept}
+        missing = set(wanted) - self._kept.keys()
+        if first != self._next:
+            self._start(wanted[0] if self._timed else None)
+        try:
+            # A container's index may lead behind the frame: then once more, from the beginning.
+            if not self._take(missing):
+                self._start(None)
+                if not self._take(missing):
+                    raise MediaError(f"{self._path}: changed while it was read. Start again.")
+        except (av.error.FFmpegError, OSError) as error:
+            raise MediaError(f"{self._path}: damaged ({error}). Copy or download it again.") from error
+        self._next = first + len(wanted)
+
+    def _start(self, stamp: int | None) -> None:
+        self._reader.close()
+        self._reader = VideoReader(self._path)
+        self._decoding = self._reader.decode_from(stamp)
+
+    def _take(self, missing: set[int]) -> bool:
+        """Keep the missing pictures; False where decoding is past them."""
+        while missing:
+            number, picture = next(self._decoding, (0, None))
+            if picture is None:
+                return False
+            stamp = picture.pts if self._timed and picture.pts is not None else number
+            if stamp in missing:
+                self._kept[stamp] = self._reader.to_rgb(picture)
+                missing.discard(stamp)
+            elif stamp > max(missing):
+                return False
+        return True
