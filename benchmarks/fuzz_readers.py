@@ -8,9 +8,9 @@ or a number where a size may stand. Half of the mutations happen inside the form
 members, whose checksums then hold). Seed and index decide a file, so any one can be made again.
 
 A reader runs in a child process whose address space may grow by 256 MB a file; files are below 1 MB. Counted
-are foreign exceptions, files above that memory, files that take longer than 20 seconds, and crashes of the
-process. Such files are copied to --keep. The last line of the output is one JSON object. Needs torch, for the
-valid torch files alone.
+are foreign exceptions, files above that memory, files that take longer than 20 seconds of the processor, and
+crashes of the process. Such files are copied to --keep. The last line of the output is one JSON object. Needs
+torch, for the valid torch files alone.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ import zipfile
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+from unittest import mock
 from zlib import crc32
 
 import numpy as np
@@ -41,6 +42,7 @@ sys.path.insert(0, str(ROOT))
 
 MEMORY = 256 * 2**20  # bytes that reading one file may add
 SECONDS = 20
+BATCH = 2_000  # files that one child reads; what JAX keeps of traces would add up
 SIZES = (0, 1, 2**7, 2**15, 2**16 - 1, 2**28, 2**31 - 1, 2**32 - 1, 2**40, 2**63 - 1, 2**64 - 1)
 
 Files = dict[str, bytes]  # path in a case's folder -> content
@@ -123,10 +125,22 @@ def _make_model(folder: Path) -> None:
     save_model_file(folder / "x.safetensors", Checkpoint(config, params, builtin_head(), 3))
 
 
-def _read_model(path: Path) -> None:
-    from loki_jax.training.checkpoint import load_checkpoint
+def _read_model(path: Path, shapes: dict[str, Any] = {}) -> None:  # noqa: B006
+    """Networks that were traced before are not traced again: that would take most of the time."""
+    import jax
+    import jax.numpy as jnp
 
-    load_checkpoint(path)
+    from loki_jax.networks import Networks, random_params
+    from loki_jax.training import checkpoint
+
+    def remembered(networks: Networks, key: jax.Array) -> Any:
+        name = f"{networks.loki} {networks.autoencoder} {networks.model_config}"
+        if name not in shapes:
+            shapes[name] = jax.eval_shape(lambda: random_params(networks, jax.random.key(0)))
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes[name])
+
+    with mock.patch.object(checkpoint, "random_params", remembered):
+        checkpoint.load_checkpoint(path)
 
 
 def _make_head(folder: Path) -> None:
@@ -392,7 +406,7 @@ def _verdict(reader: Reader, path: Path, own: tuple[type[Exception], ...]) -> st
     held = _status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, the peak
     resource.setrlimit(resource.RLIMIT_AS, (_status("VmSize") + MEMORY, resource.RLIM_INFINITY))
-    signal.alarm(SECONDS)
+    signal.setitimer(signal.ITIMER_PROF, SECONDS)
     caught: BaseException | None = None
     try:
         reader.read(path)
@@ -404,7 +418,7 @@ def _verdict(reader: Reader, path: Path, own: tuple[type[Exception], ...]) -> st
     except Exception as error:
         caught, verdict = error, f"foreign {type(error).__name__}"
     finally:
-        signal.alarm(0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
         resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     while caught is not None:  # a reader names the cause that it turned into its own error
         if isinstance(caught, MemoryError):
@@ -417,7 +431,7 @@ def child(name: str, seeds: Path, seed: int, start: int, stop: int, keep: Path |
     """Read files `start` to `stop`; each line of the output is an index and its verdict."""
     reader, own = READERS[name], _own_errors()
     files: Files = pickle.loads(seeds.read_bytes())
-    signal.signal(signal.SIGALRM, _stop)
+    signal.signal(signal.SIGPROF, _stop)
     with tempfile.TemporaryDirectory() as folder:
         for index in range(start - 1, stop):
             # First the valid file, which makes the reader import what it needs.
@@ -431,7 +445,9 @@ def child(name: str, seeds: Path, seed: int, start: int, stop: int, keep: Path |
             print(f"file {index}: begun", flush=True)
             verdict = _verdict(reader, where / reader.main, own)
             if keep is not None and verdict not in ("accepted", "refused"):
-                shutil.copytree(where, keep / f"{name}_{seed}_{index}", dirs_exist_ok=True)
+                shutil.copytree(
+                    where, keep / f"{name}_{seed}_{index}_{verdict.replace(' ', '_')}", dirs_exist_ok=True
+                )
             shutil.rmtree(where)
             print(f"file {index}: {verdict}", flush=True)
 
@@ -450,8 +466,9 @@ def fuzz(name: str, count: int, seed: int, keep: Path | None, first: int = 0) ->
         assert sum(map(len, files.values())) < 10**6, f"{name}: files of 1 MB or more"
         seeds = Path(folder) / "seeds"
         seeds.write_bytes(pickle.dumps(files))
-        start, stop = first, first + count
-        while start < stop:
+        start = first
+        while start < first + count:
+            stop = min(start + BATCH, first + count)
             options = ["--child", name, str(seeds), "--seed", str(seed), "--range", str(start), str(stop)]
             options += ["--keep", str(keep)] if keep else []
             process = subprocess.Popen(

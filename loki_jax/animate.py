@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -55,14 +56,21 @@ def animate(options: AnimateOptions) -> None:
 
     from loki_jax.pictures import panel_frames
     from loki_jax.pipeline import LokiPipeline
-    from loki_jax.sources import load_driving_clip, load_portrait
-    from loki_jax.video import VideoWriter, check_output
+    from loki_jax.sources import load_driving_clip, load_portrait, split_clip_source
+    from loki_jax.video import InputWarning, VideoWriter, check_output
 
     panel_path = options.out.with_name(f"{options.out.stem}_panel{options.out.suffix}")
     for path in (options.out, panel_path):
         check_output(path, [options.reference, options.driver, options.checkpoint])
     pipeline = LokiPipeline.from_checkpoint(options.checkpoint)
     sampling = pipeline.sampling(options.steps, options.guidance, options.mode)
+    if options.checkpoint == "demo" and split_clip_source(options.reference) is None:
+        warnings.warn(
+            "the demo model knows rendered heads only: it shows what the program does, and makes a rendered "
+            "head of a photograph. `--checkpoint geometry` moves the photograph itself.",
+            InputWarning,
+            stacklevel=1,
+        )
     portrait = load_portrait(options.reference, pipeline.head, pipeline.size, face=options.face)
     clip = load_driving_clip(
         options.driver, pipeline.head, pipeline.size,

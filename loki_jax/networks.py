@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree, UInt8
@@ -23,7 +22,9 @@ from loki_jax.models.autoencoder import Autoencoder, make_autoencoder, sample_po
 from loki_jax.models.loki import Loki, init_params, make_loki
 from loki_jax.models.unet import Features
 
-Driver = Float[ArrayLike, "b t *s c"]  # maps (B,T,S,S,C), or vectors (B,T,C) for an arm that is not spatial
+Driver = Float[
+    ArrayLike, "b t *s channels"
+]  # maps (B,T,S,S,C), or vectors (B,T,C) for an arm that is not spatial
 Images = UInt8[ArrayLike, "*b s s 3"]  # RGB
 Latents = Float[Array, "*b h w c"]
 
@@ -207,7 +208,7 @@ def _loki_params(params: PyTree) -> dict:
     return {name: params[name] for name in ("generation", "reference")}
 
 
-def _apply(module: nn.Module, params: PyTree, method: str, *inputs) -> Any:
+def _apply(module: Loki | Autoencoder, params: PyTree, method: str, *inputs) -> Any:
     """`Module.apply`, which gives a pair only where variables are mutable; none are here."""
     return module.apply({"params": params}, *inputs, method=method)
 

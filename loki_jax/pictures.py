@@ -105,7 +105,7 @@ def write_report(
     pairs: Sequence[PairPictures],
     metrics: Mapping[str, Any],
     per_frame: Mapping[str, Sequence[Sequence[float]]],
-    losses: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    losses: Mapping[str, tuple[Sequence[int], Sequence[float]]],
     title: str = "loki_jax demo",
 ) -> None:
     """Write the report: pictures of each pair, loss, HPF over time, the table.

@@ -83,10 +83,7 @@ def train(config: ConfigDict, workdir: Path) -> float:
     log(f"mesh {dict(mesh.shape)}, {jax.process_count()} processes, trained parameters {count}", lead)
     for name, shape in unsharded:
         log(f"not sharded: {name} {shape}", lead)
-    manager = ckpt.open_manager(
-        workdir, config.checkpoint,
-        on_saved=lambda: writer.event(max(ckpt.saved_steps(workdir), default=0), "saved"),
-    )  # fmt: skip
+    manager, recorded = ckpt.open_manager(workdir, config.checkpoint), set(ckpt.saved_steps(workdir))
     with log_duration("making the state of the run", lead):
         if initial is None:
             state, run = ckpt.restore_state(manager, abstract, iterator)
@@ -144,8 +141,14 @@ def train(config: ConfigDict, workdir: Path) -> float:
                     f"Look into it with: python -m loki_jax.replay {folder}"
                 )
 
+    def record_saved() -> None:
+        for saved in sorted(set(ckpt.saved_steps(workdir)) - recorded):
+            recorded.add(saved)
+            writer.event(saved, "saved")
+
     with contextlib.ExitStack() as stack:
         stack.callback(writer.close)
+        stack.callback(record_saved)
         stack.callback(watchdog.stop)
         stack.callback(iterator.close)
         stack.enter_context(ckpt.finishing(manager, agreed=(Preempted, NonFiniteError)))
@@ -163,6 +166,7 @@ def train(config: ConfigDict, workdir: Path) -> float:
             if due(step, config.log.every):
                 report(monitor.finish())
                 manager.check_for_errors()  # of a save under way, long before the next one
+                record_saved()
                 values = monitor.means() | progress.report(step)
                 loss = values.get("loss", loss)
                 writer.scalars(step, values)

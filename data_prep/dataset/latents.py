@@ -60,6 +60,7 @@ def load_encoder(
     # Here and not above: data_prep works without the networks.
     import jax
     import jax.numpy as jnp
+    from flax.traverse_util import unflatten_dict
 
     from loki_jax.weights import layouts, sources
     from loki_jax.weights.tensors import WeightsError
@@ -83,7 +84,7 @@ def load_encoder(
         if name.startswith(("autoencoder/encoder/", "autoencoder/quant/"))
     }
     digest = hashlib.sha256(repr((model.scale, sorted(wanted.items()))).encode())
-    params: dict[str, Any] = {}
+    arrays: dict[str, Any] = {}
     for name in sorted(wanted):
         info = tensors.infos.get(f"autoencoder/{name}")
         if info is None or tuple(info.shape) != wanted[name]:
@@ -94,11 +95,8 @@ def load_encoder(
             )
         array = np.asarray(tensors.read(f"autoencoder/{name}"), np.float32)
         digest.update(array.tobytes())
-        branch = params
-        *parents, leaf = name.split("/")
-        for parent in parents:
-            branch = branch.setdefault(parent, {})
-        branch[leaf] = jnp.asarray(array)
+        arrays[name] = jnp.asarray(array)
+    params = unflatten_dict(arrays, sep="/")
 
     @jax.jit
     def moments(params, images):

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import loki_jax
-from data_prep.dataset.options import DatasetOptions
+from data_prep.dataset.options import VIDEO_SUFFIXES, DatasetOptions
 from loki_jax.data.schema import SCHEMA_VERSION, DatasetError, assign_split
 from loki_jax.face.asset import HeadAsset, save_head
 from loki_jax.io import file_sha256
@@ -31,8 +31,6 @@ MANIFEST_FILE = "manifest.json"
 
 # Of what `data_prep.build` does with a clip. Raise it when the same clip would give other records.
 PIPELINE_VERSION = 2
-
-_VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts")
 
 _PACKAGES = (
     "jax", "jaxlib", "numpy", "scipy", "av", "opencv-python-headless", "ai-edge-litert", "array_record"
@@ -89,12 +87,10 @@ def find_clips(sources: Sequence[str]) -> list[Path]:
     Raises:
       MediaError: a source does not exist, or there is no video at all.
     """
-    is_video = lambda path: path.is_file() and path.suffix.lower() in _VIDEO_SUFFIXES
+    is_video = lambda path: path.is_file() and path.suffix.lower() in VIDEO_SUFFIXES
     if found := find_files(sources, is_video, "--clips", MediaError):
         return found
-    raise MediaError(
-        f"{', '.join(sources)}: no videos there ({', '.join(_VIDEO_SUFFIXES)}). Check `--clips`."
-    )
+    raise MediaError(f"{', '.join(sources)}: no videos there ({', '.join(VIDEO_SUFFIXES)}). Check `--clips`.")
 
 
 def clip_names(paths: Sequence[Path]) -> list[str]:

@@ -16,6 +16,8 @@ import tyro
 
 from data_prep.cli import Ratio
 
+VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts")
+
 
 def available_cores() -> int:
     """Cores that this process may use."""

@@ -6,6 +6,7 @@ import dataclasses
 import os
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 
@@ -38,16 +39,11 @@ class ClipFacts:
         """Memory that the clip takes as RGB frames at the rate `fps`."""
         return int(self.seconds * fps + 1) * self.width * self.height * 3
 
-    def as_json(self) -> dict:
-        return {
-            "width": self.width,
-            "height": self.height,
-            "fps": str(self.fps),
-            "frames": self.frames,
-            "variable_rate": self.variable_rate,
-            "codec": self.codec,
-            "pixel_format": self.pixel_format,
-        }
+    def as_json(self) -> dict[str, Any]:
+        """Everything but the seconds."""
+        facts = dataclasses.asdict(self) | {"fps": str(self.fps)}
+        del facts["seconds"]
+        return facts
 
 
 def probe_clip(path: str | os.PathLike) -> ClipFacts:

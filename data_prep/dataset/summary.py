@@ -13,7 +13,6 @@ from jaxtyping import Float
 from loki_jax.data.schema import DatasetError
 
 SUMMARY_FILE = "summary.json"
-
 OVERLAYS = "overlays"  # folder of a video for each clip
 
 

@@ -6,17 +6,15 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import UInt8
 
+from data_prep.dataset.options import VIDEO_SUFFIXES
 from data_prep.importers.arrays import ImportedFit
 from loki_jax.data.schema import DatasetError
 from loki_jax.video import MediaError, VideoReader, read_image
 
 _IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
-_VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi")
-
 # Files that go by the name of their folder.
 _GENERIC_STEMS = ("fit", "flame_param", "transforms", "transforms_train")
-
 TRANSFORMS_FILE = ("transforms.json", "transforms_train.json")
 
 
@@ -37,7 +35,7 @@ def find_frames(fit: Path, camera: int) -> list[Path] | Path:
         if candidate.is_dir() and (pictures := list_pictures(candidate)):
             return pictures
     for stem in (fit.stem, "video", f"cam{camera}", "images/video", f"images/cam{camera}"):
-        for suffix in _VIDEO_SUFFIXES:
+        for suffix in VIDEO_SUFFIXES:
             if (folder / f"{stem}{suffix}").is_file():
                 return folder / f"{stem}{suffix}"
     raise MediaError(

@@ -27,9 +27,7 @@ from loki_jax.io import atomic_path, remove, stale_siblings
 
 # Their rotations and translations, and our names, in our order.
 _MOTION = {"rot": "rot", "tra": "tra", "neck_rot": "neck", "jaw_rot": "jaw", "eye_rot": "eyes"}
-
 _INTRINSICS = ("fx", "fy", "cx", "cy")
-
 _N_PUBLIC_EXPRESSION = 65
 
 

@@ -24,7 +24,6 @@ from loki_jax.face.skinning import make_identity
 from loki_jax.face.types import Camera
 
 _VHAP_KEYS = ("expr", "rotation", "translation", "neck_pose", "jaw_pose", "eyes_pose")
-
 _FLIP = np.diag([1.0, -1.0, -1.0, 1.0])
 
 

@@ -53,13 +53,9 @@ LIPS = {
 
 # Each an upper and a lower row between the same two corners.
 ROWS = (*LIDS.values(), *LIPS.values())
-
 CONTOURS = tuple(i for upper, lower in ROWS for i in (*upper, *lower))
-
 IRISES = {"right_eye": mediapipe.IRIS_RIGHT, "left_eye": mediapipe.IRIS_LEFT}
-
 _SIZE = 384  # pixels of the renders that the networks mark
-
 _IRIS_RADIUS = 0.0059  # metres, nearly the same in all people
 
 # The jaw contour of the 68 corresponds only roughly: the spline may miss it by about this (metres).
@@ -106,15 +102,6 @@ def known_landmarks(head: HeadAsset) -> tuple[Int[np.ndarray, " n"], Landmarks]:
         "the 68 (or 51) iBUG landmarks are needed. Give the embedding to `python -m data_prep.head_asset "
         "... --landmarks FILE`."
     )
-
-
-def can_embed(head: HeadAsset) -> bool:
-    """Whether `head` has landmarks to start from."""
-    try:
-        known_landmarks(head)
-    except HeadAssetError:
-        return False
-    return True
 
 
 def _positions(vertices: np.ndarray, faces: np.ndarray, marks: Landmarks) -> Float[np.ndarray, "n 3"]:
@@ -487,7 +474,9 @@ def complete_landmarks(head: HeadAsset, wheel: str | None = None) -> HeadAsset:
     held = head.landmarks.get(LANDMARK_SET)
     if held is not None and (np.asarray(held.face)[:468] >= 0).all():
         return head
-    if not can_embed(head):
+    try:
+        known_landmarks(head)
+    except HeadAssetError:
         print(
             f"note: {head.name} has no landmarks to start from, so it can be rendered but not fitted. "
             "Give its 51 or 68 iBUG landmarks with --landmarks."

@@ -28,19 +28,12 @@ from loki_jax.io import atomic_path
 from loki_jax.synthetic.shading import plain_shade, shade_mesh
 
 _DISTANCE = 1.2  # metres
-
 _LIGHT = (0.35, 0.4, 0.85)  # direction of the lamp, world frame
-
 _IDENTITY_AXES = 10
-
 _COLUMNS = 10
-
 _SKIN = np.array([0.86, 0.72, 0.62], np.float32)
-
 _HIDDEN = np.array([0.55, 0.57, 0.62], np.float32)  # what the driver map does not show
-
 _INNER = np.array([0.62, 0.25, 0.25], np.float32)
-
 _CAPTION = 14  # pixels
 
 

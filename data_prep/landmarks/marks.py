@@ -8,19 +8,12 @@ from loki_jax.fitting.model_files import LandmarkError
 
 # MediaPipe's contours, each from the subject's right to left (lids: from the outer corner).
 LID_RIGHT_UPPER = (33, 246, 161, 160, 159, 158, 157, 173, 133)
-
 LID_RIGHT_LOWER = (33, 7, 163, 144, 145, 153, 154, 155, 133)
-
 LID_LEFT_UPPER = (263, 466, 388, 387, 386, 385, 384, 398, 362)
-
 LID_LEFT_LOWER = (263, 249, 390, 373, 374, 380, 381, 382, 362)
-
 LIP_OUTER_UPPER = (61, 185, 40, 39, 37, 0, 267, 269, 270, 409, 291)
-
 LIP_OUTER_LOWER = (61, 146, 91, 181, 84, 17, 314, 405, 321, 375, 291)
-
 LIP_INNER_UPPER = (78, 191, 80, 81, 82, 13, 312, 311, 310, 415, 308)
-
 LIP_INNER_LOWER = (78, 95, 88, 178, 87, 14, 317, 402, 318, 324, 308)
 
 IRIS_RIGHT, IRIS_LEFT = 468, 473

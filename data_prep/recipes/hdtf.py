@@ -35,7 +35,6 @@ from data_prep.recipes.recipe import (
 )
 
 PARTS: tuple[Literal["RD", "WDA", "WRA"], ...] = ("RD", "WDA", "WRA")
-
 _LICENCE = "HDTF lists CC BY 4.0; video: its owner's terms"
 
 

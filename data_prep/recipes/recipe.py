@@ -22,12 +22,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data_prep.dataset.options import available_cores
+from data_prep.dataset.options import VIDEO_SUFFIXES, available_cores
 from data_prep.dataset.workers import Died, Progress, remove_partials, run_parallel
 from loki_jax.io import atomic_path
 from loki_jax.video import MediaError, VideoReader, write_video
-
-_SUFFIXES = (".mp4", ".mkv", ".webm", ".m4v", ".mov", ".avi")
 
 _SHORTEST = Fraction(16, 25)  # a window of training
 
@@ -120,12 +118,12 @@ def parse_time(text: str) -> Fraction:
 def find_video(folder: Path, names: Sequence[str]) -> Path | None:
     """The video file of one of these names in a folder, or one called "anything [NAME].suffix"."""
     for name in names:
-        for suffix in _SUFFIXES:
+        for suffix in VIDEO_SUFFIXES:
             if (path := folder / f"{name}{suffix}").is_file():
                 return path
     tags = [f"[{name}]" for name in names]
     for path in sorted(folder.iterdir()) if folder.is_dir() else []:
-        if path.suffix.lower() in _SUFFIXES and any(tag in path.name for tag in tags):
+        if path.suffix.lower() in VIDEO_SUFFIXES and any(tag in path.name for tag in tags):
             return path
     return None
 

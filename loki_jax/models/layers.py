@@ -14,11 +14,17 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Num
 
+from loki_jax.arrays import ArrayLike
+
 Dtype = Any
 
 
 def group_norm(
-    x: Float[Array, "n h w c"], scale: Float[Array, " c"], bias: Float[Array, " c"], groups: int, eps: float
+    x: Float[Array, "n h w c"],
+    scale: Float[ArrayLike, " c"],
+    bias: Float[ArrayLike, " c"],
+    groups: int,
+    eps: float,
 ) -> Float[Array, "n h w c"]:
     """Group normalisation over space and the channels of each group, in float32.
 
@@ -80,7 +86,7 @@ _PATCH_PIXELS, _PATCH_CHANNELS = 512, 512
 
 def conv3x3(
     x: Float[Array, "n h w c"],
-    kernel: Float[Array, "3 3 c f"],
+    kernel: Float[ArrayLike, "3 3 c f"],
     stride: int,
     padding: tuple[tuple[int, int], tuple[int, int]],
 ) -> Float[Array, "n h2 w2 f"]:

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 from ml_collections import ConfigDict
 
+from loki_jax.arrays import ArrayLike
 from loki_jax.models.encoder import ConditioningEncoder, VectorEncoder
 from loki_jax.models.unet import Features, UNet
 
@@ -94,7 +95,7 @@ def drop_identity(features: Features, keep: Bool[Array, " b"]) -> Features:
     return tuple(jnp.where(keep[:, None, None], f, jnp.zeros_like(f)) for f in features)
 
 
-def drop_motion(driver: Float[Array, "b *rest"], keep: Bool[Array, " b"]) -> Float[Array, "b *rest"]:
+def drop_motion(driver: Float[ArrayLike, "b *rest"], keep: Bool[Array, " b"]) -> Float[Array, "b *rest"]:
     """A zero driver map (or vector, or latent) for the samples that are not kept."""
     return jnp.where(keep.reshape(-1, *(1,) * (driver.ndim - 1)), driver, jnp.zeros_like(driver))
 

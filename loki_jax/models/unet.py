@@ -34,7 +34,7 @@ Tokens = Float[Array, "b t n c"]  # of the frames of a window
 Features = tuple[Float[Array, "b _ _"], ...]  # what entered each self-attention: down, middle, up
 
 
-class _Options(NamedTuple):
+class BlockOptions(NamedTuple):
     """What the blocks of one UNet share; see `UNet`."""
 
     head_channels: int
@@ -51,7 +51,7 @@ class Attention(nn.Module):
     each other: "spatial" those of the same frame, "3d" all, "temporal" those of the same pixel.
     """
 
-    options: _Options
+    options: BlockOptions
     zero_init: bool = False
 
     @nn.compact
@@ -92,7 +92,7 @@ class TransformerBlock(nn.Module):
     feature the reference branch hands on.
     """
 
-    options: _Options
+    options: BlockOptions
     mode: str
 
     @nn.compact
@@ -121,7 +121,7 @@ class TransformerBlock(nn.Module):
 class SpatioTemporalTransformer(nn.Module):
     """GroupNorm, linear in, one transformer block, linear out (zero at the start), + input."""
 
-    options: _Options
+    options: BlockOptions
     mode: str
     frames: int
 
@@ -208,7 +208,7 @@ class UNet(nn.Module):
         batch, frames = x.shape[:2]
         maybe_remat = nn.remat if self.remat else lambda module: module
         residual_block, transformer = maybe_remat(ResidualBlock), maybe_remat(SpatioTemporalTransformer)
-        options = _Options(
+        options = BlockOptions(
             self.head_channels, self.norm_groups, self.context_dim, self.attention_backend, self.dtype
         )
         pending = iter(reference) if reference is not None else None

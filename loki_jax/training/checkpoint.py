@@ -18,7 +18,7 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
 
@@ -41,15 +41,12 @@ from loki_jax.training.sharding import path_name, put_global
 from loki_jax.training.state import TrainState, create_state
 
 
-def open_manager(
-    workdir: Path, retention: ConfigDict, on_saved: Callable[[], None] | None = None
-) -> ocp.CheckpointManager:
+def open_manager(workdir: Path, retention: ConfigDict) -> ocp.CheckpointManager:
     """Orbax manager of `workdir/checkpoints`; saves asynchronously, each checkpoint appears whole or not.
 
     Args:
       retention: `config.checkpoint`. The last `keep` checkpoints stay, those at multiples of
         `keep_every` (0: none), and the `keep_best` with the lowest validation loss.
-      on_saved: called whenever a checkpoint is complete, by another thread.
     """
     by_loss = lambda metrics: -metrics.get("val_loss", float("inf"))
     policies = [preservation.LatestN(retention.keep)]
@@ -63,7 +60,6 @@ def open_manager(
         options=ocp.CheckpointManagerOptions(
             preservation_policy=preservation.AnyPreservationPolicy(policies),
             best_fn=by_loss, best_mode="max",
-            async_options=ocp.AsyncOptions(post_finalization_callback=on_saved),
             enable_async_checkpointing=True, step_prefix=None, cleanup_tmp_directories=True,
         ),
     )  # fmt: skip

@@ -12,7 +12,7 @@ import av
 from av.audio.stream import AudioStream
 from av.filter import Graph
 
-from loki_jax.video.files import MediaError
+from loki_jax.video.files import InputWarning, MediaError
 from loki_jax.video.reader import first_picture_time, seconds
 
 # Audio codecs that an MP4 file may hold as they are; others are encoded again as AAC.
@@ -72,7 +72,11 @@ class AudioTrack:
             except av.error.InvalidDataError:
                 damaged += 1
         if damaged:
-            warnings.warn(f"{self._source}: {damaged} damaged pieces of its audio are silent.", stacklevel=2)
+            warnings.warn(
+                f"{self._source}: {damaged} damaged pieces of its audio are silent.",
+                InputWarning,
+                stacklevel=2,
+            )
 
     def _encoded(self) -> Iterator[av.Packet]:
         graph = None
@@ -124,7 +128,9 @@ class AudioTrack:
                 self._output.mux(self._next)
                 self._next = None
         except (av.error.FFmpegError, OSError) as error:
-            warnings.warn(f"{self._source}: its audio is damaged and ends early ({error}).", stacklevel=2)
+            warnings.warn(
+                f"{self._source}: its audio is damaged and ends early ({error}).", InputWarning, stacklevel=2
+            )
             self._packets, self._next = iter(()), None
 
     def close(self) -> None:

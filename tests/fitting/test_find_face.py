@@ -6,6 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from loki_jax.face.builtin import builtin_head
+from loki_jax.fitting.clips import fit_video
 from loki_jax.fitting.landmarker import suppress
 from loki_jax.fitting.model_files import LandmarkError
 from loki_jax.fitting.tracking import (
@@ -17,7 +19,9 @@ from loki_jax.fitting.tracking import (
     steady_run,
     upright_turns,
 )
-from loki_jax.video import InputWarning, read_image, read_video
+from loki_jax.sources import fit_clip
+from loki_jax.video import InputWarning, read_image, read_video, write_video
+from tests.fitting.known_face import RATE, KnownFace, frames_showing, true_coefficients, true_points
 
 FAULTS = Path(__file__).parents[1] / "faults"
 
@@ -131,3 +135,22 @@ def test_two_people_in_one_place_are_two_shots(landmarker, real_clips):
     _, track = find_face(landmarker, np.concatenate(people))
     np.testing.assert_array_equal(track.cuts, [15])
     assert steady_run(track) in ((0, 15), (15, 30))
+
+
+# --- the longest shot of a file ----------------------------------------------------------------------
+
+
+def test_fit_video_fits_the_longest_shot(tmp_path):
+    head = builtin_head()
+    networks = KnownFace(true_points(head, true_coefficients(head)))
+    # Between frames 4 and 10 the picture changes six times as much as elsewhere.
+    path = tmp_path / "cut.mp4"
+    write_video(path, frames_showing([0, 1, 2, 3, 4, *range(10, 16)]), RATE, crf=1)
+    with pytest.warns(InputWarning, match="cut.mp4: 2 shots; took the longest, frames 5 to 10 of 11"):
+        fitted = fit_video(path, head, landmarker=networks)
+    assert fitted.start == 5 and len(fitted.frames) == len(fitted.fit.coefficients.rot) == 6
+    with pytest.warns(InputWarning, match="2 shots"):
+        clip = fit_clip(path, head, 32, landmarker=networks)
+    assert clip.start == 5 / RATE and np.stack(list(clip.frames)).shape == (6, 32, 32, 3)
+    whole = fit_video(path, head, landmarker=networks, all_shots=True)
+    assert whole.start == 0 and len(whole.frames) == 11

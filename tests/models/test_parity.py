@@ -9,7 +9,7 @@ import pytest
 
 from loki_jax.models.autoencoder import AutoencoderKL
 from loki_jax.models.encoder import ConditioningEncoder
-from loki_jax.models.unet import SpatioTemporalTransformer, UNet
+from loki_jax.models.unet import BlockOptions, SpatioTemporalTransformer, UNet
 from loki_jax.weights.ldm_names import (
     autoencoder_table,
     encoder_table,
@@ -75,9 +75,8 @@ def test_transformer(golden, public_mode, mode, backend):
         for name, value in np.load(golden / "attention.npz").items()
         if name.startswith(f"{public_mode}/")
     }
-    transformer = SpatioTemporalTransformer(
-        frames=4, groups=32, head_channels=16, mode=mode, context_dim=None, backend=backend, dtype=jnp.float32
-    )
+    options = BlockOptions(16, norm_groups=32, context_dim=None, backend=backend, dtype=jnp.float32)
+    transformer = SpatioTemporalTransformer(options, mode, frames=4)
     table = transformer_table(mode, cross_attention=False)
     params = params_from_ldm(recipe_state(golden, f"attention_{public_mode}"), table)
     drawn = lambda name, *shape: recipe_input(f"{public_mode}/{name}", shape, seed=77)

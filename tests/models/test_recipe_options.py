@@ -7,7 +7,7 @@ import pytest
 
 from configs import demo
 from loki_jax.face.builtin import builtin_head
-from loki_jax.models.unet import TransformerBlock
+from loki_jax.models.unet import BlockOptions, TransformerBlock
 from loki_jax.networks import build_networks, denoise, random_params
 from loki_jax.training.config import check_config
 from tests.models.weights import quick_jit
@@ -86,7 +86,7 @@ def test_temporal_attention_starts_as_nothing_and_joins_frames(x):
     assert extra and all("/temporal_" in name for name in extra)
 
     # The new layers' projection out is zero at the start ...
-    block = TransformerBlock(8, "temporal", None, "xla", jnp.float32)
+    block = TransformerBlock(BlockOptions(8, 4, None, "xla", jnp.float32), "temporal")
     initial = block.init(jax.random.key(0), jnp.ones((1, T, 4, 16)), None, None)["params"]
     out = initial["temporal_attention"]["out"]
     assert (

@@ -1,9 +1,11 @@
 """Video and image files: every property is checked on files that PyAV or Pillow made for the test."""
 
 import errno
+import itertools
 import os
 import struct
 import tempfile
+import warnings
 from fractions import Fraction
 from pathlib import Path
 
@@ -13,7 +15,7 @@ import pytest
 from PIL import Image, ImageCms
 
 from loki_jax import video
-from loki_jax.video import MediaError, read_image, read_video, write_video
+from loki_jax.video import MediaError, VideoWriter, read_image, read_video, write_video
 
 NTSC = Fraction(30000, 1001)
 FILES = Path(__file__).parent / "files"
@@ -291,6 +293,32 @@ def test_the_default_audio_track_is_taken(tmp_path):
     clip = read_video(driver)
     write_video(tmp_path / "out.mp4", clip.frames, clip.fps, audio_from=driver)
     assert abs(onset(tmp_path / "out.mp4") - 1.0) < 0.04
+
+
+@pytest.mark.parametrize(("name", "kept"), [("webm_opus_beep_at_1s.webm", "aac"), ("avi_mp3.avi", "mp3")])
+def test_audio_of_files_from_elsewhere(tmp_path, name, kept):
+    """A WebM whose video starts after 0; an AVI with MP3, which FFmpeg's decoder calls by another name."""
+    out = tmp_path / "out.mp4"
+    clip = read_video(FILES / name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        write_video(out, clip.frames, clip.fps, audio_from=FILES / name)
+    with av.open(str(out)) as container:
+        assert container.streams.audio[0].codec_context.codec.canonical_name == kept
+    wave, rate, start, _ = decode_audio(out)
+    assert len(wave) / rate + start == pytest.approx(len(clip.frames) / float(clip.fps), abs=0.1)
+    if name.endswith(".webm"):
+        assert abs(onset(out) - 0.996) < 0.04
+
+
+def test_audio_of_a_later_part(tmp_path):
+    driver = make_driver(tmp_path / "driver.mp4", 60, click=1.2)
+    with VideoWriter(
+        tmp_path / "out.mp4", NTSC, audio_from=driver, audio_start=Fraction(24) / NTSC
+    ) as writer:
+        for frame in itertools.islice(numbered_frames(60), 24, None):
+            writer.write(frame)
+    assert abs(onset(tmp_path / "out.mp4") - (1.2 - 24 / float(NTSC))) < 0.04
 
 
 def test_damaged_audio_costs_a_warning_and_never_the_video(tmp_path):
