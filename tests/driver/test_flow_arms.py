@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from benchmarks.tiny_run import SIZE, noise_clips, tiny_config, write_shards
 
 from loki_jax.data.schema import DatasetError
 from loki_jax.data.writer import write_dataset
@@ -24,6 +23,7 @@ from loki_jax.sources import load_driving_clip, load_portrait
 from loki_jax.synthetic.appearance import sample_appearance
 from loki_jax.synthetic.shading import render
 from loki_jax.train import train
+from tests.training.tiny_run import SIZE, noise_clips, tiny_config, write_shards
 
 S = 64
 HEAD = builtin_head()
