@@ -3,15 +3,16 @@
     python benchmarks/arms.py --out DIR [--config configs/demo128.py] [--size 128] [--arms full flow warp]
         [--seeds 3] [--steps 1000] [--identities 500] [--flags=--config.batch_size=8 ...]
 
-For each arm and seed it trains a model on synthetic heads, animates 8 pairs of held-out people (32 frames each,
-as in `python -m loki_jax.demo`) and measures HPF, HEF and PSNR against the rendered truth. Each run is written to
-DIR/results/ARM-SEED.json when it is finished, and a run that is there is not repeated; an interrupted training
-goes on from its last checkpoint, so the same command resumes. Printed: means over seeds and pairs with 95 %
-bootstrap intervals (seeds are drawn, then pairs), and the difference of each arm to the first in the same seeds
-and pairs; as the last line one JSON object.
+For each arm and seed it trains a model on synthetic heads, animates 8 pairs of held-out people (32 frames
+each, as in `python -m loki_jax.demo`) and measures HPF, HEF and PSNR against the rendered truth. Each run is
+written to DIR/results/ARM-SEED.json when it is finished, and a run that is there is not repeated; an
+interrupted training goes on from its last checkpoint, so the same command resumes. Printed: means over seeds
+and pairs with 95 % bootstrap intervals (seeds are drawn, then pairs); as the last line one JSON object, which
+also has the differences of each arm to the first in the same seeds and pairs.
 
-One run of 1,000 steps of configs/demo.py (64 pixels, batches of 4 x 8 frames) takes about 25 minutes on 2 cores,
-of which 3 are the measurement: see docs/benchmarks.md.
+A run of 1,000 steps of configs/demo.py (64 pixels, 4 windows of 8 frames a step) should take half an hour on 2
+idle cores, from the 85 minutes of 4,000 steps of the demo model and the minutes of its measurement. Not yet
+measured in full.
 """
 
 from __future__ import annotations
