@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int
 
 from loki_jax.arrays import ArrayLike
 
 
 def vertex_normals(
-    vertices: Float[ArrayLike, "*b V 3"], faces: Int[Array | np.ndarray, "F 3"]
+    vertices: Float[ArrayLike, "*b V 3"], faces: Int[ArrayLike, "F 3"]
 ) -> Float[Array, "*b V 3"]:
     """Unit normals: the mean of the adjacent faces' normals, weighted by their area.
 

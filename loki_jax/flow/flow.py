@@ -28,13 +28,13 @@ from loki_jax.face.skinning import Identity, mesh_faces, mesh_render_mask, world
 from loki_jax.face.types import Camera, Coefficients
 from loki_jax.raster import Fragments, clear_hidden_faces, interpolate, rasterize
 
-# Cosines of the angle between the normal and the way to the camera: up to the first the portrait does not show
-# a point, from the second on it does. 0.25 is 75 degrees, where a pixel covers four times its own area.
+# Cosines of the angle between the normal and the way to the camera: up to the first the portrait does not
+# show a point, from the second on it does. 0.25 is 75 degrees, where a pixel covers four times its own area.
 FACING = (0.05, 0.25)
 
-# Metres. A point this far behind the surface that the portrait shows is hidden by half; it is not hidden up to
-# half of this, and fully hidden from one and a half times this on. A smaller value would hide parts of curved
-# surfaces, whose depth is interpolated between the portrait's pixels.
+# Metres. A point this far behind the surface that the portrait shows is hidden by half; it is not hidden up
+# to half of this, and fully hidden from one and a half times this on. A smaller value would hide parts of
+# curved surfaces, whose depth is interpolated between the portrait's pixels.
 DEPTH_TOLERANCE = 0.003
 
 
@@ -56,6 +56,12 @@ class MeshView(NamedTuple):
     crop: Float[Array, "*b 4"]
     shown: Float[Array, "*b s s 3"]
 
+    def broadcast_to(self, batch: tuple[int, ...]) -> MeshView:
+        """The view with leading axes `batch`."""
+        own = (2, 1, 1, 1, 3)  # axes of the fields of one view
+        wide = (jnp.broadcast_to(x, (*batch, *x.shape[x.ndim - n :])) for x, n in zip(self, own, strict=True))
+        return MeshView(*wide)
+
 
 class Flow(NamedTuple):
     """Per pixel of a target's crop: the place of its surface point in the portrait.
@@ -64,9 +70,9 @@ class Flow(NamedTuple):
       position: in pixels of the portrait's picture. Where the target shows no head: the pixel's own place,
         its normalised position in the portrait's crop instead of the target's.
       visibility: share in [0, 1] to which the portrait shows the point: it faces the portrait's camera
-        (`FACING`), nothing is in front of it (`DEPTH_TOLERANCE`), and it is inside the portrait's crop. Points
-        of eyeballs and inner mouth are visible only where the portrait shows the same part, since lids and
-        lips are thinner than the tolerance. Zero where the target shows no head.
+        (`FACING`), nothing is in front of it (`DEPTH_TOLERANCE`), and it is inside the portrait's crop.
+        Points of eyeballs and inner mouth are visible only where the portrait shows the same part, since lids
+        and lips are thinner than the tolerance. Zero where the target shows no head.
       coverage: 1 where the target shows the head (its render mask), else 0.
       inner_mouth, eyeball: share in [0, 1] to which the point belongs to the part, from the vertices' flags.
       facing: `view_cosines` in the portrait and in the target; negative where the surface is turned away. The
@@ -110,29 +116,34 @@ def normalise_positions(
     return 2 * (position - corner) / side - 1
 
 
-def sample_image(image: Float[ArrayLike, "h w C"], position: Float[Array, "*b 2"]) -> Float[Array, "*b C"]:
-    """An image at normalised positions of its own box: bilinear, zero outside.
+def sample_image(
+    image: Float[ArrayLike, "*#b h w C"], position: Float[Array, "*b H W 2"]
+) -> Float[Array, "*b H W C"]:
+    """Images at normalised positions of their own box: bilinear, zero outside.
 
     Between the outermost pixel centres and half a pixel beyond the edge it fades to zero.
     """
-    image = jnp.asarray(image)
-    height, width, _ = image.shape
+    batch, (height, width, channels) = position.shape[:-3], image.shape[-3:]
     place = (position + 1) * (jnp.array([width, height]) / 2) - 0.5
     low = jnp.floor(jax.lax.stop_gradient(place))
     share = place - low
     column, row = (low[..., k].astype(jnp.int32) for k in range(2))
-    total = jnp.zeros((*position.shape[:-1], image.shape[-1]))
+    look = lambda image, i, j: image[i, j]
+    for _ in batch:
+        look = jax.vmap(look)
+    image = jnp.broadcast_to(image, (*batch, height, width, channels))
+    total = jnp.zeros((*row.shape, channels))
     for right in range(2):
         for down in range(2):
             weight = jnp.abs(1 - right - share[..., 0]) * jnp.abs(1 - down - share[..., 1])
             i, j = row + down, column + right
             inside = (i >= 0) & (i < height) & (j >= 0) & (j < width)
-            pixel = image[jnp.clip(i, 0, height - 1), jnp.clip(j, 0, width - 1)]
+            pixel = look(image, jnp.clip(i, 0, height - 1), jnp.clip(j, 0, width - 1))
             total = total + jnp.where(inside, weight, 0.0)[..., None] * pixel
     return total
 
 
-def view_cosines(points: Float[Array, "*b V 3"], faces: Int[ArrayLike, "F 3"]) -> Float[Array, "*b V"]:
+def view_cosines(points: Float[ArrayLike, "*b V 3"], faces: Int[ArrayLike, "F 3"]) -> Float[Array, "*b V"]:
     """Cosine between the normal of each vertex, given in camera axes, and the way to the camera."""
     distance = jnp.sqrt(jnp.sum(points * points, axis=-1))
     return -jnp.sum(vertex_normals(points, faces) * points, axis=-1) / distance
@@ -179,9 +190,9 @@ def view_head(
 
 def flow_between(
     portrait: MeshView,
-    vertices: Float[Array, "*b V 3"],
-    depth: Float[Array, "*b V"],
-    facing: Float[Array, "*b V"],
+    vertices: Float[ArrayLike, "*b V 3"],
+    depth: Float[ArrayLike, "*b V"],
+    facing: Float[ArrayLike, "*b V"],
     fragments: Fragments,
     faces: Int[ArrayLike, "F 3"],
     parts: Float[Array, "V 2"],
@@ -195,10 +206,7 @@ def flow_between(
       faces, parts: as in `view_mesh`.
     """
     batch, size = vertices.shape[:-2], fragments.face.shape[-1]
-    one = (2, 1, 1, 1, 3)  # axes of the fields of one view
-    portrait = MeshView(
-        *(jnp.broadcast_to(x, (*batch, *x.shape[x.ndim - n :])) for x, n in zip(portrait, one, strict=True))
-    )
+    portrait = portrait.broadcast_to(batch)
     # With affine barycentrics a_k at the target's pixel u, depths z_k and z'_k of the corners in target and
     # portrait, and r_k = z'_k / z_k, the point is at sum(a_k r_k x'_k) / sum(a_k r_k) in the portrait. As
     # u = sum(a_k x_k), the numerator is u + sum(a_k (r_k x'_k - x_k)), which is exactly u for equal poses.
@@ -213,14 +221,11 @@ def flow_between(
     covered = jnp.asarray(fragments.covered)
     pixels = pixel_positions(size)
     ratio = jnp.where(covered[..., None], ratio, 1.0)
-    position = (pixels - moved) / ratio  # the rasteriser's axes point the other way
+    position = (jnp.asarray(pixels) - moved) / ratio  # the rasteriser's axes point the other way
     depth_there = ratio[..., 0] / jnp.where(covered, inverse[..., 0], 1.0)
 
-    look = jax.vmap(sample_image) if batch else sample_image
-    fold = lambda x, tail: x.reshape(-1, *x.shape[x.ndim - tail :]) if batch else x
     inside = jnp.ones_like(portrait.shown[..., :1])
-    seen = look(fold(jnp.concatenate([portrait.shown, inside], -1), 3), fold(position, 3))
-    seen = seen.reshape(*covered.shape, 4)
+    seen = sample_image(jnp.concatenate([portrait.shown, inside], -1), position)
     # Metres behind the surface that the portrait shows, to first order; a background is infinitely far.
     behind = depth_there * (depth_there * seen[..., 0] - 1)
     in_front = 1 - _smoothstep(0.5 * DEPTH_TOLERANCE, 1.5 * DEPTH_TOLERANCE, behind)
