@@ -55,8 +55,8 @@ _MODULES = {
 
 __all__ = [
     "DrivingClip", "GeometryPipeline", "LokiPipeline", "Portrait", "builtin_head", "driver_map", "fit_clip",
-    "fit_portrait", "head_expression_follow", "head_pose_follow", "load_checkpoint", "load_driving_clip", "load_head",
-    "load_portrait", "make_identity", "rasterize", "retarget", "retarget_clip",
+    "fit_portrait", "head_expression_follow", "head_pose_follow", "load_checkpoint", "load_driving_clip",
+    "load_head", "load_portrait", "make_identity", "rasterize", "retarget", "retarget_clip",
 ]  # fmt: skip
 
 

@@ -11,8 +11,8 @@ import numpy as np
 from jaxtyping import Array, Float, Real, UInt8
 from PIL import Image
 
+from loki_jax.driver.encoding import preview_map
 from loki_jax.driver.map import driver_map
-from loki_jax.driver.preview import preview_map
 from loki_jax.face.asset import HeadAsset
 from loki_jax.face.builtin import builtin_head
 from loki_jax.face.skinning import make_identity
