@@ -214,6 +214,7 @@ def tiny_problem(head) -> tuple[model.Problem, model.Layout, np.ndarray, np.ndar
         real=np.array([1, 1, 1, 0], np.float32),
         shape_prior=np.ones(head.n_shape, np.float32),
         huber=np.float32(2),
+        frame_mean=np.zeros_like(x),
         **fit.frame_terms(head, layout, FitSettings(), 1.0),
     )
     return problem, layout, 0.3 * rng.standard_normal(head.n_shape).astype(np.float32), x
