@@ -77,26 +77,21 @@ def _change(values: np.ndarray) -> np.ndarray:
 
 
 def response(head: HeadAsset, landmarker: Landmarker, person: Posed, axes: list[int]) -> tuple[float, float]:
-    """The found part of the displacement, and what is left of the opening of the eyes that shut."""
+    """The found part of the displacement, and (of lids) what is left of the opening of the eyes that shut."""
     track = clip_landmarks(landmarker, person.frames)
     focal = float(person.camera.intrinsics[0])
     found = fit_landmarks(
         head, track.points, track.confidence, (SIZE, SIZE), focal=focal, scores=track.scores
     ).coefficients
+    name = head.expression_names[axes[0]]
     true_change, change = (_change(np.asarray(_offsets(head, c))) for c in (person.coefficients, found))
+    part = np.sum(change * true_change) / np.sum(true_change**2)
+    eyes = [0, 1] if len(axes) == 2 else [int("Left" in name or "_L" in name)]
     shut = found._replace(expression=found.expression.copy())
     shut.expression[:, axes] = 1
-    openings, least = (lid_openings(np.asarray(_marks(head, c))) for c in (found, shut))
-    names = [head.expression_names[axis] for axis in axes]
-    eyes = [side for side, end in enumerate((("Right", "_R"), ("Left", "_L"))) if _any_ends(names, end)]
-    still, full = (openings[RAMP == value][:, eyes].mean() for value in (0, 1))
-    closed = least[RAMP == 1][:, eyes].mean()
-    part = np.sum(change * true_change) / np.sum(true_change**2)
+    openings, least = (lid_openings(np.asarray(_marks(head, c)))[:, eyes] for c in (found, shut))
+    still, full, closed = openings[RAMP == 0].mean(), openings[RAMP == 1].mean(), least[RAMP == 1].mean()
     return float(part), float((full - closed) / (still - closed))
-
-
-def _any_ends(names: list[str], ends: tuple[str, ...]) -> bool:
-    return any(name.endswith(ends) for name in names)
 
 
 def main() -> None:

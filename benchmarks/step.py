@@ -102,6 +102,8 @@ def make_batch(config, head, seed: int = 0) -> dict:
         camera=camera, crop=np.broadcast_to(np.asarray(box)[:, None], (b, t, 4)),
         confidence=np.ones((b, t), np.float32), clip_index=np.zeros(b, np.int32),
         frame_index=np.zeros((b, t), np.int32), reference_index=np.zeros(b, np.int32),
+        reference_camera=jax.tree.map(lambda x: x[:, 0], camera),
+        reference_crop=np.broadcast_to(np.asarray(box), (b, 4)),
     )  # fmt: skip
     return jax.tree.map(jnp.asarray, batch)
 

@@ -182,7 +182,21 @@ def apply_zero_snr(c: ConfigDict) -> ConfigDict:
     return c
 
 
-VARIANTS = {"official": apply_official, "zero_snr": apply_zero_snr}
+def apply_flow(c: ConfigDict) -> ConfigDict:
+    """The driver map also tells where each pixel comes from in the portrait."""
+    c.driver.arm = "flow"
+    return c
+
+
+def apply_warp(c: ConfigDict) -> ConfigDict:
+    """As `flow`, and the map shows the portrait's colours there. Shards must hold images."""
+    c.driver.arm = "warp"
+    return c
+
+
+VARIANTS = {
+    "official": apply_official, "zero_snr": apply_zero_snr, "flow": apply_flow, "warp": apply_warp,
+}  # fmt: skip
 
 
 def apply_variant(c: ConfigDict, arg: str | None) -> ConfigDict:

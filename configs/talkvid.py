@@ -2,7 +2,8 @@
 
     python -m loki_jax.train --config configs/talkvid.py --workdir runs/talkvid \
         --config.data.path=DIR --config.pretrained=SD21_DIR
-    variants: `configs/talkvid.py:official` (the public code's choices), `:zero_snr` (Lin et al. 2024)
+    variants: `configs/talkvid.py:official` (the public code's choices), `:zero_snr` (Lin et al. 2024),
+        `:flow` and `:warp` (driver maps with the flow from the portrait; docs/method.md, section 17)
 
 Hardware and results: not yet measured (docs/benchmarks.md).
 """

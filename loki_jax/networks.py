@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from loki_jax.arrays import ArrayLike
 from loki_jax.diffusion.sampler import ddim_sample
 from loki_jax.diffusion.schedule import Schedule, make_schedule
+from loki_jax.driver.encoding import ReferenceFrame
 from loki_jax.driver.map import driver_map
 from loki_jax.driver.registry import DEFAULT_ARM, driver_channels, find_arm
 from loki_jax.face.asset import HeadAsset
@@ -88,21 +89,29 @@ def driver_input(
     coefficients: Coefficients,
     camera: Camera,
     crop: Float[ArrayLike, "b t 4"],
+    reference: ReferenceFrame | None = None,
 ) -> Driver:
     """The driver path's input.
 
     Args:
       coefficients, camera: leading axes (B, T); a window shows one identity, the one of its first frame.
       crop: boxes in pixels of the uncropped frames.
+      reference: the portraits (B, ...) that are animated, for arms that read them.
+
+    Raises:
+      ValueError: the arm reads a portrait or pixels that are not given.
     """
-    if not config.driver.neck:
-        coefficients = coefficients._replace(neck=jnp.zeros_like(coefficients.neck))
+    still = lambda c: c if config.driver.neck else c._replace(neck=jnp.zeros_like(c.neck))
+    coefficients = still(coefficients)
     name, dtype = config.driver.arm, jnp.dtype(config.model.dtype)
     arm = find_arm(name)
     if not arm.spatial:
         return arm.encode(head, coefficients)
     identity = make_identity(head, coefficients.betas[:, :1])
-    return driver_map(head, identity, coefficients, camera, crop, config.image_size, name, dtype)
+    if reference is not None:
+        reference = jax.tree.map(lambda x: jnp.asarray(x)[:, None], reference)
+        reference = reference._replace(coefficients=still(reference.coefficients))
+    return driver_map(head, identity, coefficients, camera, crop, config.image_size, name, dtype, reference)
 
 
 def driver_preview(
@@ -171,8 +180,10 @@ def portrait_features(
     """`reference_features` of pictures of known coefficients (B, ...), cameras and crops; traceable."""
     condition = None
     if config.model.reference.driver:
-        frame = jax.tree.map(lambda x: x[:, None], (coefficients, camera, crop))
-        condition = encode_condition(networks, params, driver_input(config, head, *frame))[:, 0]
+        reference = ReferenceFrame(coefficients, camera, crop, image)
+        frame = jax.tree.map(lambda x: x[:, None], reference)
+        driver = driver_input(config, head, frame.coefficients, frame.camera, frame.crop, reference)
+        condition = encode_condition(networks, params, driver)[:, 0]
     return reference_features(networks, params, encode_images(networks, params, image), condition)
 
 

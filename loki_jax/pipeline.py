@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, UInt8
 
+from loki_jax.driver.encoding import ReferenceFrame
 from loki_jax.face.asset import HeadAsset
 from loki_jax.face.retarget import fold_neck, neck_joint, retarget, size_ratio
 from loki_jax.face.types import Camera, Coefficients
@@ -38,12 +39,12 @@ class Window(NamedTuple):
       maps: pictures of the driver maps that it follows.
     """
 
-    frames: UInt8[np.ndarray, "*b t s s 3"]
+    frames: UInt8[np.ndarray, "*b t h w 3"]
     maps: UInt8[np.ndarray, "*b t s s 3"]
 
 
 class Animator(Protocol):
-    """What can animate a portrait. `head` is the head to fit inputs to, `size` the frames' edge in pixels."""
+    """What can animate a portrait. `head` is the head to fit inputs to, `size` the edge of crops, pixels."""
 
     head: HeadAsset
     size: int
@@ -52,7 +53,7 @@ class Animator(Protocol):
         """The animation, a few frames at a time."""
         ...
 
-    def __call__(self, portrait: Portrait, clip: DrivingClip, **options: Any) -> UInt8[np.ndarray, "n s s 3"]:
+    def __call__(self, portrait: Portrait, clip: DrivingClip, **options: Any) -> UInt8[np.ndarray, "n h w 3"]:
         """All frames of the animation; the options are those of `windows`."""
         ...
 
@@ -225,8 +226,9 @@ class LokiPipeline:
         """
         # All preparation is on the host: on the device every operation would be compiled.
         on_host = functools.partial(jax.tree.map, functools.partial(np.asarray, dtype=np.float32))
-        own = on_host((portraits.coefficients, portraits.camera, portraits.crop))
-        features = self._features(self._params, self.head, portraits.image, *own)
+        own = on_host(ReferenceFrame(portraits.coefficients, portraits.camera, portraits.crop))
+        features = self._features(self._params, self.head, portraits.image, *own[:3])
+        reference = own._replace(image=portraits.image)
         batch, length = coefficients.expression.shape[:2]
         window = self.config.window
 
@@ -240,8 +242,9 @@ class LokiPipeline:
             index = np.minimum(np.arange(start, start + window), length - 1)
             part = jax.tree.map(lambda x, index=index: x[:, index], coefficients)
             images = self._window(
-                self._params, self.head, features, part, camera, crop, np.uint32(seed & 0xFFFFFFFF),
-                np.uint32(start // window), steps=steps, guidance=guidance, shared_noise=shared_noise,
+                self._params, self.head, features, reference, part, camera, crop,
+                np.uint32(seed & 0xFFFFFFFF), np.uint32(start // window),
+                steps=steps, guidance=guidance, shared_noise=shared_noise,
             )  # fmt: skip
             yield Window(*(np.asarray(image)[:, : length - start] for image in images))
 
@@ -250,6 +253,7 @@ class LokiPipeline:
         params,
         head,
         features,
+        reference,
         coefficients,
         camera,
         crop,
@@ -262,7 +266,7 @@ class LokiPipeline:
     ):
         """One window of B clips: frames and pictures of the driver maps, both (B,T,S,S,3) uint8; traced."""
         config, networks = self.config, self._networks
-        driver = driver_input(config, head, coefficients, camera, crop)
+        driver = driver_input(config, head, coefficients, camera, crop, reference)
         batch, frames = driver.shape[:2]
         key = jax.random.fold_in(jax.random.key(seed), 0 if shared_noise else number)
         noise = initial_noise(networks, key, batch, 1 if shared_noise else frames)

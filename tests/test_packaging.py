@@ -289,10 +289,12 @@ LEVELS = (
     ("loki_jax.io", "loki_jax.compile_cache", "loki_jax.arrays"),
     ("loki_jax.face", "loki_jax.video", "loki_jax.pictures"),
     ("loki_jax.raster",),
+    ("loki_jax.flow",),
     ("loki_jax.driver", "loki_jax.models", "loki_jax.data", "loki_jax.diffusion", "loki_jax.synthetic"),
     ("loki_jax.fitting", "loki_jax.networks", "loki_jax.metrics"),
     ("loki_jax.sources", "loki_jax.training", "loki_jax.program"),
     ("loki_jax.framing", "loki_jax.pipeline", "loki_jax.evaluation", "loki_jax.planning", "loki_jax.weights"),
+    ("loki_jax.geometry",),
 )
 
 

@@ -161,7 +161,7 @@ class Batch(NamedTuple):
     single window lacks B. Images are None where only latents are read, latents where the shards hold none.
 
     Attributes:
-      camera, crop: of the window's frames; the reference has the clip's, too.
+      camera, crop: of the window's frames; reference_camera, reference_crop: of the reference frame.
       confidence: quality of the fit in [0, 1].
       clip_index: row of the clip table.
       frame_index, reference_index: frame numbers within the clip.
@@ -177,6 +177,8 @@ class Batch(NamedTuple):
     clip_index: Int32[ArrayLike, "*B"]
     frame_index: Int32[ArrayLike, "*B T"]
     reference_index: Int32[ArrayLike, "*B"]
+    reference_camera: Camera  # (B, ...)
+    reference_crop: Float[ArrayLike, "*B 4"]
     frames: UInt8[ArrayLike, "*B T S S 3"] | None = None
     reference: UInt8[ArrayLike, "*B S S 3"] | None = None
     latent_mean: BFloat16[ArrayLike, "*B T h w c"] | None = None

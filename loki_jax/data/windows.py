@@ -141,6 +141,8 @@ class _ReadWindow(grain.transforms.Map):
             clip_index=np.array(window.clip.clip_index, np.int32),
             frame_index=np.array(indices[:-1], np.int32),
             reference_index=np.array(window.reference, np.int32),
+            reference_camera=reference.camera,
+            reference_crop=reference.crop,
             frames=stacked.image,
             reference=reference.image,
             latent_mean=stacked.latent_mean,

@@ -1,6 +1,6 @@
 """From a rasterised head to the channels of the driver map (method, section 5).
 
-The full map has 45 channels, zero wherever the head is not seen:
+The map of arm `full` has 45 channels, zero wherever the head is not seen:
   0..41   sines and cosines of the *canonical template position* of the surface point. For axis
           c = 0, 1, 2 and k = 0..6: channel 14 c + k is sin(2^k p_c), channel 14 c + 7 + k is
           cos(2^k p_c). The values identify the point of the head; pose decides where they appear.
@@ -21,8 +21,9 @@ from jaxtyping import Array, Float, UInt8
 
 from loki_jax.arrays import ArrayLike
 from loki_jax.face.asset import HeadAsset
-from loki_jax.face.types import Coefficients
-from loki_jax.raster.fragments import Faces, Fragments, interpolate
+from loki_jax.face.types import Camera, Coefficients
+from loki_jax.flow import MeshView
+from loki_jax.raster.fragments import Faces, Fragments, Vertices, interpolate
 
 EXPRESSION_SCALE = 0.0104  # metres: standard deviation of the offsets, method, section 5
 
@@ -37,6 +38,21 @@ _QUARTER = np.tile(np.arange(2 * FREQUENCIES) // FREQUENCIES, 3).astype(np.float
 _PI = (3.140625, 9.67502593994140625e-4, 1.5099579897537296e-7)
 
 
+class ReferenceFrame(NamedTuple):
+    """The portrait that is animated, for the arms that read it; leading axes are those of portraits.
+
+    Attributes:
+      coefficients, camera: of the portrait's picture.
+      crop: the box x0, y0, x1, y1 of that picture which `image` shows.
+      image: RGB; None where only latents are known.
+    """
+
+    coefficients: Coefficients
+    camera: Camera
+    crop: Float[ArrayLike, "*b 4"]
+    image: UInt8[ArrayLike, "*b s s 3"] | None = None
+
+
 class DriverInputs(NamedTuple):
     """What the `encode` of an arm with a map may read besides the fragments.
 
@@ -47,6 +63,9 @@ class DriverInputs(NamedTuple):
       offsets: displacement of the vertices by expression, jaw and eyes, head frame, metres.
       head, coefficients: the asset, and its coefficients in each frame (metres and radians); None where
         the mesh is not a head's.
+      vertices: the points in the rasteriser's coordinates, for arms that read the portrait.
+      portrait: what the portrait shows of the same head, for the same arms.
+      image: the portrait's crop, RGB in [-1, 1], for arms that read its pixels.
     """
 
     faces: Faces
@@ -55,6 +74,9 @@ class DriverInputs(NamedTuple):
     offsets: Float[ArrayLike, "*b V 3"]
     head: HeadAsset | None = None
     coefficients: Coefficients | None = None
+    vertices: Vertices | None = None
+    portrait: MeshView | None = None
+    image: Float[ArrayLike, "*b s s 3"] | None = None
 
 
 def canonical_positions(vertices: Float[ArrayLike, "V 3"]) -> Float[Array, "V 3"]:

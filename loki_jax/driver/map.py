@@ -9,7 +9,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from loki_jax.arrays import ArrayLike
-from loki_jax.driver.encoding import DriverInputs, canonical_positions
+from loki_jax.driver.encoding import DriverInputs, ReferenceFrame, canonical_positions
 from loki_jax.driver.registry import ARMS, DEFAULT_ARM, find_arm
 from loki_jax.face.asset import HeadAsset
 from loki_jax.face.camera import camera_from_world, ndc_from_camera, ndc_from_world
@@ -22,13 +22,14 @@ from loki_jax.face.skinning import (
     world_vertices,
 )
 from loki_jax.face.types import Camera, Coefficients
+from loki_jax.flow import view_head
 from loki_jax.raster.fragments import Vertices, clear_hidden_faces, locate
 from loki_jax.raster.search import nearest_faces
 
 _PIXELS_AT_ONCE = 2**20
 
 # Fields of `DriverInputs` that have the leading axes of the frames.
-_PER_FRAME = ("coefficients", "points", "offsets")
+_PER_FRAME = ("coefficients", "points", "offsets", "vertices", "portrait", "image")
 
 
 def ndc_vertices(
@@ -51,6 +52,7 @@ def driver_map(
     size: int,
     arm: str = DEFAULT_ARM,
     dtype: DTypeLike = jnp.float32,
+    reference: ReferenceFrame | None = None,
 ) -> Float[Array, "*b S S C"]:
     """The driver map of every frame in the leading axes of `coefficients`.
 
@@ -66,12 +68,14 @@ def driver_map(
       size: S, side of the map in pixels.
       arm: name of an arm that has a map; see `loki_jax.driver.registry`.
       dtype: of the result; the arithmetic is float32 throughout.
+      reference: the portrait, for arms that read it; leading axes broadcast against those of `coefficients`.
 
     Returns:
-      C = `driver_channels(arm, head)` channels, exactly zero on the background.
+      C = `driver_channels(arm, head)` channels, exactly zero on the background but for the portrait's pixels.
 
     Raises:
-      ValueError: unknown arm, an arm without a map, or coefficients that are not the head's.
+      ValueError: unknown arm, an arm without a map, coefficients that are not the head's, or an arm that
+        reads a portrait or pixels that are not given.
     """
     points = camera_from_world(world_vertices(head, identity, coefficients), camera)
     vertices = ndc_from_camera(points, camera, crop)
@@ -84,6 +88,18 @@ def driver_map(
         points=jnp.broadcast_to(points, vertices.shape),
         offsets=jnp.broadcast_to(expression_offsets(head, identity, coefficients), vertices.shape),
     )
+    entry = find_arm(arm)
+    if entry.portrait:
+        if reference is None:
+            raise ValueError(f"driver arm {arm!r} reads the portrait, which is not given")
+        own = reference.coefficients, reference.camera, reference.crop
+        portrait = view_head(head, identity, *own, size).broadcast_to(batch)
+        inputs = inputs._replace(vertices=vertices, portrait=portrait)
+    if entry.pixels:
+        if reference is None or reference.image is None:
+            raise ValueError(f"driver arm {arm!r} reads the portrait's pixels, which are not given")
+        image = jnp.asarray(reference.image).astype(jnp.float32) / 127.5 - 1
+        inputs = inputs._replace(image=jnp.broadcast_to(image, (*batch, *image.shape[-3:])))
     return map_of_mesh(vertices, mesh_render_mask(head), inputs, size, arm, dtype)
 
 

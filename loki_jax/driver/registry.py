@@ -14,6 +14,7 @@ from jaxtyping import Array
 
 from loki_jax.arrays import ArrayLike
 from loki_jax.driver.encoding import encode_map, flame_vector, preview_map
+from loki_jax.driver.flow_map import flow_map, preview_flow
 from loki_jax.face.asset import HeadAsset
 
 DEFAULT_ARM = "full"
@@ -24,24 +25,32 @@ class DriverArm(NamedTuple):
 
     Attributes:
       channels: C of the result, or a function of the head that gives it.
-      encode: `encode(fragments, inputs, dtype)` gives the map (*b, S, S, C), exactly zero on the background,
-        of `Fragments` whose faces outside of the render mask are cleared and of `DriverInputs`; or, unless
+      encode: `encode(fragments, inputs, dtype)` gives the map (*b, S, S, C), exactly zero on the background
+        but for pixels of the portrait, of `Fragments` whose faces outside of the render mask are cleared and
+        of `DriverInputs`; or, unless
         `spatial`, `encode(head, coefficients)` gives a vector (*b, C). Traceable and differentiable.
       preview: from the map to a uint8 RGB picture (*b, S, S, 3); traceable. That of an arm which is not
         spatial shows the map of `DEFAULT_ARM`.
       spatial: whether the arm is a map.
+      portrait: whether `encode` reads `DriverInputs.portrait`; pixels: whether it also reads the image.
     """
 
     channels: int | Callable[[HeadAsset], int]
     encode: Callable[..., Array]
     preview: Callable[[ArrayLike], Array]
     spatial: bool = True
+    portrait: bool = False
+    pixels: bool = False
 
 
 ARMS = {
     "full": DriverArm(45, encode_map, preview_map),
     "no_posenc": DriverArm(3, partial(encode_map, positions=False), partial(preview_map, positions=False)),
     "no_deform": DriverArm(42, partial(encode_map, offsets=False), partial(preview_map, offsets=False)),
+    "flow": DriverArm(48, flow_map, preview_flow, portrait=True),
+    "warp": DriverArm(
+        51, partial(flow_map, pixels=True), partial(preview_flow, pixels=True), portrait=True, pixels=True
+    ),
     "flame_vector": DriverArm(lambda head: head.n_expression + 12, flame_vector, preview_map, spatial=False),
 }
 

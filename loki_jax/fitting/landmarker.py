@@ -17,7 +17,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, UInt8
@@ -201,6 +201,7 @@ class Landmarker:
     """
 
     n_scores = 0  # how many expression scores `second_look` gives
+    _task: dict[str, Any] | None = None  # the newer networks by name
 
     def __init__(self, models: dict[str, Path], threads: int = 2):
         try:
@@ -221,7 +222,6 @@ class Landmarker:
             load(models[stem].read_bytes())
             for stem in ("face_detection_short_range", "face_landmark", "iris_landmark")
         )
-        self._task = None
         if STEM in models:
             self.n_scores = len(SCORE_NAMES)
             self._task = {name: load(content) for name, content in read_task_file(models[STEM]).items()}
@@ -349,7 +349,7 @@ class Landmarker:
         corrected = points.copy()
         for index in np.flatnonzero(score):
             corrected[index] = pose_bias().correct(points[index])
-        return corrected if self._task is not None else close_lids(corrected, score)
+        return close_lids(corrected, score)
 
 
 def _invoke(network, value: np.ndarray, widths: tuple[int, ...]) -> list[np.ndarray]:

@@ -25,6 +25,7 @@ from jaxtyping import Array, Bool, Float
 from loki_jax.face.asset import HeadAsset
 from loki_jax.face.camera import ndc_from_world
 from loki_jax.face.crop import crop_and_resize
+from loki_jax.face.normals import vertex_normals
 from loki_jax.face.rotation import matrix_from_rotvec, rotvec_from_matrix
 from loki_jax.face.skinning import make_identity, mesh_faces, mesh_render_mask, world_vertices
 from loki_jax.face.types import Camera, Coefficients
@@ -34,7 +35,6 @@ from loki_jax.fitting.fit import reprojection_error
 from loki_jax.fitting.problem import HIGHEST, pad_frames
 from loki_jax.raster.api import rasterize
 from loki_jax.raster.fragments import interpolate
-from loki_jax.synthetic.shading import vertex_normals
 
 
 @dataclasses.dataclass(frozen=True)

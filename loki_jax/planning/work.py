@@ -76,7 +76,8 @@ def trace_sampling(subject: Subject) -> ClosedJaxpr:
     """The animation of one pair, as `config.sample` draws it during training."""
     config, networks, _ = _on_one_device(subject, 1)
     batch = abstract_batch(config, subject.head)
-    names = ("coefficients", "camera", "crop", "reference", "reference_coefficients")
+    moved = ("coefficients", "camera", "crop")
+    names = (*moved, "reference", *(f"reference_{name}" for name in moved))
     inputs = {name: getattr(batch, name) for name in names}
     inputs["noise"] = jax.eval_shape(lambda: initial_noise(networks, jax.random.key(0), 1, config.window))
     animate = functools.partial(animate_pairs, config, networks)

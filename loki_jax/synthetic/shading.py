@@ -1,4 +1,4 @@
-"""Pictures of meshes: vertex normals, one shader, and the renderer of painted heads.
+"""Pictures of meshes: one shader, and the renderer of painted heads.
 
 Light is computed at the vertices and interpolated. Everything is differentiable, except through
 silhouettes (see `loki_jax.raster`). Vertices are in the world frame (metres, +y up).
@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 from loki_jax.arrays import ArrayLike
 from loki_jax.face.asset import HeadAsset
 from loki_jax.face.camera import ndc_from_world
+from loki_jax.face.normals import vertex_normals
 from loki_jax.face.skinning import Identity, mesh_faces, world_vertices
 from loki_jax.face.types import Camera, Coefficients
 from loki_jax.raster import downsample, interpolate, rasterize
@@ -20,19 +21,6 @@ from loki_jax.raster.fragments import Faces
 from loki_jax.synthetic.appearance import Appearance
 
 _HIGHEST = jax.lax.Precision.HIGHEST
-
-
-def vertex_normals(vertices: Float[ArrayLike, "*b V 3"], faces: Faces) -> Float[Array, "*b V 3"]:
-    """Unit normals: the mean of the adjacent faces' normals, weighted by their area.
-
-    They point out of a mesh whose faces are counter-clockwise seen from outside; zero without a face.
-    """
-    a, b, c = (vertices[..., faces[:, k], :] for k in range(3))
-    face_normals = jnp.cross(b - a, c - a)
-    total = jnp.zeros_like(vertices)
-    for k in range(3):
-        total = total.at[..., faces[:, k], :].add(face_normals)
-    return total * jax.lax.rsqrt(jnp.sum(total * total, axis=-1, keepdims=True) + 1e-24)
 
 
 def lambert(normals: Float[Array, "*b V 3"], light: Float[ArrayLike, "*#b 3"]) -> Float[Array, "*b V"]:

@@ -12,6 +12,7 @@ from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
 from loki_jax.data.schema import Batch
+from loki_jax.driver.registry import find_arm
 from loki_jax.face.asset import HeadAsset
 from loki_jax.face.types import Camera, Coefficients
 from loki_jax.networks import Networks, random_params
@@ -68,8 +69,10 @@ def abstract_batch(config: ConfigDict, head: HeadAsset, latents_of: Networks | N
     def batch() -> Batch:
         pictures = {"frames": pixels(b, t, s, s, 3), "reference": pixels(b, s, s, 3)}
         if latents_of is not None:
+            if not find_arm(config.driver.arm).pixels:
+                pictures = {}
             side, channels = latents_of.model_config.latent_size, latents_of.model_config.latent_channels
-            pictures = {
+            pictures |= {
                 f"{prefix}latent_{name}": latents(*lead, side, side, channels)
                 for prefix, lead in (("", (b, t)), ("reference_", (b,)))
                 for name in ("mean", "logvar")
@@ -83,6 +86,8 @@ def abstract_batch(config: ConfigDict, head: HeadAsset, latents_of: Networks | N
             clip_index=ints(b),
             frame_index=ints(b, t),
             reference_index=ints(b),
+            reference_camera=Camera(floats(b, 4), floats(b, 4, 4)),
+            reference_crop=floats(b, 4),
             **pictures,
         )
 

@@ -13,6 +13,7 @@ from loki_jax.data.iterator import BatchIterator, iterate
 from loki_jax.data.reader import Dataset, open_dataset
 from loki_jax.data.schema import Batch, DatasetError
 from loki_jax.data.windows import Batches, make_dataset
+from loki_jax.driver.registry import find_arm
 from loki_jax.training.logging import log
 from loki_jax.training.sharding import batch_part, global_batch
 
@@ -48,12 +49,18 @@ def open_inputs(config: ConfigDict, mesh: Mesh) -> Inputs:
         process_index=batch_part(mesh), process_count=jax.process_count(),
         cache_bytes=config.data.cache_mb * 2**20, max_corrupt_share=config.data.max_corrupt_share,
     )  # fmt: skip
-    # Cached latents are all a step needs; validation reads images too, for its pictures.
-    with_images = dataset.metadata.latent_shape is None
+    # Cached latents are all a step needs, unless the driver shows the portrait; validation reads images too,
+    # for its pictures.
+    reads_pixels, has_images = find_arm(config.driver.arm).pixels, dataset.metadata.image_format is not None
+    if reads_pixels and not has_images:
+        raise DatasetError(
+            f"{config.data.path}: holds latents only, and driver arm {config.driver.arm!r} reads pixels of "
+            "the portrait. Build the dataset with images, or set --config.driver.arm=flow, which needs none."
+        )
+    with_images = reads_pixels or dataset.metadata.latent_shape is None
     windows = make_dataset(**source, fixed_reference=config.data.fixed_reference, with_images=with_images)
     held_out = []
     if dataset.clips_of("validation"):
-        has_images = dataset.metadata.image_format is not None
         batches = make_dataset(**source, split="validation", one_pass=True, with_images=has_images)
         held_out = list(itertools.islice(iterate(batches), config.validation.batches))
     return Inputs(dataset, windows, held_out)

@@ -19,6 +19,7 @@ from loki_jax.data.reader import Dataset
 from loki_jax.data.schema import Batch
 from loki_jax.diffusion.sampler import ddim_sample
 from loki_jax.diffusion.schedule import Schedule
+from loki_jax.driver.encoding import ReferenceFrame
 from loki_jax.face.asset import HeadAsset
 from loki_jax.face.builtin import NAME as BUILTIN
 from loki_jax.face.retarget import fold_neck, neck_joint, retarget, size_ratio
@@ -39,6 +40,7 @@ class Pairs(NamedTuple):
     Attributes:
       names: "reference clip < driver clip" of each pair.
       reference: (2N,S,S,3) uint8; reference_coefficients (2N,...); reference_clip (2N,) clip indices.
+      reference_camera, reference_crop: of the reference frames, (2N,...).
       driver: (2N,T,S,S,3) uint8, the driver's frames; for the first N they are what should come out.
       driver_coefficients, driver_camera: as recorded, (2N,T,...).
       coefficients, camera, crop: the reference's motion, (2N,T,...): its own camera and crop.
@@ -48,6 +50,8 @@ class Pairs(NamedTuple):
     reference: UInt8[np.ndarray, "n s s 3"]
     reference_coefficients: Coefficients
     reference_clip: np.ndarray
+    reference_camera: Camera
+    reference_crop: np.ndarray
     driver: UInt8[np.ndarray, "n t s s 3"]
     driver_coefficients: Coefficients
     driver_camera: Camera
@@ -107,6 +111,8 @@ def make_pairs(
         reference=take("reference", own),
         reference_coefficients=take("reference_coefficients", own),
         reference_clip=few.clip_index[own],
+        reference_camera=take("reference_camera", own),
+        reference_crop=take("reference_crop", own),
         driver=take("frames", drivers),
         driver_coefficients=take("coefficients", drivers),
         driver_camera=take("camera", drivers),
@@ -139,10 +145,10 @@ def animate_pairs(
     config: ConfigDict, networks: Networks, params: PyTree, head: HeadAsset, inputs: dict[str, Any]
 ) -> UInt8[Array, "n t s s 3"]:
     """Frames of pairs: `inputs` holds fields of `Pairs` and the noise, each with the leading axis N."""
-    driver = driver_input(config, head, inputs["coefficients"], inputs["camera"], inputs["crop"])
-    camera, crop = jax.tree.map(lambda x: x[:, 0], (inputs["camera"], inputs["crop"]))
-    portrait = (inputs["reference"], inputs["reference_coefficients"], camera, crop)
-    features = portrait_features(config, networks, params, head, *portrait)
+    own = (inputs["reference_coefficients"], inputs["reference_camera"], inputs["reference_crop"])
+    reference = ReferenceFrame(*own, inputs["reference"])
+    features = portrait_features(config, networks, params, head, inputs["reference"], *own)
+    driver = driver_input(config, head, inputs["coefficients"], inputs["camera"], inputs["crop"], reference)
     return sample_from_features(
         config, networks, params, features, driver, inputs["noise"],
         steps=config.sample.steps, guidance=config.sample.guidance, spacing=config.sample.spacing,
@@ -163,7 +169,8 @@ def make_sampler(
         animate, mesh=mesh, in_specs=(whole, whole, split), out_specs=split, check_vma=False
     )
     compiled = jax.jit(sample, out_shardings=NamedSharding(mesh, whole))
-    names = ("coefficients", "camera", "crop", "reference", "reference_coefficients")
+    moved = ("coefficients", "camera", "crop")
+    names = (*moved, "reference", *(f"reference_{name}" for name in moved))
 
     def run(params: PyTree, head: HeadAsset, pairs: Pairs) -> np.ndarray:
         inputs = {name: getattr(pairs, name) for name in names}

@@ -38,7 +38,10 @@ from loki_jax.training.state import TrainState, make_optimizer
 from loki_jax.training.step import make_gradients
 from loki_jax.training.workdir import code_version
 
-_TUPLES = {"coefficients": Coefficients, "reference_coefficients": Coefficients, "camera": Camera}
+_TUPLES = {
+    "coefficients": Coefficients, "reference_coefficients": Coefficients,
+    "camera": Camera, "reference_camera": Camera,
+}  # fmt: skip
 
 
 class Snapshot(NamedTuple):

@@ -21,6 +21,7 @@ from ml_collections import ConfigDict
 from loki_jax.arrays import ArrayLike
 from loki_jax.data.schema import Batch
 from loki_jax.diffusion.loss import diffusion_loss
+from loki_jax.driver.encoding import ReferenceFrame
 from loki_jax.face.asset import HeadAsset
 from loki_jax.models.autoencoder import sample_posterior
 from loki_jax.models.loki import drop_identity, drop_motion
@@ -95,12 +96,14 @@ def _drivers(
     """The window's driver input, and the encoded one of its reference frame where the config wants it."""
     draw = jax.named_scope("driver_map")(functools.partial(driver_input, config))
     inputs = (batch.coefficients, batch.camera, batch.crop)
+    own = (batch.reference_coefficients, batch.reference_camera, batch.reference_crop)
+    reference = ReferenceFrame(*own, batch.reference)
     if not config.model.reference.driver:
-        return draw(head, *inputs), None
-    # One camera and one crop a clip. Window and reference are drawn together: one rasterisation.
-    reference = (batch.reference_coefficients, *jax.tree.map(lambda x: x[:, 0], inputs[1:]))
-    joined = jax.tree.map(lambda x, y: jnp.concatenate([x, y[:, None]], 1), inputs, reference)
-    driver = draw(head, *joined)
+        return draw(head, *inputs, reference), None
+    # Window and reference are drawn together: one rasterisation.
+    joined = jax.tree.map(lambda x, y: jnp.concatenate([x, y[:, None]], 1), inputs, own)
+    coefficients, camera, crop = joined
+    driver = draw(head, coefficients, camera, crop, reference)
     return driver[:, :-1], encode_condition(networks, params, driver[:, -1:])[:, 0]
 
 

@@ -90,3 +90,9 @@ def test_every_key_has_a_config_of_its_own():
     first = hdtf.get_config("official")
     first.model.unet.channels = 1
     assert hdtf.get_config().model.unet.channels == 320 and hdtf.get_config().dropout.identity == 0.05
+
+
+@pytest.mark.parametrize("module", [hdtf, talkvid])
+@pytest.mark.parametrize("arm", ["flow", "warp"])
+def test_flow_and_warp_are_driver_arms(module, arm):
+    assert differences(module.get_config(arm), module.get_config()) == {"driver.arm": ("full", arm)}

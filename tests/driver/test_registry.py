@@ -7,11 +7,11 @@ import pytest
 
 from loki_jax.driver.registry import ARMS, DriverArm, driver_channels, find_arm, find_map_arm
 from loki_jax.face.builtin import builtin_head
+from loki_jax.face.normals import vertex_normals
 from loki_jax.networks import driver_input, driver_preview
 from loki_jax.pipeline import LokiPipeline, retarget_clip
 from loki_jax.raster import interpolate
 from loki_jax.sources import load_driving_clip, load_portrait
-from loki_jax.synthetic.shading import vertex_normals
 from loki_jax.train import train
 from tests.training.tiny_run import SIZE, tiny_config, write_shards
 
@@ -74,6 +74,7 @@ def test_an_arm_without_a_map_shows_the_default_map():
 def test_channels_of_every_arm_and_an_unknown_one():
     head = builtin_head()
     channels = {name: driver_channels(name, head) for name in ARMS}
-    assert channels == {"full": 45, "no_posenc": 3, "no_deform": 42, "flame_vector": head.n_expression + 12}
+    expected = {"full": 45, "no_posenc": 3, "no_deform": 42, "flow": 48, "warp": 51}
+    assert channels == expected | {"flame_vector": head.n_expression + 12}
     with pytest.raises(ValueError, match="unknown driver arm 'normals'; one of full, no_posenc"):
         find_arm("normals")

@@ -52,7 +52,7 @@ def test_scores_are_observations_of_the_fit():
     axis = head.expression_names.index("mouthLeft")
     fits = [fit_landmarks(head, points, c, (HEIGHT, WIDTH), scores=s).coefficients.expression[:, axis].mean()
             for c, s in ((hidden, None), (hidden, scores), (seen, scores))]  # fmt: skip
-    assert fits[0] < 0.15 and fits[1] > 0.6
+    assert fits[0] < 0.15 and fits[1] > 0.5
     # Clear landmarks outweigh a wrong score.
     assert fits[2] < 0.5 * fits[1]
     none = fit_landmarks(head, points, seen, (HEIGHT, WIDTH), scores=np.zeros((N, 0), np.float32))

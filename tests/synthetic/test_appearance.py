@@ -9,10 +9,11 @@ import pytest
 
 from loki_jax.face import builtin
 from loki_jax.face.builtin import builtin_head, builtin_mesh
+from loki_jax.face.normals import vertex_normals
 from loki_jax.face.skinning import make_identity
 from loki_jax.face.types import Camera, Coefficients
 from loki_jax.synthetic.appearance import sample_appearance, sample_shape
-from loki_jax.synthetic.shading import render, vertex_normals
+from loki_jax.synthetic.shading import render
 
 SIZE = 40
 

@@ -162,7 +162,7 @@ def test_windows_are_named_by_clip():
     )  # fmt: skip
     batch = Batch(
         *(None,) * 5, clip_index=jnp.array([2, 0]), frame_index=jnp.array([[4, 5], [1, 2]]),
-        reference_index=jnp.array([7, 3]),
+        reference_index=jnp.array([7, 3]), reference_camera=None, reference_crop=None,
     )  # fmt: skip
     assert window_names(batch, clips) == [
         {"clip": "clip2", "frame": 4, "reference": 7}, {"clip": "clip0", "frame": 1, "reference": 3},

@@ -11,14 +11,14 @@ RATE = Fraction(25)
 
 
 def moving_noise(frames=24, size=128, seed=0):
-    """Smooth textures that drift: what coding costs depends on the bit rate."""
+    """A smooth grey texture that drifts: what coding costs depends on the bit rate."""
     rng = np.random.default_rng(seed)
-    texture = rng.normal(size=(size + frames, size + frames, 3))
+    texture = rng.normal(size=(size + frames, size + frames, 1))
     spectrum = np.fft.rfft2(texture, axes=(0, 1))
     across, down = np.fft.rfftfreq(size + frames)[None, :, None], np.fft.fftfreq(size + frames)[:, None, None]
     smooth = np.fft.irfft2(spectrum * np.exp(-80 * (across**2 + down**2)), (size + frames,) * 2, axes=(0, 1))
     picture = (127 + 60 * smooth / smooth.std()).clip(0, 255).astype(np.uint8)
-    return np.stack([picture[k : k + size, k : k + size] for k in range(frames)])
+    return np.stack([np.repeat(picture[k : k + size, k : k + size], 3, -1) for k in range(frames)])
 
 
 def error(frames, coded):
