@@ -231,11 +231,13 @@ def _find_cuts(
     """
     pairs = zip(scenes[1:].astype(np.int16), scenes[:-1], strict=True)
     change = np.array([np.abs(after - before).mean() for after, before in pairs])
+    moving = np.flatnonzero(change > 0.2)  # pictures that are shown for several frames count once
+    change = change[moving]
     padded = np.pad(change, 3)
     around = np.max([np.roll(padded, shift) for shift in (-3, -2, -1, 1, 2, 3)], axis=0)[3 : 3 + len(change)]
-    shot = (change > 8) & (change > 3 * around)
-    person = np.sum(patches[1:] * patches[:-1], axis=1) < 0.7
-    return np.flatnonzero(shot | person) + 1
+    shot = moving[(change > 8) & (change > 3 * around) & (around > 0)]
+    person = np.flatnonzero(np.sum(patches[1:] * patches[:-1], axis=1) < 0.7)
+    return np.union1d(shot, person).astype(np.int64) + 1
 
 
 def steady_run(track: Track, longest_gap: int = 2) -> tuple[int, int]:

@@ -154,3 +154,12 @@ def test_fit_video_fits_the_longest_shot(tmp_path):
     assert clip.start == 5 / RATE and np.stack(list(clip.frames)).shape == (6, 32, 32, 3)
     whole = fit_video(path, head, landmarker=networks, all_shots=True)
     assert whole.start == 0 and len(whole.frames) == 11
+
+
+def test_repeated_pictures_are_no_cuts(tmp_path):
+    """A clip of one picture a second changes from picture to picture as others do at a cut."""
+    head = builtin_head()
+    networks = KnownFace(true_points(head, true_coefficients(head)))
+    frames = np.repeat(frames_showing([0, 2, 4, 6]), 25, axis=0)
+    _, track = find_face(networks, frames)
+    assert len(track.cuts) == 0 and choose_frames(track) == (0, 100)
