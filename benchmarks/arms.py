@@ -10,8 +10,8 @@ interrupted training goes on from its last checkpoint, so the same command resum
 and pairs with 95 % bootstrap intervals (seeds are drawn, then pairs); as the last line one JSON object, which
 also has the differences of each arm to the first in the same seeds and pairs.
 
-A run of 1,000 steps of configs/demo.py (64 pixels, 4 windows of 8 frames a step) should take half an hour on 2
-idle cores, from the 85 minutes of 4,000 steps of the demo model and the minutes of its measurement. Not yet
+A run of 1,000 steps of configs/demo.py (64 pixels, 4 windows of 8 frames a step) should take half an hour on
+2 idle cores, from the 85 minutes of 4,000 steps of the demo model and the minutes of its measurement. Not yet
 measured in full.
 """
 
