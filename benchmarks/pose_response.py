@@ -21,35 +21,33 @@ from scipy.spatial.transform import Rotation
 from data_prep.landmarks.embed import paint, with_landmarks
 from loki_jax.compile_cache import enable_compile_cache
 from loki_jax.face.asset import HeadAsset
-from loki_jax.face.builtin import builtin_head
+from loki_jax.face.builtin import NAME, builtin_head
 from loki_jax.face.ict import head_from_ict
 from loki_jax.fitting.fit import fit_landmarks
 from loki_jax.fitting.landmarker import Landmarker
 from loki_jax.fitting.model_files import fetch_models
 from loki_jax.fitting.tracking import Track, clip_landmarks
-from loki_jax.synthetic.appearance import sample_appearance, sample_shape
-from tools.landmark_bias import SIZE, Posed, pose_person
+from loki_jax.synthetic.appearance import Appearance, sample_appearance, sample_shape
+from tools.landmark_bias import SIZE, Posed, RawLandmarker, pose_person
 
 AXES = {"pitch": 0, "yaw": 1, "roll": 2}
 ANGLES = np.arange(-35.0, 36.0, 5.0)  # degrees
 STRAIGHT = np.abs(ANGLES) <= 30  # where the slope is taken
 
 
-class RawLandmarker(Landmarker):
-    """The networks without the correction of their bias."""
-
-    def unbias(self, points):
-        return points
+def person_of(head: HeadAsset, seed: int) -> tuple[Float[np.ndarray, " n_shape"], Appearance]:
+    """Shape and appearance of a person on any head with known landmarks."""
+    if head.name == NAME:
+        return sample_shape(seed, head), sample_appearance(seed, head)
+    betas = np.clip(np.random.default_rng(seed).standard_normal(head.n_shape), -2, 2)
+    return betas.astype(np.float32), paint(head, seed)
 
 
 def turning_person(head: HeadAsset, seed: int, axis: str) -> Posed:
     """A person of `head` who turns about one axis through `ANGLES`."""
     rot = np.zeros((len(ANGLES), 3))
     rot[:, AXES[axis]] = np.radians(ANGLES)
-    if head.name == builtin_head().name:
-        return pose_person(head, sample_shape(seed, head), sample_appearance(seed, head), rot)
-    betas = np.clip(np.random.default_rng(seed).standard_normal(head.n_shape), -2, 2)
-    return pose_person(head, betas.astype(np.float32), paint(head, seed), rot)
+    return pose_person(head, *person_of(head, seed), rot)
 
 
 def found_angles(head: HeadAsset, person: Posed, track: Track, axis: str) -> Float[np.ndarray, " n"]:

@@ -23,6 +23,7 @@ from pathlib import Path
 from data_prep import cli
 from data_prep.dataset.options import BuildOptions
 from loki_jax.fitting.model_files import fetch_models
+from loki_jax.fitting.task_file import with_task_file
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,12 +35,14 @@ class Options(BuildOptions):
       head: head asset, ICT-FaceKit arrays, or builtin.
       out: folder of the dataset to make.
       wheel: the mediapipe 0.10.21 wheel, where the landmark models cannot be downloaded.
+      landmarker: MediaPipe's face_landmarker.task, for lids and mouths that say more.
     """
 
     clips: tuple[str, ...]
     head: str
     out: Path
     wheel: str | None = None
+    landmarker: Path | None = None
 
 
 def build(options: Options) -> None:
@@ -48,7 +51,7 @@ def build(options: Options) -> None:
     from data_prep.dataset.summary import format_summary
 
     paths, head = find_clips(options.clips), clips.load_any_head(options.head)
-    models = fetch_models(options.wheel)
+    models = with_task_file(fetch_models(options.wheel), options.landmarker)
     summary = clips.build_dataset(
         paths, head, options.out, functools.partial(clips.load_landmarker, models), options, models
     )

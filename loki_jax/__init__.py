@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from loki_jax.face.builtin import builtin_head
     from loki_jax.face.retarget import retarget
     from loki_jax.face.skinning import make_identity
+    from loki_jax.geometry.pipeline import GeometryPipeline
     from loki_jax.metrics.hef import head_expression_follow
     from loki_jax.metrics.hpf import head_pose_follow
     from loki_jax.pipeline import LokiPipeline, retarget_clip
@@ -33,6 +34,7 @@ __version__ = "0.2.0"
 
 _MODULES = {
     "DrivingClip": "sources",
+    "GeometryPipeline": "geometry.pipeline",
     "LokiPipeline": "pipeline",
     "Portrait": "sources",
     "builtin_head": "face.builtin",
@@ -52,9 +54,9 @@ _MODULES = {
 }
 
 __all__ = [
-    "DrivingClip", "LokiPipeline", "Portrait", "builtin_head", "driver_map", "fit_clip", "fit_portrait",
-    "head_expression_follow", "head_pose_follow", "load_checkpoint", "load_driving_clip", "load_head",
-    "load_portrait", "make_identity", "rasterize", "retarget", "retarget_clip",
+    "DrivingClip", "GeometryPipeline", "LokiPipeline", "Portrait", "builtin_head", "driver_map", "fit_clip",
+    "fit_portrait", "head_expression_follow", "head_pose_follow", "load_checkpoint", "load_driving_clip",
+    "load_head", "load_portrait", "make_identity", "rasterize", "retarget", "retarget_clip",
 ]  # fmt: skip
 
 

@@ -59,6 +59,8 @@ class EvaluateOptions:
     """pose of --truth render"""
     hef_size: int = 512
     """edge of HEF's renders in pixels"""
+    landmarker: Path | None = None
+    """MediaPipe's face_landmarker.task, for landmark fits with better lids and mouths"""
     face: int | None = None
     """which face of the video, 0 the largest (default: the largest)"""
     driver_face: int | None = None
@@ -103,6 +105,7 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
         measure_following,
         rendered_truth,
     )
+    from loki_jax.fitting.clips import default_landmarker
     from loki_jax.io import write_json
     from loki_jax.metrics.image import psnr, ssim
     from loki_jax.pictures import plot_per_frame
@@ -120,9 +123,10 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
     video = read_video(options.video)
     frames = video.frames
     known = None if options.reference is None else known_appearance(options.reference, head)
+    landmarker = None if options.landmarker is None else default_landmarker(options.landmarker)
     # Frames are compared at equal times, whatever the rates of the files.
     driver = load_driving_clip(
-        options.driver, head, frames.shape[1],
+        options.driver, head, frames.shape[1], landmarker=landmarker,
         face=options.driver_face, all_shots=options.all_shots, allow_lost=options.allow_lost,
     ).at_rate(video.fps)  # fmt: skip
 
@@ -139,8 +143,8 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
         else:
             # What is lost counts in the track rate; a cut within a result is its fault.
             clip = fit_clip(
-                shown, head, LARGEST_FIT,
-                fps=video.fps, name=options.video, face=options.face, all_shots=True, allow_lost=True,
+                shown, head, LARGEST_FIT, fps=video.fps, name=options.video, landmarker=landmarker,
+                face=options.face, all_shots=True, allow_lost=True,
             )  # fmt: skip
             fitted, valid, camera = clip.coefficients, clip.valid, clip.camera
         return measure_following(

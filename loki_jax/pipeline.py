@@ -39,12 +39,12 @@ class Window(NamedTuple):
       maps: pictures of the driver maps that it follows.
     """
 
-    frames: UInt8[np.ndarray, "*b t s s 3"]
+    frames: UInt8[np.ndarray, "*b t h w 3"]
     maps: UInt8[np.ndarray, "*b t s s 3"]
 
 
 class Animator(Protocol):
-    """What can animate a portrait. `head` is the head to fit inputs to, `size` the frames' edge in pixels."""
+    """What can animate a portrait. `head` is the head to fit inputs to, `size` the edge of crops, pixels."""
 
     head: HeadAsset
     size: int
@@ -53,7 +53,7 @@ class Animator(Protocol):
         """The animation, a few frames at a time."""
         ...
 
-    def __call__(self, portrait: Portrait, clip: DrivingClip, **options: Any) -> UInt8[np.ndarray, "n s s 3"]:
+    def __call__(self, portrait: Portrait, clip: DrivingClip, **options: Any) -> UInt8[np.ndarray, "n h w 3"]:
         """All frames of the animation; the options are those of `windows`."""
         ...
 

@@ -58,6 +58,12 @@ def ict_path(request, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def task_file() -> Path:
+    """MediaPipe's face_landmarker.task (never committed)."""
+    return _shared("models/face_landmarker.task")
+
+
+@pytest.fixture(scope="session")
 def landmarker():
     """The landmark networks, from the user's cache or fetched into it by pip."""
     pytest.importorskip("ai_edge_litert", reason="needs the prep extra (ai-edge-litert)")

@@ -77,6 +77,19 @@ def test_writes_video_and_panel(folder, clips, model):
     assert np.abs(middle - driver).mean() < 15
 
 
+def test_without_a_checkpoint_the_portrait_itself_is_moved(folder, clips, capsys):
+    out = folder / "moved.mp4"
+    assert main(["--reference", clips[0], "--driver", clips[1], "--out", str(out)]) == 0
+    video = read_video(out)
+    assert video.frames.shape == (FRAMES, 512, 512, 3) and video.fps == Fraction(25)
+    assert is_tagged_synthetic(out) and (folder / "moved_panel.mp4").is_file()
+    # Frame 0 of a relative animation has the portrait's pose: only the expression is another.
+    reference = load_portrait(clips[0], builtin_head(), 512).image
+    assert np.abs(video.frames[0].astype(float) - reference).mean() < 12
+    assert main(["--reference", clips[0], "--driver", clips[1], "--out", str(out), "--steps", "2"]) == 1
+    assert "--steps" in capsys.readouterr().err
+
+
 def test_same_seed_same_video(folder, clips, model):
     first, second, other = (folder / f"{name}.mp4" for name in ("first", "second", "other"))
     run(model, clips[0], clips[1], first, "--steps", "2", "--seed", "3")

@@ -97,9 +97,14 @@ def test_program_reads_a_video_back(folder, clips, pair, capsys):
         and result["track_rate"] == 1
     )
     assert result["hpf"] < 2 and result["psnr"] > 30 and result["ssim"] > 0.9
+    # The video is the truth, so that the floor is what it scores but for coding; it is no self-comparison.
+    floor = result["floor"]
+    assert 0 < floor["hpf"] < 2 and abs(floor["hpf"] - result["hpf"]) < 0.5
+    assert 0 < floor["hef"] < 2 * result["hef"] + 0.01
     with Image.open(out / "per_frame.png") as plot:
         assert plot.size[1] > 400
-    assert "HPF (degrees)" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "HPF (degrees)" in printed and "floor" in printed
 
 
 def test_videos_of_another_rate_are_compared_in_time(folder, clips, pair):
@@ -111,9 +116,10 @@ def test_videos_of_another_rate_are_compared_in_time(folder, clips, pair):
     write_video(half, pair.truth[::2], driver.fps, crf=4)
     write_video(whole, pair.truth, pair.driver.fps, crf=4)
     arguments = ["--video", half, "--driver", clips[1], "--reference", clips[0], "--truth", whole,
-                 "--hef-size", "64", "--out", out]  # fmt: skip
+                 "--hef-size", "64", "--out", out, "--no-floor"]  # fmt: skip
     assert main([str(argument) for argument in arguments]) == 0
     result = json.loads((out / "metrics.json").read_text())
+    assert "floor" not in result
     assert result["frames"] == FRAMES // 2 and result["hpf"] < 2 and result["psnr"] > 35
 
 

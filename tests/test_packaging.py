@@ -293,7 +293,8 @@ LEVELS = (
     ("loki_jax.driver", "loki_jax.models", "loki_jax.data", "loki_jax.diffusion", "loki_jax.synthetic"),
     ("loki_jax.fitting", "loki_jax.networks", "loki_jax.metrics"),
     ("loki_jax.sources", "loki_jax.training", "loki_jax.program"),
-    ("loki_jax.pipeline", "loki_jax.evaluation", "loki_jax.planning", "loki_jax.weights"),
+    ("loki_jax.framing", "loki_jax.pipeline", "loki_jax.evaluation", "loki_jax.planning", "loki_jax.weights"),
+    ("loki_jax.geometry",),
 )
 
 

@@ -42,6 +42,13 @@ _LARGEST_ANGLE, _LARGEST_ROLL = 36.0, 20.0  # degrees
 _DEGREE = 2
 
 
+class RawLandmarker(Landmarker):
+    """The networks without any correction."""
+
+    def correct(self, points, score):
+        return points
+
+
 class Posed(NamedTuple):
     """Renders (N, SIZE, SIZE, 3) of a person in known poses, and where its landmarks are."""
 
@@ -86,7 +93,7 @@ def _pixels(head: HeadAsset, coefficients: Coefficients, camera: Camera):
 
 
 def observe_people(
-    landmarker: Landmarker, people: range, poses: int
+    landmarker: RawLandmarker, people: range, poses: int
 ) -> tuple[Float[np.ndarray, "M 478 3"], Float[np.ndarray, "M 478 2"], Int[np.ndarray, " M"]]:
     """Marks of the networks, the true landmarks, and whose they are, in all renders that show a face."""
     head = builtin_head()
@@ -103,7 +110,7 @@ def observe_people(
         )
         for frame, points in zip(person.frames, person.points, strict=True):
             try:
-                marked.append(image_landmarks(landmarker, frame, unbias=False).points[0])
+                marked.append(image_landmarks(landmarker, frame).points[0])
             except LandmarkError:
                 continue
             true.append(points)
@@ -164,7 +171,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--people", type=int, default=16, help="how many people are rendered")
     parser.add_argument("--poses", type=int, default=48, help="poses of each")
     args = parser.parse_args(argv)
-    landmarker = Landmarker(fetch_models())
+    landmarker = RawLandmarker(fetch_models())
     observed = observe_people(landmarker, range(100, 100 + args.people), args.poses)
     found = measure_bias(*observed)
     write_npz(FILE, {name: value.astype(np.float32) for name, value in found._asdict().items()})

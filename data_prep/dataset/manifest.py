@@ -30,7 +30,7 @@ from loki_jax.video import MediaError
 MANIFEST_FILE = "manifest.json"
 
 # Of what `data_prep.build` does with a clip. Raise it when the same clip would give other records.
-PIPELINE_VERSION = 2
+PIPELINE_VERSION = 3
 
 _PACKAGES = (
     "jax", "jaxlib", "numpy", "scipy", "av", "opencv-python-headless", "ai-edge-litert", "array_record"

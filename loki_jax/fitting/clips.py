@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import os
 from fractions import Fraction
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -24,6 +25,7 @@ from loki_jax.fitting.fit import DEFAULT_SETTINGS, FitResult, fit_landmarks
 from loki_jax.fitting.landmarker import Landmarker
 from loki_jax.fitting.model_files import fetch_models
 from loki_jax.fitting.problem import FitSettings, pad_frames
+from loki_jax.fitting.task_file import with_task_file
 from loki_jax.fitting.tracking import Track, choose_frames, cut_track, find_face
 from loki_jax.video import Frames, LazyFrames, read_image
 
@@ -54,9 +56,16 @@ class FittedClip(NamedTuple):
 
 
 @functools.cache
-def default_landmarker() -> Landmarker:
-    """The landmark networks from the user's cache, downloaded on first use; loaded once a process."""
-    return Landmarker(fetch_models())
+def default_landmarker(task: Path | None = None) -> Landmarker:
+    """The landmark networks from the user's cache, downloaded on first use; loaded once a process.
+
+    Args:
+      task: MediaPipe's `face_landmarker.task`, whose lids and expression scores are then used, too.
+
+    Raises:
+      LandmarkError: no networks, or another file.
+    """
+    return Landmarker(with_task_file(fetch_models(), task))
 
 
 def fit_image(
@@ -203,6 +212,7 @@ def fit_track(
         focal=focal,
         settings=settings,
         fps=float(fps),
+        scores=track.scores,
     )
     crop = clip_crop_box(head, fit.coefficients, fit.camera, crop_factor)
     return FittedClip(frames, fps, track, fit, crop, name)

@@ -25,6 +25,7 @@ from loki_jax.fitting.problem import (
     pad_frames,
 )
 from loki_jax.fitting.solver import optimise
+from loki_jax.fitting.task_file import axis_scores
 
 DEFAULT_SETTINGS = FitSettings()
 
@@ -116,6 +117,7 @@ def fit_landmarks(
     focal: float | None = None,
     settings: FitSettings = DEFAULT_SETTINGS,
     fps: float = 25.0,
+    scores: Float[np.ndarray, "N k"] | None = None,
 ) -> FitResult:
     """Fit `head` to the landmarks of a clip (one frame: a portrait).
 
@@ -125,6 +127,8 @@ def fit_landmarks(
       image_size: (height, width) in pixels.
       focal: focal length in pixels; None: from `settings.fov`.
       fps: frame rate; the smoothness of `settings` is stated for 25 frames a second.
+      scores: expression scores (`loki_jax.fitting.task_file`), observations of the axes of
+        their names; k is 52 or 0.
 
     Raises:
       FitError: no set of 478 landmarks on the head, wrong array shapes, or nothing seen.
@@ -142,7 +146,9 @@ def fit_landmarks(
     finite = np.isfinite(points[..., :2]).all(-1) & np.isfinite(confidence)
     confidence = np.where(finite, np.clip(confidence, 0, 1), 0)
     points = np.where(finite[..., None], points[..., :2], 0)
-    problem, layout, start, seen = make_problem(head, points, confidence, image_size, focal, settings, fps)
+    problem, layout, start, seen = make_problem(
+        head, points, confidence, image_size, focal, settings, fps, scores
+    )
     mean_shape, tolerance = np.zeros(head.n_shape, np.float32), np.float32(settings.tolerance)
     shape, x, cost, steps = optimise(problem, layout, mean_shape, start, settings.iterations, tolerance)
     n_frames = len(points)
@@ -166,6 +172,7 @@ def make_problem(
     focal: float | None,
     settings: FitSettings,
     fps: float,
+    scores: Float[np.ndarray, "N k"] | None = None,
 ) -> tuple[Problem, Layout, Float[np.ndarray, "M p"], Bool[np.ndarray, " N"]]:
     """The problem, padded to M frames, its layout and start, and which of the N frames show the face."""
     indices = np.flatnonzero(np.asarray(head.landmarks[LANDMARK_SET].face) >= 0)
@@ -201,6 +208,14 @@ def make_problem(
     metres = np.where(is_inner, settings.noise, settings.contour_noise)
     metres = np.where(np.isin(indices, IRISES), settings.iris_noise, metres)
 
+    terms = frame_terms(head, layout, settings, 25.0 / fps)
+    mean = np.zeros_like(start)
+    if scores is not None and scores.shape[1]:
+        filled = _fill_gaps(np.asarray(scores, np.float32)[..., None], seen)[..., 0]
+        for axis, values in axis_scores(head.expression_names, filled).items():
+            mean[:, axis] = pad_frames(np.clip(values, terms["lower"][axis], terms["upper"][axis]))
+            terms["frame_prior"][axis] = settings.score_noise**-2.0
+
     real = (np.arange(len(observed)) < n_frames).astype(np.float32)
     problem = Problem(
         head=small,
@@ -213,7 +228,8 @@ def make_problem(
         # views of the shape, but do not make the landmarks more exact.
         shape_prior=n_frames * np.asarray(head.shape_sigma, np.float32) ** -2.0,
         huber=np.asarray(settings.huber, np.float32),
-        **frame_terms(head, layout, settings, 25.0 / fps),
+        frame_mean=mean,
+        **terms,
     )
     return problem, layout, start, seen
 
@@ -282,8 +298,8 @@ def frame_terms(head: HeadAsset, layout: Layout, settings: FitSettings, interval
 
 
 def _fill_gaps(
-    observed: Float[np.ndarray, "N n 2"], seen: Bool[np.ndarray, " N"]
-) -> Float[np.ndarray, "N n 2"]:
+    observed: Float[np.ndarray, "N n c"], seen: Bool[np.ndarray, " N"]
+) -> Float[np.ndarray, "N n c"]:
     """Frames without landmarks get interpolated ones, so that their pose starts somewhere sensible."""
     times = np.flatnonzero(seen)
     if len(times) == len(observed):

@@ -17,14 +17,24 @@ import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, UInt8
 
+from loki_jax.fitting.lids import close_lids
 from loki_jax.fitting.model_files import LandmarkError
 from loki_jax.fitting.points import IRIS_LEFT, IRIS_RIGHT, LIDS_LEFT, LIDS_RIGHT, N_POINTS, OUTER_EYE_CORNERS
 from loki_jax.fitting.pose_bias import pose_bias
+from loki_jax.fitting.task_file import (
+    POINTS,
+    POINTS_SIZE,
+    SCORE_INPUTS,
+    SCORE_NAMES,
+    SCORES,
+    STEM,
+    read_task_file,
+)
 
 
 class FaceBox(NamedTuple):
@@ -183,12 +193,15 @@ class Landmarker:
     """The three networks, ready to run on one image after another.
 
     Args:
-      models: what `fetch_models` returns.
+      models: what `fetch_models` returns; with `with_task_file` the newer networks give lids and scores.
       threads: CPU threads of each network.
 
     Raises:
-      LandmarkError: OpenCV or LiteRT is not installed.
+      LandmarkError: OpenCV or LiteRT is not installed, or a damaged `face_landmarker.task`.
     """
+
+    n_scores = 0  # how many expression scores `second_look` gives
+    _task: dict[str, Any] | None = None  # the newer networks by name
 
     def __init__(self, models: dict[str, Path], threads: int = 2):
         try:
@@ -199,15 +212,19 @@ class Landmarker:
                 f"Finding landmarks needs OpenCV and LiteRT ({error}). Run `pip install loki_jax[prep]`."
             ) from error
 
-        def load(stem: str) -> Interpreter:
-            network = Interpreter(model_content=models[stem].read_bytes(), num_threads=threads)
+        def load(content: bytes) -> Interpreter:
+            network = Interpreter(model_content=content, num_threads=threads)
             with _without_info():
                 network.allocate_tensors()
             return network
 
-        self._detector = load("face_detection_short_range")
-        self._mesh = load("face_landmark")
-        self._iris = load("iris_landmark")
+        self._detector, self._mesh, self._iris = (
+            load(models[stem].read_bytes())
+            for stem in ("face_detection_short_range", "face_landmark", "iris_landmark")
+        )
+        if STEM in models:
+            self.n_scores = len(SCORE_NAMES)
+            self._task = {name: load(content) for name, content in read_task_file(models[STEM]).items()}
         self._anchors = ssd_anchors()
 
     def detect(self, image: UInt8[np.ndarray, "h w 3"], threshold: float = 0.5) -> list[FaceBox]:
@@ -306,9 +323,33 @@ class Landmarker:
         left, right = OUTER_EYE_CORNERS
         return Region.around(points[:468, :2], _angle(points[left], points[right]), 1.5)
 
-    def unbias(self, points: Float[np.ndarray, "478 3"]) -> Float[np.ndarray, "478 3"]:
-        """Points of `points_in` without what the face network gets wrong as heads nod (`pose_bias`)."""
-        return pose_bias().correct(points)
+    def second_look(
+        self, image: UInt8[np.ndarray, "h w 3"], points: Float[np.ndarray, "478 3"]
+    ) -> tuple[Float[np.ndarray, "478 3"], Float[np.ndarray, " k"]]:
+        """The points with the newer networks' lids, and their scores (`task_file`).
+
+        Without `face_landmarker.task` the points as they are, and no scores.
+        """
+        if self._task is None:
+            return points, np.zeros(0, np.float32)
+        region = self.next_region(points)
+        crop = region.cut(image, POINTS_SIZE)[None].astype(np.float32) / 255
+        (raw,) = _invoke(self._task[POINTS], crop, (1434,))
+        seen = region.points_in_image(raw.reshape(N_POINTS, 3), POINTS_SIZE)
+        (scores,) = _invoke(self._task[SCORES], seen[None, SCORE_INPUTS, :2], (52,))
+        points = points.copy()
+        lids = [*LIDS_RIGHT, *LIDS_LEFT]
+        points[lids, :2] = seen[lids, :2]
+        return points, scores.ravel()
+
+    def correct(
+        self, points: Float[np.ndarray, "n 478 3"], score: Float[np.ndarray, " n"]
+    ) -> Float[np.ndarray, "n 478 3"]:
+        """Points of a clip, or of a portrait, without what the networks get wrong (`pose_bias`, `lids`)."""
+        corrected = points.copy()
+        for index in np.flatnonzero(score):
+            corrected[index] = pose_bias().correct(points[index])
+        return close_lids(corrected, score)
 
 
 def _invoke(network, value: np.ndarray, widths: tuple[int, ...]) -> list[np.ndarray]:

@@ -45,6 +45,7 @@ class FitSettings:
         are mostly shot from afar and cropped, hence narrow.
       noise, contour_noise, iris_noise: standard deviation of a landmark at the face.
       huber: errors beyond so many standard deviations count linearly.
+      score_noise: standard deviation of an expression axis about its score, where a network gives one.
       jaw, eyes: prior standard deviations of these rotations about x (up/down), y, z.
       smooth_*: standard deviation of the second difference in time, per frame squared.
       iterations: upper limit of Levenberg-Marquardt steps.
@@ -56,6 +57,7 @@ class FitSettings:
     contour_noise: float = 0.005
     iris_noise: float = 0.001
     huber: float = 2.0
+    score_noise: float = 0.15
     jaw: tuple[float, float, float] = (0.2, 0.03, 0.03)
     eyes: tuple[float, float, float] = (0.3, 0.4, 0.01)
     jaw_limits: tuple[float, float] = (-0.05, 0.7)
@@ -98,6 +100,7 @@ class Problem(NamedTuple):
       weight: confidence; 0 in padded frames.
       real: 1 for frames of the clip, 0 for padding.
       frame_prior, shape_prior: 1 / variance of the unknowns.
+      frame_mean: the mean of that prior: expression scores where there are any, else 0.
       smoothness: 1 / variance of the second difference of a frame's unknowns.
       lower, upper: bounds of a frame's unknowns.
       huber: errors beyond so many standard deviations count linearly.
@@ -110,6 +113,7 @@ class Problem(NamedTuple):
     sigma: Float[ArrayLike, "N n"]
     real: Float[ArrayLike, " N"]
     frame_prior: Float[ArrayLike, " p"]
+    frame_mean: Float[ArrayLike, "N p"]
     shape_prior: Float[ArrayLike, " s"]
     smoothness: Float[ArrayLike, " p"]
     lower: Float[ArrayLike, " p"]

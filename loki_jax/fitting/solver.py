@@ -74,9 +74,8 @@ def _cost(problem: Problem, residual: Float[Array, "N n 2"], shape, x) -> Float[
     huber = problem.huber
     robust = jnp.where(deviation < huber, 0.5 * deviation**2, huber * deviation - 0.5 * huber**2)
     data = jnp.sum(problem.weight * robust)
-    prior = jnp.sum(problem.real[:, None] * problem.frame_prior * x**2) + jnp.sum(
-        problem.shape_prior * shape**2
-    )
+    prior = jnp.sum(problem.real[:, None] * problem.frame_prior * (x - problem.frame_mean) ** 2)
+    prior += jnp.sum(problem.shape_prior * shape**2)
     bent = _second_difference(x, problem.real) if len(x) > 2 else jnp.zeros_like(x)
     return data + 0.5 * (prior + jnp.sum(problem.smoothness * bent**2))
 
@@ -124,7 +123,7 @@ def _step(problem: Problem, layout: Layout, shape, x, damping):
 
     prior = problem.frame_prior * problem.real[:, None]
     banded = len(x) > 2  # shorter clips have no second difference
-    gradient_x = gradient[:, n_shape:] + prior * x
+    gradient_x = gradient[:, n_shape:] + prior * (x - problem.frame_mean)
     gradient_s = gradient[:, :n_shape].sum(0) + problem.shape_prior * shape
     diagonal_smooth = jnp.zeros_like(x)
     if banded:

@@ -26,6 +26,7 @@ class Track(NamedTuple):
       score: 0..1, the face network's score of the frame.
       faces: how many faces the detector saw at once.
       cuts: frames that begin another shot, or show another person.
+      scores: expression scores (`task_file.SCORE_NAMES`); k is 0, or None, where no network gives them.
     """
 
     points: Float[np.ndarray, "n 478 3"]
@@ -33,6 +34,7 @@ class Track(NamedTuple):
     score: Float[np.ndarray, " n"]
     faces: int
     cuts: Int[np.ndarray, " cuts"] = np.zeros(0, np.int64)
+    scores: Float[np.ndarray, "n k"] | None = None
 
 
 def find_face(
@@ -111,14 +113,12 @@ def image_landmarks(
     image: UInt8[np.ndarray, "h w 3"],
     face: int | None = None,
     name: str = "image",
-    unbias: bool = True,
 ) -> Track:
     """Landmarks of a portrait, as a track of one frame.
 
     Args:
       face: index of the wanted face, largest first; None: the only, or by far the largest, face.
       name: what error messages call the image.
-      unbias: correct the points by `Landmarker.unbias`.
 
     Raises:
       LandmarkError: no face, no face of that index, or two faces of about the same size and no index.
@@ -138,8 +138,9 @@ def image_landmarks(
             f"{name}: something like a face was found, but no landmarks on it (score {score:.2f}). "
             "Use a picture with a visible, upright face."
         )
-    points = landmarker.unbias(points) if unbias else points
-    return Track(points[None], confidence[None], np.array([score], np.float32), len(faces))
+    points, scores = landmarker.second_look(image, points)
+    points = landmarker.correct(points[None], np.array([score]))
+    return Track(points, confidence[None], np.array([score], np.float32), len(faces), scores=scores[None])
 
 
 def clip_landmarks(
@@ -180,27 +181,27 @@ def clip_landmarks(
     points = np.zeros((len(frames), N_POINTS, 3), np.float32)
     confidence = np.zeros((len(frames), N_POINTS), np.float32)
     score = np.zeros(len(frames), np.float32)
+    scores = np.zeros((len(frames), landmarker.n_scores), np.float32)
     scenes = np.zeros((len(frames), 18, 32, 3), np.uint8)
     patches = np.full((len(frames), 24 * 24), np.nan, np.float32)
-    points[start], confidence[start], score[start] = _precise_points(
-        landmarker, frames[start], landmarker.face_region(first)
-    )
+    found = _precise_points(landmarker, frames[start], landmarker.face_region(first))
+    first_points, confidence[start], score[start] = found
+    points[start], scores[start] = landmarker.second_look(frames[start], first_points)
     scenes[start] = _thumbnail(frames[start])
-    patches[start] = _face_patch(landmarker, frames[start], points[start])
+    patches[start] = _face_patch(landmarker, frames[start], first_points)
     for order in (range(start + 1, len(frames)), range(start - 1, -1, -1)):
-        last, found_before = points[start], True
+        last, found_before = first_points, True
         for index in order:
             frame = frames[index]
             found = _follow(landmarker, frame, last, found_before)
             found_before = found is not None
             scenes[index] = _thumbnail(frame)
             if found is not None:
-                points[index], confidence[index], score[index] = found
-                patches[index] = _face_patch(landmarker, frame, points[index])
-                last = points[index]
-    for index in np.flatnonzero(score):
-        points[index] = landmarker.unbias(points[index])
-    return Track(points, confidence, score, faces, _find_cuts(scenes, patches))
+                last, confidence[index], score[index] = found
+                points[index], scores[index] = landmarker.second_look(frame, last)
+                patches[index] = _face_patch(landmarker, frame, last)
+    cuts = _find_cuts(scenes, patches)
+    return Track(landmarker.correct(points, score), confidence, score, faces, cuts, scores)
 
 
 def _thumbnail(frame: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "18 32 3"]:
@@ -311,7 +312,8 @@ def cut_track(track: Track, start: int, stop: int) -> Track:
     """Frames [start, stop) of a track."""
     cuts = track.cuts[(track.cuts > start) & (track.cuts < stop)] - start
     part = slice(start, stop)
-    return Track(track.points[part], track.confidence[part], track.score[part], track.faces, cuts)
+    scores = None if track.scores is None else track.scores[part]
+    return Track(track.points[part], track.confidence[part], track.score[part], track.faces, cuts, scores)
 
 
 def _follow(landmarker: Landmarker, image: np.ndarray, last: np.ndarray, found_before: bool):

@@ -92,6 +92,7 @@ def conv3x3(
 ) -> Float[Array, "n h2 w2 f"]:
     """3 x 3 convolution in the dtype of its arguments; `padding` is ((top, bottom), (left, right))."""
     n, h, w, c = x.shape
+    kernel = jnp.asarray(kernel)
     if jax.default_backend() == "cpu" and n * h * w <= _PATCH_PIXELS * stride**2 and c >= _PATCH_CHANNELS:
         return _conv3x3_of_patches(x, kernel, stride, padding)
     return jax.lax.conv_general_dilated(

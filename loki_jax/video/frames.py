@@ -15,7 +15,7 @@ from loki_jax.video.files import MediaError
 from loki_jax.video.reader import VideoReader
 
 # Uncropped RGB frames: an array or any sequence of them.
-Frames = Sequence[UInt8[np.ndarray, "h w 3"]] | UInt8[np.ndarray, "n h w 3"]
+Frames = Sequence[UInt8[np.ndarray, "_ _ 3"]] | UInt8[np.ndarray, "_ _ _ 3"]
 
 # Decoded pictures that are kept, in bytes: they are decoded in pieces, since a tracker goes both ways.
 _KEPT_BYTES = 192 * 2**20

@@ -1,0 +1,236 @@
+"""How well real portraits follow real clips by geometry alone, and how fast.
+
+    python benchmarks/geometry.py --portraits PICTURES... --clips CLIPS... [--frames 24] [--sheets FOLDER]
+    python benchmarks/geometry.py --only pairs|self|speed ...
+
+Twenty fixed pairs of the sorted portraits and clips. Every pair is animated, at `--frames` times spread
+over the clip. The head is fitted to the result by landmarks, and HPF and HEF against the clip are those of
+the result over those of the portrait as it is (`still`). `self`: each clip drives its own most frontal
+frame; PSNR and SSIM inside the box of the head, beside those of that frame (`still`) and of that frame
+moved by a similarity onto the eyes, nose and mouth of each frame (`aligned`). `speed`: 512 x 512, compiled,
+milliseconds a frame, beside cv2.remap of the same picture and the landmark networks; and the peak memory
+after 32 and after 320 frames. The last line is one JSON object.
+"""
+
+import argparse
+import json
+import resource
+import sys
+import time
+from pathlib import Path
+
+import cv2
+import jax
+import numpy as np
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from loki_jax.compile_cache import enable_compile_cache
+from loki_jax.face.builtin import builtin_head
+from loki_jax.face.crop import crop_and_resize
+from loki_jax.fitting.clips import default_landmarker, fit_video, head_extent
+from loki_jax.fitting.tracking import clip_landmarks
+from loki_jax.geometry.pipeline import GeometryPipeline
+from loki_jax.metrics.hef import head_expression_follow
+from loki_jax.metrics.hpf import head_pose_follow
+from loki_jax.metrics.image import psnr, ssim
+from loki_jax.sources import DrivingClip, Portrait, fit_portrait
+
+PAIRS = 20
+# Eye corners, nose, corners of the mouth: what the similarity of `aligned` is fitted to.
+ANCHORS = [33, 133, 263, 362, 1, 61, 291]
+
+
+def spread(length: int, count: int) -> np.ndarray:
+    return np.unique(np.linspace(0, length - 1, count).round().astype(int))
+
+
+def fitted_clip(path, head, count):
+    """The clip, fitted as a whole and reduced to frames spread over it: fit, frames, landmarks."""
+    fitted = fit_video(path, head)
+    index = spread(len(fitted.frames), count)
+    coefficients = jax.tree.map(lambda x: x[index], fitted.fit.coefficients)
+    frames = np.stack([fitted.frames[i] for i in index])
+    return fitted, coefficients, frames, fitted.track.points[index, :, :2]
+
+
+def driving(fitted, coefficients, frames) -> DrivingClip:
+    valid = np.ones(len(frames), bool)
+    return DrivingClip(
+        frames[:, :1, :1], coefficients, fitted.fit.camera, fitted.fps, valid, None, fitted.name
+    )
+
+
+def follow(head, fitted, coefficients, prediction, repeat):
+    """HPF and HEF of fitted coefficients, or of one frame's coefficients for all frames, against a clip."""
+    if repeat:
+        prediction = jax.tree.map(lambda x: np.repeat(x[None], len(coefficients.rot), 0), prediction)
+    pose = head_pose_follow(prediction.rot, coefficients.rot, prediction.neck, coefficients.neck)
+    expression = head_expression_follow(head, prediction, coefficients, fitted.fit.camera, size=256)
+    return pose.degrees, expression.distance
+
+
+def measure_pairs(args, pipeline):
+    head = pipeline.head
+    portraits = [fit_portrait(str(path), head, 512) for path in sorted(args.portraits)]
+    clips = {}
+    rows = []
+    for k in range(PAIRS):
+        portrait = portraits[k % len(portraits)]
+        path = sorted(args.clips)[(3 * k + k // len(portraits)) % len(args.clips)]
+        if path not in clips:
+            clips[path] = fitted_clip(path, head, args.frames)
+        fitted, coefficients, frames, _ = clips[path]
+        result = pipeline(portrait, driving(fitted, coefficients, frames))
+        # The fit expects motion to be smooth: frames apart in time are frames of a slower clip.
+        rate = fitted.fps * len(frames) / len(fitted.frames)
+        again = fit_video(result, head, fps=rate, name=portrait.name)
+        ours = follow(head, fitted, coefficients, again.fit.coefficients, False)
+        still = follow(head, fitted, coefficients, portrait.coefficients, True)
+        rows.append({
+            "portrait": Path(portrait.name).stem, "clip": Path(path).stem, "hpf": ours[0], "hef": ours[1],
+            "still_hpf": still[0], "still_hef": still[1],
+        })  # fmt: skip
+        row = rows[-1]
+        print(
+            f"{row['portrait']:32} {row['clip']:28} HPF {row['hpf']:5.2f} of {row['still_hpf']:5.2f}"
+            f"  HEF {row['hef']:.4f} of {row['still_hef']:.4f}", flush=True,
+        )  # fmt: skip
+        if args.sheets:
+            write_sheet(
+                args.sheets / f"{rows[-1]['portrait']}_{rows[-1]['clip']}.jpg", portrait, frames, result
+            )
+    ratio = lambda name: float(np.median([row[name] / row[f"still_{name}"] for row in rows]))
+    median = lambda name: float(np.median([row[name] for row in rows]))
+    worse = [f"{row['portrait']} x {row['clip']}" for row in rows
+             if row["hpf"] > row["still_hpf"] or row["hef"] > row["still_hef"]]  # fmt: skip
+    names = ("hpf", "still_hpf", "hef", "still_hef")
+    return {
+        **{f"median_{name}": median(name) for name in names},
+        "hpf_share": ratio("hpf"), "hef_share": ratio("hef"), "worse_than_still": worse,
+    }  # fmt: skip
+
+
+def write_sheet(path, portrait, frames, result, columns=8, height=256):
+    """Portrait, then above each other the clip and the result at times spread over it."""
+    shrink = lambda x: Image.fromarray(x).resize((round(x.shape[1] * height / x.shape[0]), height))
+    index = spread(len(frames), columns)
+    rows = [np.concatenate([np.asarray(shrink(x[i])) for i in index], axis=1) for x in (frames, result)]
+    width = max(row.shape[1] for row in rows)
+    rows = [np.pad(row, ((0, 0), (0, width - row.shape[1]), (0, 0))) for row in rows]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.concatenate(rows)).save(path)
+
+
+def similarity(source, target):
+    """The 2 x 3 similarity that takes points to points, least squares."""
+    x, y = source - source.mean(0), target - target.mean(0)
+    product = (x[:, 0] - 1j * x[:, 1]) @ (y[:, 0] + 1j * y[:, 1]) / (x**2).sum()
+    matrix = np.array([[product.real, -product.imag], [product.imag, product.real]])
+    return np.concatenate([matrix, (target.mean(0) - matrix @ source.mean(0))[:, None]], axis=1)
+
+
+def measure_self(args, pipeline):
+    head, rows = pipeline.head, []
+    for path in sorted(args.clips):
+        fitted, coefficients, frames, points = fitted_clip(path, head, args.frames)
+        first = int(np.argmin(np.linalg.norm(coefficients.rot[:, :2], axis=1)))
+        one = jax.tree.map(lambda x, first=first: x[first], coefficients)
+        picture = frames[first]
+        portrait = Portrait(
+            picture[:1, :1], one, fitted.fit.camera, fitted.crop, fitted.name, picture, points[first]
+        )
+        result = pipeline(portrait, driving(fitted, coefficients, frames), mode="absolute")
+        size = picture.shape[1::-1]
+        aligned = np.stack([
+            cv2.warpAffine(picture, similarity(points[first, ANCHORS], p[ANCHORS]), size,
+                           flags=cv2.INTER_CUBIC, borderMode=cv2.BORDER_REPLICATE) for p in points
+        ])  # fmt: skip
+        still = np.broadcast_to(picture, frames.shape)
+        low, high = head_extent(head, coefficients, fitted.fit.camera)
+        others = [i for i in range(len(frames)) if i != first]
+        row = {"clip": Path(path).stem}
+        for name, video in (("still", still), ("aligned", aligned), ("ours", result)):
+            boxes = [np.concatenate([low[i], high[i]]) for i in others]
+            cut = lambda video, boxes=boxes: np.stack(
+                [crop_and_resize(video[i], box, 256) for i, box in zip(others, boxes, strict=True)]  # noqa: B023
+            )
+            seen, truth = cut(video), cut(frames)
+            row[f"{name}_psnr"] = float(np.mean(psnr(seen, truth)))
+            row[f"{name}_ssim"] = float(np.mean(ssim(seen, truth)))
+        rows.append(row)
+        print(f"{row['clip']:28}" + "".join(
+            f"  {name} {row[f'{name}_psnr']:5.2f} dB {row[f'{name}_ssim']:.3f}"
+            for name in ("still", "aligned", "ours")), flush=True)  # fmt: skip
+    mean = lambda key: float(np.mean([row[key] for row in rows]))
+    keys = [key for key in rows[0] if key != "clip"]
+    beaten = sum(
+        row["ours_psnr"] > max(row["still_psnr"], row["aligned_psnr"])
+        and row["ours_ssim"] > max(row["still_ssim"], row["aligned_ssim"])
+        for row in rows
+    )
+    return {**{f"self_{key}": mean(key) for key in keys}, "self_clips_better": f"{beaten} of {len(rows)}"}
+
+
+def best_time(work, repeats=5):
+    """Shortest time of several, seconds."""
+    work()
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def measure_speed(args, pipeline):
+    path = sorted(args.portraits)[0]
+    picture = np.asarray(Image.open(path).convert("RGB").resize((512, 512)))
+    portrait = fit_portrait(picture, pipeline.head, 512)
+    fitted, coefficients, frames, _ = fitted_clip(sorted(args.clips)[0], pipeline.head, 32)
+    repeated = lambda n: driving(
+        fitted,
+        jax.tree.map(lambda x: np.resize(x, (n, *x.shape[1:])), coefficients),
+        np.zeros((n, 1, 1, 3), np.uint8),
+    )
+    animate = pipeline.prepare(portrait)
+    target = jax.tree.map(lambda x: np.resize(x, (16, *x.shape[1:])), coefficients)
+    ours = best_time(lambda: animate(target)) / 16
+    x, y = np.meshgrid(np.arange(512, dtype=np.float32), np.arange(512, dtype=np.float32))
+    remap = best_time(lambda: [cv2.remap(picture, x + 0.3, y + 0.3, cv2.INTER_CUBIC) for _ in range(8)]) / 8
+    video = np.repeat(picture[None], 8, 0)
+    networks = best_time(lambda: clip_landmarks(default_landmarker(), video), 3) / 8
+    peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    memory = []
+    for length in (32, 320):
+        for _ in pipeline.windows(portrait, repeated(length)):
+            pass
+        memory.append(peak())
+    return {
+        "ms_frame": 1e3 * ours, "frames_a_second": 1 / ours, "ms_remap_cubic": 1e3 * remap,
+        "ms_landmarks": 1e3 * networks, "peak_mib_32_frames": memory[0], "peak_mib_320_frames": memory[1],
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--portraits", nargs="+", required=True)
+    parser.add_argument("--clips", nargs="+", required=True)
+    parser.add_argument("--frames", type=int, default=24, help="of each clip")
+    parser.add_argument("--only", choices=("pairs", "self", "speed"))
+    parser.add_argument("--sheets", type=Path, help="folder for a contact sheet of each pair")
+    args = parser.parse_args()
+    enable_compile_cache()
+    pipeline = GeometryPipeline(builtin_head())
+    parts = {"speed": measure_speed, "self": measure_self, "pairs": measure_pairs}
+    result = {}
+    for name, measure in parts.items():
+        if args.only in (None, name):
+            result |= measure(args, pipeline)
+    print(json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in result.items()}))
+
+
+if __name__ == "__main__":
+    main()
