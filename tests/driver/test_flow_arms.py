@@ -126,7 +126,7 @@ def shards(tmp_path_factory):
     return write_shards(tmp_path_factory.mktemp("arms") / "shards")
 
 
-@pytest.mark.parametrize("arm", ["flow", "warp"])
+@pytest.mark.parametrize("arm", [pytest.param("flow", marks=pytest.mark.slow), "warp"])
 def test_arms_train_animate_and_show_their_preview(arm, shards, tmp_path):
     changes = {"driver__arm": arm, "validation__every": 1, "sample__every": 1, "sample__video": False}
     assert np.isfinite(train(tiny_config(shards, steps=1, **changes), tmp_path))

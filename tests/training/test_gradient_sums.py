@@ -96,6 +96,7 @@ def test_gradients_are_summed_in_float32_unless_asked(tmp_path):
         assert {row["kind"] for row in found[dtype]} == {"all-reduce", "reduce-scatter", "all-gather"}
 
 
+@pytest.mark.slow
 def test_the_number_of_devices_adds_no_error(tmp_path):
     found = on_eight_devices(ERRORS, write_shards(tmp_path / "shards", count=10), tmp_path)
     for layout in ("data", "fsdp"):

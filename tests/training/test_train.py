@@ -207,7 +207,10 @@ def test_portraits_driver_map_reaches_the_features_where_the_config_says_so(with
     assert all(changed) if with_driver else not any(changed)
 
 
-@pytest.mark.parametrize("arm", ["no_posenc", "no_deform", "flame_vector"])
+@pytest.mark.parametrize(
+    "arm",
+    [pytest.param(arm, marks=pytest.mark.slow) for arm in ("no_posenc", "no_deform")] + ["flame_vector"],
+)
 def test_ablation_arms_train(shards, tmp_path, arm):
     config = run_config(shards, 1)
     config.driver.arm = arm
