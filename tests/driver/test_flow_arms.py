@@ -115,7 +115,7 @@ def test_previews(scene):
 def test_a_portrait_or_pixels_that_are_not_given_are_named(scene):
     identity, crop, reference, _ = scene
     given = (HEAD, identity, turned(0.0), CAMERA, crop, S)
-    with pytest.raises(ValueError, match="arm 'flow' reads the portrait's coefficients"):
+    with pytest.raises(ValueError, match="arm 'flow' reads the portrait, which is not given"):
         driver_map(*given, "flow")
     with pytest.raises(ValueError, match="arm 'warp' reads the portrait's pixels"):
         driver_map(*given, "warp", reference=reference._replace(image=None))
