@@ -126,7 +126,8 @@ def shards(tmp_path_factory):
     return write_shards(tmp_path_factory.mktemp("arms") / "shards")
 
 
-@pytest.mark.parametrize("arm", [pytest.param("flow", marks=pytest.mark.slow), "warp"])
+@pytest.mark.slow
+@pytest.mark.parametrize("arm", ["flow", "warp"])
 def test_arms_train_animate_and_show_their_preview(arm, shards, tmp_path):
     changes = {"driver__arm": arm, "validation__every": 1, "sample__every": 1, "sample__video": False}
     assert np.isfinite(train(tiny_config(shards, steps=1, **changes), tmp_path))
@@ -139,14 +140,20 @@ def test_arms_train_animate_and_show_their_preview(arm, shards, tmp_path):
     assert pictures.std() > 5
 
 
-def test_latents_suffice_for_flow_and_warp_refuses_them(tmp_path):
-    clips = (dataclasses.replace(clip, images=None) for clip in noise_clips(HEAD, latents=0.5))
-    write_dataset(tmp_path / "latents", HEAD, clips, SIZE)
-    assert np.isfinite(
-        train(tiny_config(tmp_path / "latents", steps=1, driver__arm="flow"), tmp_path / "flow")
-    )
+def write_latents(path, images):
+    clips = noise_clips(HEAD, latents=0.5)
+    write_dataset(path, HEAD, (c if images else dataclasses.replace(c, images=None) for c in clips), SIZE)
+    return path
+
+
+def test_an_arm_that_reads_pixels_refuses_shards_of_latents_alone(tmp_path):
+    shards = write_latents(tmp_path / "latents", images=False)
     with pytest.raises(DatasetError, match="holds latents only, and driver arm 'warp' reads pixels"):
-        train(tiny_config(tmp_path / "latents", steps=1, driver__arm="warp"), tmp_path / "warp")
-    # With images beside the latents both do.
-    both = write_shards(tmp_path / "both", latents=0.5)
-    assert np.isfinite(train(tiny_config(both, steps=1, driver__arm="warp"), tmp_path / "warp"))
+        train(tiny_config(shards, steps=1, driver__arm="warp"), tmp_path / "warp")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arm, images", [("flow", False), ("warp", True)])
+def test_arms_train_on_latents(arm, images, tmp_path):
+    shards = write_latents(tmp_path / "latents", images)
+    assert np.isfinite(train(tiny_config(shards, steps=1, driver__arm=arm), tmp_path / "run"))

@@ -73,13 +73,13 @@ held = []
 def count(config, networks, params, head, reference, *_):
     held.append(len(reference))
     return reference
-samples.driver_input = lambda config, head, coefficients, camera, crop: coefficients
+samples.driver_input = lambda config, head, coefficients, *_: coefficients
 samples.portrait_features = count
 samples.initial_noise = lambda networks, key, n, t: np.zeros((n, t))
 samples.sample_from_features = lambda config, networks, params, features, *_, **options: features[:, None]
 n = 6
 empty = np.zeros((n, 2))
-pairs = samples.Pairs((), np.arange(n, dtype=np.uint8)[:, None], *[empty] * 8)
+pairs = samples.Pairs((), np.arange(n, dtype=np.uint8)[:, None], *[empty] * (len(samples.Pairs._fields) - 2))
 sampled = samples.make_sampler(tiny_config("", sample__steps=1), None, mesh)({}, np.zeros(3), pairs)
 print(json.dumps({
     "same": bool((taken == images[rows]).all()), "exchanged": exchanged, "row": images[0].nbytes,
