@@ -75,6 +75,7 @@ def on_eight_devices(script, shards, tmp_path):
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_gradients_are_summed_in_float32_unless_asked(tmp_path):
     """The collectives of the partitioned program, by kind and type, are those that the plan promises."""
     found = on_eight_devices(COMPILE, "unused", tmp_path)

@@ -151,6 +151,7 @@ def test_a_model_file_must_be_whole_and_of_its_config(finished, tmp_path):
         load_checkpoint(path)
 
 
+@pytest.mark.slow
 def test_frozen_reference_comes_from_pretrained_weights_and_stays(shards, tmp_path):
     import orbax.checkpoint as ocp
 
