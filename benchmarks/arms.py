@@ -30,11 +30,10 @@ import tyro
 
 from loki_jax.compile_cache import enable_compile_cache
 from loki_jax.demo import HEF_SIZE, held_out_pairs, make_shards
-from loki_jax.evaluation import EvaluationPair, evaluate_pairs, rendered_truth
+from loki_jax.evaluation import evaluate_pairs, synthetic_pairs
 from loki_jax.io import write_json
 from loki_jax.pipeline import LokiPipeline, retarget_clip
 from loki_jax.sources import stack_trees
-from loki_jax.synthetic.appearance import sample_appearance
 
 # Seeds of the datasets: neither the shipped model nor the demo has seen these people.
 TRAIN_SEED, HELD_OUT_SEED = 13, 14
@@ -75,8 +74,8 @@ def train_arm(options: Options, arm: str, seed: int) -> Path:
 def measure(workdir: Path, held_out: Path) -> dict[str, Any]:
     """`evaluate_pairs` of a trained model on the held-out pairs."""
     pipeline = LokiPipeline.from_checkpoint(workdir)
-    head, size, sampling = pipeline.head, pipeline.size, pipeline.sampling()
-    pairs = held_out_pairs(held_out, head, size)
+    head, sampling = pipeline.head, pipeline.sampling()
+    pairs = held_out_pairs(held_out, head, pipeline.size)
     coefficients = stack_trees([retarget_clip(head, driver, portrait) for portrait, driver, _ in pairs])
     portraits = stack_trees([portrait for portrait, _, _ in pairs])
     windows = pipeline.windows_of_batch(
@@ -84,12 +83,7 @@ def measure(workdir: Path, held_out: Path) -> dict[str, Any]:
         steps=sampling.steps, guidance=sampling.guidance,
     )  # fmt: skip
     generated = np.concatenate([window.frames for window in windows], axis=1)
-    judged = []
-    for i, (portrait, driver, seed) in enumerate(pairs):
-        appearance = sample_appearance(seed, head)
-        own = type(coefficients)(*(field[i] for field in coefficients))
-        truth = rendered_truth(head, own, portrait, appearance, size)
-        judged.append(EvaluationPair(portrait, appearance, driver, generated[i], truth))
+    judged = synthetic_pairs(head, pairs, coefficients, generated)
     return evaluate_pairs(head, judged, size=HEF_SIZE)
 
 

@@ -138,12 +138,11 @@ def demo(options: DemoOptions) -> dict[str, Any]:
     """Run the demo and return the content of `metrics.json`."""
     import numpy as np
 
-    from loki_jax.evaluation import EvaluationPair, evaluate_pairs, rendered_truth
+    from loki_jax.evaluation import evaluate_pairs, synthetic_pairs
     from loki_jax.io import write_json
     from loki_jax.pictures import PairPictures, format_table, panel_frames, write_report
     from loki_jax.pipeline import LokiPipeline, retarget_clip
     from loki_jax.sources import stack_trees
-    from loki_jax.synthetic.appearance import sample_appearance
     from loki_jax.video import write_video
 
     if options.steps < 1:
@@ -197,12 +196,7 @@ def demo(options: DemoOptions) -> dict[str, Any]:
     finished("animation with swapped portraits")
 
     # -------------------------------------------------------------------------------------- evaluation
-    judged = []
-    for i, (portrait, driver, seed) in enumerate(pairs):
-        appearance = sample_appearance(seed, head)
-        own = type(coefficients)(*(field[i] for field in coefficients))
-        truth = rendered_truth(head, own, portrait, appearance, size)
-        judged.append(EvaluationPair(portrait, appearance, driver, generated[i], truth))
+    judged = synthetic_pairs(head, pairs, coefficients, generated)
     metrics = evaluate_pairs(head, judged, list(swapped), HEF_SIZE)
     finished("evaluation")
 

@@ -153,6 +153,26 @@ class EvaluationPair(NamedTuple):
     truth: UInt8[np.ndarray, "n s s 3"]
 
 
+def synthetic_pairs(
+    head: HeadAsset,
+    pairs: Sequence[tuple[Portrait, DrivingClip, int]],
+    coefficients: Coefficients,
+    generated: UInt8[np.ndarray, "b n s s 3"],
+) -> list[EvaluationPair]:
+    """Pairs of (reference, driver, seed of the reference's appearance) with the renders they should equal.
+
+    Args:
+      coefficients: retargeted, (b, n, ...).
+    """
+    judged = []
+    for i, (portrait, driver, seed) in enumerate(pairs):
+        appearance = sample_appearance(seed, head)
+        own = type(coefficients)(*(field[i] for field in coefficients))
+        truth = rendered_truth(head, own, portrait, appearance, generated.shape[-2])
+        judged.append(EvaluationPair(portrait, appearance, driver, generated[i], truth))
+    return judged
+
+
 def evaluate_pairs(
     head: HeadAsset,
     pairs: Sequence[EvaluationPair],
