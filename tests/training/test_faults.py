@@ -113,7 +113,7 @@ def metrics(loss=1.0, norm=1.0):
 
 
 def batch_of(number):
-    return Batch(*(None,) * 8)._replace(clip_index=number)
+    return Batch(**dict.fromkeys(Batch._fields) | {"clip_index": number})
 
 
 def faults(**changes):
