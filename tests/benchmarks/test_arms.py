@@ -2,7 +2,11 @@
 
 import numpy as np
 
-from benchmarks.arms import interval, summary
+from benchmarks.arms import HELD_OUT_SEED, interval, summary
+from loki_jax.demo import CLIP_FRAMES, FRAMES, PAIRS, SMALLEST_YAW
+from loki_jax.face.builtin import builtin_head
+from loki_jax.face.retarget import head_rotation
+from loki_jax.synthetic.motion import synth_motion
 
 
 def runs(values):
@@ -36,3 +40,14 @@ def test_an_unfinished_seed_counts_for_its_arm_alone():
     found = summary({"full": runs(base), "flow": runs(base[:1])})
     assert (found["full"]["seeds"], found["flow"]["seeds"]) == (2, 1)
     np.testing.assert_allclose(found["flow"]["hef_minus_full"], [0, 0, 0], atol=1e-12)
+
+
+def test_the_held_out_drivers_turn():
+    """`held_out_pairs` refuses drivers that hardly turn; the seed gives none."""
+    head = builtin_head()
+    for index in range(PAIRS, 2 * PAIRS):
+        seed = HELD_OUT_SEED * 1_000_000 + index
+        motion = synth_motion(head, seed * 1000, CLIP_FRAMES)
+        forward = np.asarray(head_rotation(motion))[:, :, 2]
+        yaw = np.degrees(np.arctan2(forward[:, 0], forward[:, 2]))
+        assert max(yaw[i : i + FRAMES].std() for i in range(CLIP_FRAMES - FRAMES + 1)) >= SMALLEST_YAW
