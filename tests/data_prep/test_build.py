@@ -339,7 +339,9 @@ def test_array_without_rate_is_refused(head, networks):
 def test_default_networks_are_loaded_once(monkeypatch):
     loaded = []
     monkeypatch.setattr(face_track, "fetch_models", lambda: {})
-    monkeypatch.setattr(face_track, "Landmarker", lambda models: loaded.append(models) or object())
+    monkeypatch.setattr(
+        face_track, "Landmarker", lambda models: loaded.append(models) or KnownFace(np.empty((0, 478, 3)))
+    )
     face_track.default_landmarker.cache_clear()
     assert face_track.default_landmarker() is face_track.default_landmarker() and len(loaded) == 1
     face_track.default_landmarker.cache_clear()
