@@ -107,10 +107,9 @@ def test_frames_share_their_noise_so_that_a_still_head_stands_still(clips, model
     still = clip._replace(
         coefficients=jax.tree.map(lambda x: np.repeat(x[:1], FRAMES, axis=0), clip.coefficients)
     )
-    flicker = lambda **options: np.abs(
-        np.diff(pipeline(portrait, still, steps=2, **options).astype(int), axis=0)
-    ).mean()
-    assert flicker() < 0.1 * flicker(shared_noise=False)
+    frames = pipeline(portrait, still, steps=2).astype(int)
+    assert frames[0].std() > 10
+    assert np.abs(np.diff(frames, axis=0)).mean() < 0.05 * frames[0].std()
 
 
 def test_retargeting_follows_the_driver_from_the_references_pose(clips):
