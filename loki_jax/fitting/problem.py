@@ -20,7 +20,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Real
+from jaxtyping import Array, Float, Int, Real
 
 from loki_jax.arrays import ArrayLike
 from loki_jax.face.asset import HeadAsset, Landmarks
@@ -44,6 +44,8 @@ class FitSettings:
       fov: field of view of the longer image side, degrees, where no focal length is given. Portraits
         are mostly shot from afar and cropped, hence narrow.
       noise, contour_noise, iris_noise: standard deviation of a landmark at the face.
+      gap_noise: standard deviation of the gap between the lids where it is 0, and what each metre of gap
+        adds to it. A lid that the network puts a millimetre too low is shut all the same.
       huber: errors beyond so many standard deviations count linearly.
       score_noise: standard deviation of an expression axis about its score, where a network gives one.
       jaw, eyes: prior standard deviations of these rotations about x (up/down), y, z.
@@ -56,6 +58,7 @@ class FitSettings:
     noise: float = 0.001
     contour_noise: float = 0.005
     iris_noise: float = 0.001
+    gap_noise: tuple[float, float] = (0.0003, 0.2)
     huber: float = 2.0
     score_noise: float = 0.15
     jaw: tuple[float, float, float] = (0.2, 0.03, 0.03)
@@ -117,11 +120,12 @@ class Surface(NamedTuple):
 
 
 class Problem(NamedTuple):
-    """Everything but the unknowns. N frames, n landmarks, p unknowns a frame, s of the shape.
+    """Everything but the unknowns. N frames, n observations, p unknowns a frame, s of the shape.
 
     Attributes:
       head: one vertex for each landmark and each point of `surface`, then the joints (`landmark_head`).
-      observed, sigma: landmarks and their standard deviations, pixels.
+      observed, sigma: landmarks, then the differences of the pairs (first minus second), and their standard
+        deviations, pixels.
       weight: confidence; 0 in padded frames.
       real: 1 for frames of the clip, 0 for padding.
       frame_prior, shape_prior: 1 / variance of the unknowns.
@@ -129,6 +133,7 @@ class Problem(NamedTuple):
       smoothness: 1 / variance of the second difference of a frame's unknowns.
       lower, upper: bounds of a frame's unknowns.
       huber: errors beyond so many standard deviations count linearly.
+      pairs: landmarks whose difference is an observation of its own (lids: how far they are apart).
       surface: points that are compared with the pictures, or None.
     """
 
@@ -145,7 +150,17 @@ class Problem(NamedTuple):
     lower: Float[ArrayLike, " p"]
     upper: Float[ArrayLike, " p"]
     huber: Float[ArrayLike, ""]
+    pairs: Int[ArrayLike, "k 2"] = np.zeros((0, 2), np.int32)  # noqa: RUF012 (nobody changes it)
     surface: Surface | None = None
+
+    @property
+    def n_landmarks(self) -> int:
+        return self.observed.shape[-2] - len(self.pairs)
+
+    def observables(self, points: Float[Array, "m ..."]) -> Float[Array, "n ..."]:
+        """What is observed of the points of one frame, or of their Jacobians."""
+        gaps = points[self.pairs[:, 0]] - points[self.pairs[:, 1]]
+        return jnp.concatenate([points[: self.n_landmarks], gaps])
 
 
 def padded_length(frames: int) -> int:

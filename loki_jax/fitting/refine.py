@@ -63,7 +63,9 @@ class PhotometricSettings:
     model_error: float = 0.1
 
 
-def surface_points(head: HeadAsset, spacing: tuple[float, float]) -> tuple[Landmarks, Float[np.ndarray, " m"]]:
+def surface_points(
+    head: HeadAsset, spacing: tuple[float, float]
+) -> tuple[Landmarks, Float[np.ndarray, " m"]]:
     """Points spread over the part of the head that is shown, without inner mouth, and the area of each, m^2.
 
     They are `spacing[0]` apart where expressions move the surface by a millimetre, and on eyeballs, and
@@ -133,7 +135,9 @@ def _views(head, marks, coefficients, camera, corner, scale, size_of):
 
 
 def refine(
-    clip: FittedClip, head: HeadAsset, settings: PhotometricSettings = PhotometricSettings(),
+    clip: FittedClip,
+    head: HeadAsset,
+    settings: PhotometricSettings = PhotometricSettings(),
     fit_settings: FitSettings = DEFAULT_SETTINGS,
 ) -> FittedClip:
     """The clip with refined coefficients and its errors measured again; unchanged below 8 frames."""
@@ -155,10 +159,22 @@ def refine(
         fit_settings, float(clip.fps), track.scores,
     )  # fmt: skip
     indices = np.flatnonzero(np.asarray(head.landmarks[LANDMARK_SET].face) >= 0)
-    marked = point_head(known, Landmarks(*(np.asarray(f)[indices] for f in (head.landmarks[LANDMARK_SET].face, head.landmarks[LANDMARK_SET].bary))))
-    moved = np.asarray(marked.expression_basis)[:, : len(indices)] * np.asarray(head.expression_sigma)[:, None, None]
+    marked = point_head(
+        known,
+        Landmarks(
+            *(
+                np.asarray(f)[indices]
+                for f in (head.landmarks[LANDMARK_SET].face, head.landmarks[LANDMARK_SET].bary)
+            )
+        ),
+    )
+    moved = (
+        np.asarray(marked.expression_basis)[:, : len(indices)]
+        * np.asarray(head.expression_sigma)[:, None, None]
+    )
     reach = np.sqrt((moved**2).sum((0, 2)))
     weaker = np.hypot(1, settings.doubt * reach / fit_settings.noise).astype(np.float32)
+    weaker = np.concatenate([weaker, np.ones(len(problem.pairs), np.float32)])
     marks, area = surface_points(head, settings.spacing)
     both = Landmarks(
         np.concatenate([np.asarray(head.landmarks[LANDMARK_SET].face)[indices], marks.face]),
@@ -169,7 +185,8 @@ def refine(
     x = pad_frames(layout.unknowns(original))
     scale_of = np.asarray(problem.sigma).min(1) / fit_settings.noise  # frame pixels per metre
     problem = problem._replace(
-        head=point_head(known, both), sigma=problem.sigma * weaker,
+        head=point_head(known, both),
+        sigma=problem.sigma * weaker,
     )
     sure = np.flatnonzero(fit.confidence >= np.median(fit.confidence))
     chosen = sure[np.linspace(0, len(sure) - 1, settings.texture_frames).round().astype(int)]
@@ -183,14 +200,18 @@ def refine(
         looks = np.asarray(surface_looks(surface, pixels))[chosen]
         shown = np.asarray(facing)[chosen] > 0.3
         often = shown.mean(0) > _LEAST_VIEWS
-        texture = np.nan_to_num(np.nanmedian(np.where(shown[..., None], looks, np.nan), axis=0)).astype(np.float32)
+        texture = np.nan_to_num(np.nanmedian(np.where(shown[..., None], looks, np.nan), axis=0)).astype(
+            np.float32
+        )
         difference = np.linalg.norm(np.asarray(surface_looks(surface, pixels)) - texture, axis=-1)
         visible = np.where(often, np.asarray(facing), 0)
         noise = np.nanmedian(np.where(visible > 0, difference, np.nan), axis=1)
         noise = np.maximum(np.nan_to_num(noise), 0.05).astype(np.float32)
         # Pixels that each point stands for, over those that repeat each other.
         span = area * (scale_of[:, None] * scale) ** 2
-        weight = visible * span / (1 + 4 * np.pi * blur**2) / (1 + (noise[:, None] / settings.model_error) ** 2)
+        weight = (
+            visible * span / (1 + 4 * np.pi * blur**2) / (1 + (noise[:, None] / settings.model_error) ** 2)
+        )
         weight = weight / noise[:, None] ** 2 * problem.real[:, None]
         problem = problem._replace(
             surface=surface._replace(texture=texture, weight=weight.astype(np.float32), noise=noise)
@@ -201,7 +222,9 @@ def refine(
         current = layout.coefficients(np.asarray(x)[:n], original.betas)
     found = current._replace(betas=fit.coefficients.betas)
     lost = (fit.confidence <= 0)[:, None]
-    found = Coefficients(*(np.where(lost, old, new) for old, new in zip(fit.coefficients, found, strict=True)))
+    found = Coefficients(
+        *(np.where(lost, old, new) for old, new in zip(fit.coefficients, found, strict=True))
+    )
     reprojection = reprojection_error(head, found, fit.camera, track.points)
     reprojection = np.where(np.isfinite(fit.reprojection), reprojection, np.nan)
     return clip._replace(fit=fit._replace(coefficients=found, reprojection=reprojection))

@@ -43,11 +43,11 @@ def _normal_equations(problem: Problem, layout: Layout, shape, x):
     def frame(item):
         x, seen = item
         predicted, by_shape, by_frame = linearise(x)
-        jacobian, n = jnp.concatenate([by_shape, by_frame], axis=-1), len(seen.observed)
-        residual = predicted[:n] - seen.observed
+        jacobian, n = jnp.concatenate([by_shape, by_frame], axis=-1), problem.n_landmarks
+        residual = problem.observables(predicted) - seen.observed
         deviation = jnp.linalg.norm(residual, axis=-1) / seen.sigma
         weight = seen.weight * jnp.minimum(1.0, problem.huber / jnp.maximum(deviation, 1e-6)) / seen.sigma**2
-        rows = jnp.concatenate([jacobian[:n], residual[..., None]], axis=-1)
+        rows = jnp.concatenate([problem.observables(jacobian), residual[..., None]], axis=-1)
         rows = (rows * jnp.sqrt(weight)[:, None, None]).reshape(-1, rows.shape[-1])
         gram = jnp.einsum("ra,rb->ab", rows, rows, precision=HIGHEST)
         gram, gradient = gram[:-1, :-1], gram[:-1, -1]
@@ -85,8 +85,8 @@ def _smoothing(problem: Problem, x: Float[Array, "N p"]) -> Float[Array, "N p"]:
 def residuals(
     problem: Problem, layout: Layout, shape: Float[Array, " s"], x: Float[Array, "N p"]
 ) -> Float[Array, "N n 2"]:
-    """Landmark errors in pixels for a shape and the unknowns of every frame."""
-    return _predicted(problem, layout, shape, x)[:, : problem.observed.shape[1]] - problem.observed
+    """Errors in pixels of the observations for a shape and the unknowns of every frame."""
+    return jax.vmap(problem.observables)(_predicted(problem, layout, shape, x)) - problem.observed
 
 
 def _predicted(problem: Problem, layout: Layout, shape, x) -> Float[Array, "N m 2"]:
@@ -149,17 +149,14 @@ def _bilinear(picture: Float[Array, "s s c"], place: Float[Array, "m 2"]) -> Flo
 def _cost(problem: Problem, layout: Layout, shape, x) -> Float[Array, ""]:
     def frame(item):
         predicted, seen = item
-        return _landmark_cost(problem, seen, predicted) + (
-            0.0 if seen.surface is None else _look(seen.surface, predicted[len(seen.observed) :])[0]
-        )
+        deviation = jnp.linalg.norm(problem.observables(predicted) - seen.observed, axis=-1) / seen.sigma
+        cost = jnp.sum(seen.weight * _huber(deviation, problem.huber))
+        if seen.surface is not None:
+            cost += _look(seen.surface, predicted[problem.n_landmarks :])[0]
+        return cost
 
     data = jnp.sum(jax.vmap(frame)((_predicted(problem, layout, shape, x), _frames(problem))))
     return data + _prior_cost(problem, shape, x)
-
-
-def _landmark_cost(problem: Problem, seen: _Frame, predicted) -> Float[Array, ""]:
-    deviation = jnp.linalg.norm(predicted[: len(seen.observed)] - seen.observed, axis=-1) / seen.sigma
-    return jnp.sum(seen.weight * _huber(deviation, problem.huber))
 
 
 def _prior_cost(problem: Problem, shape, x) -> Float[Array, ""]:
