@@ -1,40 +1,44 @@
 """Refines a landmark fit by the pictures (`--photometric` in data_prep.build).
 
-Landmark networks draw mouths that are nearly symmetric and lids that stay open. The pictures know better:
-points of the head's surface keep their look from frame to frame. What each point looks like, in the sense of
+Landmark networks draw mouths that are nearly symmetric. The pictures know better: points of the head's
+surface keep their look from frame to frame. What each point looks like, in the sense of
 `loki_jax.fitting.contrast`, is the median over frames spread over the clip, at the places where the landmark
 fit has it. Then the problem of the landmark fit is solved again with these points as further observations
-(`loki_jax.fitting.problem.Surface`), from coarse to fine, while landmarks of mouth and lids count less.
+(`loki_jax.fitting.problem.Surface`), from coarse to fine, while landmarks that expressions move count less.
+The shape stays as it is.
 
-It sees what changes in a clip. It cannot correct what is wrong in all frames alike, because the look of the
+It sees what changes in a clip. It cannot correct what is wrong in most frames alike, because the look of the
 points comes from the same fit.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
+from loki_jax.arrays import ArrayLike
 from loki_jax.face.asset import HeadAsset, Landmarks
-from loki_jax.face.camera import camera_from_world, project
+from loki_jax.face.camera import camera_from_world, ndc_from_camera, project
 from loki_jax.face.crop import crop_and_resize
-from loki_jax.face.skinning import make_identity, mesh_faces, mesh_render_mask, world_vertices
+from loki_jax.face.skinning import make_identity, mesh_faces, world_vertices
 from loki_jax.face.types import Camera, Coefficients
 from loki_jax.fitting.clips import FittedClip
-from loki_jax.fitting.contrast import contrast_features, noise_level, repetitions
-from loki_jax.fitting.fit import DEFAULT_SETTINGS, inner_face_error, make_problem, reprojection_error
+from loki_jax.fitting.contrast import NOISE_FLOOR, contrast_features, repetitions
+from loki_jax.fitting.fit import DEFAULT_SETTINGS, make_problem, reprojection_error
+from loki_jax.fitting.lids import relative_openings
 from loki_jax.fitting.points import LANDMARK_SET
-from loki_jax.fitting.problem import FitSettings, Layout, Problem, Surface, pad_frames, point_head
+from loki_jax.fitting.problem import FitSettings, Surface, pad_frames, point_head
 from loki_jax.fitting.solver import optimise, surface_looks
 from loki_jax.flow import head_parts, view_cosines
 from loki_jax.raster.api import rasterize
-from loki_jax.face.camera import ndc_from_camera
 
-_CLOSER = 0.004  # metres that a point may lie behind what the rasteriser shows
+_DEPTH_TOLERANCE = 0.004  # metres that a point may lie behind what the rasteriser shows
+_FACING = 0.3  # cosine from which the look of a point is used
 _LEAST_VIEWS = 0.2  # share of the frames in which a point must be seen
 
 
@@ -48,7 +52,7 @@ class PhotometricSettings:
       blurs: standard deviations in these pixels of the finest details compared, one stage after another.
       spacing: metres between points where expressions move the face, and elsewhere.
       texture_frames: frames that the look of the points comes from.
-      doubt: share of an expression's usual displacement by which landmarks may be off.
+      doubt: how far landmarks may be off, as a share of how far expressions usually move them.
       iterations: upper limit of steps a stage.
       model_error: differences in units of the local contrast that are the model's and not the pixel's.
     """
@@ -63,12 +67,82 @@ class PhotometricSettings:
     model_error: float = 0.1
 
 
+def refine(
+    clip: FittedClip,
+    head: HeadAsset,
+    settings: PhotometricSettings = PhotometricSettings(),
+    fit_settings: FitSettings = DEFAULT_SETTINGS,
+) -> FittedClip:
+    """The clip with refined coefficients and its errors measured again; unchanged below 8 frames.
+
+    Args:
+      fit_settings: those of the landmark fit.
+    """
+    n = len(clip.frames)
+    if n < 8:  # too few views: their look would repeat the fit that it is to correct
+        return clip
+    fit, track = clip.fit, clip.track
+    known = _with_shape(head, fit.coefficients.betas[0])
+    problem, layout, _, _ = make_problem(
+        known, track.points[..., :2], track.confidence, clip.frames[0].shape[:2],
+        float(fit.camera.intrinsics[0]), fit_settings, float(clip.fps), track.scores,
+    )  # fmt: skip
+    points, area = surface_points(head, settings.spacing)
+    marks, part = head.landmarks[LANDMARK_SET], ("face", "bary")
+    present = np.asarray(marks.face) >= 0
+    both = Landmarks(*(np.concatenate([getattr(marks, f)[present], getattr(points, f)]) for f in part))
+    small = point_head(known, both)
+    moved = np.asarray(small.expression_basis) * np.asarray(head.expression_sigma)[:, None, None]
+    reach = np.sqrt((moved**2).sum((0, 2)))[: present.sum()]
+    doubt = np.hypot(1, settings.doubt * reach / fit_settings.noise)
+    # The gaps between the lids are not doubted.
+    doubt = np.concatenate([doubt, np.ones(len(problem.pairs))]).astype(np.float32)
+    problem = problem._replace(head=small, sigma=problem.sigma * doubt)
+
+    pictures, corner, scale = face_pictures(clip, settings)
+    pictures, corner = pad_frames(pictures), pad_frames(corner)
+    sure = np.flatnonzero(fit.confidence >= np.median(fit.confidence))
+    chosen = sure[np.linspace(0, len(sure) - 1, settings.texture_frames).round().astype(int)]
+    current = fit.coefficients._replace(betas=np.zeros((n, 0), np.float32))
+    # How many picture pixels each point stands for, where it is seen squarely.
+    metre = scale * fit.camera.intrinsics[0] / np.abs(pad_frames(current.tra)[:, 2])
+    trust = (area * metre[:, None] ** 2 * problem.real[:, None]).astype(np.float32)
+    trust *= pad_frames(_open_eyes(head, points, track.points, track.score))
+    x = pad_frames(layout.unknowns(current))
+    for blur in settings.blurs:
+        padded = Coefficients(*(pad_frames(field) for field in current))
+        views = _views(known, points, padded, problem.camera, corner, scale, settings.size)
+        surface = _surface(pictures, corner, scale, *views, trust, chosen, blur, settings.model_error)
+        _, x, _, _ = optimise(
+            problem._replace(surface=surface), layout, np.zeros(0, np.float32), x, settings.iterations,
+            np.float32(fit_settings.tolerance),
+        )  # fmt: skip
+        current = layout.coefficients(np.asarray(x)[:n], current.betas)
+    # Frames without a face have no picture to follow.
+    lost = (fit.confidence <= 0)[:, None]
+    found = current._replace(betas=fit.coefficients.betas)
+    pairs = zip(fit.coefficients, found, strict=True)
+    found = Coefficients(*(np.where(lost, before, after) for before, after in pairs))
+    reprojection = reprojection_error(head, found, fit.camera, track.points)
+    reprojection = np.where(np.isfinite(fit.reprojection), reprojection, np.nan)
+    return clip._replace(fit=fit._replace(coefficients=found, reprojection=reprojection))
+
+
+def _with_shape(head: HeadAsset, betas: Float[ArrayLike, " n_shape"]) -> HeadAsset:
+    """The head of one person, without shape axes."""
+    vertices = np.asarray(make_identity(head, betas).vertices)[: len(head.template)]
+    none = np.zeros((0, *vertices.shape), np.float32)
+    return dataclasses.replace(
+        head, template=vertices, shape_basis=none, shape_sigma=np.zeros(0, np.float32), shape_names=()
+    )
+
+
 def surface_points(
     head: HeadAsset, spacing: tuple[float, float]
 ) -> tuple[Landmarks, Float[np.ndarray, " m"]]:
-    """Points spread over the part of the head that is shown, without inner mouth, and the area of each, m^2.
+    """Points spread over what is shown of the head, without inner mouth, and the area of each, m^2.
 
-    They are `spacing[0]` apart where expressions move the surface by a millimetre, and on eyeballs, and
+    They are `spacing[0]` apart on eyeballs and where expressions move the surface by a millimetre, and
     `spacing[1]` elsewhere.
     """
     faces, template = np.asarray(head.faces), np.asarray(head.template)
@@ -90,141 +164,77 @@ def surface_points(
     return Landmarks(face.astype(np.int32), bary), cell[face].astype(np.float32)
 
 
-def face_pictures(clip: FittedClip, settings: PhotometricSettings):
-    """Square pictures (N, S, S, 3) in 0..1 around the face of each frame, their corners and scale."""
+def face_pictures(
+    clip: FittedClip, settings: PhotometricSettings
+) -> tuple[Float[np.ndarray, "N S S 3"], Float[np.ndarray, "N 2"], np.float32]:
+    """Square pictures in 0..1 around the face of each frame, their corners, and their scale (`Surface`)."""
     points = clip.track.points[:, :468, :2]
     low, high = points.min(1), points.max(1)
     side = float(np.median((high - low).max(1))) * settings.margin
-    corner = np.rint((low + high) / 2 - side / 2)
-    size = settings.size
+    corners = np.rint((low + high) / 2 - side / 2).astype(np.float32)
     pictures = [
-        crop_and_resize(frame, np.array([*start, *(start + side)]), size)
-        for frame, start in zip(clip.frames, corner, strict=True)
+        crop_and_resize(frame, np.concatenate([corner, corner + side]), settings.size)
+        for frame, corner in zip(clip.frames, corners, strict=True)
     ]
-    return np.stack(pictures).astype(np.float32) / 255, corner.astype(np.float32), np.float32(size / side)
+    return np.stack(pictures).astype(np.float32) / 255, corners, np.float32(settings.size / side)
 
 
-@jax.jit
-def _views(head, marks, coefficients, camera, corner, scale, size_of):
-    """Pixels of the points in each frame (N, m, 2), and how squarely each is seen (N, m; 0: not)."""
-    faces = mesh_faces(head)
-    parts = head_parts(head)
-    size = size_of.shape[0]
+def _open_eyes(
+    head: HeadAsset,
+    points: Landmarks,
+    landmarks: Float[np.ndarray, "N 478 3"],
+    seen: Float[np.ndarray, " N"],
+) -> Float[np.ndarray, "N m"]:
+    """1 for each point and frame; towards 0 for points of eyeballs that lids hide."""
+    corners = np.asarray(head.faces)[points.face]
+    eyeball = np.asarray(head_parts(head))[corners, 0].max(1) > 0.5
+    left = np.asarray(head.template)[corners, 0].mean(1) > 0
+    shown = np.clip((relative_openings(landmarks, seen) - 0.4) / 0.3, 0, 1)
+    return np.where(eyeball, np.where(left, shown[:, 1:], shown[:, :1]), 1).astype(np.float32)
+
+
+@functools.partial(jax.jit, static_argnames=("size",))
+def _views(
+    head: HeadAsset, marks: Landmarks, coefficients: Coefficients, camera: Camera, corner, scale, size: int
+) -> tuple[Float[Array, "N m 2"], Float[Array, "N m"]]:
+    """Pixels of the points in each frame, and how squarely each is seen (0: hidden)."""
+    faces, parts = mesh_faces(head), head_parts(head)
     corners = jnp.asarray(head.faces)[marks.face]
     on_points = lambda values: jnp.einsum("mk,mkc->mc", marks.bary, values[corners])
-    part = on_points(parts)[:, 0] > 0.5
-    face_part = parts[faces].min(1)[:, 0] > 0.5
+    eyeball = on_points(parts)[:, 0] > 0.5
+    face_eyeball = parts[faces].min(1)[:, 0] > 0.5
 
     def frame(item):
         coefficients, corner = item
         world = world_vertices(head, make_identity(head, coefficients.betas), coefficients)
-        points = camera_from_world(world, camera)
+        vertices = camera_from_world(world, camera)
         box = jnp.concatenate([corner, corner + size / scale])
-        fragments = rasterize(ndc_from_camera(points, camera, box), faces, size)
-        place = on_points(points)
+        fragments = rasterize(ndc_from_camera(vertices, camera, box), faces, size)
+        place = on_points(vertices)
         pixels = project(place, camera)
-        column, row = jnp.clip(jnp.floor((pixels - corner) * scale).astype(int), 0, size - 1).T
-        inside = jnp.all((pixels > corner + 2 / scale) & (pixels < corner + (size - 2) / scale), axis=-1)
+        within = (pixels - corner) * scale
+        inside = jnp.all((within > 2) & (within < size - 2), axis=-1)
+        column, row = jnp.clip(within.astype(int), 0, size - 1).T
         winner = fragments.face[row, column]
-        seen = (winner >= 0) & (fragments.depth[row, column] > place[:, 2] - _CLOSER)
-        seen &= face_part[jnp.maximum(winner, 0)] == part
-        cosine = on_points(view_cosines(points, faces)[:, None])[:, 0]
+        # Lids are thinner than the tolerance: an eyeball is seen where an eyeball is shown.
+        seen = (winner >= 0) & (face_eyeball[winner] == eyeball)
+        seen &= fragments.depth[row, column] > place[:, 2] - _DEPTH_TOLERANCE
+        cosine = on_points(view_cosines(vertices, faces)[:, None])[:, 0]
         return pixels, jnp.where(seen & inside, jnp.maximum(cosine, 0), 0)
 
     return jax.lax.map(frame, (coefficients, corner))
 
 
-def refine(
-    clip: FittedClip,
-    head: HeadAsset,
-    settings: PhotometricSettings = PhotometricSettings(),
-    fit_settings: FitSettings = DEFAULT_SETTINGS,
-) -> FittedClip:
-    """The clip with refined coefficients and its errors measured again; unchanged below 8 frames."""
-    n = len(clip.frames)
-    if n < 8:
-        return clip
-    fit, track = clip.fit, clip.track
-    known = dataclasses.replace(
-        head,
-        template=np.asarray(make_identity(head, fit.coefficients.betas[0]).vertices)[: len(head.template)],
-        shape_basis=np.zeros((0, *head.template.shape), np.float32),
-        shape_sigma=np.zeros(0, np.float32),
-        shape_names=(),
-    )
-    original = fit.coefficients._replace(betas=np.zeros((n, 0), np.float32))
-    image_size = clip.frames[0].shape[:2]
-    problem, layout, start, seen = make_problem(
-        known, track.points[..., :2], track.confidence, image_size, float(fit.camera.intrinsics[0]),
-        fit_settings, float(clip.fps), track.scores,
-    )  # fmt: skip
-    indices = np.flatnonzero(np.asarray(head.landmarks[LANDMARK_SET].face) >= 0)
-    marked = point_head(
-        known,
-        Landmarks(
-            *(
-                np.asarray(f)[indices]
-                for f in (head.landmarks[LANDMARK_SET].face, head.landmarks[LANDMARK_SET].bary)
-            )
-        ),
-    )
-    moved = (
-        np.asarray(marked.expression_basis)[:, : len(indices)]
-        * np.asarray(head.expression_sigma)[:, None, None]
-    )
-    reach = np.sqrt((moved**2).sum((0, 2)))
-    weaker = np.hypot(1, settings.doubt * reach / fit_settings.noise).astype(np.float32)
-    weaker = np.concatenate([weaker, np.ones(len(problem.pairs), np.float32)])
-    marks, area = surface_points(head, settings.spacing)
-    both = Landmarks(
-        np.concatenate([np.asarray(head.landmarks[LANDMARK_SET].face)[indices], marks.face]),
-        np.concatenate([np.asarray(head.landmarks[LANDMARK_SET].bary)[indices], marks.bary]),
-    )
-    pictures, corner, scale = face_pictures(clip, settings)
-    pictures, corner = pad_frames(pictures), pad_frames(corner)
-    x = pad_frames(layout.unknowns(original))
-    scale_of = np.asarray(problem.sigma).min(1) / fit_settings.noise  # frame pixels per metre
-    problem = problem._replace(
-        head=point_head(known, both),
-        sigma=problem.sigma * weaker,
-    )
-    sure = np.flatnonzero(fit.confidence >= np.median(fit.confidence))
-    chosen = sure[np.linspace(0, len(sure) - 1, settings.texture_frames).round().astype(int)]
-    resolution = np.zeros(settings.size)
-    current = original
-    for blur in settings.blurs:
-        padded = Coefficients(*(pad_frames(field) for field in current))
-        pixels, facing = _views(known, marks, padded, problem.camera, corner, scale, resolution)
-        features = jax.lax.map(lambda p: contrast_features(p, blur), jnp.asarray(pictures))
-        surface = Surface(features, corner, scale, None, facing, np.ones(len(corner), np.float32))
-        looks = np.asarray(surface_looks(surface, pixels))[chosen]
-        shown = np.asarray(facing)[chosen] > 0.3
-        often = shown.mean(0) > _LEAST_VIEWS
-        texture = np.nan_to_num(np.nanmedian(np.where(shown[..., None], looks, np.nan), axis=0)).astype(
-            np.float32
-        )
-        difference = np.linalg.norm(np.asarray(surface_looks(surface, pixels)) - texture, axis=-1)
-        visible = np.where(often, np.asarray(facing), 0)
-        noise = np.nanmedian(np.where(visible > 0, difference, np.nan), axis=1)
-        noise = np.maximum(np.nan_to_num(noise), 0.05).astype(np.float32)
-        # Pixels that each point stands for, over those that repeat each other.
-        span = area * (scale_of[:, None] * scale) ** 2
-        weight = (
-            visible * span / (1 + 4 * np.pi * blur**2) / (1 + (noise[:, None] / settings.model_error) ** 2)
-        )
-        weight = weight / noise[:, None] ** 2 * problem.real[:, None]
-        problem = problem._replace(
-            surface=surface._replace(texture=texture, weight=weight.astype(np.float32), noise=noise)
-        )
-        _, x, cost, steps = optimise(
-            problem, layout, np.zeros(0, np.float32), x, settings.iterations, np.float32(1e-3)
-        )
-        current = layout.coefficients(np.asarray(x)[:n], original.betas)
-    found = current._replace(betas=fit.coefficients.betas)
-    lost = (fit.confidence <= 0)[:, None]
-    found = Coefficients(
-        *(np.where(lost, old, new) for old, new in zip(fit.coefficients, found, strict=True))
-    )
-    reprojection = reprojection_error(head, found, fit.camera, track.points)
-    reprojection = np.where(np.isfinite(fit.reprojection), reprojection, np.nan)
-    return clip._replace(fit=fit._replace(coefficients=found, reprojection=reprojection))
+@jax.jit
+def _surface(pictures, corner, scale, pixels, facing, trust, chosen, blur, model_error) -> Surface:
+    """The look of the points in the `chosen` frames, and how much each counts in every frame."""
+    features = jax.lax.map(lambda picture: contrast_features(picture, blur), pictures)
+    looks = surface_looks(features, corner, scale, pixels)
+    shown = (facing > _FACING)[chosen]
+    texture = jnp.nan_to_num(jnp.nanmedian(jnp.where(shown[..., None], looks[chosen], jnp.nan), axis=0))
+    visible = jnp.where(shown.mean(0) > _LEAST_VIEWS, facing, 0)
+    difference = jnp.linalg.norm(looks - texture, axis=-1)
+    noise = jnp.nanmedian(jnp.where(visible > 0, difference, jnp.nan), axis=1)
+    noise = jnp.maximum(jnp.nan_to_num(noise), NOISE_FLOOR)
+    weight = visible * trust / (noise**2 * repetitions(noise, blur, model_error))[:, None]
+    return Surface(features, corner, scale, texture, weight, noise)

@@ -26,9 +26,9 @@ _CPU_CHUNK = 4  # frames linearised at a time where the cache is small
 class _Frame(NamedTuple):
     """What is observed in one frame: fields of `Problem`, without the leading axis."""
 
-    observed: Float[Array, "n 2"]
-    weight: Float[Array, " n"]
-    sigma: Float[Array, " n"]
+    observed: Float[ArrayLike, "n 2"]
+    weight: Float[ArrayLike, " n"]
+    sigma: Float[ArrayLike, " n"]
     surface: Surface | None
 
 
@@ -94,7 +94,7 @@ def _predicted(problem: Problem, layout: Layout, shape, x) -> Float[Array, "N m 
     return jax.vmap(lambda x: project_frame(problem, layout, vertices, x))(x)
 
 
-def _huber(deviation: Array, limit: Float[ArrayLike, ""]) -> Array:
+def _huber(deviation: Array, limit: Float[ArrayLike, ""] | float) -> Array:
     return jnp.where(deviation < limit, 0.5 * deviation**2, limit * deviation - 0.5 * limit**2)
 
 
@@ -122,18 +122,22 @@ def _look(surface: Surface, pixels: Float[Array, "m 2"]):
     return jnp.sum(surface.weight * surface.noise**2 * _huber(size, PIXEL_HUBER)), tensor, pull
 
 
-@jax.jit
-def surface_looks(surface: Surface, pixels: Float[Array, "N m 2"]) -> Float[Array, "N m C"]:
-    """What the pictures show at these pixels of the frames."""
+def surface_looks(
+    pictures: Float[Array, "N S S C"],
+    corner: Float[Array, "N 2"],
+    scale: Float[ArrayLike, ""],
+    pixels: Float[Array, "N m 2"],
+) -> Float[Array, "N m C"]:
+    """What the pictures (`Surface`) show at these pixels of the frames."""
 
     def frame(item):
         picture, corner, pixels = item
-        return _bilinear(picture, (pixels - corner) * surface.scale - 0.5)
+        return _bilinear(picture, (pixels - corner) * scale - 0.5)
 
-    return jax.lax.map(frame, (surface.pictures, surface.corner, pixels))
+    return jax.lax.map(frame, (pictures, corner, pixels))
 
 
-def _bilinear(picture: Float[Array, "s s c"], place: Float[Array, "m 2"]) -> Float[Array, "m c"]:
+def _bilinear(picture: Float[ArrayLike, "s s c"], place: Float[Array, "m 2"]) -> Float[Array, "m c"]:
     """The picture between its pixels (column, row), held beyond its edge."""
     size = picture.shape[0]
     place = jnp.clip(place, 0.0, size - 1.001)
