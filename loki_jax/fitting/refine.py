@@ -111,7 +111,7 @@ def refine(
     x = pad_frames(layout.unknowns(current))
     for blur in settings.blurs:
         padded = Coefficients(*(pad_frames(field) for field in current))
-        views = _views(known, points, padded, problem.camera, corner, scale, settings.size)
+        views = point_views(known, points, padded, problem.camera, corner, scale, settings.size)
         surface = _surface(pictures, corner, scale, *views, trust, chosen, blur, settings.model_error)
         _, x, _, _ = optimise(
             problem._replace(surface=surface), layout, np.zeros(0, np.float32), x, settings.iterations,
@@ -194,7 +194,7 @@ def _open_eyes(
 
 
 @functools.partial(jax.jit, static_argnames=("size",))
-def _views(
+def point_views(
     head: HeadAsset, marks: Landmarks, coefficients: Coefficients, camera: Camera, corner, scale, size: int
 ) -> tuple[Float[Array, "N m 2"], Float[Array, "N m"]]:
     """Pixels of the points in each frame, and how squarely each is seen (0: hidden)."""

@@ -1,4 +1,4 @@
-"""The ICT head, with landmarks made without these clips, on real clips: faces found, errors, trembling, shut eyes."""
+"""The ICT head, with landmarks made without these clips, on real clips: errors, trembling, shut eyes."""
 
 from fractions import Fraction
 
