@@ -5,8 +5,8 @@
 Points of the head's surface keep their colour: at each point near the lips the colour in a frame is compared
 with the point's median over the clip. Printed for each clip: the mean absolute difference in grey levels of
 the points that are seen, for the landmark fit and after `loki_jax.fitting.refine`, and the same for the rest
-of the face. The last line is one JSON object. Colours of the picture itself are compared, not the contrast that
-the refinement works with.
+of the face. The last line is one JSON object. Colours of the picture are compared, not the contrast that the
+refinement works with.
 """
 
 import argparse
