@@ -43,7 +43,7 @@ def residuals(clip: FittedClip, head: HeadAsset) -> tuple[float, float]:
     often = seen.mean(0) > 0.5
     looks, seen = looks[:, often], seen[:, often]
     usual = np.nanmedian(np.where(seen[..., None], looks, np.nan), axis=0)
-    difference = 255 * np.abs(looks - usual).mean(-1)
+    difference = np.abs(looks - usual).mean(-1)
     vertices = np.asarray(template_vertices(head))
     middle = np.asarray(landmark_positions(head, jnp.asarray(vertices), LANDMARK_SET))[list(_MOUTH)].mean(0)
     place = np.einsum("mk,mkc->mc", points.bary, vertices[np.asarray(head.faces)[points.face]])[often]

@@ -19,7 +19,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, UInt8
 
 from loki_jax.arrays import ArrayLike
 from loki_jax.face.asset import HeadAsset, Landmarks
@@ -166,8 +166,8 @@ def surface_points(
 
 def face_pictures(
     clip: FittedClip, settings: PhotometricSettings
-) -> tuple[Float[np.ndarray, "N S S 3"], Float[np.ndarray, "N 2"], np.float32]:
-    """Square pictures in 0..1 around the face of each frame, their corners, and their scale (`Surface`)."""
+) -> tuple[UInt8[np.ndarray, "N S S 3"], Float[np.ndarray, "N 2"], np.float32]:
+    """Square pictures around the face of each frame, their corners, and their scale (`Surface`)."""
     points = clip.track.points[:, :468, :2]
     low, high = points.min(1), points.max(1)
     side = float(np.median((high - low).max(1))) * settings.margin
@@ -176,7 +176,8 @@ def face_pictures(
         crop_and_resize(frame, np.concatenate([corner, corner + side]), settings.size)
         for frame, corner in zip(clip.frames, corners, strict=True)
     ]
-    return np.stack(pictures).astype(np.float32) / 255, corners, np.float32(settings.size / side)
+    # Bytes: numbers of four would take a quarter of a GB a minute.
+    return np.stack(pictures), corners, np.float32(settings.size / side)
 
 
 def _open_eyes(
@@ -228,7 +229,7 @@ def point_views(
 @jax.jit
 def _surface(pictures, corner, scale, pixels, facing, trust, chosen, blur, model_error) -> Surface:
     """The look of the points in the `chosen` frames, and how much each counts in every frame."""
-    features = jax.lax.map(lambda picture: contrast_features(picture, blur), pictures)
+    features = jax.lax.map(lambda picture: contrast_features(picture / 255.0, blur), pictures)
     looks = surface_looks(features, corner, scale, pixels)
     shown = (facing > _FACING)[chosen]
     texture = jnp.nan_to_num(jnp.nanmedian(jnp.where(shown[..., None], looks[chosen], jnp.nan), axis=0))
