@@ -1,6 +1,6 @@
 """Pictures compared with renders by their local contrast, robustly.
 
-What `photometric` (known appearance) and `refine` (appearance estimated from the clip) share. Differences are
+What `photometric` (known appearance) and `refine` (look of points taken from the clip) share. Differences are
 in units of the local contrast.
 """
 
@@ -39,14 +39,8 @@ def noise_level(difference: Float[Array, "s s c"], where: Bool[Array, "s s 1"]) 
     return jnp.maximum(jnp.nan_to_num(spread), NOISE_FLOOR)
 
 
-def huber_cost(difference: Float[Array, "s s c"], noise: Float[Array, ""]) -> Float[Array, "s s c"]:
-    """Huber's cost of each difference over the noise."""
-    deviation = jnp.abs(difference) / noise
-    return jnp.where(deviation < _HUBER, 0.5 * deviation**2, _HUBER * deviation - 0.5 * _HUBER**2)
-
-
 def huber_weight(difference: Float[Array, "s s c"], noise: Float[Array, ""]) -> Float[Array, "s s c"]:
-    """Weights of the least squares problem whose gradient is that of `huber_cost`."""
+    """Weights of the least squares problem whose gradient is that of Huber's cost."""
     return jnp.minimum(1, _HUBER * noise / jnp.maximum(jnp.abs(difference), 1e-6))
 
 

@@ -7,14 +7,22 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from loki_jax.face.asset import HeadAsset
 from loki_jax.face.camera import camera_from_world, project
 from loki_jax.face.rotation import matrix_from_rotvec, rotvec_from_matrix
 from loki_jax.face.skinning import landmark_positions, make_identity, world_vertices
 from loki_jax.face.types import Camera, Coefficients
-from loki_jax.fitting.points import FACE_OVAL, IRISES, LANDMARK_SET, N_POINTS, OUTER_EYE_CORNERS
+from loki_jax.fitting.points import (
+    FACE_OVAL,
+    IRISES,
+    LANDMARK_SET,
+    LIDS_LEFT,
+    LIDS_RIGHT,
+    N_POINTS,
+    OUTER_EYE_CORNERS,
+)
 from loki_jax.fitting.problem import (
     HIGHEST,
     FitError,
@@ -207,6 +215,13 @@ def make_problem(
 
     metres = np.where(is_inner, settings.noise, settings.contour_noise)
     metres = np.where(np.isin(indices, IRISES), settings.iris_noise, metres)
+    sigma = np.asarray(scale)[:, None] * metres
+
+    pairs = lid_pairs(indices)
+    gaps = observed[:, pairs[:, 0]] - observed[:, pairs[:, 1]]
+    least, growth = settings.gap_noise
+    gap_sigma = np.asarray(scale)[:, None] * least + growth * np.linalg.norm(gaps, axis=-1)
+    confidence_used = np.concatenate([confidence_used, confidence_used[:, pairs].min(-1)], axis=1)
 
     terms = frame_terms(head, layout, settings, 25.0 / fps)
     mean = np.zeros_like(start)
@@ -220,9 +235,10 @@ def make_problem(
     problem = Problem(
         head=small,
         camera=camera,
-        observed=observed,
+        pairs=pairs,
+        observed=np.concatenate([observed, gaps], axis=1),
         weight=pad_frames(confidence_used.astype(np.float32)) * real[:, None],
-        sigma=(np.asarray(scale)[:, None] * metres).astype(np.float32),
+        sigma=np.concatenate([sigma, gap_sigma], axis=1).astype(np.float32),
         real=real,
         # A landmark that is off the head's own one is so in every frame: more frames show more
         # views of the shape, but do not make the landmarks more exact.
@@ -232,6 +248,14 @@ def make_problem(
         **terms,
     )
     return problem, layout, start, seen
+
+
+def lid_pairs(indices: Int[np.ndarray, " n"]) -> Int[np.ndarray, "k 2"]:
+    """Opposite landmarks of upper and lower lids among the landmarks `indices`, by their place in these."""
+    place = {int(index): at for at, index in enumerate(indices)}
+    pairs = [pair for lids in (LIDS_RIGHT, LIDS_LEFT) for pair in zip(lids[9:], lids[1:8], strict=True)]
+    found = [(place[upper], place[lower]) for upper, lower in pairs if upper in place and lower in place]
+    return np.array(found, np.int32).reshape(-1, 2)
 
 
 def reprojection_error(

@@ -31,6 +31,19 @@ def lid_openings(points: Float[np.ndarray, "n 478 3"]) -> Float[np.ndarray, "n 2
     return np.stack(openings, axis=-1)
 
 
+def relative_openings(
+    points: Float[np.ndarray, "n 478 3"], seen: Float[np.ndarray, " n"]
+) -> Float[np.ndarray, "n 2"]:
+    """`lid_openings` over those of the clip's open eyes.
+
+    Args:
+      seen: the frames that show the face are those above 0; at least one does.
+    """
+    openings = lid_openings(points)
+    usual = np.quantile(openings[seen > 0], _OPEN_QUANTILE, axis=0)
+    return openings / np.maximum(usual, _LEAST_OPEN)
+
+
 def close_lids(
     points: Float[np.ndarray, "n 478 3"], seen: Float[np.ndarray, " n"]
 ) -> Float[np.ndarray, "n 478 3"]:
@@ -42,9 +55,7 @@ def close_lids(
     if not (seen > 0).any():
         return points
     closed = points.copy()
-    openings = lid_openings(points)
-    usual = np.maximum(np.quantile(openings[seen > 0], _OPEN_QUANTILE, axis=0), _LEAST_OPEN)
-    marked = np.maximum(openings / usual, 1e-6)
+    marked = np.maximum(relative_openings(points, seen), 1e-6)
     # Eyes that are wider open than usual stay as they are.
     share = np.where(marked < 1, np.interp(marked, _MARKED, _TRUE) / marked, 1.0)
     for eye, lids in enumerate((LIDS_RIGHT, LIDS_LEFT)):

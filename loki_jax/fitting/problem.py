@@ -20,10 +20,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Real
+from jaxtyping import Array, Float, Int, Real
 
 from loki_jax.arrays import ArrayLike
-from loki_jax.face.asset import HeadAsset
+from loki_jax.face.asset import HeadAsset, Landmarks
 from loki_jax.face.camera import camera_from_world, project
 from loki_jax.face.skinning import Identity, head_vertices, make_identity, world_vertices
 from loki_jax.face.types import Camera, Coefficients
@@ -44,6 +44,8 @@ class FitSettings:
       fov: field of view of the longer image side, degrees, where no focal length is given. Portraits
         are mostly shot from afar and cropped, hence narrow.
       noise, contour_noise, iris_noise: standard deviation of a landmark at the face.
+      gap_noise: standard deviation of the gap between the lids where it is 0, and what each metre of gap
+        adds to it. A lid that the network puts a millimetre too low is shut all the same.
       huber: errors beyond so many standard deviations count linearly.
       score_noise: standard deviation of an expression axis about its score, where a network gives one.
       jaw, eyes: prior standard deviations of these rotations about x (up/down), y, z.
@@ -56,6 +58,7 @@ class FitSettings:
     noise: float = 0.001
     contour_noise: float = 0.005
     iris_noise: float = 0.001
+    gap_noise: tuple[float, float] = (0.0003, 0.2)
     huber: float = 2.0
     score_noise: float = 0.15
     jaw: tuple[float, float, float] = (0.2, 0.03, 0.03)
@@ -90,13 +93,39 @@ class Layout(NamedTuple):
         eyes = rest[-1] if self.eyes else still
         return Coefficients(shape, x[..., : self.n_expression], rot, tra, still, jaw, eyes)
 
+    def unknowns(self, coefficients: Coefficients) -> Float[np.ndarray, "*b p"]:
+        """The vector of unknowns of these coefficients."""
+        parts = [coefficients.expression, coefficients.rot, coefficients.tra]
+        parts += [coefficients.jaw] * self.jaw + [coefficients.eyes] * self.eyes
+        return np.concatenate([np.asarray(part) for part in parts], axis=-1)
 
-class Problem(NamedTuple):
-    """Everything but the unknowns. N frames, n landmarks, p unknowns a frame, s of the shape.
+
+class Surface(NamedTuple):
+    """Points of the head's surface whose look is known, and the pictures in which they are looked for.
 
     Attributes:
-      head: one vertex for each landmark, then the joints (`landmark_head`).
-      observed, sigma: landmarks and their standard deviations, pixels.
+      pictures: what is compared (`loki_jax.fitting.contrast`), C channels of S x S pixels around the face.
+      corner, scale: pixel of the frame at which each picture begins, and picture pixels per frame pixel.
+      texture: what the points look like.
+      weight: 1 / variance of a point's difference, over the number of points that repeat it; 0 where hidden.
+      noise: standard deviation of the differences beyond which they count linearly.
+    """
+
+    pictures: Float[ArrayLike, "N S S C"]
+    corner: Float[ArrayLike, "N 2"]
+    scale: Float[ArrayLike, ""]
+    texture: Float[ArrayLike, "m C"]
+    weight: Float[ArrayLike, "N m"]
+    noise: Float[ArrayLike, " N"]
+
+
+class Problem(NamedTuple):
+    """Everything but the unknowns. N frames, n observations, p unknowns a frame, s of the shape.
+
+    Attributes:
+      head: one vertex for each landmark and each point of `surface`, then the joints (`landmark_head`).
+      observed, sigma: landmarks, then the differences of the pairs (first minus second), and their standard
+        deviations, pixels.
       weight: confidence; 0 in padded frames.
       real: 1 for frames of the clip, 0 for padding.
       frame_prior, shape_prior: 1 / variance of the unknowns.
@@ -104,6 +133,8 @@ class Problem(NamedTuple):
       smoothness: 1 / variance of the second difference of a frame's unknowns.
       lower, upper: bounds of a frame's unknowns.
       huber: errors beyond so many standard deviations count linearly.
+      pairs: landmarks whose difference is an observation of its own (lids: how far they are apart).
+      surface: points that are compared with the pictures, or None.
     """
 
     head: HeadAsset
@@ -119,6 +150,17 @@ class Problem(NamedTuple):
     lower: Float[ArrayLike, " p"]
     upper: Float[ArrayLike, " p"]
     huber: Float[ArrayLike, ""]
+    pairs: Int[ArrayLike, "k 2"] = np.zeros((0, 2), np.int32)  # noqa: RUF012 (nobody changes it)
+    surface: Surface | None = None
+
+    @property
+    def n_landmarks(self) -> int:
+        return self.observed.shape[-2] - len(self.pairs)
+
+    def observables(self, points: Float[Array, "m ..."]) -> Float[Array, "n ..."]:
+        """What is observed of the points of one frame, or of their Jacobians."""
+        gaps = points[self.pairs[:, 0]] - points[self.pairs[:, 1]]
+        return jnp.concatenate([points[: self.n_landmarks], gaps])
 
 
 def padded_length(frames: int) -> int:
@@ -133,15 +175,20 @@ def pad_frames(values: Real[ArrayLike, "N ..."]) -> Real[np.ndarray, "M ..."]:
 
 
 def landmark_head(head: HeadAsset, indices: np.ndarray, name: str = LANDMARK_SET) -> HeadAsset:
-    """A head that consists of landmarks only: vertex i is landmark `indices[i]` of the set `name`.
+    """The head's landmarks `indices` of the set `name` as a head of their own (`point_head`)."""
+    marks = head.landmarks[name]
+    return point_head(head, Landmarks(np.asarray(marks.face)[indices], np.asarray(marks.bary)[indices]))
 
-    It takes the same coefficients, and its vertices are the landmarks (exactly where a landmark is
+
+def point_head(head: HeadAsset, marks: Landmarks) -> HeadAsset:
+    """A head that consists of points of the surface only: vertex i is `marks` i.
+
+    It takes the same coefficients, and its vertices are the points (exactly where a point is
     on one vertex; skinning weights are interpolated where it is inside a face). The joints need
     the whole mesh: they are further vertices, which the joint regressor selects.
     """
-    marks = head.landmarks[name]
-    corners = np.asarray(head.faces)[np.asarray(marks.face)[indices]]
-    bary = np.asarray(marks.bary)[indices]
+    corners = np.asarray(head.faces)[np.asarray(marks.face)]
+    bary = np.asarray(marks.bary)
     regressor = np.asarray(head.joint_regressor)
 
     def reduce(field: ArrayLike) -> np.ndarray:  # (..., V, c) -> (..., n + J, c)
@@ -150,7 +197,7 @@ def landmark_head(head: HeadAsset, indices: np.ndarray, name: str = LANDMARK_SET
         on_joints = np.einsum("jv,...vc->...jc", regressor, field)
         return np.concatenate([on_landmarks, on_joints], axis=-2).astype(np.float32)
 
-    n, n_joints = len(indices), len(regressor)
+    n, n_joints = len(corners), len(regressor)
     correctives = reduce(head.pose_correctives)
     correctives[:, n:] = 0  # joints are regressed before the correctives
     weights = np.concatenate([reduce(head.skinning_weights)[:n], np.eye(n_joints, dtype=np.float32)])
@@ -173,10 +220,10 @@ def landmark_head(head: HeadAsset, indices: np.ndarray, name: str = LANDMARK_SET
 def project_frame(
     problem: Problem, layout: Layout, vertices: Float[ArrayLike, "n_all 3"], x: Float[Array, " p"]
 ) -> Float[Array, "n 2"]:
-    """Pixels of the landmarks of one frame, given the identity's neutral landmark vertices."""
+    """Pixels of the points of one frame, given the identity's neutral vertices."""
     coefficients = layout.coefficients(x, jnp.zeros(problem.head.n_shape))
     identity = Identity(vertices, jnp.zeros((len(problem.head.joint_names), 3)))
-    world = world_vertices(problem.head, identity, coefficients)[: problem.observed.shape[1]]
+    world = world_vertices(problem.head, identity, coefficients)[: -len(problem.head.joint_names)]
     return project(camera_from_world(world, problem.camera), problem.camera)
 
 
@@ -233,8 +280,9 @@ def frame_linearisation(problem: Problem, layout: Layout, shape: Float[Array, " 
     Returns:
       x (p,) -> predicted pixels (n, 2), their Jacobian for the shape (n, 2, s) and for x (n, 2, p).
     """
-    head, n = problem.head, problem.observed.shape[1]
+    head = problem.head
     n_shape, n_expression, n_joints = head.n_shape, layout.n_expression, len(head.joint_names)
+    n = len(head.template) - n_joints
     vertices = make_identity(head, shape).vertices
     # Shape and expression act alike on the unposed vertices, of which the last are the joints.
     bases = jnp.concatenate([head.shape_basis, head.expression_basis])

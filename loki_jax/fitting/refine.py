@@ -1,40 +1,45 @@
-"""Refines the rigid motion of a landmark fit by the pictures (`--photometric` in data_prep.build).
+"""Refines a landmark fit by the pictures (`--photometric` in data_prep.build).
 
-For a clip one colour a vertex and one lighting (spherical harmonics up to degree 2, Ramamoorthi and
-Hanrahan 2001, section 3, on the normals in the world frame) are estimated from frames spread over it. Then
-each frame's head is moved, six numbers, until its render through the rasteriser looks like the frame, in the
-sense of `loki_jax.fitting.contrast`; the landmark fit is the prior. Gauss-Newton; the
-Jacobian is that of the render (forward mode through the interpolation; outlines are left out). A frame keeps
-its landmark pose where the picture gets no closer. Shape, expression, jaw and eyes stay as they are.
+Landmark networks draw mouths that are nearly symmetric. The pictures know better: points of the head's
+surface keep their look from frame to frame. What each point looks like, in the sense of
+`loki_jax.fitting.contrast`, is the median over frames spread over the clip, at the places where the landmark
+fit has it. Then the problem of the landmark fit is solved again with these points as further observations
+(`loki_jax.fitting.problem.Surface`), from coarse to fine, while landmarks that expressions move count less.
+The shape stays as it is.
 
-It helps where landmarks tremble, because all frames are compared with one texture of the clip. It cannot
-correct a constant offset, because the texture comes from the same poses.
+It sees what changes in a clip. It cannot correct what is wrong in most frames alike, because the look of the
+points comes from the same fit.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float, UInt8
 
-from loki_jax.face.asset import HeadAsset
-from loki_jax.face.camera import ndc_from_world
+from loki_jax.arrays import ArrayLike
+from loki_jax.face.asset import HeadAsset, Landmarks
+from loki_jax.face.camera import camera_from_world, ndc_from_camera, project
 from loki_jax.face.crop import crop_and_resize
-from loki_jax.face.normals import vertex_normals
-from loki_jax.face.rotation import matrix_from_rotvec, rotvec_from_matrix
-from loki_jax.face.skinning import make_identity, mesh_faces, mesh_render_mask, world_vertices
+from loki_jax.face.skinning import make_identity, mesh_faces, world_vertices
 from loki_jax.face.types import Camera, Coefficients
 from loki_jax.fitting.clips import FittedClip
-from loki_jax.fitting.contrast import contrast_features, huber_cost, huber_weight, noise_level, repetitions
-from loki_jax.fitting.fit import reprojection_error
-from loki_jax.fitting.problem import HIGHEST, pad_frames
+from loki_jax.fitting.contrast import NOISE_FLOOR, contrast_features, repetitions
+from loki_jax.fitting.fit import DEFAULT_SETTINGS, make_problem, reprojection_error
+from loki_jax.fitting.lids import relative_openings
+from loki_jax.fitting.points import LANDMARK_SET
+from loki_jax.fitting.problem import FitSettings, Surface, pad_frames, point_head
+from loki_jax.fitting.solver import optimise, surface_looks
+from loki_jax.flow import head_parts, view_cosines
 from loki_jax.raster.api import rasterize
-from loki_jax.raster.fragments import interpolate
+
+_DEPTH_TOLERANCE = 0.004  # metres that a point may lie behind what the rasteriser shows
+_FACING = 0.3  # cosine from which the look of a point is used
+_LEAST_VIEWS = 0.2  # share of the frames in which a point must be seen
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,263 +47,195 @@ class PhotometricSettings:
     """What `refine` does.
 
     Attributes:
-      size: side in pixels of the crop that is compared.
-      blur: standard deviation in these pixels of the finest details compared.
-      texture_frames: frames that colours and light come from.
-      rounds: how often texture and poses are estimated in turn.
-      steps: Gauss-Newton steps of each frame and round.
-      window: frames; only what changes faster than their moving average is corrected, because what is slow
-        is as wrong in the texture as in the poses.
+      size: side in pixels of the picture of the face that is compared.
+      margin: that side over the longer extent of the landmarks.
+      blurs: standard deviations in these pixels of the finest details compared, one stage after another.
+      spacing: metres between points where expressions move the face, and elsewhere.
+      texture_frames: frames that the look of the points comes from.
+      doubt: how far landmarks may be off, as a share of how far expressions usually move them.
+      iterations: upper limit of steps a stage.
       model_error: differences in units of the local contrast that are the model's and not the pixel's.
     """
 
-    size: int = 128
-    blur: float = 1.0
-    texture_frames: int = 24
-    rounds: int = 2
-    steps: int = 2
-    window: int = 5
+    size: int = 160
+    margin: float = 1.25
+    blurs: tuple[float, ...] = (4.0, 2.0, 1.0)
+    spacing: tuple[float, float] = (0.0015, 0.005)
+    texture_frames: int = 48
+    doubt: float = 0.7
+    iterations: int = 8
     model_error: float = 0.1
 
 
-class ClipAppearance(NamedTuple):
-    """Colours of one clip: `albedo` of every vertex, whether it was seen, and the light's coefficients."""
-
-    albedo: Float[Array, "V 3"]
-    known: Bool[Array, " V"]
-    light: Float[Array, "9 3"]
-
-
-def harmonics(normals: Float[Array, "*b 3"]) -> Float[Array, "*b 9"]:
-    """Real spherical harmonics of degree 0, 1 and 2 at unit vectors."""
-    x, y, z = normals[..., 0], normals[..., 1], normals[..., 2]
-    return jnp.stack(
-        [
-            0.282095 * jnp.ones_like(x), 0.488603 * y, 0.488603 * z, 0.488603 * x,
-            1.092548 * x * y, 1.092548 * y * z, 0.315392 * (3 * z * z - 1), 1.092548 * x * z,
-            0.546274 * (x * x - y * y),
-        ],
-        axis=-1,
-    )  # fmt: skip
-
-
-def steadiness(head: HeadAsset) -> Float[Array, " V_all"]:
-    """1 for surface that only the head's motion moves, 1/2 where expressions move it by about a millimetre.
-
-    A slightly wrong expression would otherwise be taken for the head's motion. Eyeballs have 0.
-    """
-    reach = jnp.sum((head.expression_basis * head.expression_sigma[:, None, None]) ** 2, axis=(0, 2))
-    steady = 1 / (1 + reach / 1e-3**2)
-    for name in ("left_eye", "right_eye"):
-        if head.joint(name) is not None:
-            steady *= head.skinning_weights[:, head.joint(name)] < 0.5
-    extra = mesh_render_mask(head).shape[0] - len(steady)  # an inner mouth
-    return jnp.concatenate([steady * ~head.inner_mouth, jnp.zeros(extra)])
-
-
-@jax.jit
-def _samples(head: HeadAsset, coefficients: Coefficients, camera: Camera, crop, images):
-    """For each frame and vertex the picture's colour, the harmonics, and how squarely it is seen (0: not)."""
-    faces = mesh_faces(head)
-    shown = mesh_render_mask(head)
-    size = images.shape[1]
-
-    def frame(item):
-        coefficients, image = item
-        world = world_vertices(head, make_identity(head, coefficients.betas), coefficients)
-        normals = vertex_normals(world, faces)
-        ndc = ndc_from_world(world, camera, crop)
-        winner = rasterize(ndc, faces, size).face
-        seen = (
-            jnp.zeros(len(world))
-            .at[faces[jnp.maximum(winner, 0)]]
-            .max((winner >= 0)[..., None].astype(float))
-        )
-        column, row = ((1 - ndc[:, k]) * size / 2 - 0.5 for k in (0, 1))
-        colour = jnp.stack(
-            [jax.scipy.ndimage.map_coordinates(image[..., c], [row, column], order=1) for c in range(3)], -1
-        )
-        # The camera of a fit is at the world's origin.
-        towards = -world / jnp.linalg.norm(world, axis=-1, keepdims=True)
-        square = jnp.maximum(jnp.sum(normals * towards, -1), 0)
-        return colour, harmonics(normals), jnp.where(shown, seen * square**2, 0)
-
-    return jax.lax.map(frame, (coefficients, images))
-
-
-@jax.jit
-def solve_appearance(
-    colour: Float[Array, "n V 3"], basis: Float[Array, "n V 9"], weight: Float[Array, "n V"]
-) -> ClipAppearance:
-    """Albedo and light in turn, each by least squares given the other.
+def refine(
+    clip: FittedClip,
+    head: HeadAsset,
+    settings: PhotometricSettings = PhotometricSettings(),
+    fit_settings: FitSettings = DEFAULT_SETTINGS,
+) -> FittedClip:
+    """The clip with refined coefficients and its errors measured again; unchanged below 8 frames.
 
     Args:
-      colour, basis, weight: of every frame and vertex the picture's colour, the harmonics and the weight.
+      fit_settings: those of the landmark fit.
     """
-    ambient = jnp.zeros((9, 3)).at[0].set(1 / 0.282095)
+    n = len(clip.frames)
+    if n < 8:  # too few views: their look would repeat the fit that it is to correct
+        return clip
+    fit, track = clip.fit, clip.track
+    known = _with_shape(head, fit.coefficients.betas[0])
+    problem, layout, _, _ = make_problem(
+        known, track.points[..., :2], track.confidence, clip.frames[0].shape[:2],
+        float(fit.camera.intrinsics[0]), fit_settings, float(clip.fps), track.scores,
+    )  # fmt: skip
+    points, area = surface_points(head, settings.spacing)
+    marks, part = head.landmarks[LANDMARK_SET], ("face", "bary")
+    present = np.asarray(marks.face) >= 0
+    both = Landmarks(*(np.concatenate([getattr(marks, f)[present], getattr(points, f)]) for f in part))
+    small = point_head(known, both)
+    moved = np.asarray(small.expression_basis) * np.asarray(head.expression_sigma)[:, None, None]
+    reach = np.sqrt((moved**2).sum((0, 2)))[: present.sum()]
+    doubt = np.hypot(1, settings.doubt * reach / fit_settings.noise)
+    # The gaps between the lids are not doubted.
+    doubt = np.concatenate([doubt, np.ones(len(problem.pairs))]).astype(np.float32)
+    problem = problem._replace(head=small, sigma=problem.sigma * doubt)
 
-    def albedo_of(light):
-        shade = jnp.maximum(jnp.einsum("nvh,hc->nvc", basis, light, precision=HIGHEST), 0.05)
-        above = jnp.einsum("nv,nvc,nvc->vc", weight, shade, colour)
-        below = jnp.einsum("nv,nvc,nvc->vc", weight, shade, shade)
-        return above / jnp.maximum(below, 1e-4)
+    pictures, corner, scale = face_pictures(clip, settings)
+    pictures, corner = pad_frames(pictures), pad_frames(corner)
+    sure = np.flatnonzero(fit.confidence >= np.median(fit.confidence))
+    chosen = sure[np.linspace(0, len(sure) - 1, settings.texture_frames).round().astype(int)]
+    current = fit.coefficients._replace(betas=np.zeros((n, 0), np.float32))
+    # How many picture pixels each point stands for, where it is seen squarely.
+    metre = scale * fit.camera.intrinsics[0] / np.abs(pad_frames(current.tra)[:, 2])
+    trust = (area * metre[:, None] ** 2 * problem.real[:, None]).astype(np.float32)
+    trust *= pad_frames(_open_eyes(head, points, track.points, track.score))
+    x = pad_frames(layout.unknowns(current))
+    for blur in settings.blurs:
+        padded = Coefficients(*(pad_frames(field) for field in current))
+        views = point_views(known, points, padded, problem.camera, corner, scale, settings.size)
+        surface = _surface(pictures, corner, scale, *views, trust, chosen, blur, settings.model_error)
+        _, x, _, _ = optimise(
+            problem._replace(surface=surface), layout, np.zeros(0, np.float32), x, settings.iterations,
+            np.float32(fit_settings.tolerance),
+        )  # fmt: skip
+        current = layout.coefficients(np.asarray(x)[:n], current.betas)
+    # Frames without a face have no picture to follow.
+    lost = (fit.confidence <= 0)[:, None]
+    found = current._replace(betas=fit.coefficients.betas)
+    pairs = zip(fit.coefficients, found, strict=True)
+    found = Coefficients(*(np.where(lost, before, after) for before, after in pairs))
+    reprojection = reprojection_error(head, found, fit.camera, track.points)
+    reprojection = np.where(np.isfinite(fit.reprojection), reprojection, np.nan)
+    return clip._replace(fit=fit._replace(coefficients=found, reprojection=reprojection))
 
-    def improve(_, light):
-        albedo = albedo_of(light)
 
-        def channel(albedo, colour, start):
-            rows = basis * albedo[:, None]
-            normal = jnp.einsum("nv,nvh,nvk->hk", weight, rows, rows, precision=HIGHEST)
-            right = jnp.einsum("nv,nvh,nv->h", weight, rows, colour, precision=HIGHEST)
-            ridge = 0.02 * jnp.trace(normal)
-            return jnp.linalg.solve(normal + ridge * jnp.eye(9), right + ridge * start)
-
-        return jax.vmap(channel, in_axes=(-1, -1, -1), out_axes=-1)(albedo, colour, ambient)
-
-    light = jax.lax.fori_loop(0, 3, improve, ambient)
-    return ClipAppearance(albedo_of(light), weight.sum(0) > 0.05, light)
+def _with_shape(head: HeadAsset, betas: Float[ArrayLike, " n_shape"]) -> HeadAsset:
+    """The head of one person, without shape axes."""
+    vertices = np.asarray(make_identity(head, betas).vertices)[: len(head.template)]
+    none = np.zeros((0, *vertices.shape), np.float32)
+    return dataclasses.replace(
+        head, template=vertices, shape_basis=none, shape_sigma=np.zeros(0, np.float32), shape_names=()
+    )
 
 
-def _centre(head: HeadAsset, coefficients: Coefficients) -> Float[Array, "3"]:
-    """The middle of the shown part of the posed head, world frame."""
-    world = world_vertices(head, make_identity(head, coefficients.betas), coefficients)
-    mask = mesh_render_mask(head)
-    return jnp.sum(jnp.where(mask[:, None], world, 0), 0) / mask.sum()
+def surface_points(
+    head: HeadAsset, spacing: tuple[float, float]
+) -> tuple[Landmarks, Float[np.ndarray, " m"]]:
+    """Points spread over what is shown of the head, without inner mouth, and the area of each, m^2.
+
+    They are `spacing[0]` apart on eyeballs and where expressions move the surface by a millimetre, and
+    `spacing[1]` elsewhere.
+    """
+    faces, template = np.asarray(head.faces), np.asarray(head.template)
+    a, b, c = (template[faces[:, k]] for k in range(3))
+    area = np.linalg.norm(np.cross(b - a, c - a), axis=-1) / 2
+    moved = np.asarray(head.expression_basis) * np.asarray(head.expression_sigma)[:, None, None]
+    moved = np.sqrt((moved**2).sum((0, 2)))[faces].max(1) > 1e-3
+    eyeball, inside = np.asarray(head_parts(head))[: len(template)][faces].max(1).T > 0.5
+    shown = np.asarray(head.render_mask)[faces].all(1) & ~inside
+    cell = np.where(moved | eyeball, spacing[0], spacing[1]) ** 2
+    # The n-th face gets as many points as whole cells are filled by it and the ones before it.
+    filled = np.floor(np.cumsum(np.where(shown, area / cell, 0)) + 0.5).astype(int)
+    face = np.repeat(np.arange(len(faces)), np.diff(filled, prepend=0))
+    # Evenly spread pairs (the R2 sequence), folded into the triangle.
+    u, v = np.modf((np.arange(len(face))[:, None] + 1) * [0.7548776662, 0.5698402910])[0].T
+    fold = u + v > 1
+    u, v = np.where(fold, 1 - u, u), np.where(fold, 1 - v, v)
+    bary = np.stack([1 - u - v, u, v], axis=-1).astype(np.float32)
+    return Landmarks(face.astype(np.int32), bary), cell[face].astype(np.float32)
+
+
+def face_pictures(
+    clip: FittedClip, settings: PhotometricSettings
+) -> tuple[UInt8[np.ndarray, "N S S 3"], Float[np.ndarray, "N 2"], np.float32]:
+    """Square pictures around the face of each frame, their corners, and their scale (`Surface`)."""
+    points = clip.track.points[:, :468, :2]
+    low, high = points.min(1), points.max(1)
+    side = float(np.median((high - low).max(1))) * settings.margin
+    corners = np.rint((low + high) / 2 - side / 2).astype(np.float32)
+    pictures = [
+        crop_and_resize(frame, np.concatenate([corner, corner + side]), settings.size)
+        for frame, corner in zip(clip.frames, corners, strict=True)
+    ]
+    # Bytes: numbers of four would take a quarter of a GB a minute.
+    return np.stack(pictures), corners, np.float32(settings.size / side)
+
+
+def _open_eyes(
+    head: HeadAsset,
+    points: Landmarks,
+    landmarks: Float[np.ndarray, "N 478 3"],
+    seen: Float[np.ndarray, " N"],
+) -> Float[np.ndarray, "N m"]:
+    """1 for each point and frame; towards 0 for points of eyeballs that lids hide."""
+    corners = np.asarray(head.faces)[points.face]
+    eyeball = np.asarray(head_parts(head))[corners, 0].max(1) > 0.5
+    left = np.asarray(head.template)[corners, 0].mean(1) > 0
+    shown = np.clip((relative_openings(landmarks, seen) - 0.4) / 0.3, 0, 1)
+    return np.where(eyeball, np.where(left, shown[:, 1:], shown[:, :1]), 1).astype(np.float32)
+
+
+@functools.partial(jax.jit, static_argnames=("size",))
+def point_views(
+    head: HeadAsset, marks: Landmarks, coefficients: Coefficients, camera: Camera, corner, scale, size: int
+) -> tuple[Float[Array, "N m 2"], Float[Array, "N m"]]:
+    """Pixels of the points in each frame, and how squarely each is seen (0: hidden)."""
+    faces, parts = mesh_faces(head), head_parts(head)
+    corners = jnp.asarray(head.faces)[marks.face]
+    on_points = lambda values: jnp.einsum("mk,mkc->mc", marks.bary, values[corners])
+    eyeball = on_points(parts)[:, 0] > 0.5
+    face_eyeball = parts[faces].min(1)[:, 0] > 0.5
+
+    def frame(item):
+        coefficients, corner = item
+        world = world_vertices(head, make_identity(head, coefficients.betas), coefficients)
+        vertices = camera_from_world(world, camera)
+        box = jnp.concatenate([corner, corner + size / scale])
+        fragments = rasterize(ndc_from_camera(vertices, camera, box), faces, size)
+        place = on_points(vertices)
+        pixels = project(place, camera)
+        within = (pixels - corner) * scale
+        inside = jnp.all((within > 2) & (within < size - 2), axis=-1)
+        column, row = jnp.clip(within.astype(int), 0, size - 1).T
+        winner = fragments.face[row, column]
+        # Lids are thinner than the tolerance: an eyeball is seen where an eyeball is shown.
+        seen = (winner >= 0) & (face_eyeball[winner] == eyeball)
+        seen &= fragments.depth[row, column] > place[:, 2] - _DEPTH_TOLERANCE
+        cosine = on_points(view_cosines(vertices, faces)[:, None])[:, 0]
+        return pixels, jnp.where(seen & inside, jnp.maximum(cosine, 0), 0)
+
+    return jax.lax.map(frame, (coefficients, corner))
 
 
 @jax.jit
-def _apply(head: HeadAsset, coefficients: Coefficients, changes: Float[Array, "N 6"]) -> Coefficients:
-    def frame(item):
-        coefficients, change = item
-        return _moved(coefficients, _centre(head, coefficients), change)
-
-    return jax.lax.map(frame, (coefficients, changes))
-
-
-def trembling(values: Float[np.ndarray, "N k"]) -> Float[np.ndarray, " k"]:
-    """Standard deviation of the noise on smooth columns, from their fourth differences.
-
-    White noise of variance v has fourth differences of variance 70 v; a swing of 1 Hz at 25 frames a second
-    keeps 0.4 % of its amplitude in them.
-    """
-    return 1.4826 * np.median(np.abs(np.diff(values, n=4, axis=0)), axis=0) / np.sqrt(70)
-
-
-def fast_part(changes: Float[np.ndarray, "N k"], window: int) -> Float[np.ndarray, "N k"]:
-    """What is left of `changes` without its moving average (shorter at the ends)."""
-    kernel = np.ones(window)
-    counts = np.convolve(np.ones(len(changes)), kernel, "same")[:, None]
-    slow = np.stack([np.convolve(column, kernel, "same") for column in changes.T], -1)
-    return changes - slow / counts
-
-
-def _moved(coefficients: Coefficients, centre, change) -> Coefficients:
-    """The head turned by change[:3] about `centre` (world) and moved by change[3:]."""
-    turn = matrix_from_rotvec(change[:3])
-    rot = rotvec_from_matrix(jnp.matmul(turn, matrix_from_rotvec(coefficients.rot), precision=HIGHEST))
-    tra = jnp.matmul(turn, coefficients.tra - centre, precision=HIGHEST) + centre + change[3:]
-    return coefficients._replace(rot=rot, tra=tra)
-
-
-@functools.partial(jax.jit, static_argnames=("blur", "steps"))
-def _changes(
-    head,
-    coefficients,
-    camera,
-    crop,
-    appearance: ClipAppearance,
-    images,
-    sigma,
-    model_error,
-    blur: float,
-    steps: int,
-) -> Float[Array, "N 6"]:
-    """Turn and shift of each frame about its `_centre`; a step counts only if it lowers the cost."""
-    faces = mesh_faces(head)
-    size = images.shape[1]
-    trust = steadiness(head)
-    usable = appearance.known & mesh_render_mask(head) & (trust > 0)
-
-    def frame(item):
-        start, stored = item
-        image = stored.astype(jnp.float32) / 255
-        centre = _centre(head, start)
-        observed = contrast_features(image, blur)
-
-        def picture(change):
-            moved = _moved(start, centre, change)
-            world = world_vertices(head, make_identity(head, start.betas), moved)
-            shade = jnp.matmul(harmonics(vertex_normals(world, faces)), appearance.light, precision=HIGHEST)
-            fragments = rasterize(ndc_from_world(world, camera, crop), faces, size)
-            drawn = interpolate(fragments, faces, appearance.albedo * jnp.maximum(shade, 0.05))
-            # Outside the head the observed picture is used: no difference, no edge.
-            inside = (fragments.face >= 0) & usable[faces[jnp.maximum(fragments.face, 0)]].all(-1)
-            weight = inside * interpolate(fragments, faces, trust[:, None])[..., 0]
-            return jnp.where(inside[..., None], drawn, image), jax.lax.stop_gradient(weight)
-
-        def difference(change):
-            drawn, weight = picture(change)
-            return (contrast_features(drawn, blur) - observed) * jnp.sqrt(weight)[..., None]
-
-        first = difference(jnp.zeros(6))
-        noise = noise_level(first, jnp.any(first != 0, -1, keepdims=True))
-        repeats = repetitions(noise, blur, model_error, channels=3)
-
-        def cost(change):
-            robust = huber_cost(difference(change), noise)
-            return jnp.sum(robust) / repeats + 0.5 * jnp.sum((change / sigma) ** 2)
-
-        def step(_, change):
-            residual = difference(change)
-            slope = jax.jacfwd(difference)(change).reshape(-1, 6)
-            weight = huber_weight(residual, noise) / (noise**2 * repeats)
-            weighted = slope * weight.reshape(-1, 1)
-            normal = jnp.matmul(weighted.T, slope, precision=HIGHEST) + jnp.diag(1 / sigma**2)
-            right = jnp.matmul(weighted.T, residual.reshape(-1), precision=HIGHEST) + change / sigma**2
-            proposed = change - jnp.linalg.solve(normal, right)
-            return jnp.where(cost(proposed) < cost(change), proposed, change)
-
-        return jax.lax.fori_loop(0, steps, step, jnp.zeros(6))
-
-    return jax.lax.map(frame, (coefficients, images))
-
-
-def refine(
-    clip: FittedClip, head: HeadAsset, settings: PhotometricSettings = PhotometricSettings()
-) -> FittedClip:
-    """The clip with `rot` and `tra` refined and its errors measured again; unchanged below 8 frames."""
-    n = len(clip.frames)
-    if n < 8:  # too few views: a texture would repeat the poses that it is to correct
-        return clip
-    fit = clip.fit
-    images = np.stack([crop_and_resize(frame, clip.crop, settings.size) for frame in clip.frames])
-    images = pad_frames(images)  # bytes: numbers of four would take a third of a GB a minute
-    camera, crop = jax.tree.map(jnp.asarray, fit.camera), jnp.asarray(clip.crop)
-    original = Coefficients(*(pad_frames(np.asarray(field)) for field in fit.coefficients))
-    # Sure frames, spread over the clip; their number is fixed, so that one size is compiled.
-    sure = np.flatnonzero(fit.confidence >= np.median(fit.confidence))
-    chosen = sure[np.linspace(0, len(sure) - 1, settings.texture_frames).round().astype(int)]
-    # How far the landmark poses tremble is how far a correction may go.
-    centres = np.asarray(jax.lax.map(functools.partial(_centre, head), fit.coefficients))
-    tremble = trembling(np.concatenate([fit.coefficients.rot, centres], axis=-1))
-    sigma = jnp.maximum(jnp.asarray(tremble, jnp.float32), 1e-5)
-    current = original
-    for _ in range(settings.rounds):
-        some = Coefficients(*(field[chosen] for field in current))
-        appearance = solve_appearance(*_samples(head, some, camera, crop, images[chosen] / np.float32(255)))
-        changes = _changes(
-            head, original, camera, crop, appearance, images, sigma, settings.model_error, settings.blur,
-            settings.steps,
-        )  # fmt: skip
-        fast = fast_part(np.asarray(changes)[:n], settings.window)
-        current = jax.tree.map(np.asarray, _apply(head, original, pad_frames(fast)))
-    # Frames without a face have no picture to follow.
-    lost = (fit.confidence <= 0)[:, None]
-    found = Coefficients(*(field[:n] for field in current))
-    found = found._replace(
-        rot=np.where(lost, fit.coefficients.rot, found.rot),
-        tra=np.where(lost, fit.coefficients.tra, found.tra),
-    )
-    reprojection = reprojection_error(head, found, fit.camera, clip.track.points)
-    reprojection = np.where(np.isfinite(fit.reprojection), reprojection, np.nan)
-    return clip._replace(fit=fit._replace(coefficients=found, reprojection=reprojection))
+def _surface(pictures, corner, scale, pixels, facing, trust, chosen, blur, model_error) -> Surface:
+    """The look of the points in the `chosen` frames, and how much each counts in every frame."""
+    features = jax.lax.map(lambda picture: contrast_features(picture / 255.0, blur), pictures)
+    looks = surface_looks(features, corner, scale, pixels)
+    shown = (facing > _FACING)[chosen]
+    texture = jnp.nan_to_num(jnp.nanmedian(jnp.where(shown[..., None], looks[chosen], jnp.nan), axis=0))
+    visible = jnp.where(shown.mean(0) > _LEAST_VIEWS, facing, 0)
+    difference = jnp.linalg.norm(looks - texture, axis=-1)
+    noise = jnp.nanmedian(jnp.where(visible > 0, difference, jnp.nan), axis=1)
+    noise = jnp.maximum(jnp.nan_to_num(noise), NOISE_FLOOR)
+    weight = visible * trust / (noise**2 * repetitions(noise, blur, model_error))[:, None]
+    return Surface(features, corner, scale, texture, weight, noise)

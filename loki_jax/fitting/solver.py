@@ -8,6 +8,7 @@ frames. All of it is one jitted function. Method, section 8.
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,14 +16,24 @@ from jaxtyping import Array, Float, Int
 
 from loki_jax.arrays import ArrayLike
 from loki_jax.face.skinning import make_identity
-from loki_jax.fitting.problem import HIGHEST, Layout, Problem, frame_linearisation, project_frame
+from loki_jax.fitting.problem import HIGHEST, Layout, Problem, Surface, frame_linearisation, project_frame
 
 _ACTIVE_SET_ROUNDS = 4
+PIXEL_HUBER = 1.5  # differences of surface points beyond so many standard deviations count linearly
 _CPU_CHUNK = 4  # frames linearised at a time where the cache is small
 
 
+class _Frame(NamedTuple):
+    """What is observed in one frame: fields of `Problem`, without the leading axis."""
+
+    observed: Float[ArrayLike, "n 2"]
+    weight: Float[ArrayLike, " n"]
+    sigma: Float[ArrayLike, " n"]
+    surface: Surface | None
+
+
 def _normal_equations(problem: Problem, layout: Layout, shape, x):
-    """Residuals (N, n, 2) and, of the robustly weighted ones, J^T J (N, s + p, s + p) and J^T r (N, s + p).
+    """Cost of the data, and of the robustly weighted residuals J^T J (N, s + p, s + p) and J^T r (N, s + p).
 
     On a CPU a few frames at a time: their Jacobians stay in the cache and are never written out.
     """
@@ -30,18 +41,29 @@ def _normal_equations(problem: Problem, layout: Layout, shape, x):
     linearise = frame_linearisation(problem, layout, shape)
 
     def frame(item):
-        x, observed, confidence, sigma = item
+        x, seen = item
         predicted, by_shape, by_frame = linearise(x)
-        residual = predicted - observed
-        deviation = jnp.linalg.norm(residual, axis=-1) / sigma
-        weight = confidence * jnp.minimum(1.0, problem.huber / jnp.maximum(deviation, 1e-6)) / sigma**2
-        rows = jnp.concatenate([by_shape, by_frame, residual[..., None]], axis=-1)
+        jacobian, n = jnp.concatenate([by_shape, by_frame], axis=-1), problem.n_landmarks
+        residual = problem.observables(predicted) - seen.observed
+        deviation = jnp.linalg.norm(residual, axis=-1) / seen.sigma
+        weight = seen.weight * jnp.minimum(1.0, problem.huber / jnp.maximum(deviation, 1e-6)) / seen.sigma**2
+        rows = jnp.concatenate([problem.observables(jacobian), residual[..., None]], axis=-1)
         rows = (rows * jnp.sqrt(weight)[:, None, None]).reshape(-1, rows.shape[-1])
         gram = jnp.einsum("ra,rb->ab", rows, rows, precision=HIGHEST)
-        return residual, gram[:-1, :-1], gram[:-1, -1]
+        gram, gradient = gram[:-1, :-1], gram[:-1, -1]
+        cost = jnp.sum(seen.weight * _huber(deviation, problem.huber))
+        if seen.surface is not None:
+            own, tensor, pull = _look(seen.surface, predicted[n:])
+            cost += own
+            pushed = sum(tensor[:, :, j, None] * jacobian[n:, None, j] for j in range(2))
+            pushed = pushed.reshape(-1, pushed.shape[-1])
+            flat = jacobian[n:].reshape(pushed.shape)
+            gram += jnp.matmul(flat.T, pushed, precision=HIGHEST)
+            gradient += jnp.matmul(flat.T, pull.reshape(-1), precision=HIGHEST)
+        return cost, gram, gradient
 
-    items = x, problem.observed, problem.weight, problem.sigma
-    return jax.lax.map(frame, items, batch_size=chunk)
+    cost, gram, gradient = jax.lax.map(frame, (x, _frames(problem)), batch_size=chunk)
+    return jnp.sum(cost) + _prior_cost(problem, shape, x), gram, gradient
 
 
 def _second_difference(x: Float[Array, "N p"], real: Float[ArrayLike, " N"]) -> Float[Array, "M p"]:
@@ -63,21 +85,89 @@ def _smoothing(problem: Problem, x: Float[Array, "N p"]) -> Float[Array, "N p"]:
 def residuals(
     problem: Problem, layout: Layout, shape: Float[Array, " s"], x: Float[Array, "N p"]
 ) -> Float[Array, "N n 2"]:
-    """Landmark errors in pixels for a shape and the unknowns of every frame."""
+    """Errors in pixels of the observations for a shape and the unknowns of every frame."""
+    return jax.vmap(problem.observables)(_predicted(problem, layout, shape, x)) - problem.observed
+
+
+def _predicted(problem: Problem, layout: Layout, shape, x) -> Float[Array, "N m 2"]:
     vertices = make_identity(problem.head, shape).vertices
-    predicted = jax.vmap(lambda x: project_frame(problem, layout, vertices, x))(x)
-    return predicted - problem.observed
+    return jax.vmap(lambda x: project_frame(problem, layout, vertices, x))(x)
 
 
-def _cost(problem: Problem, residual: Float[Array, "N n 2"], shape, x) -> Float[Array, ""]:
-    deviation = jnp.linalg.norm(residual, axis=-1) / problem.sigma
-    huber = problem.huber
-    robust = jnp.where(deviation < huber, 0.5 * deviation**2, huber * deviation - 0.5 * huber**2)
-    data = jnp.sum(problem.weight * robust)
+def _huber(deviation: Array, limit: Float[ArrayLike, ""] | float) -> Array:
+    return jnp.where(deviation < limit, 0.5 * deviation**2, limit * deviation - 0.5 * limit**2)
+
+
+def _frames(problem: Problem) -> _Frame:
+    """What is observed, with a leading axis of frames."""
+    surface = problem.surface
+    if surface is not None:
+        shared = {name: getattr(surface, name) for name in ("texture", "scale")}
+        wide = {k: jnp.broadcast_to(v, (len(problem.observed), *jnp.shape(v))) for k, v in shared.items()}
+        surface = surface._replace(**wide)
+    return _Frame(problem.observed, problem.weight, problem.sigma, surface)
+
+
+def _look(surface: Surface, pixels: Float[Array, "m 2"]):
+    """Of the points at `pixels` in one frame: robust cost, and J^T J (m, 2, 2) and J^T r (m, 2) by pixels."""
+    place = (pixels - surface.corner) * surface.scale - 0.5
+    look = lambda shift: _bilinear(surface.pictures, place + shift)
+    steps = jnp.array([[1.0, 0.0], [0.0, 1.0]]) / 2
+    slope = jnp.stack([look(step) - look(-step) for step in steps], axis=-1) * surface.scale
+    difference = look(jnp.zeros(2)) - surface.texture
+    size = jnp.linalg.norm(difference, axis=-1) / surface.noise
+    weight = surface.weight * jnp.minimum(1.0, PIXEL_HUBER / jnp.maximum(size, 1e-6))
+    tensor = jnp.einsum("m,mci,mcj->mij", weight, slope, slope)
+    pull = jnp.einsum("m,mci,mc->mi", weight, slope, difference)
+    return jnp.sum(surface.weight * surface.noise**2 * _huber(size, PIXEL_HUBER)), tensor, pull
+
+
+def surface_looks(
+    pictures: Float[Array, "N S S C"],
+    corner: Float[Array, "N 2"],
+    scale: Float[ArrayLike, ""],
+    pixels: Float[Array, "N m 2"],
+) -> Float[Array, "N m C"]:
+    """What the pictures (`Surface`) show at these pixels of the frames."""
+
+    def frame(item):
+        picture, corner, pixels = item
+        return _bilinear(picture, (pixels - corner) * scale - 0.5)
+
+    return jax.lax.map(frame, (pictures, corner, pixels))
+
+
+def _bilinear(picture: Float[ArrayLike, "s s c"], place: Float[Array, "m 2"]) -> Float[Array, "m c"]:
+    """The picture between its pixels (column, row), held beyond its edge."""
+    size = picture.shape[0]
+    place = jnp.clip(place, 0.0, size - 1.001)
+    low = place.astype(jnp.int32)
+    right, down = (place - low)[:, :1], (place - low)[:, 1:]
+    flat = picture.reshape(size * size, -1)
+    start = low[:, 1] * size + low[:, 0]
+    above = flat[start] * (1 - right) + flat[start + 1] * right
+    below = flat[start + size] * (1 - right) + flat[start + size + 1] * right
+    return above * (1 - down) + below * down
+
+
+def _cost(problem: Problem, layout: Layout, shape, x) -> Float[Array, ""]:
+    def frame(item):
+        predicted, seen = item
+        deviation = jnp.linalg.norm(problem.observables(predicted) - seen.observed, axis=-1) / seen.sigma
+        cost = jnp.sum(seen.weight * _huber(deviation, problem.huber))
+        if seen.surface is not None:
+            cost += _look(seen.surface, predicted[problem.n_landmarks :])[0]
+        return cost
+
+    data = jnp.sum(jax.vmap(frame)((_predicted(problem, layout, shape, x), _frames(problem))))
+    return data + _prior_cost(problem, shape, x)
+
+
+def _prior_cost(problem: Problem, shape, x) -> Float[Array, ""]:
     prior = jnp.sum(problem.real[:, None] * problem.frame_prior * (x - problem.frame_mean) ** 2)
     prior += jnp.sum(problem.shape_prior * shape**2)
     bent = _second_difference(x, problem.real) if len(x) > 2 else jnp.zeros_like(x)
-    return data + 0.5 * (prior + jnp.sum(problem.smoothness * bent**2))
+    return 0.5 * (prior + jnp.sum(problem.smoothness * bent**2))
 
 
 def _inverse(matrix: Float[Array, "*b n n"]) -> Float[Array, "*b n n"]:
@@ -88,6 +178,8 @@ def _inverse(matrix: Float[Array, "*b n n"]) -> Float[Array, "*b n n"]:
     size b give those of size 2b.
     """
     n = matrix.shape[-1]
+    if n == 0:  # a known shape
+        return matrix
     full = 1 << (n - 1).bit_length()
     factor = jnp.linalg.cholesky(matrix)
     padding = [(0, 0)] * (matrix.ndim - 2) + [(0, full - n)] * 2
@@ -114,8 +206,7 @@ def _step(problem: Problem, layout: Layout, shape, x, damping):
     Which unknowns lie at a bound is found by the primal-dual active set method: solve with a guess,
     release those whose multiplier has the wrong sign, hold those that left the box, a few times.
     """
-    residual, gram, gradient = _normal_equations(problem, layout, shape, x)
-    cost = _cost(problem, residual, shape, x)
+    cost, gram, gradient = _normal_equations(problem, layout, shape, x)
     n_shape = len(shape)
 
     def product(spec, *args):
@@ -222,7 +313,7 @@ def optimise(
         cost, step_s, step_x = _step(problem, layout, shape, x, damping)
         new_shape = shape + step_s
         new_x = jnp.clip(x + step_x, problem.lower, problem.upper)
-        new_cost = _cost(problem, residuals(problem, layout, new_shape, new_x), new_shape, new_x)
+        new_cost = _cost(problem, layout, new_shape, new_x)
         better = new_cost < cost  # false for NaN
         small = better & (cost - new_cost < tolerance * cost)
         # Steps that fail against heavy damping mean that float32 has nothing left to give.

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from scipy.spatial.transform import Rotation
 
+from benchmarks.expression_response import axes_of, express, response
 from benchmarks.pose_response import ANGLES, found_angles, slope, turning_person
 from loki_jax.face.builtin import builtin_head
 from loki_jax.fitting.lids import close_lids, lid_openings
@@ -132,3 +133,10 @@ def test_wide_eyes_and_unseen_frames():
 
 def test_closed_eyes_of_a_portrait_are_not_taken_for_open_ones():
     assert lid_openings(close_lids(eyes([0.09]), np.ones(1))).max() < 0.02
+
+
+def test_shut_eyes_of_a_rendered_head_shut_in_the_fit(landmarker):
+    head = builtin_head()
+    axes = axes_of(head, "eyes shut")
+    part, opening = response(head, landmarker, express(head, 2, axes), axes)
+    assert part > 0.55 and abs(opening) < 0.15
