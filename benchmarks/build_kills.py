@@ -50,7 +50,9 @@ def command(clips: list[Path], head: str, out: Path, workers: int) -> list[str]:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+    """Every file with its bytes, but for the seconds that the clips took."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != "seconds.json"]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 def work_files(out: Path) -> int:

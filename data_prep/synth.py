@@ -44,11 +44,12 @@ def synth(options: Options) -> None:
     from data_prep.dataset.synthetic import preview, synthetic_clips
     from loki_jax.data.writer import write_dataset
     from loki_jax.face.builtin import builtin_head
+    from loki_jax.io import atomic_path
 
     head = builtin_head()
     if options.preview is not None:
-        options.preview.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(preview(head, options)).save(options.preview)
+        with atomic_path(options.preview) as partial:
+            Image.fromarray(preview(head, options)).save(partial)
         print(f"wrote {options.preview}")
     if options.out is not None:
         clips = synthetic_clips(head, options)

@@ -67,16 +67,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {problem}", file=sys.stderr)
         return 2
 
-    from loki_jax.compile_cache import enable_compile_cache
+    from loki_jax.program import run_program
 
-    enable_compile_cache()
-    # WeightsError, CheckpointError and HeadAssetError are all ValueErrors.
-    try:
-        export_run(options) if options.source is None else convert_source(options)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return run_program(export_run if options.source is None else convert_source, options)
 
 
 if __name__ == "__main__":

@@ -232,19 +232,14 @@ def demo(options: DemoOptions) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> int:
     options = tyro.cli(DemoOptions, prog="python -m loki_jax.demo", args=argv, description=__doc__)
 
-    from loki_jax.compile_cache import enable_compile_cache
+    from loki_jax.program import run_program
 
-    enable_compile_cache()
     try:
-        demo(options)
+        return run_program(demo, options)
     except subprocess.CalledProcessError as error:
         command = " ".join(error.cmd[1:3])
         print(f"error: python {command} ended with exit code {error.returncode}; see above", file=sys.stderr)
         return 1
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
 
 
 if __name__ == "__main__":

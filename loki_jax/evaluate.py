@@ -15,8 +15,10 @@ Writes metrics.json and per_frame.png to the folder --out, and prints a table.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -27,6 +29,7 @@ from loki_jax.fitting.model_files import LandmarkError
 if TYPE_CHECKING:
     from loki_jax.evaluation import Following
     from loki_jax.face.asset import HeadAsset
+    from loki_jax.video import LazyFrames
 
 _TABLE = (
     ("frames compared", "frames", ""),
@@ -103,15 +106,14 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
         image_scores,
         known_appearance,
         measure_following,
-        rendered_truth,
+        rendered_frames,
     )
     from loki_jax.fitting.clips import default_landmarker
     from loki_jax.io import write_json
-    from loki_jax.metrics.image import psnr, ssim
     from loki_jax.pictures import plot_per_frame
     from loki_jax.pipeline import retarget_clip
     from loki_jax.sources import fit_clip, load_driving_clip
-    from loki_jax.video import MediaError, read_video, reencode, resample_to_fps
+    from loki_jax.video import LazyFrames, MediaError, reencode, resample_indices
 
     if options.truth == "render" and options.reference is None:
         raise ValueError(
@@ -120,18 +122,18 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
     if options.out.exists() and not options.out.is_dir():
         raise ValueError(f"{options.out}: is a file. --out names a folder.")
     head = _choose_head(options)
-    video = read_video(options.video)
-    frames = video.frames
+    frames = LazyFrames(options.video)
+    fps, shape = frames.fps, frames[0].shape
     known = None if options.reference is None else known_appearance(options.reference, head)
     landmarker = None if options.landmarker is None else default_landmarker(options.landmarker)
     # Frames are compared at equal times, whatever the rates of the files.
     driver = load_driving_clip(
-        options.driver, head, frames.shape[1], landmarker=landmarker,
+        options.driver, head, shape[0], landmarker=landmarker,
         face=options.driver_face, all_shots=options.all_shots, allow_lost=options.allow_lost,
-    ).at_rate(video.fps)  # fmt: skip
+    ).at_rate(fps)  # fmt: skip
 
     # ----------------------------------------------------------------------------- pose and expression
-    def follow(shown: np.ndarray) -> Following:
+    def follow(shown: LazyFrames) -> Following:
         """How the head in the frames follows the driver, by the estimator that the options choose."""
         if known is not None:
             shown = shown[: len(driver.frames)]
@@ -143,7 +145,7 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
         else:
             # What is lost counts in the track rate; a cut within a result is its fault.
             clip = fit_clip(
-                shown, head, LARGEST_FIT, fps=video.fps, name=options.video, landmarker=landmarker,
+                shown, head, LARGEST_FIT, fps=fps, name=options.video, landmarker=landmarker,
                 face=options.face, all_shots=True, allow_lost=True,
             )  # fmt: skip
             fitted, valid, camera = clip.coefficients, clip.valid, clip.camera
@@ -161,31 +163,37 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
         "hef_size": options.hef_size,
     }
     curves = {"HPF (degrees)": following.pose.per_frame, "HEF": following.expression.per_frame}
-    rendered = None
-    if known is not None and (options.floor or options.truth == "render"):
+
+    def perfect() -> Iterable[np.ndarray]:
+        """What a perfect video would show."""
+        if known is None:
+            return driver.frames
         coefficients = retarget_clip(head, driver, known[0], options.mode)
-        rendered = rendered_truth(head, coefficients, *known, frames.shape[1])
+        return rendered_frames(head, coefficients, *known, shape[0])
+
     if options.floor:
-        perfect = np.stack(list(driver.frames)) if rendered is None else rendered
-        try:
-            result["floor"] = _figures(follow(reencode(perfect[: len(frames)], video.fps, options.video)))
-        except LandmarkError:  # the driver's face is lost at this size, which says what it says
-            result["floor"] = None
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+            compared = itertools.islice(perfect(), len(frames))
+            try:
+                coded = reencode(compared, fps, options.video, Path(folder) / "coded.mkv")
+                result["floor"] = _figures(follow(coded))
+            except LandmarkError:  # the driver's face is lost at this size, which says what it says
+                result["floor"] = None
 
     # --------------------------------------------------------------------------------- aligned frames
     if options.truth is not None:
-        if rendered is not None and options.truth == "render":
-            truth = rendered
+        if options.truth == "render":
+            scores = image_scores(frames, perfect())
         else:
-            truth = resample_to_fps(read_video(options.truth), video.fps).frames
-        if truth.shape[1:] != frames.shape[1:]:
-            raise MediaError(
-                f"{options.truth}: frames of {truth.shape[1:3]}, {options.video} has {frames.shape[1:3]}."
-            )
-        count = min(len(truth), len(frames))
-        frames, truth = frames[:count], truth[:count]
-        result |= image_scores(frames, truth)
-        curves |= {"PSNR (dB)": np.asarray(psnr(frames, truth)), "SSIM": np.asarray(ssim(frames, truth))}
+            truth = LazyFrames(options.truth)
+            truth = truth[resample_indices(len(truth), truth.fps, fps)]
+            if truth[0].shape != shape:
+                raise MediaError(
+                    f"{options.truth}: frames of {truth[0].shape[:2]}, {options.video} has {shape[:2]}."
+                )
+            scores = image_scores(frames, truth)
+        result |= scores.means()
+        curves |= {"PSNR (dB)": scores.psnr, "SSIM": scores.ssim}
 
     # ------------------------------------------------------------------------------------- results
     options.out.mkdir(parents=True, exist_ok=True)

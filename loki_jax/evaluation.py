@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -24,6 +24,7 @@ from loki_jax.metrics.image import psnr, ssim
 from loki_jax.sources import DrivingClip, Portrait, find_clip, load_portrait, split_clip_source, stack_trees
 from loki_jax.synthetic.appearance import Appearance, sample_appearance
 from loki_jax.synthetic.shading import render
+from loki_jax.video import Frames
 
 LARGEST_FIT = 128  # pixels: photometric fits of larger frames take longer and gain nothing
 _RENDER_CHUNK = 16  # frames at a time
@@ -98,23 +99,23 @@ def known_appearance(source: str, head: HeadAsset) -> tuple[Portrait, Appearance
 
 
 def fit_animation(
-    frames: UInt8[np.ndarray, "n h w 3"], head: HeadAsset, portrait: Portrait, appearance: Appearance
+    frames: Frames, head: HeadAsset, portrait: Portrait, appearance: Appearance
 ) -> Coefficients:
-    """Coefficients (n, ...) of the frames of an animation, by photometric fitting.
+    """Coefficients (n, ...) of the frames (h, w, 3) of an animation, by photometric fitting.
 
     Identity, camera and crop are those of the portrait; the fit starts from the neutral head.
 
     Raises:
       ValueError: the frames are not square.
     """
-    height, width = frames.shape[1:3]
+    height, width = frames[0].shape[:2]
     if height != width:
         raise ValueError(f"{width}x{height} pixels, but an animation of a crop is square")
     if height > LARGEST_FIT:
         whole = np.array([0, 0, width, height], np.float64)
         frames = np.stack([crop_and_resize(frame, whole, LARGEST_FIT) for frame in frames])
     coefficients, _ = fit_photometric(
-        frames, head, portrait.coefficients.betas, appearance, portrait.camera, portrait.crop
+        np.stack(list(frames)), head, portrait.coefficients.betas, appearance, portrait.camera, portrait.crop
     )
     return coefficients
 
@@ -123,14 +124,19 @@ def rendered_truth(
     head: HeadAsset, coefficients: Coefficients, reference: Portrait, appearance: Appearance, size: int
 ) -> UInt8[np.ndarray, "n s s 3"]:
     """A perfect animation: renders of the reference's head and appearance with `coefficients` (n, ...)."""
+    return np.stack(list(rendered_frames(head, coefficients, reference, appearance, size)))
+
+
+def rendered_frames(
+    head: HeadAsset, coefficients: Coefficients, reference: Portrait, appearance: Appearance, size: int
+) -> Iterator[UInt8[np.ndarray, "s s 3"]]:
+    """The frames of `rendered_truth`, a few at a time."""
     length = len(coefficients.expression)
-    pieces = []
     for start in range(0, length, _RENDER_CHUNK):
         index = np.minimum(np.arange(start, start + _RENDER_CHUNK), length - 1)
         part = jax.tree.map(lambda x, index=index: jnp.asarray(x)[index], coefficients)
         piece = _render_chunk(head, part, reference.camera, reference.crop, appearance, size)
-        pieces.append(np.asarray(piece)[: length - start])
-    return np.concatenate(pieces)
+        yield from np.asarray(piece)[: length - start]
 
 
 @functools.partial(jax.jit, static_argnames="size")
@@ -231,11 +237,11 @@ def evaluate_pairs(
                 # The truth itself has no finite PSNR; what the estimator sees in it has.
                 shown = rendered_truth(head, one, pair.reference, pair.appearance, pair.truth.shape[1])
             entry = following.scores() | {"fit_residual": float(residual[i].mean())}
-            table[i][row] = entry | image_scores(shown, pair.truth)
+            table[i][row] = entry | image_scores(shown, pair.truth).means()
             per_frame[row].append(following.pose.per_frame.tolist())
     if swapped is not None:
         for i, (pair, frames) in enumerate(zip(pairs, swapped, strict=True)):
-            table[i]["generated_swapped_reference"] = image_scores(frames, pair.truth)
+            table[i]["generated_swapped_reference"] = image_scores(frames, pair.truth).means()
     rows = [row for row in (*videos, "generated_swapped_reference") if row in table[0]]
     means = {
         row: {key: float(np.mean([e[row][key] for e in table])) for key in table[0][row]} for row in rows
@@ -243,16 +249,30 @@ def evaluate_pairs(
     return means | {"pairs": table, "per_frame": per_frame, "hef_size": size}
 
 
+class ImageScores(NamedTuple):
+    """Scores of each frame of a video against the frame it should be."""
+
+    psnr: Float[np.ndarray, " n"]
+    ssim: Float[np.ndarray, " n"]
+
+    def means(self) -> dict[str, float | None]:
+        """As programs write them: PSNR in dB, of frames where it is finite, and SSIM."""
+        finite = self.psnr[np.isfinite(self.psnr)]
+        return {"psnr": float(finite.mean()) if len(finite) else None, "ssim": float(self.ssim.mean())}
+
+
 def image_scores(
-    frames: UInt8[np.ndarray, "n s s 3"], truth: UInt8[np.ndarray, "n s s 3"]
-) -> dict[str, float | None]:
-    """Mean PSNR (of finite ones) and SSIM over frames."""
-    ratios = np.asarray(psnr(frames, truth))
-    finite = ratios[np.isfinite(ratios)]
-    return {
-        "psnr": float(finite.mean()) if len(finite) else None,
-        "ssim": float(np.mean(ssim(frames, truth))),
-    }
+    frames: Iterable[UInt8[np.ndarray, "h w 3"]], truth: Iterable[UInt8[np.ndarray, "h w 3"]]
+) -> ImageScores:
+    """PSNR and SSIM of each frame, one after another; of unequally many the first ones."""
+    # Fetched one by one: pictures would be held until the device gets to them.
+    scores = [[float(score) for score in _frame_scores(*pair)] for pair in zip(frames, truth, strict=False)]
+    return ImageScores(*np.array(scores, np.float32).reshape(-1, 2).T)
+
+
+@jax.jit
+def _frame_scores(frame, truth):
+    return psnr(frame, truth), ssim(frame, truth)
 
 
 def driver_rotation(driver: DrivingClip) -> Rotation:

@@ -18,7 +18,7 @@ from loki_jax.face.asset import HeadAsset
 from loki_jax.face.crop import crop_and_resize
 from loki_jax.face.types import Camera, Coefficients
 from loki_jax.fitting.clips import fit_image, fit_video
-from loki_jax.video import LazyFrames, resample_indices
+from loki_jax.video import Frames, LazyFrames, resample_indices
 
 
 class Portrait(NamedTuple):
@@ -108,9 +108,7 @@ def fit_portrait(
     )
 
 
-def fit_clip(
-    video: str | os.PathLike | UInt8[np.ndarray, "N H W 3"], head: HeadAsset, size: int, **options: Any
-) -> DrivingClip:
+def fit_clip(video: str | os.PathLike | Frames, head: HeadAsset, size: int, **options: Any) -> DrivingClip:
     """Fit a head to the face in the longest shot of a clip, by landmarks, with one identity for all frames.
 
     Args:
@@ -121,7 +119,7 @@ def fit_clip(
 
     Raises:
       MediaError, LandmarkError, FitError: unreadable video, no face, or a head without landmarks.
-      ValueError: an array without `fps`.
+      ValueError: frames without `fps`.
     """
     fitted = fit_video(video, head, **options)
     crop = lambda frame: crop_and_resize(frame, fitted.crop, size)
@@ -131,7 +129,7 @@ def fit_clip(
     else:
         frames = np.stack([crop(frame) for frame in fitted.frames])
     valid = np.asarray(fitted.fit.confidence) > 0
-    source = None if isinstance(video, np.ndarray) else Path(video)
+    source = Path(video) if isinstance(video, str | os.PathLike) else None
     return DrivingClip(
         frames, fitted.fit.coefficients, fitted.fit.camera, fitted.fps, valid, source, fitted.name,
         fitted.start / fitted.fps,

@@ -33,7 +33,14 @@ from loki_jax.training.faults import Preempted, StopRequest, Watchdog, leave
 from loki_jax.training.flops import chip_of, work_of
 from loki_jax.training.init import initial_params, sharded_state
 from loki_jax.training.inputs import open_inputs, start_reading
-from loki_jax.training.logging import MetricWriter, Progress, log, log_duration, progress_line
+from loki_jax.training.logging import (
+    MetricWriter,
+    Progress,
+    log,
+    log_duration,
+    peak_memory,
+    progress_line,
+)
 from loki_jax.training.monitor import Anomaly, StepMonitor, window_names
 from loki_jax.training.samples import check_sampling, make_pairs, make_sampler, write_samples
 from loki_jax.training.sharding import global_batch, make_mesh, put_global
@@ -167,7 +174,7 @@ def train(config: ConfigDict, workdir: Path) -> float:
                 report(monitor.finish())
                 manager.check_for_errors()  # of a save under way, long before the next one
                 record_saved()
-                values = monitor.means() | progress.report(step)
+                values = monitor.means() | progress.report(step) | peak_memory()
                 loss = values.get("loss", loss)
                 writer.scalars(step, values)
                 early.close()

@@ -6,6 +6,7 @@ from fractions import Fraction
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 from configs.demo import get_config
 from loki_jax.animate import main
@@ -100,6 +101,18 @@ def test_same_seed_same_video(folder, clips, model):
     assert (frames[0] != frames[2]).mean() > 0.1
 
 
+def test_frames_share_their_noise_so_that_a_still_head_stands_still(clips, model):
+    pipeline, head = LokiPipeline.from_checkpoint(model), builtin_head()
+    portrait, clip = load_portrait(clips[0], head, 64), load_driving_clip(clips[1], head, 64)
+    still = clip._replace(
+        coefficients=jax.tree.map(lambda x: np.repeat(x[:1], FRAMES, axis=0), clip.coefficients)
+    )
+    flicker = lambda **options: np.abs(
+        np.diff(pipeline(portrait, still, steps=2, **options).astype(int), axis=0)
+    ).mean()
+    assert flicker() < 0.1 * flicker(shared_noise=False)
+
+
 def test_retargeting_follows_the_driver_from_the_references_pose(clips):
     head = builtin_head()
     reference, driver = load_portrait(clips[0], head, 64), load_driving_clip(clips[1], head, 64)
@@ -134,6 +147,23 @@ def test_bad_input_is_one_clear_error(folder, clips, model, change, message, cap
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message in error and error.count("\n") == 1
     assert not list(folder.glob("*bad*"))
+
+
+def test_a_guidance_that_is_no_number_is_refused_before_any_work(folder, clips, model, capsys):
+    out = folder / "nan.mp4"
+    assert run(model, clips[0], str(folder / "none.mp4"), out, "--guidance", "nan") == 1
+    assert "guidance is nan" in capsys.readouterr().err
+
+
+def test_the_demo_model_says_that_it_knows_rendered_heads_only(folder, clips, capsys):
+    Image.new("RGB", (96, 96), "white").save(folder / "white.png")
+    said = "the demo model knows rendered heads only"
+    assert run("demo", str(folder / "white.png"), clips[1], folder / "demo.mp4") == 1
+    error = capsys.readouterr().err
+    assert said in error and "--checkpoint geometry" in error
+    # A clip of such heads is what it is for.
+    assert run("demo", clips[0], f"{folder}/shards:nobody", folder / "demo.mp4") == 1
+    assert said not in capsys.readouterr().err
 
 
 def test_no_input_is_replaced_and_the_output_is_checked_first(tmp_path, clips, monkeypatch, capsys):

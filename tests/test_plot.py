@@ -53,7 +53,7 @@ def test_panels_are_what_the_runs_have(tmp_path):
     plain, full = read_run(write_run(tmp_path / "a")), read_run(write_run(tmp_path / "b", mfu=True))
     one = draw_runs([plain])
     assert len(titles(one)) == 4 and not any("MFU" in title for title in titles(one))
-    both = draw_runs([plain, full], half_life=30)
+    both = draw_runs([plain, full], half_life=30.0)
     assert len(titles(both)) == 5 and "MFU" in titles(both)[4]
     # In a panel of both: two runs, each as logged and smoothed; of MFU one; validation is not smoothed.
     lines = [axes.get_lines() for axes in both.axes]
@@ -61,12 +61,12 @@ def test_panels_are_what_the_runs_have(tmp_path):
     np.testing.assert_array_equal(lines[0][0].get_ydata(), plain.curves["loss"][1])
     steps, loss = plain.curves["loss"]
     np.testing.assert_allclose(
-        lines[0][1].get_ydata(), np.exp(smoothed(steps, np.log(loss), 30))
+        lines[0][1].get_ydata(), np.exp(smoothed(steps, np.log(loss), 30.0))
     )  # a log axis
     assert both.axes[0].get_yscale() == "log" and both.axes[3].get_yscale() == "linear"
-    np.testing.assert_array_equal(lines[3][1].get_ydata(), smoothed(*plain.curves["data_wait"], 30))
+    np.testing.assert_array_equal(lines[3][1].get_ydata(), smoothed(*plain.curves["data_wait"], 30.0))
     assert "half-life of 30 steps" in both.get_supxlabel()
-    assert "not smoothed" in draw_runs([plain], half_life=0).get_supxlabel()
+    assert "not smoothed" in draw_runs([plain], half_life=0.0).get_supxlabel()
     assert [text.get_text() for text in both.legends[0].get_texts()] == ["a", "b"]
 
 
@@ -79,8 +79,8 @@ def test_smoothing_by_its_definition():
         np.testing.assert_allclose(
             smoothed(steps, values, half_life), weights @ values / weights.sum(1), rtol=1e-9
         )
-    np.testing.assert_allclose(smoothed(steps, np.full(50, 3.0), 7), 3.0)  # no bias at the start
-    np.testing.assert_array_equal(smoothed(steps, values, 0), values)
+    np.testing.assert_allclose(smoothed(steps, np.full(50, 3.0), 7.0), 3.0)  # no bias at the start
+    np.testing.assert_array_equal(smoothed(steps, values, 0.0), values)
 
 
 def test_a_run_in_progress_and_a_resumed_one(tmp_path):
@@ -123,5 +123,5 @@ def test_what_cannot_be_drawn(tmp_path):
         with pytest.raises(PlotError, match=message):
             plot(Options((good,), tmp_path / out))
     with pytest.raises(PlotError, match="--smooth -1"):
-        plot(Options((good,), tmp_path / "x.png", smooth=-1))
+        plot(Options((good,), tmp_path / "x.png", smooth=-1.0))
     assert not list(tmp_path.glob("*x*"))

@@ -10,14 +10,16 @@ finds and fits faces, `data_prep.import_fits` reads the fits of others.
 from __future__ import annotations
 
 import dataclasses
+import errno
 import functools
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from data_prep.dataset import clip_file
 from data_prep.dataset.clip_file import ClipData
@@ -31,7 +33,7 @@ from data_prep.dataset.manifest import (
     versions,
 )
 from data_prep.dataset.options import DatasetOptions
-from data_prep.dataset.summary import OVERLAYS, SUMMARY_FILE
+from data_prep.dataset.summary import OVERLAYS, SECONDS_FILE, SUMMARY_FILE
 from data_prep.dataset.workers import Died, Progress, print_line, remove_partials, run_parallel
 from loki_jax.data.reader import Dataset, open_dataset
 from loki_jax.data.schema import Clip, ClipInfo, DatasetError, Metadata
@@ -51,6 +53,8 @@ class RejectedClip(ValueError):
 
 _REJECTIONS = (RejectedClip, MediaError, LandmarkError, FitError, DatasetError, HeadAssetError)
 
+_NO_PLACE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)  # no clip can be stored
+
 # Takes a clip and the folder of work files, where it may leave an overlay video under the clip's key.
 FitClip = Callable[[PlannedClip, Path], ClipData]
 
@@ -58,12 +62,14 @@ FitClip = Callable[[PlannedClip, Path], ClipData]
 class Outcome(NamedTuple):
     """What became of a clip: its row of the summary, or the reason for its rejection.
 
-    `transient` reasons (a process that died) are not kept: the next run tries the clip again.
+    `transient` reasons (a process that died) are not kept: the next run tries the clip again. `seconds` are
+    those that the clip took.
     """
 
     row: dict[str, Any] | None
     reason: str = ""
     transient: bool = False
+    seconds: float = 0.0
 
 
 class _Rejected(NamedTuple):
@@ -82,15 +88,18 @@ def make_clip_work(make_fit: Callable[[], FitClip], folder: Path) -> Callable[[P
     fit = make_fit()
 
     def work(clip: PlannedClip) -> Outcome:
+        began = time.monotonic()
         try:
             data = fit(clip, folder)
+            clip_file.save_clip(folder, clip.key, data)
         except _REJECTIONS as error:
             clip_file.save_rejection(folder, clip.key, str(error), clip.path)
             return Outcome(None, str(error))
         except Exception as error:  # one clip that trips over a bug must not cost the others
+            if isinstance(error, OSError) and error.errno in _NO_PLACE:
+                raise
             return Outcome(None, f"{clip.path}: {type(error).__name__}: {error}", transient=True)
-        clip_file.save_clip(folder, clip.key, data)
-        return Outcome(data.row)
+        return Outcome(data.row, seconds=time.monotonic() - began)
 
     return work
 
@@ -165,7 +174,7 @@ class _Build:
                 return self.finished.summary
         for text in repeated.values():
             self.log(f"rejected: {text}")
-        transient = self._fit(unique, make_fit)
+        transient, seconds = self._fit(unique, make_fit)
         accepted: list[PlannedClip] = []
         rejected: list[_Rejected] = []
         for clip in self.planned:
@@ -183,7 +192,7 @@ class _Build:
             raise DatasetError(
                 f"{self.out}: nothing was built, all {len(rejected)} clips were rejected:{''.join(lines)}"
             )
-        summary = self._write(accepted, rejected)
+        summary = self._write(accepted, rejected, seconds)
         self._drop_work(self.options.keep_work)
         return summary
 
@@ -191,12 +200,19 @@ class _Build:
         latents = None if self.encoder is None else self.encoder.sha256
         return self.options.of_the_records() | {"latents_sha256": latents}
 
-    def _fit(self, clips: Sequence[PlannedClip], make_fit: Callable[[], FitClip]) -> dict[str, str]:
-        """Fit what is not fitted yet; returns the reasons, by key, of clips that the next run tries again."""
+    def _fit(
+        self, clips: Sequence[PlannedClip], make_fit: Callable[[], FitClip]
+    ) -> tuple[dict[str, str], dict[str, float]]:
+        """Fit what is not fitted yet.
+
+        Returns:
+          By key, the reasons of clips that the next run tries again, and the seconds that fitted ones took.
+        """
         todo = [clip for clip in clips if not self._is_done(clip.key)]
         if len(todo) < len(clips):
             self.log(f"{len(clips) - len(todo)} of {len(clips)} clips are done already")
         transient: dict[str, str] = {}
+        seconds: dict[str, float] = {}
         progress, frames = Progress(len(todo)), 0
         work = functools.partial(make_clip_work, make_fit, self.folder)
         for index, outcome in run_parallel(work, todo, self.options.workers):
@@ -210,13 +226,15 @@ class _Build:
                 self.log(f"{progress} rejected: {outcome.reason}")
                 continue
             frames += outcome.row["frames"]
+            seconds[clip.key] = outcome.seconds
             error = outcome.row.get("error_percent")
             fitted = "" if error is None else f"error {error:.2f} %, "
             self.log(
                 f"{progress} {clip.clip_id}: {outcome.row['frames']} frames, {fitted}"
-                f"{frames / progress.seconds:.1f} frames/s, {progress.seconds_left:.0f} s left"
+                f"{outcome.seconds:.1f} s; {frames / progress.seconds:.1f} frames/s, "
+                f"{progress.seconds_left:.0f} s left"
             )
-        return transient
+        return transient, seconds
 
     def _is_done(self, key: str) -> bool:
         """Whether the clip was fitted or rejected before."""
@@ -234,7 +252,9 @@ class _Build:
             reason = clip_file.fill_template(self.finished.rejections[clip.key], clip.path)
         return reason
 
-    def _write(self, accepted: list[PlannedClip], rejected: list[_Rejected]) -> dict[str, Any]:
+    def _write(
+        self, accepted: list[PlannedClip], rejected: list[_Rejected], seconds: dict[str, float]
+    ) -> dict[str, Any]:
         """Write the dataset; returns its summary."""
         options = self.options
         splits = choose_splits(list(dict.fromkeys(clip.identity for clip in accepted)), options.validation)
@@ -280,7 +300,10 @@ class _Build:
                     for clip, reason, again in rejected
                 ],
             }
-            for name, value in ((SUMMARY_FILE, summary), (MANIFEST_FILE, manifest)):
+            spent = {clip.clip_id: round(seconds[clip.key], 2) for clip in accepted if clip.key in seconds}
+            if self.finished is not None:
+                spent = self.finished.seconds({clip.key: clip.clip_id for clip in accepted}) | spent
+            for name, value in ((SUMMARY_FILE, summary), (MANIFEST_FILE, manifest), (SECONDS_FILE, spent)):
                 (partial / name).write_text(json.dumps(value, indent=1) + "\n")
             for clip in accepted:
                 self._copy_overlay(clip, partial / OVERLAYS)
@@ -299,7 +322,7 @@ class _Build:
             "clip_id": clip.clip_id, "identity": clip.identity, "split": split, "source": clip.source,
             "licence": clip.licence,
         }  # fmt: skip
-        images: list[Any] | None
+        images: Iterable[bytes] | None
         latents = None
         if (data := clip_file.load_clip(self.folder, clip.key)) is not None:
             row, images = data.row, data.images
@@ -311,7 +334,7 @@ class _Build:
             )  # fmt: skip
         elif self.finished is not None and clip.key in self.finished.entries:
             stored, row = self.finished.clip(clip.key)
-            images = None if stored.images is None else list(stored.images)
+            images = cast("Iterable[bytes] | None", stored.images)  # of a dataset: encoded
             if self.finished.has_latents(self.encoder):
                 latents = stored.latent_mean, stored.latent_logvar
         else:
@@ -435,6 +458,17 @@ class _Finished:
         held = {e["clip"]: {name: e[name] for name in wanted.get(e["clip"], {})} for e in entries}
         names = [entry["clip"] for entry in self.manifest["clips"]]
         return wanted == held and names == [name for name in wanted if name in set(names)]
+
+    def seconds(self, names: dict[str, str]) -> dict[str, float]:
+        """What clips took, as far as it is known; `names` are those that they have now, by key."""
+        try:
+            stored = json.loads((self.dataset.path / SECONDS_FILE).read_text())
+            known = {
+                names[key]: stored.get(entry["clip"]) for key, entry in self.entries.items() if key in names
+            }
+        except (OSError, ValueError, AttributeError):
+            return {}
+        return {name: value for name, value in known.items() if value is not None}
 
     def has_latents(self, encoder: LatentEncoder | None) -> bool:
         return encoder is not None and self.manifest["options"].get("latents_sha256") == encoder.sha256

@@ -9,16 +9,18 @@ from __future__ import annotations
 import contextlib
 import json
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from loki_jax.data.schema import COEFFICIENT_FEATURES
 from loki_jax.face.types import Camera, Coefficients
 from loki_jax.io import atomic_path
+
+_IMAGES = "images"  # the member of a work file with the encoded pictures, one behind the other
 
 _FILE = "{file}"  # stands for the clip's path in stored reasons, which may be another one next time
 
@@ -31,7 +33,7 @@ class ClipData(NamedTuple):
       camera: intrinsics (4,) or (N, 4), extrinsics (4, 4) or (N, 4, 4).
       crop: box (4,) or boxes (N, 4) in pixels of the uncropped frame.
       confidence: (N,) in [0, 1].
-      images: N encoded pictures of the crop.
+      images: N encoded pictures of the crop, one after another; those of a stored clip any number of times.
       row: what the summary says about the clip.
     """
 
@@ -39,7 +41,7 @@ class ClipData(NamedTuple):
     camera: Camera
     crop: Float[np.ndarray, "*n 4"]
     confidence: Float[np.ndarray, " N"]
-    images: list[bytes]
+    images: Iterable[bytes]
     row: dict[str, Any]
 
 
@@ -61,7 +63,7 @@ def is_done(folder: Path, key: str) -> bool:
 
 
 def save_clip(folder: Path, key: str, clip: ClipData) -> None:
-    """Store a fitted clip."""
+    """Store a fitted clip; of its pictures one is held at a time."""
     floats = {
         **{f"coefficients/{k}": v for k, v in zip(COEFFICIENT_FEATURES, clip.coefficients, strict=True)},
         **{f"camera/{k}": v for k, v in clip.camera._asdict().items()},
@@ -70,35 +72,53 @@ def save_clip(folder: Path, key: str, clip: ClipData) -> None:
     }
     arrays: dict[str, Any] = {
         **{name: np.asarray(value, np.float32) for name, value in floats.items()},
-        "image_sizes": np.array([len(image) for image in clip.images], np.int64),
-        "images": np.frombuffer(b"".join(clip.images), np.uint8),
         "row": np.asarray(json.dumps(clip.row)),
     }
-    with atomic_path(clip_path(folder, key), durable=True) as partial:
-        np.savez(partial, **arrays)
+    with atomic_path(clip_path(folder, key), durable=True) as partial, zipfile.ZipFile(partial, "w") as file:
+        sizes = []
+        with file.open(_IMAGES, "w", force_zip64=True) as opened:
+            for image in clip.images:
+                sizes.append(opened.write(image))
+        for name, array in (arrays | {"image_sizes": np.array(sizes, np.int64)}).items():
+            with file.open(f"{name}.npy", "w") as opened:
+                np.lib.format.write_array(opened, array, allow_pickle=False)
+
+
+class _StoredImages:
+    """The pictures of a work file, read one at a time."""
+
+    def __init__(self, path: Path, sizes: Int[np.ndarray, " N"]):
+        self._path, self._sizes = path, sizes
+
+    def __iter__(self) -> Iterator[bytes]:
+        with zipfile.ZipFile(self._path) as file, file.open(_IMAGES) as opened:
+            for size in self._sizes.tolist():
+                yield opened.read(size)
 
 
 def load_clip(folder: Path, key: str) -> ClipData | None:
     """A stored clip; None if there is none, or if its file is damaged (which then goes)."""
     path = clip_path(folder, key)
     try:
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip() is not None or archive.getinfo(_IMAGES).compress_type:
+                raise ValueError("damaged")
+            stored = archive.getinfo(_IMAGES).file_size
         with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-        ends = np.cumsum(arrays["image_sizes"])
-        pixels = arrays["images"].tobytes()
-        if len(pixels) != (ends[-1] if len(ends) else 0):
+            arrays = {name: file[name] for name in file.files if name != _IMAGES}
+        if stored != arrays["image_sizes"].sum():
             raise ValueError("pictures are missing")
         return ClipData(
             Coefficients(*(arrays[f"coefficients/{name}"] for name in COEFFICIENT_FEATURES)),
             Camera(*(arrays[f"camera/{name}"] for name in Camera._fields)),
             arrays["crop"],
             arrays["confidence"],
-            [pixels[end - size : end] for end, size in zip(ends, arrays["image_sizes"], strict=True)],
+            _StoredImages(path, arrays["image_sizes"]),
             json.loads(str(arrays["row"])),
         )
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+    except (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile):
         path.unlink(missing_ok=True)
         return None
 

@@ -34,7 +34,7 @@ from loki_jax.fitting.problem import FitError, FitSettings
 from loki_jax.fitting.refine import refine
 from loki_jax.fitting.tracking import cut_track, find_face, steady_run
 from loki_jax.io import file_sha256
-from loki_jax.video import VideoReader, write_video
+from loki_jax.video import LazyFrames, write_video
 
 
 def settings_of_fit(options: BuildOptions) -> dict[str, Any]:
@@ -50,7 +50,6 @@ def settings_of_fit(options: BuildOptions) -> dict[str, Any]:
         "min_frames": options.min_frames,
         "min_face": options.min_face,
         "max_error": options.max_error / 100,
-        "max_bytes": options.max_bytes,
         "max_seconds": None if seconds is None else str(seconds),
         "overlay": options.overlay,
         "image_format": options.stored_format,
@@ -76,13 +75,15 @@ def load_any_head(source: str) -> HeadAsset:
 
 
 def fit_clip(path: Path, head: HeadAsset, landmarker: Landmarker, options: BuildOptions) -> FittedClip:
-    """Decode, track and fit one clip: its longest steady run with a visible face.
+    """Track and fit one clip: its longest steady run with a visible face.
+
+    The frames are decoded when they are asked for.
 
     Raises:
       MediaError, LandmarkError, FitError: the file cannot be read, shows no face, or does not fit.
-      RejectedClip: it is too long for the memory, too short, or badly fitted.
+      RejectedClip: it is too short, or badly fitted.
     """
-    decoded = _decode(path, probe_clip(path), options)
+    decoded = LazyFrames(path, options.fps, stop=options.max_seconds)
     frames, track = find_face(landmarker, decoded, options.face, str(path))
     start, stop = steady_run(track)
     if stop - start < options.min_frames:
@@ -111,26 +112,6 @@ def fit_clip(path: Path, head: HeadAsset, landmarker: Landmarker, options: Build
     return fitted
 
 
-def _decode(path: Path, facts: ClipFacts, options: BuildOptions) -> list[np.ndarray]:
-    """The clip's frames at the rate of the options, all in memory: the tracker goes both ways."""
-    too_large = RejectedClip(
-        f"{path}: its decoded frames ({facts.width}x{facts.height}) take more than "
-        f"{options.max_memory:.1f} GiB. Cut it into shorter clips (or `--max-seconds`), scale it down, or "
-        "raise `--max-memory`."
-    )
-    seconds = facts.seconds if options.max_seconds is None else min(facts.seconds, options.max_seconds)
-    if dataclasses.replace(facts, seconds=seconds).decoded_bytes(options.fps) > options.max_bytes:
-        raise too_large
-    frames, used = [], 0
-    with VideoReader(path, options.fps, stop=options.max_seconds) as reader:
-        for frame in reader:
-            frames.append(frame)
-            used += frame.nbytes
-            if used > options.max_bytes:  # the file's time stamps promised less
-                raise too_large
-    return frames
-
-
 def make_video_fit(
     head: HeadAsset, make_landmarker: Callable[[], Landmarker], options: BuildOptions, cache: Path | None
 ) -> FitClip:
@@ -149,10 +130,10 @@ def make_video_fit(
         if options.overlay:
             drawn = overlay_frames(fitted, head, options.overlay)
             write_video(clip_file.overlay_path(folder, clip.key), drawn, options.fps, synthetic=False)
-        images = [
+        images = (
             encode_image(crop_and_resize(frame, fitted.crop, options.size), options.stored_format)
             for frame in fitted.frames
-        ]
+        )
         row = _row(fitted, probe_clip(clip.path))
         return ClipData(
             fitted.fit.coefficients, fitted.fit.camera, fitted.crop, fitted.fit.confidence, images, row

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -124,15 +125,15 @@ def _joined(
     return np.concatenate(means), np.concatenate(logvars)
 
 
-def encode_clip(encoder: LatentEncoder, images: Sequence[bytes], chunk: int = 64) -> Moments:
+def encode_clip(encoder: LatentEncoder, images: Iterable[bytes], chunk: int = 64) -> Moments:
     """Moments of the pictures as they are stored, so that pictures and latents show the same pixels."""
-    pixels = lambda part: np.stack([decode_image(image) for image in part])
-    return _joined(
-        [encoder.encode(pixels(images[start : start + chunk])) for start in range(0, len(images), chunk)]
-    )
+    left, parts = iter(images), []
+    while part := [decode_image(image) for image in itertools.islice(left, chunk)]:
+        parts.append(encoder.encode(np.stack(part)))
+    return _joined(parts)
 
 
-def stored_latents(encoder: LatentEncoder, images: Sequence[bytes], folder: Path, key: str) -> Moments:
+def stored_latents(encoder: LatentEncoder, images: Iterable[bytes], folder: Path, key: str) -> Moments:
     """The moments of a clip's pictures, kept in the folder of work files for the next run."""
     path = folder / f"{key}.{encoder.sha256[:12]}.latents"
     try:

@@ -16,7 +16,7 @@ import tyro
 
 from data_prep.cli import Ratio
 
-VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts")
+VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".flv", ".mpg", ".mpeg", ".ts", ".gif")
 
 
 def available_cores() -> int:
@@ -108,7 +108,6 @@ class BuildOptions(DatasetOptions):
       min_face: clips whose head is smaller, in pixels of the uncropped frames, are rejected.
       max_error: clips whose median inner-face error exceeds so many percent of the distance of the outer
         eye corners are rejected.
-      max_memory: clips whose decoded frames take more GiB are rejected; each process holds one clip.
       max_seconds: use only so much of each clip.
       overlay: side of the overlay videos in pixels, 0: none.
     """
@@ -120,7 +119,6 @@ class BuildOptions(DatasetOptions):
     min_frames: int = 16
     min_face: float = 64.0
     max_error: float = 5.0
-    max_memory: float = 4.0
     max_seconds: Ratio | None = None
     overlay: int = 256
 
@@ -132,10 +130,6 @@ class BuildOptions(DatasetOptions):
             raise ValueError("--fov must be in (0, 150), --focal positive")
         if self.max_seconds is not None and self.max_seconds <= 0:
             raise ValueError("--max-seconds must be positive")
-
-    @property
-    def max_bytes(self) -> int:
-        return int(self.max_memory * 2**30)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -35,10 +35,6 @@ class ClipFacts:
     pixel_format: str
     seconds: Fraction
 
-    def decoded_bytes(self, fps: Fraction) -> int:
-        """Memory that the clip takes as RGB frames at the rate `fps`."""
-        return int(self.seconds * fps + 1) * self.width * self.height * 3
-
     def as_json(self) -> dict[str, Any]:
         """Everything but the seconds."""
         facts = dataclasses.asdict(self) | {"fps": str(self.fps)}

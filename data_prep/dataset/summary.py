@@ -13,6 +13,7 @@ from jaxtyping import Float
 from loki_jax.data.schema import DatasetError
 
 SUMMARY_FILE = "summary.json"
+SECONDS_FILE = "seconds.json"  # what each clip took: the one file that differs from build to build
 OVERLAYS = "overlays"  # folder of a video for each clip
 
 

@@ -222,18 +222,12 @@ class Dataset:
         """
         stacked = stack_frames(self.read(clip.split, clip.records, with_image=False))
 
-        def images() -> Iterator[bytes]:
-            source = self.source(clip.split)
-            for number in clip.records:
-                with _reading(self.path / self.locate(clip.split, number)[0]):
-                    yield _fields(source[number])["image"].bytes_list.value[0]
-
         return Clip(
             **clip.facts(),
             coefficients=stacked.coefficients,
             camera=stacked.camera,
             crop=stacked.crop,
-            images=None if self.metadata.image_format is None else images(),
+            images=None if self.metadata.image_format is None else _StoredImages(self, clip),
             latent_mean=stacked.latent_mean,
             latent_logvar=stacked.latent_logvar,
             confidence=stacked.confidence,
@@ -255,6 +249,20 @@ class Dataset:
         return (
             f"{self.path / file} record {index} (clip {clip.clip_id!r}, frame {record - clip.first_record})"
         )
+
+
+class _StoredImages:
+    """The encoded pictures of a clip, read one at a time, any number of times."""
+
+    def __init__(self, dataset: Dataset, clip: ClipInfo):
+        self._dataset, self._clip = dataset, clip
+
+    def __iter__(self) -> Iterator[bytes]:
+        dataset, split = self._dataset, self._clip.split
+        source = dataset.source(split)
+        for number in self._clip.records:
+            with _reading(dataset.path / dataset.locate(split, number)[0]):
+                yield _fields(source[number])["image"].bytes_list.value[0]
 
 
 def _read_metadata(path: Path) -> Metadata:

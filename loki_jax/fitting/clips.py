@@ -104,7 +104,7 @@ def fit_image(
 
 
 def fit_video(
-    video: str | os.PathLike | UInt8[np.ndarray, "N H W 3"],
+    video: str | os.PathLike | Frames,
     head: HeadAsset,
     *,
     fps: Fraction | None = None,
@@ -123,23 +123,23 @@ def fit_video(
     0.
 
     Args:
-      fps: of an array its frame rate (required); of a file the rate to resample to (None: its own).
+      fps: of frames their rate (required); of a file the rate to resample to (None: its own).
       all_shots, allow_lost: see `loki_jax.fitting.tracking.choose_frames`.
       landmarker, face, focal, crop_factor, settings, name: as for `fit_image`.
 
     Raises:
       MediaError, LandmarkError, FitError: the file cannot be read, the face is not visible in most frames, or
         the head has no landmarks.
-      ValueError: an array without `fps`.
+      ValueError: frames without `fps`.
     """
     frames: Frames
-    if isinstance(video, np.ndarray):
-        if fps is None:
-            raise ValueError("frames given as an array need their frame rate: pass fps")
-        frames, name = video, name or "clip"
-    else:
+    if isinstance(video, str | os.PathLike):
         frames, name = LazyFrames(video, fps), name or str(video)
         fps = frames.fps
+    elif fps is None:
+        raise ValueError("frames that are no file need their frame rate: pass fps")
+    else:
+        frames, name = video, name or "clip"
     frames, track = find_face(landmarker or default_landmarker(), frames, face, name)
     start, stop = choose_frames(track, name, all_shots, allow_lost)
     fitted = fit_track(

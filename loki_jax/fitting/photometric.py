@@ -243,6 +243,11 @@ def _neutral(head: HeadAsset, rot: Float[Array, " 3"], tra: Float[Array, " 3"]) 
     return Coefficients(jnp.zeros(head.n_shape), jnp.zeros(head.n_expression), rot, tra, zero, zero, zero)
 
 
+def _in_unit_range(frame: Shaped[Array, "s s 3"]) -> Float[Array, "s s 3"]:
+    """A frame of bytes as floats: one at a time, which takes a quarter of the memory of a clip of floats."""
+    return frame.astype(jnp.float32) / 255 if jnp.issubdtype(frame.dtype, jnp.integer) else frame
+
+
 @functools.partial(jax.jit, static_argnames=("prior",))
 def _track_clips(frames, head, betas, appearance, camera, crop, prior):
     """`fit_photometric` for a batch of clips: all arguments but head and prior have a leading axis."""
@@ -282,7 +287,7 @@ def _track_clips(frames, head, betas, appearance, camera, crop, prior):
         blurs = per_pixel * jnp.array(coarse + fine, jnp.float32)
         active = jnp.where(jnp.arange(len(blurs))[:, None] < len(coarse), rigid, 1.0)
         found, residual = jax.vmap(
-            lambda start: _descend(first, frames[0], start, jnp.inf, start, blurs, active)
+            lambda start: _descend(first, _in_unit_range(frames[0]), start, jnp.inf, start, blurs, active)
         )(starts)
         start = found[jnp.argmin(residual)]
 
@@ -294,7 +299,7 @@ def _track_clips(frames, head, betas, appearance, camera, crop, prior):
         def track(unknowns, item):
             frame, camera, crop = item
             unknowns, residual = _descend(
-                scene(camera, crop), frame, unknowns, change, unknowns, follow, everything
+                scene(camera, crop), _in_unit_range(frame), unknowns, change, unknowns, follow, everything
             )
             return unknowns, (unknowns, residual)
 
@@ -323,8 +328,6 @@ def fit_photometric_clips(
         raise ValueError(
             f"fit_photometric_clips: frames have shape {frames.shape}, expected (clips, n, s, s, 3)"
         )
-    if jnp.issubdtype(frames.dtype, jnp.integer):
-        frames = frames.astype(jnp.float32) / 255
     clips, n = frames.shape[:2]
 
     def per_frame(value, item):

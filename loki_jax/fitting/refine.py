@@ -220,7 +220,8 @@ def _changes(
     usable = appearance.known & mesh_render_mask(head) & (trust > 0)
 
     def frame(item):
-        start, image = item
+        start, stored = item
+        image = stored.astype(jnp.float32) / 255
         centre = _centre(head, start)
         observed = contrast_features(image, blur)
 
@@ -271,7 +272,7 @@ def refine(
         return clip
     fit = clip.fit
     images = np.stack([crop_and_resize(frame, clip.crop, settings.size) for frame in clip.frames])
-    images = pad_frames(images.astype(np.float32) / 255)
+    images = pad_frames(images)  # bytes: numbers of four would take a third of a GB a minute
     camera, crop = jax.tree.map(jnp.asarray, fit.camera), jnp.asarray(clip.crop)
     original = Coefficients(*(pad_frames(np.asarray(field)) for field in fit.coefficients))
     # Sure frames, spread over the clip; their number is fixed, so that one size is compiled.
@@ -284,7 +285,7 @@ def refine(
     current = original
     for _ in range(settings.rounds):
         some = Coefficients(*(field[chosen] for field in current))
-        appearance = solve_appearance(*_samples(head, some, camera, crop, images[chosen]))
+        appearance = solve_appearance(*_samples(head, some, camera, crop, images[chosen] / np.float32(255)))
         changes = _changes(
             head, original, camera, crop, appearance, images, sigma, settings.model_error, settings.blur,
             settings.steps,

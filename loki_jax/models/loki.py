@@ -18,7 +18,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 from ml_collections import ConfigDict
@@ -162,8 +161,3 @@ def init_params(model: Loki, config: ConfigDict, key: PRNGKeyArray) -> PyTree:
     null = lambda unet: None if unet.context_dim is None else jnp.zeros((1, 1, unet.context_dim))
     contexts = null(model.reference), null(model.generation.unet)
     return model.init(key, x, timesteps, driver, x[:, 0], *contexts)["params"]
-
-
-def count_parameters(params: PyTree) -> int:
-    """Number of scalars in a tree of arrays or shapes."""
-    return sum(int(leaf.size) for leaf in jax.tree.leaves(params))

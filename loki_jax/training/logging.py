@@ -89,6 +89,14 @@ class Progress:
         return figures
 
 
+def peak_memory() -> dict[str, float]:
+    """peak_memory_gb of the first device since the process began; empty where the backend does not tell."""
+    import jax
+
+    held = jax.local_devices()[0].memory_stats()
+    return {"peak_memory_gb": held["peak_bytes_in_use"] / 1e9} if held else {}
+
+
 def progress_line(step: int, last_step: int, values: dict[str, float]) -> str:
     """One line for a person: step, loss, rate, MFU where it is known, data wait, time left."""
     parts = [f"step {step}/{last_step}"]
@@ -96,6 +104,8 @@ def progress_line(step: int, last_step: int, values: dict[str, float]) -> str:
     parts.append(f"{values['clips_per_s']:.2f} clips/s")
     if "mfu" in values:
         parts.append(f"MFU {values['mfu']:.1%}")
+    if "peak_memory_gb" in values:
+        parts.append(f"peak {values['peak_memory_gb']:.1f} GB")
     parts += [f"data wait {values['data_wait']:.1%}", f"left {duration(values['eta_s'])}"]
     if values.get("skipped"):
         parts.append(f"{values['skipped']:.0f} updates skipped")

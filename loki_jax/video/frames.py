@@ -28,14 +28,14 @@ class LazyFrames(Sequence[UInt8[np.ndarray, "H W 3"]]):
     every frame. Slices and arrays of indices give other views of the same file.
 
     Args:
-      path, fps: as for `VideoReader`.
+      path, fps, stop: as for `VideoReader`.
 
     Raises:
       MediaError: as `VideoReader`, on opening.
     """
 
-    def __init__(self, path: str | os.PathLike, fps: Fraction | None = None):
-        self._file = _File(path, fps)
+    def __init__(self, path: str | os.PathLike, fps: Fraction | None = None, *, stop: Fraction | None = None):
+        self._file = _File(path, fps, stop)
         self._indices = np.arange(len(self._file.stamps))
         self._change: Callable[[np.ndarray], np.ndarray] | None = None
 
@@ -80,9 +80,9 @@ class _File:
         its number. Repeated where a picture is shown for several frames.
     """
 
-    def __init__(self, path: str | os.PathLike, fps: Fraction | None):
+    def __init__(self, path: str | os.PathLike, fps: Fraction | None, stop: Fraction | None):
         self._path = path
-        with VideoReader(path, fps) as reader:
+        with VideoReader(path, fps, stop=stop) as reader:
             self.fps = reader.fps
             shown = [(number, picture.pts) for number, picture in reader.numbered_pictures()]
         self._timed = all(stamp is not None for _, stamp in shown)

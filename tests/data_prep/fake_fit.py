@@ -15,6 +15,7 @@ from data_prep.dataset.assemble import RejectedClip, build
 from data_prep.dataset.clip_file import ClipData, overlay_path
 from data_prep.dataset.manifest import pipeline_identity, plan_clips
 from data_prep.dataset.options import DatasetOptions
+from data_prep.dataset.summary import SECONDS_FILE
 from loki_jax.face.types import Camera, Coefficients
 from tests.data.clips import small_head
 
@@ -84,5 +85,9 @@ def build_fake(paths, out, *, fit_log=None, settings=None, labels=None, encoder=
 
 
 def tree(folder):
-    """Every file of a folder with its bytes."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    """Every file of a folder with its bytes, but for the seconds that the clips took."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and path.name != SECONDS_FILE
+    }

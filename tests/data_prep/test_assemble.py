@@ -2,21 +2,25 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import time
+import tracemalloc
 
 import numpy as np
 import pytest
 
 from data_prep.dataset import clip_file
 from data_prep.dataset.assemble import work_folder
+from data_prep.dataset.clip_file import ClipData, load_clip, save_clip
 from data_prep.dataset.latents import LatentEncoder
 from data_prep.dataset.manifest import label_of, read_labels
 from data_prep.dataset.workers import Died, WorkerError, run_parallel
 from loki_jax.data import writer
 from loki_jax.data.reader import open_dataset
 from loki_jax.data.schema import DatasetError
+from loki_jax.face.types import Camera, Coefficients
 from loki_jax.io import file_sha256
 from tests.data_prep.fake_fit import SIZE, build_fake, tree, write_files
 from tests.data_prep.work import make_killer, make_nothing, make_square
@@ -74,6 +78,30 @@ def test_interrupted_build_goes_on_where_it_stopped(whole, tmp_path):
         "summary.json": (tmp_path / "out" / "summary.json").read_bytes()  # it names the files' folder
     }
     assert sorted(path.name for path in tmp_path.iterdir()) == ["clips", "log", "out"]
+
+
+def test_pictures_of_a_clip_pass_through_one_at_a_time(tmp_path):
+    """Into the work file and out of it: 400 pictures, of which a tenth would be too many."""
+    size, count = 50_000, 400
+    rng = np.random.default_rng(0)
+    pictures = (rng.bytes(size) for _ in range(count))
+    still = np.zeros((count, 3))
+    coefficients = Coefficients(np.zeros((count, 4)), np.zeros((count, 6)), *[still] * 5)
+    camera, box = Camera(np.array([900.0, 910.0, 250.0, 260.0]), np.eye(4)), np.array([1.0, 2, 30, 31])
+    tracemalloc.start()
+    try:
+        save_clip(
+            tmp_path, "key", ClipData(coefficients, camera, box, np.ones(count), pictures, {"frames": 1})
+        )
+        stored = load_clip(tmp_path, "key")
+        assert stored is not None and stored.row == {"frames": 1}
+        for _ in range(2):  # once for latents, once for records
+            again = np.random.default_rng(0)
+            assert all(picture == again.bytes(size) for picture in stored.images)
+        assert tracemalloc.get_traced_memory()[1] < 40 * size
+    finally:
+        tracemalloc.stop()
+    assert sum(len(picture) for picture in stored.images) == count * size
 
 
 def test_damaged_work_file_is_made_anew(whole, tmp_path):
@@ -262,6 +290,19 @@ def test_latents_beside_and_instead_of_pictures(whole, tmp_path):
             np.testing.assert_array_equal(frame.latent_logvar, other.latent_logvar)
     with pytest.raises(DatasetError, match="need pictures or latents"):
         build_fake(paths, tmp_path / "neither", **latents_only)
+
+
+def test_the_seconds_of_each_clip_are_printed_and_kept(whole, tmp_path):
+    paths, _, _ = whole
+    out, said = tmp_path / "out", []
+    build_fake(paths[:2], out, log=said.append)
+    first = json.loads((out / "seconds.json").read_text())
+    assert first.keys() == {"a", "b"} and all(0 <= seconds < 60 for seconds in first.values())
+    assert len([line for line in said if re.search(r"error 1.50 %, \d+\.\d s; ", line)]) == 2
+    (out / "seconds.json").write_text(json.dumps({"a": 12.5, "b": 0.25}))
+    build_fake(paths, out)
+    grown = json.loads((out / "seconds.json").read_text())
+    assert grown.keys() == {"a", "b", "d", "e"} and (grown["a"], grown["b"]) == (12.5, 0.25)
 
 
 def test_latents_are_kept_when_a_dataset_grows(whole, tmp_path):

@@ -35,7 +35,7 @@ def batch(tmp_path_factory, known):
         paths[name] = make(folder)
     paths[GOOD[1]] = video("good2.mp4", SPEECH[::-1])(folder)
     head, networks = known
-    settings = BuildOptions(size=32, overlay=0, max_memory=400 / 2**10, validation=0.1, workers=0)
+    settings = BuildOptions(size=32, overlay=0, validation=0.1, workers=0)
     out, lines = tmp_path_factory.mktemp("out") / "shards", []
     summary = build_dataset(list(paths.values()), head, out, lambda: networks, settings, log=lines.append)
     manifest = json.loads((out / "manifest.json").read_text())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+from fractions import Fraction
 
 import jax
 import jax.numpy as jnp
@@ -44,6 +45,7 @@ from tests.fitting.known_face import (
     true_coefficients,
     true_points,
 )
+from tests.video.live_frames import LiveFrames
 
 
 @pytest.fixture(scope="module")
@@ -166,10 +168,29 @@ def test_small_head_is_rejected(clips, head, networks, tmp_path):
         build_dataset([clips / "good.mp4"], head, tmp_path / "out", lambda: networks, settings, log=len)
 
 
-def test_clip_beyond_the_memory_limit_is_rejected(clips, head, networks, tmp_path):
-    settings = dataclasses.replace(SETTINGS, max_memory=5 * HEIGHT * WIDTH * 3 / 2**30)
-    with pytest.raises(DatasetError, match=r"good.mp4: .*128x96.*take more than .*`--max-memory`"):
-        build_dataset([clips / "good.mp4"], head, tmp_path / "out", lambda: networks, settings, log=len)
+@pytest.mark.parametrize("photometric", [False, True])
+def test_a_clip_is_never_in_memory_as_a_whole(photometric, head, networks, tmp_path, monkeypatch):
+    """Landmarks in a first pass, overlay and crops in others."""
+    path = tmp_path / "long.mp4"
+    write_video(path, frames_showing(np.repeat(range(N), 6)), RATE, synthetic=False)
+    live = LiveFrames(monkeypatch, kept_bytes=4 * HEIGHT * WIDTH * 3)
+    settings = dataclasses.replace(SETTINGS, photometric=photometric)
+    summary = build_dataset([path], head, tmp_path / "out", lambda: networks, settings, log=len)
+    assert summary["records"] == {"train": 6 * N}
+    assert live.decoded > 3 * 6 * N and live.peak <= 8
+    grey = [frame.image[16, 16].mean() for frame in dataset_frames(tmp_path / "out")]
+    np.testing.assert_allclose(grey, 8 * np.repeat(np.arange(1, N + 1), 6), atol=3)
+
+
+def dataset_frames(path):
+    dataset = open_dataset(path)
+    return dataset.read_clip(dataset.clips[0])
+
+
+def test_only_the_wanted_seconds_are_used(clips, head, networks, tmp_path):
+    settings = dataclasses.replace(SETTINGS, max_seconds=Fraction(10, 25), min_frames=4)
+    summary = build_dataset([clips / "fast.mp4"], head, tmp_path / "out", lambda: networks, settings, log=len)
+    assert [row["frames"] for row in summary["clips"]] == [10]
 
 
 @pytest.mark.slow  # each process imports and compiles everything
@@ -248,6 +269,13 @@ def test_names_of_equal_files_are_told_apart(tmp_path):
     assert names[:2] == ["a--x", "b--x"] and len(set(names)) == 4
 
 
+def test_every_kind_of_video_in_a_folder_is_found(tmp_path):
+    names = ["a.mp4", "b.MOV", "c.gif", "d.flv", "e.webm", "f.avi"]
+    for name in [*names, "notes.txt"]:
+        (tmp_path / name).touch()
+    assert [path.name for path in find_clips([str(tmp_path)])] == names
+
+
 def test_splits_follow_the_identity():
     names = [f"person{i}" for i in range(8)]
     splits = choose_splits(names, 0.02)
@@ -311,7 +339,9 @@ def test_array_without_rate_is_refused(head, networks):
 def test_default_networks_are_loaded_once(monkeypatch):
     loaded = []
     monkeypatch.setattr(face_track, "fetch_models", lambda: {})
-    monkeypatch.setattr(face_track, "Landmarker", lambda models: loaded.append(models) or object())
+    monkeypatch.setattr(
+        face_track, "Landmarker", lambda models: loaded.append(models) or KnownFace(np.empty((0, 478, 3)))
+    )
     face_track.default_landmarker.cache_clear()
     assert face_track.default_landmarker() is face_track.default_landmarker() and len(loaded) == 1
     face_track.default_landmarker.cache_clear()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import sys
 import zipfile
 
 import cv2
@@ -251,3 +252,13 @@ def test_clip_of_a_moving_face(landmarker, portrait, found):
     moved = (track.points[:, :, :2] - track.points[:1, :, :2]).mean(1)
     np.testing.assert_allclose(moved, shifts, atol=0.5)
     assert (track.score > 0.9).all()
+
+
+def test_loading_the_networks_prints_nothing(landmarker):
+    program = (
+        "from loki_jax.fitting.landmarker import Landmarker\n"
+        "from loki_jax.fitting.model_files import fetch_models\n"
+        "Landmarker(fetch_models())"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

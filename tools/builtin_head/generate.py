@@ -28,6 +28,10 @@ ROOT_JOINT = np.array([0.0, -0.160, -0.020])
 
 MEDIAPIPE_FILE = Path(__file__).with_name("mediapipe478.npz")
 
+# Landmarks seen from the front say little of these axes. With the prior of the others the noses fitted to 17
+# portraits stuck out more than the mean head's by 5.2 mm on average and by up to 13.5 mm; now by 2.3 and 8.7.
+NOSE_DEPTH = ("nose_bridge", "nose_tip")
+
 
 def _joint_regressor(vertices, groups, joints):
     """Least-norm affine combinations (J, V) of each group's vertices that give the joints."""
@@ -77,7 +81,7 @@ def generate_head(mesh: BuiltinMesh) -> HeadAsset:
         skinning_weights=on_grid(skinning_weights(mesh)).astype(np.float32),
         render_mask=~below,
         inner_mouth=np.isin(mesh.part, [CAVITY, UPPER_TEETH, LOWER_TEETH]),
-        shape_sigma=np.ones(len(shape_names), np.float32),
+        shape_sigma=np.where(np.isin(shape_names, NOSE_DEPTH), 0.5, 1.0).astype(np.float32),
         expression_sigma=expression_sigma.astype(np.float32),
         expression_bounds=bounds.astype(np.float32),
         landmarks={"ibug68": ibug68(mesh), "mediapipe478": mediapipe},
