@@ -74,3 +74,14 @@ def landmarker():
         return Landmarker(fetch_models())
     except LandmarkError as error:
         pytest.skip(f"needs the landmark models: {error}")
+
+
+@pytest.fixture(scope="module")
+def few_optimizations():
+    """For tests that compile large programs for tiny runs, where compiling takes longer than running."""
+    import jax
+
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)

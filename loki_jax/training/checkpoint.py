@@ -28,6 +28,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 from etils import epath
+from jaxtyping import PyTree
 from ml_collections import ConfigDict
 from orbax.checkpoint.checkpoint_managers import preservation_policy as preservation
 
@@ -357,7 +358,7 @@ def load_checkpoint(source: str | os.PathLike, use_ema: bool = True) -> Checkpoi
     return Checkpoint(config, check_finite(params, str(folder / str(step))), head, step)
 
 
-def restore_as_numpy(path: Path) -> dict:
+def restore_as_numpy(path: Path) -> PyTree:
     """A saved tree without a target, which would want the devices of the training run back."""
     with ocp.PyTreeCheckpointer() as checkpointer:
         tree = _stored_shapes(path)

@@ -101,7 +101,7 @@ def make_pairs(
 
     camera = jax.tree.map(lambda x: x[:, 0], few.camera)
     camera_of = lambda index: jax.tree.map(lambda x: x[index], camera)
-    crossed = jax.vmap(retargeted)(
+    crossed = jax.jit(jax.vmap(retargeted))(
         take("coefficients", rows), take("reference_coefficients", others), camera_of(rows), camera_of(others)
     )
     join = lambda same, other: np.concatenate([same, np.asarray(other)])

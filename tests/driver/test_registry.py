@@ -15,6 +15,8 @@ from loki_jax.sources import load_driving_clip, load_portrait
 from loki_jax.train import train
 from tests.training.tiny_run import SIZE, tiny_config, write_shards
 
+pytestmark = pytest.mark.usefixtures("few_optimizations")
+
 
 def camera_normals(fragments, inputs, dtype=jnp.float32):
     """Unit normals of the surface in camera axes (+x right, +y down, +z away), zero on the background."""

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 
+import jax
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -67,9 +68,16 @@ def write_shards(path: Path, **options) -> Path:
 
 
 def tiny_config(shards: Path, **changes) -> ConfigDict:
-    """configs/demo.py:tiny at 16 pixels, all logged; `changes` are keys with dots as double underscores."""
+    """configs/demo.py:tiny at 16 pixels with a UNet of one level, all logged.
+
+    `changes` are keys with dots as double underscores.
+    """
     config = demo.get_config("tiny")
     config.image_size = SIZE
+    # One level of resolution: most of a run's time is compilation.
+    config.model.unet.multipliers = (1,)
+    config.model.unet.attention_modes = ("3d",)
+    config.model.unet.attention_levels = (0,)
     config.data.path = str(shards)
     config.data.threads = 2
     config.optimizer.warmup_steps = 0
@@ -100,11 +108,15 @@ def _flatten(tree: dict, prefix: str = "") -> dict:
 
 
 def environment(cache: Path, devices: int = 1) -> dict[str, str]:
-    """Environment of a run on simulated CPU devices whose compiled programs are kept in `cache`."""
+    """Environment of a run on simulated CPU devices whose compiled programs are kept in `cache`.
+
+    Programs are optimised as in this process.
+    """
     return os.environ | {
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
         "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": str(int(jax.config.read("jax_disable_most_optimizations"))),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
         "TF_CPP_MIN_LOG_LEVEL": "2",
         "PYTHONPATH": str(ROOT),
