@@ -1,7 +1,7 @@
 """How well real portraits follow real clips by geometry alone, and how fast.
 
     python benchmarks/geometry.py --portraits PICTURES... --clips CLIPS... [--frames 24] [--sheets FOLDER]
-    python benchmarks/geometry.py --only pairs|self|speed ...
+    python benchmarks/geometry.py --only pairs|self|speed|all ...
 
 Twenty fixed pairs of the sorted portraits and clips. Every pair is animated, at `--frames` times spread
 over the clip. The head is fitted to the result by landmarks, and HPF and HEF against the clip are those of
@@ -9,10 +9,15 @@ the result over those of the portrait as it is (`still`). `self`: each clip driv
 frame; PSNR and SSIM inside the box of the head, beside those of that frame (`still`) and of that frame
 moved by a similarity onto the eyes, nose and mouth of each frame (`aligned`). `speed`: 512 x 512, compiled,
 milliseconds a frame, beside cv2.remap of the same picture and the landmark networks; and the peak memory
-after 32 and after 320 frames. The last line is one JSON object.
+after 6 and after 60 seconds of a clip. `all`, only where it is named: every portrait with every clip, one
+contact sheet a portrait in `--sheets`. The last line is one JSON object.
+
+`--rows FILE` keeps the rows of `pairs` and `self` as they are measured, one JSON object a line; a run that is
+started again goes on where the last one stopped. Delete the file when the code has changed.
 """
 
 import argparse
+import functools
 import json
 import resource
 import sys
@@ -70,39 +75,56 @@ def follow(head, fitted, coefficients, prediction, repeat):
     return pose.degrees, expression.distance
 
 
+class Rows:
+    """Rows of a table, kept in a file so that an interrupted run goes on."""
+
+    def __init__(self, path):
+        self.path = path
+        lines = path.read_text().splitlines() if path and path.exists() else []
+        self.done = {json.loads(line)["row"]: json.loads(line) for line in lines}
+
+    def __call__(self, name, measure):
+        """The row `name`: a dictionary, measured unless it is there already."""
+        if name not in self.done:
+            self.done[name] = {"row": name, **measure()}
+            if self.path:
+                with self.path.open("a") as file:
+                    print(json.dumps(self.done[name]), file=file)
+        row = self.done[name]
+        print(
+            " ".join(f"{k} {v:.4f}" if isinstance(v, float) else str(v) for k, v in row.items()), flush=True
+        )
+        return row
+
+
 def measure_pairs(args, pipeline):
-    head = pipeline.head
-    portraits = [fit_portrait(str(path), head, 512) for path in sorted(args.portraits)]
-    clips = {}
-    rows = []
-    for k in range(PAIRS):
-        portrait = portraits[k % len(portraits)]
-        path = sorted(args.clips)[(3 * k + k // len(portraits)) % len(args.clips)]
-        if path not in clips:
-            clips[path] = fitted_clip(path, head, args.frames)
-        fitted, coefficients, frames, _ = clips[path]
+    head, rows = pipeline.head, Rows(args.rows)
+    portrait_of = functools.cache(lambda path: fit_portrait(str(path), head, 512))
+    clip_of = functools.cache(lambda path: fitted_clip(path, head, args.frames))
+
+    def measure(picture, path):
+        portrait = portrait_of(picture)
+        fitted, coefficients, frames, _ = clip_of(path)
         result = pipeline(portrait, driving(fitted, coefficients, frames))
         # The fit expects motion to be smooth: frames apart in time are frames of a slower clip.
         rate = fitted.fps * len(frames) / len(fitted.frames)
         again = fit_video(result, head, fps=rate, name=portrait.name)
         ours = follow(head, fitted, coefficients, again.fit.coefficients, False)
         still = follow(head, fitted, coefficients, portrait.coefficients, True)
-        rows.append({
-            "portrait": Path(portrait.name).stem, "clip": Path(path).stem, "hpf": ours[0], "hef": ours[1],
-            "still_hpf": still[0], "still_hef": still[1],
-        })  # fmt: skip
-        row = rows[-1]
-        print(
-            f"{row['portrait']:32} {row['clip']:28} HPF {row['hpf']:5.2f} of {row['still_hpf']:5.2f}"
-            f"  HEF {row['hef']:.4f} of {row['still_hef']:.4f}", flush=True,
-        )  # fmt: skip
         if args.sheets:
-            write_sheet(
-                args.sheets / f"{rows[-1]['portrait']}_{rows[-1]['clip']}.jpg", portrait, frames, result
-            )
-    ratio = lambda name: float(np.median([row[name] / row[f"still_{name}"] for row in rows]))
-    median = lambda name: float(np.median([row[name] for row in rows]))
-    worse = [f"{row['portrait']} x {row['clip']}" for row in rows
+            name = f"{Path(picture).stem}_{Path(path).stem}.jpg"
+            write_sheet(args.sheets / name, [frames, result])
+        return {"hpf": ours[0], "still_hpf": still[0], "hef": ours[1], "still_hef": still[1]}
+
+    portraits, clips = sorted(args.portraits), sorted(args.clips)
+    table = []
+    for k in range(PAIRS):
+        pair = portraits[k % len(portraits)], clips[(3 * k + k // len(portraits)) % len(clips)]
+        name = " x ".join(Path(path).stem for path in pair)
+        table.append(rows(name, lambda pair=pair: measure(*pair)))
+    ratio = lambda name: float(np.median([row[name] / row[f"still_{name}"] for row in table]))
+    median = lambda name: float(np.median([row[name] for row in table]))
+    worse = [row["row"] for row in table
              if row["hpf"] > row["still_hpf"] or row["hef"] > row["still_hef"]]  # fmt: skip
     names = ("hpf", "still_hpf", "hef", "still_hef")
     return {
@@ -111,11 +133,33 @@ def measure_pairs(args, pipeline):
     }  # fmt: skip
 
 
-def write_sheet(path, portrait, frames, result, columns=8, height=256):
-    """Portrait, then above each other the clip and the result at times spread over it."""
+def measure_all(args, pipeline):
+    """Every portrait with every clip; the sheets are for the eye, numbers only say that none failed."""
+    clips = [fitted_clip(path, pipeline.head, args.frames) for path in sorted(args.clips)]
+    failed = []
+    for picture in sorted(args.portraits):
+        sheet = args.sheets / f"{Path(picture).stem}.jpg"
+        if sheet.exists():
+            continue
+        portrait = fit_portrait(str(picture), pipeline.head, 512)
+        results = []
+        for fitted, coefficients, frames, _ in clips:
+            try:
+                results.append(pipeline(portrait, driving(fitted, coefficients, frames)))
+            except Exception as error:  # the purpose is to count them
+                failed.append(f"{portrait.name} x {fitted.name}: {error!r}")
+        write_sheet(sheet, results, height=200)
+        print(sheet, flush=True)
+    return {"failed": failed}
+
+
+def write_sheet(path, videos, columns=8, height=256):
+    """Videos below each other, at times spread over each."""
     shrink = lambda x: Image.fromarray(x).resize((round(x.shape[1] * height / x.shape[0]), height))
-    index = spread(len(frames), columns)
-    rows = [np.concatenate([np.asarray(shrink(x[i])) for i in index], axis=1) for x in (frames, result)]
+    rows = [
+        np.concatenate([np.asarray(shrink(video[i])) for i in spread(len(video), columns)], axis=1)
+        for video in videos
+    ]
     width = max(row.shape[1] for row in rows)
     rows = [np.pad(row, ((0, 0), (0, width - row.shape[1]), (0, 0))) for row in rows]
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -131,8 +175,9 @@ def similarity(source, target):
 
 
 def measure_self(args, pipeline):
-    head, rows = pipeline.head, []
-    for path in sorted(args.clips):
+    head, rows = pipeline.head, Rows(args.rows)
+
+    def measure(path):
         fitted, coefficients, frames, points = fitted_clip(path, head, args.frames)
         first = int(np.argmin(np.linalg.norm(coefficients.rot[:, :2], axis=1)))
         one = jax.tree.map(lambda x, first=first: x[first], coefficients)
@@ -149,27 +194,26 @@ def measure_self(args, pipeline):
         still = np.broadcast_to(picture, frames.shape)
         low, high = head_extent(head, coefficients, fitted.fit.camera)
         others = [i for i in range(len(frames)) if i != first]
-        row = {"clip": Path(path).stem}
+        row = {}
         for name, video in (("still", still), ("aligned", aligned), ("ours", result)):
             boxes = [np.concatenate([low[i], high[i]]) for i in others]
-            cut = lambda video, boxes=boxes: np.stack(
-                [crop_and_resize(video[i], box, 256) for i, box in zip(others, boxes, strict=True)]  # noqa: B023
+            seen, truth = (
+                np.stack([crop_and_resize(v[i], box, 256) for i, box in zip(others, boxes, strict=True)])
+                for v in (video, frames)
             )
-            seen, truth = cut(video), cut(frames)
             row[f"{name}_psnr"] = float(np.mean(psnr(seen, truth)))
             row[f"{name}_ssim"] = float(np.mean(ssim(seen, truth)))
-        rows.append(row)
-        print(f"{row['clip']:28}" + "".join(
-            f"  {name} {row[f'{name}_psnr']:5.2f} dB {row[f'{name}_ssim']:.3f}"
-            for name in ("still", "aligned", "ours")), flush=True)  # fmt: skip
-    mean = lambda key: float(np.mean([row[key] for row in rows]))
-    keys = [key for key in rows[0] if key != "clip"]
+        return row
+
+    table = [rows(f"self {Path(path).stem}", lambda path=path: measure(path)) for path in sorted(args.clips)]
+    mean = lambda key: float(np.mean([row[key] for row in table]))
+    keys = [key for key in table[0] if key != "row"]
     beaten = sum(
         row["ours_psnr"] > max(row["still_psnr"], row["aligned_psnr"])
         and row["ours_ssim"] > max(row["still_ssim"], row["aligned_ssim"])
-        for row in rows
+        for row in table
     )
-    return {**{f"self_{key}": mean(key) for key in keys}, "self_clips_better": f"{beaten} of {len(rows)}"}
+    return {**{f"self_{key}": mean(key) for key in keys}, "self_clips_better": f"{beaten} of {len(table)}"}
 
 
 def best_time(work, repeats=5):
@@ -202,13 +246,13 @@ def measure_speed(args, pipeline):
     networks = best_time(lambda: clip_landmarks(default_landmarker(), video), 3) / 8
     peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     memory = []
-    for length in (32, 320):
+    for length in (round(6 * fitted.fps), round(60 * fitted.fps)):
         for _ in pipeline.windows(portrait, repeated(length)):
             pass
         memory.append(peak())
     return {
         "ms_frame": 1e3 * ours, "frames_a_second": 1 / ours, "ms_remap_cubic": 1e3 * remap,
-        "ms_landmarks": 1e3 * networks, "peak_mib_32_frames": memory[0], "peak_mib_320_frames": memory[1],
+        "ms_landmarks": 1e3 * networks, "peak_mib_6_s": memory[0], "peak_mib_60_s": memory[1],
     }  # fmt: skip
 
 
@@ -219,13 +263,18 @@ def main() -> None:
     parser.add_argument("--portraits", nargs="+", required=True)
     parser.add_argument("--clips", nargs="+", required=True)
     parser.add_argument("--frames", type=int, default=24, help="of each clip")
-    parser.add_argument("--only", choices=("pairs", "self", "speed"))
+    parser.add_argument("--only", choices=("pairs", "self", "speed", "all"))
     parser.add_argument("--sheets", type=Path, help="folder for a contact sheet of each pair")
+    parser.add_argument("--rows", type=Path, help="file that keeps the rows")
     args = parser.parse_args()
+    if args.only == "all" and not args.sheets:
+        parser.error("--only all needs --sheets")
     enable_compile_cache()
     pipeline = GeometryPipeline(builtin_head())
     parts = {"speed": measure_speed, "self": measure_self, "pairs": measure_pairs}
     result = {}
+    if args.only == "all":
+        result = measure_all(args, pipeline)
     for name, measure in parts.items():
         if args.only in (None, name):
             result |= measure(args, pipeline)

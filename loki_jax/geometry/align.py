@@ -40,7 +40,8 @@ _BLINK = (
     0.2,
     0.6,
 )  # of the neutral opening: below the first lids are shut, from the second on as the model says
-_LIPS = (0.0012, 0.005)  # metres, the same for lips
+# Metres, the same for lips: fits of closed ones are 1 mm apart, because the networks see them so.
+_LIPS = (0.0014, 0.005)
 _ROUNDS = 3
 
 
@@ -50,15 +51,17 @@ class Alignment(NamedTuple):
     Attributes:
       common: of all poses.
       opening: further ones for lips, right and left lids, at the openings of the portrait.
-      gaps: those openings: mean distance between upper and lower points of the model, metres.
-      closing: displacement that closes lips, right and left lids, per metre between them.
+      gaps: those openings of the model (`openings`), metres.
+      closing: displacement that closes right and left lids, per metre between them.
+      lips: upward displacement that closes each of the pairs of points of the lips, per metre between them.
       limits: openings below the first are shut, from the second on they are as the model says; metres.
     """
 
     common: Float[ArrayLike, "V 3"]
     opening: Float[ArrayLike, "3 V 3"]
     gaps: Float[ArrayLike, " 3"]
-    closing: Float[ArrayLike, "3 V 3"]
+    closing: Float[ArrayLike, "2 V 3"]
+    lips: Float[ArrayLike, "9 V"]
     limits: Float[ArrayLike, "2 3"]
 
 
@@ -66,8 +69,9 @@ def no_alignment(n_vertices: int) -> Alignment:
     """The head as it was fitted."""
     zero = np.zeros((3, n_vertices, 3), np.float32)
     return Alignment(
-        zero[0], zero, np.ones(3, np.float32), zero, np.array([[0.0] * 3, [1e-6] * 3], np.float32)
-    )
+        zero[0], zero, np.ones(3, np.float32), zero[1:], np.zeros((len(_INNER_LIPS), n_vertices), np.float32),
+        np.array([[0.0] * 3, [1e-6] * 3], np.float32),
+    )  # fmt: skip
 
 
 def align(
@@ -97,13 +101,16 @@ def align(
     trust = np.where(np.isin(np.arange(len(present)), FACE_OVAL), 0.5, 1.0)
     neutral = np.asarray(landmark_positions(head, jnp.asarray(identity.vertices), LANDMARK_SET), np.float64)
     wide = np.asarray(openings(head, jnp.asarray(identity.vertices)))
-    shut = np.zeros((3, len(present), 3))
-    for k, (upper, lower) in enumerate(OPENINGS):
-        way = _toward(neutral[lower] - neutral[upper])
-        # The upper lid comes down to the lower one, lips meet half-way.
-        shut[k, upper], shut[k, lower] = (way, 0 * way) if k else (way / 2, -way / 2)
+    # The upper lid comes down to the lower one, lips meet half-way.
+    shut = np.zeros((2, len(present), 3))
+    for k, (upper, lower) in enumerate(OPENINGS[1:]):
+        shut[k, upper] = _toward(neutral[lower] - neutral[upper])
+    meet = np.zeros((len(present), len(_INNER_LIPS)))
+    for k, (upper, lower) in enumerate(_INNER_LIPS):
+        meet[upper, k], meet[lower, k] = -0.5, 0.5
     alignment = no_alignment(n_vertices)._replace(
         closing=np.stack([_spread(domain, canonical, x, used) for x in shut]),
+        lips=_spread(domain, canonical, meet, used).T,
         limits=np.array([[low, *(_BLINK[j] * wide[1:])] for j, low in enumerate(_LIPS)], np.float32),
     )
     gaps = openings(head, head_vertices(head, identity, coefficients))
@@ -123,21 +130,35 @@ def align(
 
 
 def openings(head: HeadAsset, vertices: Float[ArrayLike, "*b V 3"]) -> Float[Array, "*b 3"]:
-    """Mean distance between upper and lower points of lips, right and left lids, metres."""
-    points = landmark_positions(head, jnp.asarray(vertices), LANDMARK_SET)
-    distance = [jnp.linalg.norm(points[..., up, :] - points[..., low, :], axis=-1) for up, low in OPENINGS]
-    return jnp.stack([jnp.mean(d, axis=-1) for d in distance], axis=-1)
+    """How far lips, right and left lids are open, metres: the mean height of the upper points of the lips
+    above the lower ones, the mean distance between those of the lids.
+    """
+    lips, *lids = _offsets(head, jnp.asarray(vertices))
+    distance = [jnp.maximum(jnp.mean(lips[..., 1], axis=-1), 0.0)]
+    distance += [jnp.mean(jnp.linalg.norm(x, axis=-1), axis=-1) for x in lids]
+    return jnp.stack(distance, axis=-1)
+
+
+def _offsets(head: HeadAsset, vertices: Float[Array, "*b V 3"]) -> list[Float[Array, "*b n 3"]]:
+    """From lower to upper points of lips, right and left lids, metres."""
+    points = landmark_positions(head, vertices, LANDMARK_SET)
+    return [points[..., upper, :] - points[..., lower, :] for upper, lower in OPENINGS]
 
 
 def aligned_identity(
     head: HeadAsset, identity: Identity, alignment: Alignment, coefficients: Coefficients
 ) -> Identity:
     """The identity with its vertices (*b, V, 3) displaced for the openings of `coefficients` (*b)."""
-    gaps = openings(head, head_vertices(head, identity, coefficients))
+    vertices = head_vertices(head, identity, coefficients)
+    gaps = openings(head, vertices)
     blinked = _blinked(alignment, gaps)
     share = jnp.clip((blinked + _CLOSED) / (alignment.gaps + _CLOSED), 0.0, 1.0)
     opened = jnp.einsum("...k,kvc->...vc", share, alignment.opening)
-    shut = jnp.einsum("...k,kvc->...vc", gaps - blinked, alignment.closing)
+    shut = jnp.einsum("...k,kvc->...vc", (gaps - blinked)[..., 1:], alignment.closing)
+    # Lips of fits are apart in the middle more than at their corners.
+    height = jnp.maximum(_offsets(head, vertices)[0][..., 1], 0.0)
+    meet = (1 - blinked[..., :1] / jnp.maximum(gaps[..., :1], 1e-6)) * height
+    shut = shut.at[..., 1].add(jnp.einsum("...k,kv->...v", meet, alignment.lips))
     return identity._replace(vertices=identity.vertices + alignment.common + opened + shut)
 
 
@@ -174,7 +195,7 @@ def _open_mouth(head: HeadAsset, identity: Identity, coefficients: Coefficients)
     return head_vertices(head, identity, still._replace(expression=jnp.asarray(axis)))
 
 
-def _spread(domain, canonical, values, used) -> Float[np.ndarray, "V 3"]:
+def _spread(domain, canonical, values, used) -> Float[np.ndarray, "V n"]:
     """Values at landmarks, smoothly interpolated to all vertices, fading away from the landmarks."""
     vertices = np.asarray(domain, np.float64)
     smooth = scipy.interpolate.RBFInterpolator(

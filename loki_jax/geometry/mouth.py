@@ -35,7 +35,7 @@ _UPPER_EDGE, _UPPER_GUM = -3.0, 8.0  # of the front teeth, above the line of the
 _LOWER_EDGE, _LOWER_GUM = -1.5, -9.5
 _UPPER_GAPS = (0.0, 8.5, 15.0, 22.5, 29.5)  # between teeth, from the middle
 _LOWER_GAPS = (0.0, 5.3, 11.2, 18.0, 25.0)
-MARGIN = 0.02  # of the width of the mouth, around open lips
+MARGIN = 0.035  # of the width of the mouth, around open lips: their edges are blurred with the teeth
 _TOP, _BOTTOM, _CHIN, _RIGHT, _LEFT = 13, 14, 152, 78, 308
 
 
@@ -192,7 +192,9 @@ def paint_mouth(
     still = sample(mouth.inner, upper - mouth.corner)[..., :3]
     result = still + changed * (painted - still)
     result = jnp.concatenate([result, jnp.zeros_like(result[..., :1])], -1)
-    return paint_patch(image, result, jnp.clip(0.5 + inside + margin, 0.0, 1.0), corner)
+    # Lips that meet show no line of teeth; at rest all is as it is.
+    parted = jnp.clip((gap + 1e-6) / (span * jnp.minimum(0.015, mouth.gap) + 1e-6), 0.0, 1.0)
+    return paint_patch(image, result, parted * jnp.clip(0.5 + inside + margin, 0.0, 1.0), corner)
 
 
 def _meet_arch(position, line, unit, pose, camera: Camera):

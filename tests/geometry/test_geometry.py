@@ -208,6 +208,19 @@ def test_the_head_moves_onto_landmarks_and_still_shuts():
     assert (np.asarray(closed)[1:] < 0.0015).all()
 
 
+def test_an_open_mouth_closes_where_a_fit_of_closed_lips_stops_short():
+    wide = coefficients(jaw=jnp.array([0.3, 0.0, 0.0]))
+    identity = make_identity(HEAD, wide.betas)
+    seen = marks(wide).copy()
+    seen[[82, 13, 312], 1] -= 0.5  # opened a little wider than the head opens it
+    seen[[87, 14, 317], 1] += 0.5
+    alignment = align(HEAD, identity, wide, CAMERA, seen)
+    nearly = coefficients(jaw=jnp.array([0.02, 0.0, 0.0]))
+    apart = lambda identity: 1000 * np.asarray(openings(HEAD, head_vertices(HEAD, identity, nearly)))[0]
+    assert 0.7 < apart(identity) < 1.4  # mm
+    assert apart(aligned_identity(HEAD, identity, alignment, nearly)) < 0.35
+
+
 def test_only_the_part_around_the_head_changes_in_a_large_picture(portrait):
     wide = np.full((480, 640, 3), 90, np.uint8)
     wide[100 : 100 + SIZE, 200 : 200 + SIZE] = portrait.picture
