@@ -45,7 +45,10 @@ def huber_weight(difference: Float[Array, "s s c"], noise: Float[Array, ""]) -> 
 
 
 def repetitions(
-    noise: Float[Array, ""], sigma: Float[Array, ""] | float, model_error: float, channels: int = 1
+    noise: Float[Array, ""],
+    sigma: Float[Array, ""] | float,
+    model_error: Float[Array, ""] | float,
+    channels: int = 1,
 ) -> Float[Array, ""]:
     """How many differences carry the information of one.
 

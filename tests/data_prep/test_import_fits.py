@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from fractions import Fraction
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -165,7 +166,7 @@ def test_video_beside_the_fit_is_resampled_with_it(head_file, tmp_path):
     arrays = loki_arrays(n=12, jaw=False)
     (tmp_path / "bob").mkdir()
     np.savez(tmp_path / "bob" / "fit.npz", **arrays)
-    write_video(tmp_path / "bob" / "video.mp4", pictures(12), 50, synthetic=False)
+    write_video(tmp_path / "bob" / "video.mp4", pictures(12), Fraction(50), synthetic=False)
     assert run(head_file, tmp_path / "out", "--fits", tmp_path / "bob" / "fit.npz") == 0
     dataset = open_dataset(tmp_path / "out")
     found, _ = coefficients_of(dataset, dataset.clips[0])

@@ -310,6 +310,8 @@ def test_samples_are_bilinear_and_zero_outside():
     x, y = np.meshgrid(centres(6), centres(4))
     np.testing.assert_allclose(sample_image(image, jnp.asarray(np.stack([x, y], -1))), image, atol=1e-6)
     between = jnp.array([centres(6)[2:4].mean(), centres(4)[1:3].mean()])
-    np.testing.assert_allclose(sample_image(image, between), image[1:3, 2:4].mean((0, 1)), atol=1e-6)
+    np.testing.assert_allclose(
+        sample_image(image, between[None, None])[0, 0], image[1:3, 2:4].mean((0, 1)), atol=1e-6
+    )
     far = jnp.array([[-1.2, 0.0], [0.0, 1.3], [5.0, 5.0]])
-    assert not np.asarray(sample_image(image, far)).any()
+    assert not np.asarray(sample_image(image, far[None])).any()

@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 import time
+from fractions import Fraction
 
 import jax.numpy as jnp
 import numpy as np
@@ -157,7 +158,7 @@ def test_spikes_stand_out_of_the_median():
 
 def test_windows_are_named_by_clip():
     clips = tuple(
-        ClipInfo(clip_index=i, clip_id=f"clip{i}", identity="p", fps=None, length=9, split="train",
+        ClipInfo(clip_index=i, clip_id=f"clip{i}", identity="p", fps=Fraction(25), length=9, split="train",
                  first_record=0, fit_quality=None, source="", licence="", extra={}) for i in range(3)
     )  # fmt: skip
     batch = Batch(

@@ -129,7 +129,7 @@ def test_a_model_file_must_be_whole_and_of_its_config(finished, tmp_path):
         "model.encoder": ("x", "its config describes no model"),
         "driver.arm": ("none", "unknown driver arm"),
         "sample.spacing": ("odd", "unknown spacing"),
-        "diffusion.prediction": (None, "unknown prediction"),
+        "diffusion.prediction": ("odd", "unknown prediction"),
         "window": (0, "window, image_size or sample.guidance"),
     }
     for key, (value, message) in changes.items():
