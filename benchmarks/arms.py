@@ -79,8 +79,7 @@ def measure(workdir: Path, held_out: Path) -> dict[str, Any]:
     coefficients = stack_trees([retarget_clip(head, driver, portrait) for portrait, driver, _ in pairs])
     portraits = stack_trees([portrait for portrait, _, _ in pairs])
     windows = pipeline.windows_of_batch(
-        portraits, coefficients, portraits.camera, portraits.crop,
-        steps=sampling.steps, guidance=sampling.guidance,
+        portraits, coefficients, portraits.camera, portraits.crop, sampling
     )  # fmt: skip
     generated = np.concatenate([window.frames for window in windows], axis=1)
     judged = synthetic_pairs(head, pairs, coefficients, generated)

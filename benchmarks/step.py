@@ -43,8 +43,10 @@ from loki_jax.face.camera import camera_from_world, project
 from loki_jax.face.crop import crop_box
 from loki_jax.face.skinning import make_identity, mesh_render_mask, world_vertices
 from loki_jax.face.types import Camera, Coefficients
+from loki_jax.models.unet import keys_values
 from loki_jax.networks import (
     build_networks,
+    decode_latents,
     denoise,
     driver_input,
     encode_condition,
@@ -52,7 +54,7 @@ from loki_jax.networks import (
     initial_noise,
     random_params,
     reference_features,
-    sample_from_features,
+    sample_windows,
 )
 from loki_jax.training.flops import chip_of, work_of
 from loki_jax.training.init import split_params
@@ -138,6 +140,7 @@ def our_calls(config, steps: int) -> tuple[dict, dict]:
     many_maps = draw(*many)
     vae = jax.jit(lambda p, f, r: (encode_images(networks, p, f), encode_images(networks, p, r)))
     features_of = jax.jit(lambda p, z: reference_features(networks, p, z))
+    unet = networks.loki.generation.unet
 
     def forward(p, x, maps, features):
         t = jnp.full(x.shape[:2], 500, jnp.int32)
@@ -145,16 +148,21 @@ def our_calls(config, steps: int) -> tuple[dict, dict]:
 
     generation = jax.jit(forward)
     sample = jax.jit(
-        lambda p, features, maps, key: sample_from_features(
-            config,
+        lambda p, features, maps, key: decode_latents(
             networks,
             p,
-            features,
-            maps,
-            initial_noise(networks, key, *maps.shape[:2]),
-            steps=steps,
-            guidance=config.sample.guidance,
-            spacing="leading",
+            sample_windows(
+                config,
+                networks,
+                p,
+                keys_values(unet, p["generation"]["unet"], features),
+                maps,
+                initial_noise(networks, key, *maps.shape[:2]),
+                solver="ddim",
+                steps=steps,
+                guidance=config.sample.guidance,
+                spacing="leading",
+            )[0],
         )
     )
     latents, portrait = vae(whole(state), batch.frames, batch.reference)

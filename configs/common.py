@@ -147,6 +147,9 @@ def base_config() -> ConfigDict:
     c.checkpoint = ConfigDict(dict(every=1000, keep=3, keep_every=0, keep_best=1))
     c.validation = ConfigDict(dict(every=1000, batches=8))
     c.sample = ConfigDict(dict(every=5000, pairs=4, steps=50, guidance=2.0, spacing="leading"))
+    # ddim (Song et al. 2021, equation 12) | dpm++ (DPM-Solver++ 2M, Lu et al. 2022, algorithm 2), which needs
+    # fewer steps
+    c.sample.solver = "ddim"
     c.sample.video = True  # also samples/STEP.mp4 in the workdir
     # HPF and HEF of the samples of synthetic clips; takes seconds to minutes on the host.
     c.sample.follow = False

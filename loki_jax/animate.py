@@ -37,11 +37,17 @@ class AnimateOptions:
     head: Path | None = None
     """head asset for "geometry" (default: the built-in head)"""
     steps: int | None = None
-    """DDIM steps of a model (default: the config's)"""
+    """sampling steps of a model (default: the config's)"""
+    solver: Literal["ddim", "dpm++"] | None = None
+    """how a model samples; dpm++ needs fewer steps, for example 12 (default: the config's)"""
     guidance: float | None = None
     """scale of a model's classifier-free guidance (default: the config's)"""
     seed: int = 0
     """seed of a model's noise"""
+    overlap: int | None = None
+    """frames that consecutive windows of a model share; 0: none (default: half a window)"""
+    windows_at_once: int = 1
+    """windows that a model samples together, where memory has room"""
     mode: Literal["relative", "absolute"] | None = None
     """relative: turn from the reference's pose by the driver's increments; absolute: take the driver's pose
     (default: the config's, or relative)"""
@@ -116,9 +122,10 @@ def _find_animator(options: AnimateOptions) -> tuple[GeometryPipeline | LokiPipe
     from loki_jax.pipeline import LokiPipeline
 
     if options.checkpoint == "geometry":
-        if options.steps is not None or options.guidance is not None:
+        if any(x is not None for x in (options.steps, options.guidance, options.solver, options.overlap)):
             raise ValueError(
-                "--steps and --guidance are options of trained models: name one with --checkpoint"
+                "--steps, --guidance, --solver and --overlap are options of trained models: name one with "
+                "--checkpoint"
             )
         mode = options.mode or "relative"
         head = None if options.head is None else load_head(options.head)
@@ -126,10 +133,17 @@ def _find_animator(options: AnimateOptions) -> tuple[GeometryPipeline | LokiPipe
     if options.head is not None:
         raise ValueError("--head is an option of the geometry renderer: a model has its own head")
     model = LokiPipeline.from_checkpoint(options.checkpoint)
-    sampling = model.sampling(options.steps, options.guidance, options.mode)
+    sampling = model.sampling(
+        options.steps,
+        options.guidance,
+        options.mode,
+        options.solver,
+        options.overlap,
+        options.windows_at_once,
+    )
     description = (
-        f"model of step {model.step}, {sampling.steps} steps, guidance {sampling.guidance}, "
-        f"{sampling.mode} pose"
+        f"model of step {model.step}, {sampling.steps} {sampling.solver} steps, "
+        f"guidance {sampling.guidance}, {sampling.mode} pose"
     )
     return model, {**sampling._asdict(), "seed": options.seed}, description
 

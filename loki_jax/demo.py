@@ -183,8 +183,7 @@ def demo(options: DemoOptions) -> dict[str, Any]:
     def animate(shown: Sequence[Portrait]) -> tuple[np.ndarray, np.ndarray]:
         """Frames and driver maps (pairs, FRAMES, S, S, 3)."""
         windows = pipeline.windows_of_batch(
-            stack_trees(shown), coefficients, places.camera, places.crop,
-            steps=sampling.steps, guidance=sampling.guidance,
+            stack_trees(shown), coefficients, places.camera, places.crop, sampling
         )  # fmt: skip
         frames, maps = (np.concatenate(side, axis=1) for side in zip(*windows, strict=True))
         return frames, maps

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree, UInt8
 from ml_collections import ConfigDict
 
 from loki_jax.arrays import ArrayLike
-from loki_jax.diffusion.sampler import ddim_sample
+from loki_jax.diffusion.sampler import Blend, sample_latents
 from loki_jax.diffusion.schedule import Schedule, make_schedule
 from loki_jax.driver.encoding import ReferenceFrame
 from loki_jax.driver.map import driver_map
@@ -20,7 +20,7 @@ from loki_jax.face.skinning import make_identity
 from loki_jax.face.types import Camera, Coefficients
 from loki_jax.models.autoencoder import Autoencoder, make_autoencoder, sample_posterior
 from loki_jax.models.loki import Loki, init_params, make_loki
-from loki_jax.models.unet import Features
+from loki_jax.models.unet import Features, KeysValues, keys_values
 
 Driver = Float[
     ArrayLike, "b t *s channels"
@@ -167,7 +167,7 @@ def reference_features(
     return _apply(networks.loki, _loki_params(params), "reference_features", latent, context, condition)
 
 
-def portrait_features(
+def portrait_keys_values(
     config: ConfigDict,
     networks: Networks,
     params: PyTree,
@@ -176,15 +176,19 @@ def portrait_features(
     coefficients: Coefficients,
     camera: Camera,
     crop: Float[ArrayLike, "b 4"],
-) -> Features:
-    """`reference_features` of pictures of known coefficients (B, ...), cameras and crops; traceable."""
+) -> KeysValues:
+    """What the generation UNet sees of pictures of known coefficients (B, ...), cameras and crops; traceable.
+
+    Keys and values of `reference_features`, which sampling would else project anew in every step.
+    """
     condition = None
     if config.model.reference.driver:
         reference = ReferenceFrame(coefficients, camera, crop, image)
         frame = jax.tree.map(lambda x: x[:, None], reference)
         driver = driver_input(config, head, frame.coefficients, frame.camera, frame.crop, reference)
         condition = encode_condition(networks, params, driver)[:, 0]
-    return reference_features(networks, params, encode_images(networks, params, image), condition)
+    features = reference_features(networks, params, encode_images(networks, params, image), condition)
+    return keys_values(networks.loki.generation.unet, params["generation"]["unet"], features)
 
 
 def encode_condition(networks: Networks, params: PyTree, driver: Driver) -> Float[Array, "b t h w c0"]:
@@ -221,38 +225,46 @@ def initial_noise(
     return jax.random.normal(key, (windows, frames, size, size, channels))
 
 
-def sample_from_features(
+def sample_windows(
     config: ConfigDict,
     networks: Networks,
     params: PyTree,
-    features: Features,
+    reference: Features | KeysValues,
     driver: Driver,
     noise: Float[Array, "b t h w c"],
     *,
+    solver: str,
     steps: int,
     guidance: float,
     spacing: str,
-) -> UInt8[Array, "b t s s 3"]:
-    """Animate references, given by their features (`portrait_features`), for one window; traceable.
+    blend: Blend | None = None,
+    blended: PyTree = None,
+) -> tuple[Float[Array, "b t h w c"], PyTree]:
+    """Latents of windows that animate references, given by `portrait_keys_values` (or features); traceable.
 
-    `noise`, of `initial_noise`, is what sampling starts from.
+    `noise`, of `initial_noise`, is what sampling starts from; for the other options and the second result
+    see `diffusion.sampler.sample_latents`.
     The unconditional branch has zero features and a zero driver map (docs/decisions.md, row 1).
     """
     condition = encode_condition(networks, params, driver)
     unconditional = None
     if guidance != 1:
-        dropped = encode_condition(networks, params, jnp.zeros_like(driver))
-        unconditional = dropped, jax.tree.map(jnp.zeros_like, features)
-    latents = ddim_sample(
+        # One frame is enough: all are alike.
+        dropped = encode_condition(networks, params, jnp.zeros_like(driver[:1, :1]))
+        dropped = jnp.broadcast_to(dropped, condition.shape)
+        unconditional = dropped, jax.tree.map(jnp.zeros_like, reference)
+    return sample_latents(
         lambda x, t, inputs: denoise(networks, params, x, t, *inputs),
         noise,
         networks.schedule,
-        conditional=(condition, features),
+        conditional=(condition, reference),
         unconditional=unconditional,
+        solver=solver,
         steps=steps,
         guidance=guidance,
         spacing=spacing,
         prediction=config.diffusion.prediction,
         clip=config.diffusion.clip or None,
+        blend=blend,
+        blended=blended,
     )
-    return decode_latents(networks, params, latents)

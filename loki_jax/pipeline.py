@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, UInt8
 
+from loki_jax.diffusion.overlap import blend_windows, join_windows
+from loki_jax.diffusion.sampler import solver_steps
 from loki_jax.driver.encoding import ReferenceFrame
 from loki_jax.face.asset import HeadAsset
 from loki_jax.face.retarget import fold_neck, neck_joint, retarget, size_ratio
@@ -20,11 +22,12 @@ from loki_jax.face.types import Camera, Coefficients
 from loki_jax.framing import frame_animation
 from loki_jax.networks import (
     build_networks,
+    decode_latents,
     driver_input,
     driver_preview,
     initial_noise,
-    portrait_features,
-    sample_from_features,
+    portrait_keys_values,
+    sample_windows,
 )
 from loki_jax.sources import DrivingClip, Portrait, stack_trees
 from loki_jax.training.checkpoint import load_checkpoint
@@ -62,15 +65,22 @@ class Sampling(NamedTuple):
     """Options of an animation.
 
     Attributes:
-      steps: DDIM steps.
+      steps: of the sampler.
       guidance: scale of classifier-free guidance; 1 is none.
       mode: "relative": the head turns from the portrait's pose by the driver's increments; "absolute": it
         takes the driver's pose.
+      solver: "ddim", or "dpm++", which needs fewer steps.
+      overlap: frames that consecutive windows share, at most half a window; 0: windows know nothing of
+        each other.
+      windows_at_once: consecutive windows sampled together, in one batch.
     """
 
     steps: int
     guidance: float
     mode: str
+    solver: str
+    overlap: int
+    windows_at_once: int
 
 
 def retarget_clip(
@@ -120,8 +130,9 @@ class LokiPipeline:
         self.size = self.config.image_size
         self._params = jax.device_put(params)
         self._networks = build_networks(self.config, self.head)
-        self._features = jax.jit(functools.partial(portrait_features, self.config, self._networks))
-        self._window = jax.jit(self._sample_window, static_argnames=("steps", "guidance", "shared_noise"))
+        self._keys_values = jax.jit(functools.partial(portrait_keys_values, self.config, self._networks))
+        self._sample = jax.jit(self._sample_windows, static_argnames=("solver", "guidance", "shared_noise"))
+        self._decode = jax.jit(self._decode_frames)
 
     @classmethod
     def from_checkpoint(cls, source: str | os.PathLike) -> LokiPipeline:
@@ -133,18 +144,27 @@ class LokiPipeline:
         return cls(load_checkpoint(source))
 
     def sampling(
-        self, steps: int | None = None, guidance: float | None = None, mode: str | None = None
+        self,
+        steps: int | None = None,
+        guidance: float | None = None,
+        mode: str | None = None,
+        solver: str | None = None,
+        overlap: int | None = None,
+        windows_at_once: int = 1,
     ) -> Sampling:
-        """Options of an animation, with the config's in place of None.
+        """Options of an animation, with the config's in place of None; an overlap of half a window.
 
         Raises:
           ValueError: an option is out of range.
         """
-        default = self.config.sample
+        default, half = self.config.sample, self.config.window // 2
         chosen = Sampling(
             default.steps if steps is None else steps,
             default.guidance if guidance is None else guidance,
             default.get("pose", "relative") if mode is None else mode,  # models of before this key
+            default.get("solver", "ddim") if solver is None else solver,  # the same
+            half if overlap is None else overlap,
+            windows_at_once,
         )
         if chosen.steps < 1:
             raise ValueError(f"steps is {chosen.steps}, expected at least 1")
@@ -152,6 +172,13 @@ class LokiPipeline:
             raise ValueError(f"guidance is {chosen.guidance}, expected a finite number")
         if chosen.mode not in ("relative", "absolute"):
             raise ValueError(f"mode is {chosen.mode!r}, expected 'relative' or 'absolute'")
+        solver_steps(self._networks.schedule, chosen.solver, chosen.steps, default.spacing)  # may refuse them
+        if not 0 <= chosen.overlap <= half:
+            raise ValueError(
+                f"overlap is {chosen.overlap}, expected 0 to {half}: windows have {self.config.window} frames"
+            )
+        if chosen.windows_at_once < 1:
+            raise ValueError(f"windows_at_once is {chosen.windows_at_once}, expected at least 1")
         return chosen
 
     def windows(
@@ -159,42 +186,30 @@ class LokiPipeline:
         portrait: Portrait,
         clip: DrivingClip,
         *,
-        steps: int | None = None,
-        guidance: float | None = None,
-        mode: str | None = None,
         seed: int = 0,
         shared_noise: bool = True,
+        **options: Any,
     ) -> Iterator[Window]:
-        """The animation of `portrait` by `clip`, window by window: memory does not grow with its length.
+        """The animation of `portrait` by `clip`, a few frames at a time, in constant memory.
 
         Args:
-          steps, guidance, mode: see `Sampling`; None: the config's.
+          options: those of `sampling`.
           seed: of the sampler's noise.
           shared_noise: sampling starts from the same noise in all frames, which makes them flicker less than
             noise of their own.
 
-        Yields:
-          Windows (T, S, S, 3), T the frames of the model's window; the last may be shorter.
-
         Raises:
           ValueError: an option is out of range.
         """
-        steps, guidance, mode = self.sampling(steps, guidance, mode)
-        coefficients = retarget_clip(self.head, clip, portrait, mode, self.config.driver.neck)
+        sampling = self.sampling(**options)
+        coefficients = retarget_clip(self.head, clip, portrait, sampling.mode, self.config.driver.neck)
         portrait, coefficients = frame_animation(self.head, portrait, coefficients)
         one, coefficients = (
             stack_trees([portrait._replace(picture=None, landmarks=None)]),
             stack_trees([coefficients]),
         )
         windows = self.windows_of_batch(
-            one,
-            coefficients,
-            one.camera,
-            one.crop,
-            steps=steps,
-            guidance=guidance,
-            seed=seed,
-            shared_noise=shared_noise,
+            one, coefficients, one.camera, one.crop, sampling, seed=seed, shared_noise=shared_noise
         )
         return (Window(*(part[0] for part in window)) for window in windows)
 
@@ -208,9 +223,8 @@ class LokiPipeline:
         coefficients: Coefficients,
         camera: Camera,
         crop: Float[np.ndarray, "b 4"],
+        sampling: Sampling,
         *,
-        steps: int,
-        guidance: float,
         seed: int = 0,
         shared_noise: bool = True,
     ) -> Iterator[Window]:
@@ -220,59 +234,97 @@ class LokiPipeline:
           portraits: who is shown, arrays (B, ...): `stack_trees` of portraits.
           coefficients: fields (B, N, ...), of `retarget_clip`.
           camera, crop: of the result, (B, ...), constant in time; those of the portraits, as a rule.
+          sampling: of `sampling`; its mode is that of the coefficients already.
 
         Yields:
-          Windows (B, T, S, S, 3); the last may be shorter.
+          Windows (B, n, S, S, 3), in which n is at most the number of frames that are new in the windows
+          sampled together.
         """
         # All preparation is on the host: on the device every operation would be compiled.
         on_host = functools.partial(jax.tree.map, functools.partial(np.asarray, dtype=np.float32))
         own = on_host(ReferenceFrame(portraits.coefficients, portraits.camera, portraits.crop))
-        features = self._features(self._params, self.head, portraits.image, *own[:3])
+        seen = self._keys_values(self._params, self.head, portraits.image, *own[:3])
         reference = own._replace(image=portraits.image)
         batch, length = coefficients.expression.shape[:2]
-        window = self.config.window
-
-        def in_time(value):
-            return np.broadcast_to(value[:, None], (batch, window, *value.shape[1:]))
-
-        coefficients = on_host(coefficients)
-        camera, crop = jax.tree.map(in_time, on_host((camera, crop)))
-        for start in range(0, length, window):
-            # The last window is filled with its last frame.
-            index = np.minimum(np.arange(start, start + window), length - 1)
+        window, overlap, together = self.config.window, sampling.overlap, sampling.windows_at_once
+        model = self._networks.model_config
+        latent = (model.latent_size, model.latent_size, model.latent_channels)
+        earlier = np.zeros((sampling.steps, batch, overlap, *latent), np.float32)
+        step = together * (window - overlap)  # frames that are new in the windows sampled together
+        coefficients, camera, crop = on_host((coefficients, camera, crop))
+        for start in range(0, max(length - overlap, 1), step):
+            number = start + (window - overlap) * np.arange(together)[:, None] + np.arange(window)
+            # What lies beyond the end shows the last frame.
+            index = np.minimum(number, length - 1)
             part = jax.tree.map(lambda x, index=index: x[:, index], coefficients)
-            images = self._window(
-                self._params, self.head, features, reference, part, camera, crop,
-                np.uint32(seed & 0xFFFFFFFF), np.uint32(start // window),
-                steps=steps, guidance=guidance, shared_noise=shared_noise,
+            latents, maps, earlier = self._sample(
+                self._params, self.head, seen, reference, part, camera, crop,
+                np.uint32(seed & 0xFFFFFFFF), number.astype(np.uint32), earlier, np.bool_(start == 0),
+                solver=sampling.solver, guidance=sampling.guidance, shared_noise=shared_noise,
             )  # fmt: skip
-            yield Window(*(np.asarray(image)[:, : length - start] for image in images))
+            maps, left = np.asarray(maps), length - start
+            # Shared frames are not finished before the windows that come next.
+            finished = left if left <= step + overlap else step
+            for begin in range(0, finished, step):
+                # Decoded in pieces of one length: each length is compiled.
+                piece = np.minimum(np.arange(begin, begin + step), maps.shape[1] - 1)
+                frames = np.asarray(self._decode(self._params, latents, piece))
+                yield Window(frames[:, : finished - begin], maps[:, begin : min(begin + step, finished)])
 
-    def _sample_window(
+    def _sample_windows(
         self,
         params,
         head,
-        features,
+        seen,
         reference,
         coefficients,
         camera,
         crop,
         seed,
         number,
+        earlier,
+        first,
         *,
-        steps,
+        solver,
         guidance,
         shared_noise,
     ):
-        """One window of B clips: frames and pictures of the driver maps, both (B,T,S,S,3) uint8; traced."""
+        """M consecutive windows of B clips; traced.
+
+        Args:
+          coefficients: (B,M,T,...); `number` (M,T): which frames of the clip these are.
+          earlier, first: see `blend_windows`, for every step.
+
+        Returns:
+          latents (B,n,h,w,c) and pictures of the driver maps (B,n,S,S,3) uint8 of all n frames, and the next
+          `earlier`.
+        """
         config, networks = self.config, self._networks
+        (steps, batch, overlap), (together, window) = earlier.shape[:3], number.shape
+        # To (B M, ...), window by window.
+        coefficients = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), coefficients)
+        seen, reference, camera, crop = jax.tree.map(
+            lambda x: jnp.repeat(x, together, axis=0), (seen, reference, camera, crop)
+        )
+        camera, crop = jax.tree.map(
+            lambda x: jnp.broadcast_to(x[:, None], (len(x), window, *x.shape[1:])), (camera, crop)
+        )
         driver = driver_input(config, head, coefficients, camera, crop, reference)
-        batch, frames = driver.shape[:2]
-        key = jax.random.fold_in(jax.random.key(seed), 0 if shared_noise else number)
-        noise = initial_noise(networks, key, batch, 1 if shared_noise else frames)
-        noise = jnp.broadcast_to(noise, (batch, frames, *noise.shape[2:]))
-        frames = sample_from_features(
-            config, networks, params, features, driver, noise,
-            steps=steps, guidance=guidance, spacing=config.sample.spacing,
+        key = jax.random.fold_in(jax.random.key(seed), 0)
+        if shared_noise:
+            noise = initial_noise(networks, key, batch, 1)[:, None]
+            noise = jnp.broadcast_to(noise, (batch, together, window, *noise.shape[3:]))
+        else:
+            of_frame = lambda i: initial_noise(networks, jax.random.fold_in(key, i), batch, 1)[:, 0]
+            noise = jnp.moveaxis(jax.vmap(jax.vmap(of_frame))(number), 2, 0)
+        latents, earlier = sample_windows(
+            config, networks, params, seen, driver, noise.reshape(-1, *noise.shape[2:]),
+            solver=solver, steps=steps, guidance=guidance, spacing=config.sample.spacing,
+            blend=lambda x0, before: blend_windows(x0, before, first, together), blended=earlier,
         )  # fmt: skip
-        return frames, driver_preview(config, head, driver, coefficients, camera, crop)
+        maps = driver_preview(config, head, driver, coefficients, camera, crop)
+        return *(join_windows(x, together, overlap) for x in (latents, maps)), earlier
+
+    def _decode_frames(self, params, latents, index):
+        """Frames (B,m,S,S,3) uint8 of latents (B,n,h,w,c) at `index` (m,); traced."""
+        return decode_latents(self._networks, params, latents[:, index])

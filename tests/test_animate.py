@@ -8,15 +8,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from configs.demo import get_config
 from loki_jax.animate import main
 from loki_jax.face.builtin import builtin_head
 from loki_jax.metrics.hpf import head_pose_follow
-from loki_jax.networks import build_networks, random_params
 from loki_jax.pipeline import LokiPipeline, retarget_clip
 from loki_jax.sources import load_driving_clip, load_portrait, split_clip_source
-from loki_jax.training.model_file import Checkpoint, save_model_file
+from loki_jax.training.model_file import save_model_file
 from loki_jax.video import is_tagged_synthetic, read_video
+from tests.random_model import random_model
 from tests.synthetic.synthetic_clips import write_clips
 
 FRAMES = 5  # the tiny window has 2: three windows, the last one cut
@@ -34,14 +33,8 @@ def clips(folder):
 
 @pytest.fixture(scope="module")
 def model(folder):
-    config, head = get_config("tiny"), builtin_head()
-    params = jax.jit(lambda key: random_params(build_networks(config, head), key))(jax.random.key(0))
-    # Output layers start at zero, which would make every frame alike.
-    leaves, structure = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    noisy = [x + 0.05 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
     path = folder / "random.safetensors"
-    save_model_file(path, Checkpoint(config, jax.tree.unflatten(structure, noisy), head, 0))
+    save_model_file(path, random_model())
     return path
 
 
@@ -63,7 +56,8 @@ def run(model, reference, driver, out, *options):
 
 def test_writes_video_and_panel(folder, clips, model):
     out = folder / "out.mp4"
-    assert run(model, clips[0], clips[1], out, "--steps", "2") == 0
+    options = ("--steps", "3", "--solver", "dpm++", "--overlap", "1", "--windows-at-once", "2")
+    assert run(model, clips[0], clips[1], out, *options) == 0
     video, panel = read_video(out), read_video(folder / "out_panel.mp4")
     assert video.frames.shape == (FRAMES, 64, 64, 3) and panel.frames.shape[:2] == (FRAMES, 256)
     assert video.fps == panel.fps == Fraction(25)
@@ -87,8 +81,9 @@ def test_without_a_checkpoint_the_portrait_itself_is_moved(folder, clips, capsys
     # Frame 0 of a relative animation has the portrait's pose: only the expression is another.
     reference = load_portrait(clips[0], builtin_head(), 512).image
     assert np.abs(video.frames[0].astype(float) - reference).mean() < 12
-    assert main(["--reference", clips[0], "--driver", clips[1], "--out", str(out), "--steps", "2"]) == 1
-    assert "--steps" in capsys.readouterr().err
+    for option in (["--steps", "2"], ["--solver", "ddim"], ["--overlap", "1"]):
+        assert main(["--reference", clips[0], "--driver", clips[1], "--out", str(out), *option]) == 1
+        assert option[0] in capsys.readouterr().err
 
 
 def test_same_seed_same_video(folder, clips, model):

@@ -45,6 +45,11 @@ def test_options_out_of_range_are_errors():
         ({"steps": 0}, "steps is 0"),
         ({"guidance": float("nan")}, "guidance is nan"),
         ({"mode": "sideways"}, "mode is 'sideways'"),
+        ({"steps": 1001}, "1001 sampling steps"),
+        ({"solver": "euler"}, "unknown solver 'euler'"),
+        ({"overlap": 5}, "overlap is 5, expected 0 to 4"),
+        ({"overlap": -1}, "overlap is -1"),
+        ({"windows_at_once": 0}, "windows_at_once is 0"),
     ):
         with pytest.raises(ValueError, match=message):
             pipeline.sampling(**options)

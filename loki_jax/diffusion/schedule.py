@@ -68,7 +68,7 @@ def make_schedule(**options) -> Schedule:
     return Schedule(*(a.astype(np.float32) for a in (alpha_bar, np.sqrt(alpha_bar), np.sqrt(1 - alpha_bar))))
 
 
-def ddim_timesteps(
+def sampling_timesteps(
     steps: int, spacing: str = "leading", num_timesteps: int = 1000
 ) -> Int[np.ndarray, " steps"]:
     """The timesteps of a sampler with `steps` steps, ascending, counted from 0.

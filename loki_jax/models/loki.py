@@ -24,7 +24,7 @@ from ml_collections import ConfigDict
 
 from loki_jax.arrays import ArrayLike
 from loki_jax.models.encoder import ConditioningEncoder, VectorEncoder
-from loki_jax.models.unet import Features, UNet
+from loki_jax.models.unet import Features, KeysValues, UNet
 
 
 class Generation(nn.Module):
@@ -77,10 +77,10 @@ class Loki(nn.Module):
         x: Float[Array, "b t h w c"],
         timesteps: Int[Array, "b t"],
         condition: Float[Array, "b t h w c0"] | None,
-        features: Features | None,
+        features: Features | KeysValues | None,
         context: Float[Array, "b l e"] | None = None,
     ) -> Float[Array, "b t h w c"]:
-        """The generation UNet's prediction (noise or v), float32."""
+        """The generation UNet's prediction (noise or v), float32; `features` as `UNet` takes them."""
         return self.generation.denoise(x, timesteps, condition, features, context)
 
     def __call__(self, x, timesteps, driver, reference_latent, reference_context=None, context=None):

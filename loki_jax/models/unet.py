@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PyTree
 
 from loki_jax.models.attention import attend, attend_frames
 from loki_jax.models.layers import (
@@ -33,6 +33,11 @@ Tokens = Float[Array, "b t n c"]  # of the frames of a window
 
 Features = tuple[Float[Array, "b _ _"], ...]  # what entered each self-attention: down, middle, up
 
+# What another network's self-attentions make of them: their keys and values (`keys_values`).
+KeysValues = tuple[tuple[Float[Array, "b _ _"], Float[Array, "b _ _"]], ...]
+
+Extra = Float[Array, "b m c"] | tuple[Float[Array, "b m c"], Float[Array, "b m c"]]
+
 
 class BlockOptions(NamedTuple):
     """What the blocks of one UNet share; see `UNet`."""
@@ -47,8 +52,9 @@ class BlockOptions(NamedTuple):
 class Attention(nn.Module):
     """Multi-head attention of `tokens` to themselves, to extra tokens, or to a context.
 
-    q, k, v have no bias, the output projection has one. `mode` says which tokens of the window see
-    each other: "spatial" those of the same frame, "3d" all, "temporal" those of the same pixel.
+    Extra tokens can also be given as their keys and values. q, k, v have no bias, the output projection has
+    one. `mode` says which tokens of the window see each other: "spatial" those of the same frame, "3d" all,
+    "temporal" those of the same pixel.
     """
 
     options: BlockOptions
@@ -59,7 +65,7 @@ class Attention(nn.Module):
         self,
         tokens: Tokens,
         mode: str,
-        extra: Float[Array, "b m c"] | None = None,
+        extra: Extra | None = None,
         context: Float[Array, "b l e"] | None = None,
     ) -> Tokens:
         b, t, n, channels = tokens.shape
@@ -68,8 +74,11 @@ class Attention(nn.Module):
         split = lambda x: x.reshape(*x.shape[:-1], -1, self.options.head_channels)
         source = tokens if context is None else context
         q, k, v = split(to_q(tokens)), split(to_k(source)), split(to_v(source))
-        # The reference goes through the same projections as the frames' own tokens.
-        shared = None if extra is None else (split(to_k(extra)), split(to_v(extra)))
+        shared = None
+        if extra is not None:
+            # The reference goes through the same projections as the frames' own tokens.
+            keys_values = extra if isinstance(extra, tuple) else (to_k(extra), to_v(extra))
+            shared = tuple(map(split, keys_values))
         if mode == "temporal":
             per_pixel = lambda x: x.swapaxes(1, 2).reshape(b * n, t, *x.shape[3:])
             out = attend(per_pixel(q), per_pixel(k), per_pixel(v), backend)
@@ -97,7 +106,7 @@ class TransformerBlock(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Tokens, reference: Float[Array, "b m c"] | None, context: Float[Array, "b l e"] | None
+        self, x: Tokens, reference: Extra | None, context: Float[Array, "b l e"] | None
     ) -> tuple[Tokens, Float[Array, "b tn c"]]:
         b, t, n, channels = x.shape
         attention = partial(Attention, self.options)
@@ -129,7 +138,7 @@ class SpatioTemporalTransformer(nn.Module):
     def __call__(
         self,
         x: Float[Array, "bt h w c"],
-        reference: Float[Array, "b m c"] | None = None,
+        reference: Extra | None = None,
         context: Float[Array, "b l e"] | None = None,
     ) -> tuple[Float[Array, "bt h w c"], Float[Array, "b n c"]]:
         channels, dtype = x.shape[-1], self.options.dtype
@@ -174,10 +183,12 @@ class UNet(nn.Module):
     attention_backend: str = "auto"
     remat: bool = False
 
-    def num_features(self) -> int:
-        """Number of self-attention layers, hence of reference features."""
-        attended = sum(level < len(self.multipliers) for level in self.attention_levels)
-        return attended * (2 * self.num_res_blocks + 1) + 1
+    def transformers(self) -> list[str]:
+        """Names of the modules with self-attention in the order of their features: down, middle, up."""
+        levels = [level for level in range(len(self.multipliers)) if level in self.attention_levels]
+        down = [f"down_{level}_transformer_{i}" for level in levels for i in range(self.num_res_blocks)]
+        up = [f"up_{level}_transformer_{i}" for level in levels[::-1] for i in range(self.num_res_blocks + 1)]
+        return [*down, "middle_transformer", *up]
 
     @nn.compact
     def __call__(
@@ -185,7 +196,7 @@ class UNet(nn.Module):
         x: Float[Array, "b t h w c"],
         timesteps: Int[Array, "b t"],
         condition: Float[Array, "b t h w c0"] | None = None,
-        reference: Features | None = None,
+        reference: Features | KeysValues | None = None,
         context: Float[Array, "b l e"] | None = None,
     ) -> tuple[Float[Array, "b t h w out"], Features]:
         """Predicts noise (or v) and returns the tokens that entered each self-attention.
@@ -195,7 +206,7 @@ class UNet(nn.Module):
           timesteps: diffusion time of each frame.
           condition: added once, after the first convolution.
           reference: for each self-attention in order (down, middle, up), tokens appended to its keys
-            and values; None appends nothing.
+            and values, or these keys and values (`keys_values`); None appends nothing.
           context: cross-attention tokens, needed when `context_dim` is set.
 
         Returns:
@@ -283,10 +294,26 @@ class UNet(nn.Module):
             )
         if condition is not None and condition.shape != (*x.shape[:4], self.channels):
             raise ValueError(f"condition {condition.shape} must be {(*x.shape[:4], self.channels)}")
-        if reference is not None and len(reference) != self.num_features():
-            raise ValueError(f"{len(reference)} reference features for {self.num_features()} self-attentions")
+        layers = len(self.transformers())
+        if reference is not None and len(reference) != layers:
+            raise ValueError(f"{len(reference)} reference features for {layers} self-attentions")
         if (context is None) != (self.context_dim is None):
             raise ValueError(
                 f"context_dim is {self.context_dim} but context is "
                 f"{'missing' if context is None else 'given'}"
             )
+
+
+def keys_values(unet: UNet, params: PyTree, features: Features) -> KeysValues:
+    """What `unet` with `params` makes of another network's features in each of its self-attentions.
+
+    It takes them in place of the features, and then need not project the same features in every call.
+    """
+
+    def project(layer: str, feature: Float[Array, "b n c"]) -> tuple[Array, Array]:
+        weights = params[layer]["block"]["self_attention"]
+        linear = dense(feature.shape[-1], None, unet.dtype, use_bias=False)
+        k, v = (linear.apply({"params": weights[name]}, feature) for name in "kv")
+        return k, v
+
+    return tuple(project(*pair) for pair in zip(unet.transformers(), features, strict=True))

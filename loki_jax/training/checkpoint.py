@@ -33,7 +33,7 @@ from ml_collections import ConfigDict
 from orbax.checkpoint.checkpoint_managers import preservation_policy as preservation
 
 from loki_jax.diffusion.loss import check_prediction
-from loki_jax.diffusion.schedule import ddim_timesteps
+from loki_jax.diffusion.sampler import solver_steps
 from loki_jax.face.asset import load_head
 from loki_jax.networks import build_networks, random_params
 from loki_jax.training.config import CheckpointError, NonFiniteError, config_to_json, read_config
@@ -264,9 +264,10 @@ def _check_model(checkpoint: Checkpoint, source: str) -> None:
             raise ValueError("window, image_size or sample.guidance is out of range")
         if not isinstance(config.driver.neck, bool) or not isinstance(config.diffusion.clip, float | int):
             raise ValueError("driver.neck or diffusion.clip is of another type")
-        ddim_timesteps(config.sample.steps, config.sample.spacing)
         check_prediction(config.diffusion.prediction)
         networks = build_networks(config, head)
+        solver = config.sample.get("solver", "ddim")  # models of before this key
+        solver_steps(networks.schedule, solver, config.sample.steps, config.sample.spacing)
         wanted = jax.eval_shape(lambda: random_params(networks, jax.random.key(0)))
     except Exception as error:  # a damaged config can hold anything
         raise CheckpointError(

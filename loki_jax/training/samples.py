@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from loki_jax.data.reader import Dataset
 from loki_jax.data.schema import Batch
-from loki_jax.diffusion.sampler import ddim_sample
+from loki_jax.diffusion.sampler import sample_latents
 from loki_jax.diffusion.schedule import Schedule
 from loki_jax.driver.encoding import ReferenceFrame
 from loki_jax.face.asset import HeadAsset
@@ -27,7 +27,14 @@ from loki_jax.face.types import Camera, Coefficients
 from loki_jax.fitting.photometric import fit_photometric_clips
 from loki_jax.metrics.hef import head_expression_follow
 from loki_jax.metrics.hpf import head_pose_follow
-from loki_jax.networks import Networks, driver_input, initial_noise, portrait_features, sample_from_features
+from loki_jax.networks import (
+    Networks,
+    decode_latents,
+    driver_input,
+    initial_noise,
+    portrait_keys_values,
+    sample_windows,
+)  # fmt: skip
 from loki_jax.synthetic.appearance import sample_appearance
 from loki_jax.training.logging import MetricWriter, log
 from loki_jax.training.sharding import BATCH_AXES, put_global
@@ -131,9 +138,9 @@ def _next_other(identity: list[str], row: int) -> int:
 def check_sampling(config: ConfigDict, schedule: Schedule) -> None:
     """Raise ValueError where the sampler would refuse the options of `config.sample`."""
     c = config.sample
-    sample = lambda noise: ddim_sample(
-        lambda x, *_: x, noise, schedule, conditional=(), unconditional=(), steps=c.steps,
-        guidance=c.guidance, spacing=c.spacing, prediction=config.diffusion.prediction,
+    sample = lambda noise: sample_latents(
+        lambda x, *_: x, noise, schedule, conditional=(), unconditional=(), solver=c.get("solver", "ddim"),
+        steps=c.steps, guidance=c.guidance, spacing=c.spacing, prediction=config.diffusion.prediction,
     )  # fmt: skip
     try:
         jax.eval_shape(sample, jax.ShapeDtypeStruct((1, 1, 1, 1, 1), jnp.float32))
@@ -147,12 +154,13 @@ def animate_pairs(
     """Frames of pairs: `inputs` holds fields of `Pairs` and the noise, each with the leading axis N."""
     own = (inputs["reference_coefficients"], inputs["reference_camera"], inputs["reference_crop"])
     reference = ReferenceFrame(*own, inputs["reference"])
-    features = portrait_features(config, networks, params, head, inputs["reference"], *own)
+    seen = portrait_keys_values(config, networks, params, head, inputs["reference"], *own)
     driver = driver_input(config, head, inputs["coefficients"], inputs["camera"], inputs["crop"], reference)
-    return sample_from_features(
-        config, networks, params, features, driver, inputs["noise"],
+    latents, _ = sample_windows(
+        config, networks, params, seen, driver, inputs["noise"], solver=config.sample.get("solver", "ddim"),
         steps=config.sample.steps, guidance=config.sample.guidance, spacing=config.sample.spacing,
     )  # fmt: skip
+    return decode_latents(networks, params, latents)
 
 
 def make_sampler(

@@ -1,12 +1,12 @@
-"""DDIM with guidance against the public sampler, and against closed forms."""
+"""DDIM with guidance against the public sampler; both solvers against closed forms and float64."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from loki_jax.diffusion.sampler import ddim_sample, estimates
-from loki_jax.diffusion.schedule import make_schedule
+from loki_jax.diffusion.sampler import SOLVERS, clean_estimate, sample_latents, sampling_path, solver_steps
+from loki_jax.diffusion.schedule import SPACINGS, Schedule, make_schedule
 
 
 @pytest.mark.parametrize("case", "abcd")
@@ -27,7 +27,7 @@ def test_public_sampler(golden, case):
         return 0.1 * x + phase * condition + 0.05 * reference[:, None, None, None, :]
 
     x0 = jax.jit(
-        lambda x: ddim_sample(
+        lambda x: sample_latents(
             denoise,
             x,
             make_schedule(latent_size=int(size), shift_frames=int(frames) - 1),
@@ -36,7 +36,7 @@ def test_public_sampler(golden, case):
             steps=steps,
             guidance=float(guidance),
             spacing="official",
-        )
+        )[0]
     )(jnp.asarray(last(data[f"{case}/x_T"])))
     jax.effects_barrier()
     expected_trajectory = np.moveaxis(data[f"{case}/x_before_each_step"], 3, -1)
@@ -69,16 +69,18 @@ def gaussian_denoiser(schedule, mean, std, prediction):
     "prediction, spacing",
     [("epsilon", "leading"), ("v", "leading"), ("v", "trailing"), ("v", "linspace"), ("x0", "trailing")],
 )
-def test_samples_a_gaussian(prediction, spacing):
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_samples_a_gaussian(prediction, spacing, solver):
     """With a perfect network noise becomes samples of the data, to the error of 500 steps."""
     schedule = make_schedule()
     noise = jax.random.normal(jax.random.key(0), (4, 8, 8, 8, 4))
-    out = ddim_sample(
+    out, _ = sample_latents(
         gaussian_denoiser(schedule, 0.7, 0.3, prediction),
         noise,
         schedule,
         conditional=None,
         guidance=1.0,
+        solver=solver,
         steps=500,
         spacing=spacing,
         prediction=prediction,
@@ -90,25 +92,126 @@ def test_samples_a_gaussian(prediction, spacing):
 
 
 @pytest.mark.parametrize("prediction", ["v", "x0"])
-@pytest.mark.parametrize("steps", [1, 5, 50])
-def test_zero_terminal_snr_reaches_any_brightness(prediction, steps):
+@pytest.mark.parametrize(
+    "solver, steps", [("ddim", 1), ("ddim", 5), ("ddim", 50), ("dpm++", 2), ("dpm++", 12)]
+)
+def test_zero_terminal_snr_reaches_any_brightness(prediction, solver, steps):
     """Lin et al. 2024: from pure noise, trailing steps end at the data's mean, however few they are."""
     schedule = make_schedule(max_beta=1.0)
     noise = jax.random.normal(jax.random.key(0), (4, 8, 8, 8, 4))
-    run = lambda spacing: ddim_sample(
+    run = lambda spacing: sample_latents(
         gaussian_denoiser(schedule, 3.0, 0.05, prediction),
         noise,
         schedule,
         conditional=None,
         guidance=1.0,
         steps=steps,
+        solver=solver,
         spacing=spacing,
         prediction=prediction,
-    )
+    )[0]
     out = run("trailing")
     assert jnp.isfinite(out).all() and abs(out.mean() - 3.0) < 0.01
     if steps == 1:  # one leading step is the least noisy one: it takes the noise for a picture
         assert abs(run("leading").mean() - 3.0) > 1
+
+
+def exact_flow(path, x, mean, std):
+    """Where the probability flow of N(mean, std^2) takes `x`, from the first to the last alpha_bar."""
+    scale = np.sqrt(path[-1] * std**2 + 1 - path[-1]) / np.sqrt(path[0] * std**2 + 1 - path[0])
+    return np.sqrt(path[-1]) * mean + scale * (x - np.sqrt(path[0]) * mean)
+
+
+@pytest.mark.parametrize("solver, order", [("ddim", 1), ("dpm++", 2)])
+def test_order_of_convergence(solver, order):
+    """Twice the steps, a half or a quarter of the error (Lu et al. 2022, DPM-Solver++, section 4.2).
+
+    Steps are even in the logarithm of the signal-to-noise ratio here; the exact solution is known.
+    """
+    alpha_bar = 1 / (1 + np.exp(-2 * np.linspace(3.0, -1.0, 961)))
+    fields = (alpha_bar, np.sqrt(alpha_bar), np.sqrt(1 - alpha_bar))
+    schedule = Schedule(*(field.astype(np.float32) for field in fields))
+    x = np.linspace(-2, 2, 64, dtype=np.float32).reshape(1, 1, 8, 8, 1)
+    errors = []
+    for steps in (24, 48, 96):
+        out, _ = sample_latents(
+            gaussian_denoiser(schedule, 0.7, 0.5, "x0"), jnp.asarray(x), schedule, conditional=None,
+            solver=solver, guidance=1.0, steps=steps, spacing="official", prediction="x0",
+        )  # fmt: skip
+        path = sampling_path(schedule, steps, "official")[1]
+        errors.append(np.abs(out - exact_flow(path, x, 0.7, 0.5)).max())
+    orders = np.log2(np.divide(errors[:-1], errors[1:]))
+    assert np.abs(orders - order).max() < 0.1, (errors, orders)
+
+
+def dpm_oracle(path, estimate, x):
+    """Algorithm 2 of the paper in its own terms, float64; a last step to clean latents is first-order."""
+    alpha, sigma = np.sqrt(path), np.sqrt(1 - path)
+    half_log_snr = np.full(len(path), np.inf)
+    half_log_snr[path < 1] = np.log(np.maximum(alpha, 1e-300) / np.maximum(sigma, 1e-300))[path < 1]
+    estimates = []
+    for i in range(1, len(path)):
+        estimates.append(estimate(x, path[i - 1]))
+        h = half_log_snr[i] - half_log_snr[i - 1]
+        direction = estimates[-1]
+        if i > 1 and np.isfinite(h):
+            r = (half_log_snr[i - 1] - half_log_snr[i - 2]) / h
+            direction = (1 + 1 / (2 * r)) * estimates[-1] - 1 / (2 * r) * estimates[-2]
+        x = sigma[i] / sigma[i - 1] * x - alpha[i] * (np.exp(-h) - 1) * direction
+    return x
+
+
+@pytest.mark.parametrize("max_beta", [0.99, 1.0])
+@pytest.mark.parametrize("spacing", SPACINGS)
+def test_dpm_is_the_papers_algorithm(spacing, max_beta):
+    """On two Gaussians, whose flow is not affine, and from pure noise (max_beta = 1) too."""
+    schedule = make_schedule(max_beta=max_beta)
+
+    def estimate(module, x, alpha):
+        variance = alpha * 0.2**2 + 1 - alpha
+        towards = module.tanh(module.sqrt(alpha) * x / variance)
+        return towards + module.sqrt(alpha) * 0.2**2 * (x - module.sqrt(alpha) * towards) / variance
+
+    def denoise(x, t, inputs):
+        return estimate(jnp, x, jnp.asarray(schedule.alphas_cumprod)[t][..., None, None, None])
+
+    x = np.linspace(-3, 3, 64).reshape(1, 1, 8, 8, 1)
+    for steps in (1, 2, 12):
+        out, _ = sample_latents(
+            denoise, jnp.asarray(x, jnp.float32), schedule, conditional=None, solver="dpm++", guidance=1.0,
+            steps=steps, spacing=spacing, prediction="x0",
+        )  # fmt: skip
+        path = sampling_path(schedule, steps, spacing)[1]
+        np.testing.assert_allclose(out, dpm_oracle(path, lambda *at: estimate(np, *at), x), atol=2e-5)
+
+
+def test_steps_of_dpm_at_the_ends_of_the_schedule():
+    """The first two and the last one are those of DDIM where the schedule starts at pure noise."""
+    schedule = make_schedule(max_beta=1.0)
+    dpm = solver_steps(schedule, "dpm++", 12, "trailing")
+    assert dpm.alpha[0] == 0 and all(np.isfinite(field).all() for field in dpm)
+    np.testing.assert_array_equal(dpm.slope[[0, 1, -1]], 0)
+    assert (dpm.slope[2:-1] > 0).all()
+    ddim = solver_steps(schedule, "ddim", 12, "trailing")
+    assert not ddim.slope.any()
+    np.testing.assert_array_equal(dpm.decay, ddim.decay)
+    np.testing.assert_array_equal(dpm.gain, ddim.gain)
+
+
+def test_an_estimate_can_be_replaced_in_every_step():
+    """`blend` sees each estimate with what is given for the step; all estimates replaced fix the result."""
+    schedule, steps = make_schedule(), 5
+    wanted = jax.random.normal(jax.random.key(1), (1, 2, 2, 2, 1))
+    given = jnp.arange(steps, dtype=jnp.float32)
+    for solver in SOLVERS:
+        out, kept = sample_latents(
+            gaussian_denoiser(schedule, 0.7, 0.3, "v"), jnp.ones((1, 2, 2, 2, 1)), schedule, conditional=None,
+            solver=solver, guidance=1.0, steps=steps, prediction="v",
+            blend=lambda x0, number: (wanted, (number, x0.mean())), blended=given,
+        )  # fmt: skip
+        np.testing.assert_allclose(out, wanted, atol=1e-6)
+        np.testing.assert_array_equal(kept[0], given)
+        assert kept[1].shape == (steps,)
 
 
 def test_guidance_extrapolates_and_one_skips_the_unconditional_branch():
@@ -121,7 +224,7 @@ def test_guidance_extrapolates_and_one_skips_the_unconditional_branch():
         return jnp.broadcast_to(c[:, None, None, None, None], x.shape)
 
     c, u = jnp.array([0.3, 0.4]), jnp.array([0.1, -0.2])
-    run = lambda guidance, conditional, unconditional: ddim_sample(
+    run = lambda guidance, conditional, unconditional: sample_latents(
         denoise,
         noise,
         schedule,
@@ -129,7 +232,7 @@ def test_guidance_extrapolates_and_one_skips_the_unconditional_branch():
         unconditional=unconditional,
         steps=4,
         guidance=guidance,
-    )
+    )[0]
     plain = run(1.0, c, None)
     assert set(batches) == {2}
     batches.clear()
@@ -140,21 +243,20 @@ def test_guidance_extrapolates_and_one_skips_the_unconditional_branch():
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v", "x0"])
-def test_estimates_invert_the_forward_process(prediction):
+def test_the_estimate_inverts_the_forward_process(prediction):
     x0, noise = jax.random.normal(jax.random.key(0), (2, 5, 4))
     alpha = jnp.float32(0.3)
     x = jnp.sqrt(alpha) * x0 + jnp.sqrt(1 - alpha) * noise
     v = jnp.sqrt(alpha) * noise - jnp.sqrt(1 - alpha) * x0
     target = {"epsilon": noise, "v": v, "x0": x0}[prediction]
-    for estimate, expected in zip(estimates(x, target, alpha, prediction), (x0, noise), strict=True):
-        np.testing.assert_allclose(estimate, expected, atol=1e-5)
+    np.testing.assert_allclose(clean_estimate(x, target, alpha, prediction), x0, atol=1e-5)
 
 
 def test_clip_bounds_the_result():
     schedule = make_schedule()
     noise = jax.random.normal(jax.random.key(0), (2, 3, 4, 4, 1))
     denoise = gaussian_denoiser(schedule, 3.0, 0.1, "v")
-    run = lambda clip: ddim_sample(
+    run = lambda clip: sample_latents(
         denoise,
         noise,
         schedule,
@@ -164,22 +266,24 @@ def test_clip_bounds_the_result():
         spacing="trailing",
         prediction="v",
         clip=clip,
-    )
+    )[0]
     assert run(None).min() > 2
     np.testing.assert_allclose(run(1.0), 1.0, atol=1e-5)
 
 
 def test_errors():
     schedule, x = make_schedule(), jnp.zeros((1, 1, 2, 2, 1))
-    run = lambda **options: ddim_sample(lambda x, t, c: x, x, schedule, conditional=None, **options)
+    run = lambda **options: sample_latents(lambda x, t, c: x, x, schedule, conditional=None, **options)
     with pytest.raises(ValueError, match=r"guidance 2.0 needs unconditional inputs"):
         run()
     with pytest.raises(ValueError, match="unknown prediction 'score'"):
         run(guidance=1.0, prediction="score")
+    with pytest.raises(ValueError, match="unknown solver 'euler'; one of ddim, dpm"):
+        run(guidance=1.0, solver="euler")
     with pytest.raises(ValueError, match="cannot start at step 999"):
         run(guidance=1.0, spacing="trailing")
     with pytest.raises(ValueError, match="cannot start at step 999"):
-        ddim_sample(
+        sample_latents(
             lambda x, t, c: x,
             x,
             make_schedule(max_beta=1.0),

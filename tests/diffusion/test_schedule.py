@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from loki_jax.diffusion.sampler import ddim_alphas
-from loki_jax.diffusion.schedule import alphas_cumprod, ddim_timesteps, make_schedule
+from loki_jax.diffusion.sampler import sampling_path
+from loki_jax.diffusion.schedule import alphas_cumprod, make_schedule, sampling_timesteps
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +71,8 @@ def test_without_the_rescaling_it_is_stable_diffusions():
 def test_official_timesteps(reference, size, frames, steps):
     name = f"img{size}_nf{frames}_ddim{steps}_"
     schedule = make_schedule(latent_size=size, shift_frames=frames - 1)
-    timesteps, alpha, previous = ddim_alphas(schedule, steps, "official")
+    timesteps, path = sampling_path(schedule, steps, "official")
+    alpha, previous = path[:-1], path[1:]
     np.testing.assert_array_equal(timesteps[::-1], reference[name + "timesteps"])
     np.testing.assert_allclose(alpha[::-1], reference[name + "alphas"], rtol=1e-6)
     np.testing.assert_allclose(previous[::-1], reference[name + "alphas_prev"], rtol=1e-6)
@@ -83,7 +84,7 @@ def test_official_timesteps(reference, size, frames, steps):
 )
 @pytest.mark.parametrize("steps", [2, 3, 7, 15, 50, 333, 600, 999, 1000])
 def test_spacings_cover_the_schedule_for_every_number_of_steps(spacing, first, last, steps):
-    timesteps = ddim_timesteps(steps, spacing)
+    timesteps = sampling_timesteps(steps, spacing)
     gaps = np.diff(timesteps)
     assert len(timesteps) == steps and timesteps[0] >= 0 and timesteps[-1] <= 999
     assert gaps.min() >= 1 and gaps.max() - gaps.min() <= 1  # equal but for rounding
@@ -96,25 +97,23 @@ def test_spacings_cover_the_schedule_for_every_number_of_steps(spacing, first, l
 
 
 def test_official_spacing_drops_the_noisiest_steps():
-    assert ddim_timesteps(600, "official")[-1] == 600
-    assert ddim_timesteps(600, "leading")[-1] > 990
+    assert sampling_timesteps(600, "official")[-1] == 600
+    assert sampling_timesteps(600, "leading")[-1] > 990
 
 
 def test_the_last_step():
     schedule = make_schedule()
-    assert ddim_alphas(schedule, 50, "official")[2][-1] == schedule.alphas_cumprod[0]
+    assert sampling_path(schedule, 50, "official")[1][-1] == schedule.alphas_cumprod[0]
     for spacing in ("leading", "trailing", "linspace"):
-        timesteps, alpha, previous = ddim_alphas(schedule, 50, spacing)
-        assert previous[-1] == 1
-        np.testing.assert_array_equal(previous[:-1], alpha[1:])
-        assert (previous > alpha).all()  # every step removes noise
+        path = sampling_path(schedule, 50, spacing)[1]
+        assert path[-1] == 1 and (np.diff(path) > 0).all()  # every step removes noise
 
 
 def test_errors():
     with pytest.raises(ValueError, match="unknown spacing 'even'"):
-        ddim_timesteps(10, "even")
+        sampling_timesteps(10, "even")
     for steps in (0, 1001):
         with pytest.raises(ValueError, match=f"{steps} sampling steps"):
-            ddim_timesteps(steps)
+            sampling_timesteps(steps)
     with pytest.raises(ValueError, match="no room for 1000 steps"):
-        ddim_timesteps(1000, "official")
+        sampling_timesteps(1000, "official")

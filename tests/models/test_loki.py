@@ -8,6 +8,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from loki_jax.models.loki import drop_identity, drop_motion, init_params, make_loki
+from loki_jax.models.unet import keys_values
 from tests.models.weights import quick_jit
 
 B, T, SIZE = 2, 3, 8
@@ -100,6 +101,25 @@ def test_every_feature_and_the_condition_reach_the_output(model):
         changed = tuple(f + 1.0 if i == j else f for j, f in enumerate(features))
         assert jnp.abs(denoise(x, timesteps, condition, changed) - out).max() > 1e-3, i
     assert jnp.abs(denoise(x, timesteps, condition + 1.0, features) - out).max() > 1e-3
+
+
+def test_keys_and_values_stand_in_for_the_features(model):
+    """Projected once, they give what the features give, in attention within frames and over all frames."""
+    loki, variables, encode, refer, denoise = model
+    x, timesteps, driver, z = inputs()
+    condition, features = encode(driver), refer(z)
+    seen = keys_values(loki.generation.unet, variables["params"]["generation"]["unet"], features)
+    assert [k.shape for k, _ in seen] == [v.shape for _, v in seen] == [f.shape for f in features]
+    out = denoise(x, timesteps, condition, seen)
+    np.testing.assert_allclose(out, denoise(x, timesteps, condition, features), atol=2e-5)
+    for i in range(len(seen)):
+        for part in (0, 1):
+            changed = [list(pair) for pair in seen]
+            changed[i][part] = changed[i][part] + jax.random.normal(jax.random.key(i), changed[i][part].shape)
+            other = denoise(x, timesteps, condition, tuple(map(tuple, changed)))
+            assert jnp.abs(other - out).max() > 1e-3, (i, part)
+    with pytest.raises(ValueError, match="shorter than"):
+        keys_values(loki.generation.unet, variables["params"]["generation"]["unet"], features[1:])
 
 
 def test_features_depend_on_the_reference_and_only_on_its_own_sample(model):

@@ -41,7 +41,7 @@ def randomised(networks, seed=0):
 
 
 def run(networks, params, x):
-    features = tuple(jnp.ones((1, 4, 16)) for _ in range(networks.loki.generation.unet.num_features()))
+    features = tuple(jnp.ones((1, 4, 16)) for _ in networks.loki.generation.unet.transformers())
     return denoise(networks, params, x, jnp.full(x.shape[:2], 7), None, features)
 
 

@@ -74,9 +74,10 @@ def count(config, networks, params, head, reference, *_):
     held.append(len(reference))
     return reference
 samples.driver_input = lambda config, head, coefficients, *_: coefficients
-samples.portrait_features = count
+samples.portrait_keys_values = count
 samples.initial_noise = lambda networks, key, n, t: np.zeros((n, t))
-samples.sample_from_features = lambda config, networks, params, features, *_, **options: features[:, None]
+samples.sample_windows = lambda config, networks, params, seen, *_, **options: (seen[:, None], None)
+samples.decode_latents = lambda networks, params, latents: latents
 n = 6
 empty = np.zeros((n, 2))
 pairs = samples.Pairs((), np.arange(n, dtype=np.uint8)[:, None], *[empty] * (len(samples.Pairs._fields) - 2))

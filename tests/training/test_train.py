@@ -10,7 +10,7 @@ import pytest
 from configs import demo, hdtf
 from loki_jax.data.schema import DatasetError
 from loki_jax.face.builtin import builtin_head
-from loki_jax.networks import build_networks, portrait_features, random_params
+from loki_jax.networks import build_networks, portrait_keys_values, random_params
 from loki_jax.synthetic.clips import synth_clip
 from loki_jax.train import train
 from loki_jax.training.checkpoint import load_checkpoint
@@ -129,6 +129,7 @@ def test_a_model_file_must_be_whole_and_of_its_config(finished, tmp_path):
         "model.encoder": ("x", "its config describes no model"),
         "driver.arm": ("none", "unknown driver arm"),
         "sample.spacing": ("odd", "unknown spacing"),
+        "sample.solver": ("odd", "unknown solver"),
         "diffusion.prediction": ("odd", "unknown prediction"),
         "window": (0, "window, image_size or sample.guidance"),
     }
@@ -202,8 +203,8 @@ def test_portraits_driver_map_reaches_the_features_where_the_config_says_so(with
     clip = synth_clip(builtin_head(), 1, 1, 2, config.image_size)
     pose = lambda i: jax.tree.map(lambda x: jnp.asarray(x[i : i + 1]), clip.coefficients)
     one = jax.tree.map(lambda x: jnp.asarray(x)[None], (clip.frames[0], clip.camera, clip.crop))
-    features = jax.jit(lambda own: portrait_features(config, networks, params, head, one[0], own, *one[1:]))
-    first, second = features(pose(0)), features(pose(1))
+    seen = jax.jit(lambda own: portrait_keys_values(config, networks, params, head, one[0], own, *one[1:]))
+    first, second = (jax.tree.leaves(seen(pose(i))) for i in (0, 1))
     changed = [float(jnp.abs(a - b).max()) > 1e-3 for a, b in zip(first, second, strict=True)]
     assert all(changed) if with_driver else not any(changed)
 

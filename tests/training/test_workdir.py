@@ -86,6 +86,7 @@ def test_a_cut_config_is_one_clear_error(shards, trained):
         ("sample.steps", 0, "config.sample.steps=0: at least 1"),
         ("sample.steps", 2000, "config.sample: 2000 sampling steps; the schedule has 1000"),
         ("sample.spacing", "typo", "config.sample: unknown spacing 'typo'; one of leading"),
+        ("sample.solver", "typo", "config.sample: unknown solver 'typo'; one of ddim, dpm++"),
         ("sample.guidance", float("nan"), "config.sample.guidance=nan is not a finite number"),
         ("sample.pose", "typo", "config.sample.pose='typo': use relative or absolute"),
         ("sample.every", -1, "config.sample.every=-1: at least 0"),

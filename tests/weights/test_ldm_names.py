@@ -115,7 +115,7 @@ def test_order_of_attention_blocks(golden, config):
     _, features = jax.eval_shape(unet.apply, params, x, jax.ShapeDtypeStruct((1, 2), jnp.int32))
     assert [f.shape[-1] for f in features] == [b["channels"] for b in blocks]
     assert [f.shape[-1] // unet.head_channels for f in features] == [b["heads"] for b in blocks]
-    assert len(features) == unet.num_features() == 16
+    assert len(features) == len(unet.transformers()) == 16
     transformers = [path for path in unet_table(unet).values() if path.name.endswith("attn1.to_q.weight")]
     assert [w.name.removesuffix(".transformer_blocks.0.attn1.to_q.weight") for w in transformers] == [
         b["gen"] for b in blocks
