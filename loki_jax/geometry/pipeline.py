@@ -49,12 +49,15 @@ class GeometryPipeline:
         self.size = size
         self._head = jax.tree.map(jnp.asarray, self.head)
 
-    def windows(self, portrait: Portrait, clip: DrivingClip, *, mode: str = "relative") -> Iterator[Window]:
+    def windows(
+        self, portrait: Portrait, clip: DrivingClip, *, mode: str = "relative", relight: bool = False
+    ) -> Iterator[Window]:
         """The animation of `portrait` by `clip`, 16 frames at a time: memory does not grow with its length.
 
         Args:
           mode: "relative": the head turns from the portrait's pose by the driver's increments; "absolute": it
             takes the driver's pose.
+          relight: see `prepare`.
 
         Yields:
           Windows: frames (T, H, W, 3) and maps (T, 128, 128, 3); the last may be shorter.
@@ -63,7 +66,7 @@ class GeometryPipeline:
           ValueError: unknown mode.
         """
         target = retarget_clip(self.head, clip, portrait, mode)
-        render = self.prepare(portrait)
+        render = self.prepare(portrait, relight)
         camera, crop = jax.tree.map(jnp.asarray, (portrait.camera, np.asarray(portrait.crop, np.float32)))
         length = target.rot.shape[0]
 
@@ -81,10 +84,15 @@ class GeometryPipeline:
         """All frames of `windows`, with its options and errors: one for each frame of the clip, RGB."""
         return np.concatenate([window.frames for window in self.windows(portrait, clip, **options)])
 
-    def prepare(self, portrait: Portrait) -> Callable[[Coefficients], UInt8[np.ndarray, "n h w 3"]]:
+    def prepare(
+        self, portrait: Portrait, relight: bool = False
+    ) -> Callable[[Coefficients], UInt8[np.ndarray, "n h w 3"]]:
         """The portrait made ready: a function from coefficients (n, ...) of its head to frames.
 
         Each n is compiled once for each size of picture.
+
+        Args:
+          relight: the skin brightens and darkens as it turns in the portrait's light, which is fitted.
         """
         whole = _subject(portrait)
         rows, columns = _moving_part(whole)
@@ -96,6 +104,7 @@ class GeometryPipeline:
             part.camera,
             part.crop,
             part.landmarks,
+            relight,
         )
 
         def render(target: Coefficients) -> UInt8[np.ndarray, "n h w 3"]:
