@@ -1,6 +1,7 @@
 """Sampling of a trained model: solvers, borders of windows, cached keys and values, long drivers.
 
-    python benchmarks/animate.py --out DIR [--parts solvers borders cache length] [--checkpoint demo] [--pairs 4]
+    python benchmarks/animate.py --out DIR [--parts solvers borders cache length] [--checkpoint demo]
+        [--pairs 4]
 
 All on held-out synthetic heads, across identities, as in `python -m loki_jax.demo`.
 
@@ -91,7 +92,7 @@ def solvers(pipeline: LokiPipeline, pairs: list, options: Options) -> dict[str, 
 
 
 def borders(pipeline: LokiPipeline, pairs: list, options: Options) -> dict[str, Any]:
-    """The largest mean difference among the places in a window, over the mean within windows without overlap."""
+    """Largest mean difference among the places in a window, over the mean within windows without overlap."""
     window, found, inside = pipeline.config.window, {}, None
     for overlap in sorted({0, *options.overlaps}):
         sampling = pipeline.sampling(steps=options.steps, solver="dpm++", overlap=overlap)
@@ -147,7 +148,7 @@ def cache(pipeline: LokiPipeline, pairs: list, options: Options) -> dict[str, fl
 
 
 def long_driver(driver: DrivingClip, seconds: int) -> DrivingClip:
-    """A clip played forwards and backwards, again and again, so that it repeats every 5 s; without pictures."""
+    """A clip played forwards and backwards so that it repeats every 5 s; without pictures."""
     there = np.linspace(0, len(driver.valid) - 1, (PERIOD + 1) // 2).round().astype(int)
     index = np.resize(np.concatenate([there, there[:0:-1]]), seconds * FPS)
     coefficients = jax.tree.map(lambda x: np.asarray(x)[index], driver.coefficients)

@@ -17,7 +17,8 @@ def blend_windows(
 ) -> tuple[Float[Array, "bm t h w c"], Float[Array, "b o h w c"]]:
     """Estimates of consecutive windows made one where the windows share frames: `blend` of a sampler.
 
-    The weight of the later window rises linearly over the shared frames. Windows whose shared frames start
+    The weight of the later window rises linearly over the shared frames, by 1 / O from frame to frame: ramps that
+    meet in the middle of a window make no larger step there. Windows whose shared frames start
     from the same noise then keep the same latents there.
 
     Args:
@@ -29,7 +30,7 @@ def blend_windows(
       the estimates to go on with, and those of the last O frames, for the windows that come next.
     """
     shared = earlier.shape[1]
-    later = (np.arange(1, shared + 1, dtype=np.float32) / (shared + 1))[:, None, None, None]
+    later = ((np.arange(shared, dtype=np.float32) + 0.5) / max(shared, 1))[:, None, None, None]
     by_clip = x0.reshape(-1, windows, *x0.shape[1:])
     start = by_clip.shape[2] - shared
     earlier = jnp.where(first, by_clip[:, 0, :shared], earlier)

@@ -12,7 +12,6 @@ from loki_jax.diffusion.loss import (
     q_sample,
     sample_timesteps,
 )
-from loki_jax.diffusion.sampler import clean_estimate
 from loki_jax.diffusion.schedule import make_schedule
 
 SCHEDULE = make_schedule()
@@ -121,7 +120,6 @@ def test_min_snr_is_one_objective_for_all_predictions(prediction):
         seen["t"] = t
         alpha = jnp.asarray(schedule.alphas_cumprod)[t][..., None, None, None]
         noise = (x - jnp.sqrt(alpha) * wrong) / jnp.sqrt(1 - alpha)
-        guess = clean_estimate(x, noise, alpha, "epsilon")
         return prediction_target(schedule, wrong, t, noise, prediction)
 
     loss, aux = diffusion_loss(predict, x0, key, schedule, prediction, min_snr_gamma=5.0)

@@ -20,7 +20,7 @@ def test_shared_frames_are_mixed_by_a_ramp():
     x0, earlier = estimates(3), jnp.full((CLIPS, SHARED, 2, 2, 1), 9.0)
     out, last = blend_windows(x0, earlier, np.bool_(False), 3)
     x0, out = (np.asarray(x).reshape(CLIPS, 3, WINDOW, 2, 2, 1) for x in (x0, out))
-    for j, weight in enumerate((1 / 3, 2 / 3)):
+    for j, weight in enumerate((1 / 4, 3 / 4)):
         np.testing.assert_allclose(out[:, 0, j], (1 - weight) * 9 + weight * x0[:, 0, j], atol=1e-6)
         for k in (1, 2):
             mixed = (1 - weight) * x0[:, k - 1, 4 + j] + weight * x0[:, k, j]
@@ -57,7 +57,7 @@ def test_windows_sampled_one_after_another_join_without_a_step(solver):
             blend=lambda x0, before: blend_windows(x0, before, np.bool_(first), windows), blended=earlier,
         )  # fmt: skip
 
-    for shared, largest in ((0, 1.0), (2, 1 / 3), (3, 1 / 4)):
+    for shared, largest in ((0, 1.0), (2, 1 / 2), (3, 1 / 3)):
         earlier, rows = jnp.zeros((STEPS, CLIPS, shared, 2, 2, 1)), []
         # Two windows together, then one.
         for offsets, first in (([0, 1], True), ([2], False)):
