@@ -17,8 +17,8 @@ def blend_windows(
 ) -> tuple[Float[Array, "bm t h w c"], Float[Array, "b o h w c"]]:
     """Estimates of consecutive windows made one where the windows share frames: `blend` of a sampler.
 
-    The weight of the later window rises linearly over the shared frames, by 1 / O from frame to frame: ramps that
-    meet in the middle of a window make no larger step there. Windows whose shared frames start
+    The weight of the later window rises linearly over the shared frames, by 1 / O a frame, so that
+    ramps which meet in the middle of a window make no larger step there. Windows whose shared frames start
     from the same noise then keep the same latents there.
 
     Args:
