@@ -119,7 +119,7 @@ def test_keys_and_values_stand_in_for_the_features(model):
             other = denoise(x, timesteps, condition, tuple(map(tuple, changed)))
             assert jnp.abs(other - out).max() > 1e-3, (i, part)
     with pytest.raises(ValueError, match="shorter than"):
-        keys_values(loki.generation.unet, variables["params"]["generation"]["unet"], features[1:])
+        keys_values(loki.generation.unet, variables["params"]["generation"]["unet"], features[:-1])
 
 
 def test_features_depend_on_the_reference_and_only_on_its_own_sample(model):
