@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import Float
 from scipy.spatial.transform import Rotation
 
+from loki_jax.arrays import ArrayLike
 from loki_jax.face.asset import HeadAsset
 from loki_jax.face.builtin import builtin_head
 from loki_jax.face.temporal import smooth_motion
@@ -117,8 +118,7 @@ def apply_controls(
       ControlError: a slider that this head does not have, keyframes that do not rise in time, or lids or lips
         apart on a head that names no axes and has no landmarks.
     """
-    moved = Coefficients(*(np.asarray(field, np.float32) for field in moved))
-    own = Coefficients(*(np.asarray(field, np.float32) for field in portrait))
+    moved, own = _on_host(moved), _on_host(portrait)
     length = len(moved.rot)
     values = _values_at(sliders or {}, np.arange(length) / fps)
     if controls.smooth > 0:
@@ -137,10 +137,14 @@ def apply_controls(
     return moved._replace(eyes=np.where(changed[:, None], turned, moved.eyes))
 
 
+def _on_host(coefficients: Coefficients) -> Coefficients:
+    return Coefficients(*(np.asarray(field, np.float32) for field in coefficients))
+
+
 # ------------------------------------------------------------------------------------------- scales
 
 
-def _mixed(own: np.ndarray, driver: np.ndarray, scale: float | np.ndarray) -> np.ndarray:
+def _mixed(own: ArrayLike, driver: ArrayLike, scale: float | np.ndarray) -> np.ndarray:
     """`own` where the scale is 0 and `driver` where it is 1, both exactly; between and beyond on a line."""
     scale = np.asarray(scale, np.float32)
     return np.where(scale == 1, driver, (1 - scale) * own + scale * driver).astype(np.float32)
@@ -165,8 +169,9 @@ def _scaled(head: HeadAsset, moved: Coefficients, own: Coefficients, controls: C
 
 
 def _scaled_expression(
-    head: HeadAsset, moved: np.ndarray, own: np.ndarray, scale: Mapping[str, float]
+    head: HeadAsset, moved: ArrayLike, own: ArrayLike, scale: Mapping[str, float]
 ) -> Float[np.ndarray, "N n_expr"]:
+    moved, own = np.asarray(moved), np.asarray(own)
     if set(scale.values()) == {1.0}:
         return moved
     axes = find_axes(head)
@@ -230,7 +235,7 @@ def _turned(head: HeadAsset, moved: Coefficients, angles: Mapping[str, np.ndarra
     )
 
 
-def _joints(head: HeadAsset, betas: Float[np.ndarray, " n_shape"]) -> Float[np.ndarray, "J 3"]:
+def _joints(head: HeadAsset, betas: Float[ArrayLike, " n_shape"]) -> Float[np.ndarray, "J 3"]:
     """Joints of a neutral head, in its frame, metres."""
     vertices = np.asarray(head.template) + np.tensordot(betas, np.asarray(head.shape_basis), 1)
     return np.asarray(head.joint_regressor) @ vertices
@@ -328,7 +333,7 @@ def find_axes(head: HeadAsset) -> Axes:
     return Axes(guide.expression_names, found[:, :n], jaw, True)
 
 
-def _marks(head: HeadAsset, values: np.ndarray) -> Float[np.ndarray, "478 3"]:
+def _marks(head: HeadAsset, values: ArrayLike) -> Float[np.ndarray, "478 3"]:
     """Values at vertices, read at the landmarks."""
     marks = head.landmarks[_LANDMARKS]
     corners = np.asarray(values)[np.asarray(head.faces)[np.asarray(marks.face)]]
