@@ -40,7 +40,7 @@ def _time_zero(path: Path) -> Fraction:
     """When the first picture of a file is shown, in seconds of its clock; of sound alone its beginning."""
     covers = av.stream.Disposition.attached_pic
     with av.open(str(path)) as container:
-        pictures = [stream for stream in container.streams.video if not stream.disposition & covers]
+        pictures = [video for video in container.streams.video if not video.disposition & covers]
     return first_picture_time(path) if pictures else Fraction(0)
 
 
@@ -71,7 +71,9 @@ class AudioTrack:
                 self._packets = self._copied()
             else:
                 kept = kind == "mp4" and stream.rate in _AAC_RATES
-                self._out = output.add_stream(_ENCODER[kind], rate=stream.rate if kept else 48000)
+                out = output.add_stream(_ENCODER[kind], rate=stream.rate if kept else 48000)
+                assert isinstance(out, AudioStream)
+                self._out = out
                 self._out.layout = "mono" if stream.layout.nb_channels == 1 else "stereo"
                 self._packets = self._encoded()
         except (av.error.FFmpegError, OSError, ValueError) as error:

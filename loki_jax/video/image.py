@@ -82,7 +82,7 @@ class AnimatedPicture:
         self._path = path
         self._opened = Image.open(path)
         shown = []
-        for index in range(self._opened.n_frames):
+        for index in range(getattr(self._opened, "n_frames", 1)):
             self.frame(index)
             shown.append(round(self._opened.info.get("duration", 0)))
         usual = int(np.median(shown)) or 100  # as browsers do
@@ -93,6 +93,10 @@ class AnimatedPicture:
     def frame(self, index: int) -> UInt8[np.ndarray, "H W 3"]:
         """Frame number `index`."""
         try:
+            if index < self._opened.tell():
+                # Pillow does not go back in every PNG.
+                self._opened.close()
+                self._opened = Image.open(self._path)
             self._opened.seek(index)
             self._opened.load()
             return _pixels(self._opened)

@@ -171,7 +171,9 @@ class GifWriter:
         self._stream.width, self._stream.height, self._stream.pix_fmt = width, height, "pal8"
         self._stream.codec_context.time_base = 1 / self._fps
         graph = Graph()
-        buffer = graph.add_buffer(width=width, height=height, format="rgb24", time_base=1 / self._fps)
+        buffer = graph.add_buffer(
+            width=width, height=height, format=av.VideoFormat("rgb24"), time_base=1 / self._fps
+        )
         split, palette = graph.add("split"), graph.add("palettegen", "stats_mode=single")
         use, sink = graph.add("paletteuse", "new=1:dither=sierra2_4a"), graph.add("buffersink")
         buffer.link_to(split)

@@ -145,8 +145,9 @@ class VideoWriter:
         elif "vp9" in self._stream.codec_context.name:
             # At its default speed libvpx is much slower than x264. Its scale of quality is longer.
             self._stream.bit_rate = 0
-            quality = {"crf": str(self._crf + 8), "deadline": "good", "cpu-used": "5", "row-mt": "1"}
-            self._stream.options = quality
+            self._stream.options = {
+                "crf": str(self._crf + 8), "deadline": "good", "cpu-used": "5", "row-mt": "1"
+            }  # fmt: skip
         else:
             self._stream.options = {"crf": str(self._crf), "preset": "medium"}
         if width < 256 and "264" in self._stream.codec_context.name:

@@ -92,16 +92,16 @@ def test_a_picture_is_a_clip_of_one_frame(tmp_path, suffix):
 def test_animated_pictures_are_clips(tmp_path, suffix):
     frames = list(numbered_frames(10))
     pictures = [Image.fromarray(frame) for frame in frames]
-    # The fifth one is shown for twice as long.
-    shown = [40] * 4 + [80] + [40] * 5
+    # The fifth one is shown for three times as long: every time has its nearest frame.
+    shown = [40] * 4 + [120] + [40] * 5
     path = tmp_path / f"animated{suffix}"
     options = {"lossless": True} if suffix == ".webp" else {}
     pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=shown, **options)
     clip = LazyFrames(path)
-    assert clip.fps == 25 and len(clip) == 11
-    numbers = [frame_number(clip[index]) for index in (10, 0, 4, 5, 6, 3)]
-    np.testing.assert_allclose(numbers, [9, 0, 4, 4, 5, 3], atol=0.5)
-    assert len(LazyFrames(path, Fraction(50))) == 22
+    assert clip.fps == 25 and len(clip) == 12
+    numbers = [frame_number(clip[index]) for index in (11, 0, 4, 5, 6, 7, 3)]
+    np.testing.assert_allclose(numbers, [9, 0, 4, 4, 5, 5, 3], atol=0.5)
+    assert len(LazyFrames(path, Fraction(50))) == 24
     if suffix == ".webp":
         path.write_bytes(path.read_bytes()[:-200])
         with pytest.raises(MediaError, match="not a readable picture"):
