@@ -295,7 +295,11 @@ def _find_animator(options: AnimateOptions) -> tuple[GeometryPipeline | LokiPipe
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    options = tyro.cli(AnimateOptions, prog="python -m loki_jax.animate", args=argv, description=__doc__)
+    try:
+        options = tyro.cli(AnimateOptions, prog="python -m loki_jax.animate", args=argv, description=__doc__)
+    except ValueError as error:  # of `Controls`
+        print(f"error: {error}", file=sys.stderr)
+        return 1
 
     from loki_jax.program import run_program
 

@@ -269,8 +269,8 @@ def load_driving_clip(source: str, head: HeadAsset, size: int, **options: Any) -
     """
     found = split_clip_source(source)
     if found is None and Path(source).suffix.lower() == ".npz":
-        clip = _clip_of_motion(source, read_motion(source, head), size)
-        return clip if options.get("fps") is None else clip.at_rate(options["fps"])
+        moving = _clip_of_motion(source, read_motion(source, head), size)
+        return moving if options.get("fps") is None else moving.at_rate(options["fps"])
     if found is None:
         return fit_clip(source, head, size, **options)
     dataset, clip = find_clip(*found, head)
