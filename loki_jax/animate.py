@@ -55,6 +55,8 @@ class AnimateOptions:
     mode: Literal["relative", "absolute"] | None = None
     """relative: turn from the reference's pose by the driver's increments; absolute: take the driver's pose
     (default: the config's, or relative)"""
+    relight: bool = False
+    """geometry renderer: the skin brightens and darkens as it turns in the portrait's light"""
     neutral: int | None = None
     """frame of the driver, from 0, at which the portrait has its own pose in relative mode (default: the one
     nearest to rest)"""
@@ -282,9 +284,10 @@ def _find_animator(options: AnimateOptions) -> tuple[GeometryPipeline | LokiPipe
             )
         mode = options.mode or "relative"
         head = None if options.head is None else load_head(options.head)
-        return GeometryPipeline(head), {"mode": mode}, f"geometry renderer, {mode} pose"
-    if options.head is not None:
-        raise ValueError("--head is an option of the geometry renderer: a model has its own head")
+        settings = {"mode": mode, "relight": options.relight}
+        return GeometryPipeline(head), settings, f"geometry renderer, {mode} pose"
+    if options.head is not None or options.relight:
+        raise ValueError("--head and --relight are options of the geometry renderer")
     model = LokiPipeline.from_checkpoint(options.checkpoint)
     sampling = model.sampling(options.steps, options.guidance, options.mode)
     description = (

@@ -2,7 +2,7 @@
 
 Behind the lids is the eyeball of the portrait: where the portrait shows it, its own pixels; where lids hid
 it, an iris completed from its rings and the white completed smoothly. Gaze moves the iris; the corners of
-the eye stay.
+the eye stay, and so do reflections of lamps, which are where the cornea is and not where the iris looks.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from loki_jax.geometry.warp import Texture, make_texture, sample
 IRIS_CENTRES = (468, 473)
 _CORNERS = (0, 8)  # of an outline
 _UPPER = np.array([0, 15, 14, 13, 12, 11, 10, 9, 8])  # the upper lid, of an outline, from the outer corner
+_SHINE = (25.0, 60.0)  # grey levels above the iris' own colour from which on a pixel is a reflection
 LASHES = 0.1  # height of the lashes above the upper lid's edge, in widths of the eye
 
 
@@ -36,8 +37,8 @@ class Eye(NamedTuple):
     """One eye of a portrait.
 
     Attributes:
-      ball: the eyeball without lids.
-      still: the picture as it is.
+      ball: the eyeball without lids and reflections.
+      still: the picture as it is; the fourth channel is what reflections add to the eyeball, grey levels.
       corner: x, y of both textures' first pixel in the picture.
       outline: of the opening, pixels.
       model_outline, model_iris: where the aligned head has outline and iris in the portrait, pixels.
@@ -81,16 +82,18 @@ def make_eye(
     row, column = (int(x) for x in patch_corner(jnp.asarray(middle), size, picture.shape[1::-1]))
     crop = picture[row : row + size[0], column : column + size[1]]
     position = np.asarray(patch_positions((jnp.int32(row), jnp.int32(column)), size))
-    ball = _complete_ball(crop, position, outline, iris, radius)
+    ball, shine = _complete_ball(crop, position, outline, iris, radius)
     corner = np.array([column, row], np.float32)
     return Eye(
-        make_texture(ball), make_texture(crop), corner, outline, outline, marks[first],
+        make_texture(ball), make_texture(crop, shine), corner, outline, outline, marks[first],
         iris.astype(np.float32), np.asarray(radius, np.float32),
     )  # fmt: skip
 
 
-def _complete_ball(crop, position, outline, iris, radius) -> UInt8[np.ndarray, "h w 3"]:
-    """The eyeball without lids over a crop of the picture."""
+def _complete_ball(
+    crop, position, outline, iris, radius
+) -> tuple[UInt8[np.ndarray, "h w 3"], Float[np.ndarray, "h w"]]:
+    """The eyeball without lids and reflections over a crop of the picture, and the reflections in [0, 1]."""
     inside = np.asarray(distance_inside(position, outline))
     width = np.linalg.norm(outline[_CORNERS[1]] - outline[_CORNERS[0]])
     height = 2 * max(inside.max(), 0.5)
@@ -121,14 +124,19 @@ def _complete_ball(crop, position, outline, iris, radius) -> UInt8[np.ndarray, "
     else:
         knots = np.linspace(0.1, 1.0, 8)
         profile = np.stack([_ring_colour(pixels, distance, iris_seen, knot) for knot in knots])
-    ring = np.stack([np.interp(distance, knots, profile[:, k]) for k in range(3)], axis=-1)
+    rings = np.stack([np.interp(distance, knots, profile[:, k]) for k in range(3)], axis=-1)
+    low, high = _SHINE
+    excess = np.where(shown & (distance < 0.8), (pixels - rings).min(-1), 0.0)
+    shine = excess * np.clip((excess - low) / (high - low), 0, 1)
     # The other half of the iris where it shows the missing part.
-    mirrored = _mirror_rows(pixels, shown, position, iris)
-    ring = np.where(np.isnan(mirrored), ring, mirrored)
+    mirrored = _mirror_rows(pixels - shine[..., None], shown, position, iris)
+    ring = np.where(np.isnan(mirrored), rings, mirrored)
     share = np.clip((1.08 - distance) / 0.16, 0, 1)[..., None]
     full = white + share * (ring - white)
     own = np.clip((inside - 0.8) / max(0.12 * height, 0.8), 0, 1)[..., None]
-    return np.clip(np.rint(full + own * (pixels - full)), 0, 255).astype(np.uint8)
+    shine = own[..., 0] * shine
+    ball = full + own * (pixels - full) - shine[..., None]
+    return np.clip(np.rint(ball), 0, 255).astype(np.uint8), shine / 255
 
 
 def _ring_colour(pixels, distance, seen, knot):
@@ -180,6 +188,7 @@ def paint_eye(
     follow = 1 - smoothstep(1.1, 2.2, distance)
     place = still + follow[..., None] * (turned - still) - eye.corner
     ball, own = sample(eye.ball, place), sample(eye.still, place)
+    ball = ball + sample(eye.still, still - eye.corner)[..., 3:]
     # As long as nothing moves the picture is right as it is.
     span = jnp.linalg.norm(eye.outline[_CORNERS[1]] - eye.outline[_CORNERS[0]])
     lid_move = jnp.max(jnp.linalg.norm(to_corners(outline) - eye.model_outline, axis=-1))

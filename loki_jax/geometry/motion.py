@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 from loki_jax.arrays import ArrayLike
 from loki_jax.face.asset import HeadAsset
 from loki_jax.face.camera import camera_from_world, ndc_from_camera, project
+from loki_jax.face.normals import vertex_normals
 from loki_jax.face.retarget import head_rotation
 from loki_jax.face.rotation import matrix_from_rotvec, rotvec_from_matrix
 from loki_jax.face.skinning import (
@@ -26,6 +27,7 @@ from loki_jax.face.types import Camera, Coefficients
 from loki_jax.fitting.points import FACE_OVAL, IRISES, LANDMARK_SET
 from loki_jax.flow import MeshView, flow_between, head_parts, view_cosines, view_mesh
 from loki_jax.geometry.extend import keep_border, push_pull, soft_share
+from loki_jax.geometry.light import Light, change_of_light
 from loki_jax.geometry.outline import EYE_OUTLINES, INNER_LIPS, OUTER_LIPS
 from loki_jax.geometry.warp import sample_grid
 from loki_jax.raster import clear_hidden_faces, interpolate, rasterize
@@ -54,6 +56,7 @@ class Rig(NamedTuple):
       centre: of the head, in the head's axes, metres.
       radius: half the width of the head in the portrait, pixels.
       chin: distance of the chin from the centre, in radii.
+      light: that changes as the head turns; None: pixels keep their brightness.
     """
 
     view: MeshView
@@ -66,6 +69,7 @@ class Rig(NamedTuple):
     centre: Float[ArrayLike, " 3"]
     radius: Float[ArrayLike, ""]
     chin: Float[ArrayLike, ""]
+    light: Light | None = None
 
 
 class Motion(NamedTuple):
@@ -73,7 +77,8 @@ class Motion(NamedTuple):
 
     Attributes:
       box: x0, y0, x1, y1.
-      residual: displacement beyond that of the surroundings, pixels.
+      residual: displacement beyond that of the surroundings, pixels; with a light, the change of the
+        logarithm of brightness as a third channel.
       hidden: share to which the other side of the head serves better.
       mirrored: position of the same point on the other side of the head, picture pixels.
       turn, origin, rest: the similarity of the surroundings: a target point x is at turn (x - origin) + rest
@@ -82,7 +87,7 @@ class Motion(NamedTuple):
     """
 
     box: Float[Array, " 4"]
-    residual: Float[Array, "s s 2"]
+    residual: Float[Array, "s s _"]
     hidden: Float[Array, "s s"]
     mirrored: Float[Array, "s s 2"]
     turn: Float[Array, "2 2"]
@@ -187,6 +192,9 @@ def head_motion(
     attributes = jnp.concatenate(
         [there[rig.mirror], seen[rig.mirror, None], rig.face[:, None], rig.lips[:, None]], axis=-1
     )
+    if rig.light is not None:
+        change = change_of_light(rig.light, vertex_normals(points, faces))
+        attributes = jnp.concatenate([attributes, change[:, None]], axis=-1)
     mirrored = interpolate(fragments, faces, attributes)
     skin = flow.coverage * mirrored[..., 3]
 
@@ -202,7 +210,8 @@ def head_motion(
     weight = skin * jnp.maximum(flow.visibility, mirrored[..., 4])
     edge = 1 - jnp.max(jnp.abs(grid - origin), -1) / half
     weight = weight * jnp.clip(8 * edge, 0.0, 1.0)
-    residual = push_pull(flow.position - grid - around, weight)
+    residual = flow.position - grid - around
+    residual = push_pull(jnp.concatenate([residual, mirrored[..., 5:]], axis=-1), weight)
     residual = residual * jnp.clip(8 * edge, 0.0, 1.0)[..., None]
     # What the target shows better than the portrait did, and the other side of the portrait too.
     turned = jnp.clip(flow.facing[..., 1] / 0.3, 0.0, 1.0) - jnp.clip(flow.facing[..., 0] / 0.3, 0.0, 1.0)
@@ -257,14 +266,31 @@ def surroundings(motion: Motion, rig: Rig, position: Float[Array, "*b 2"]) -> Fl
     return shift * (1 - t * t * (3 - 2 * t))[..., None]
 
 
+class Source(NamedTuple):
+    """Where pixels come from.
+
+    Attributes:
+      place: picture pixels.
+      hidden: share to which the other side of the head serves better.
+      mirrored: position there, picture pixels.
+      light: factor of the brightness, (*b 1), or nothing where light does not change, (*b 0).
+    """
+
+    place: Float[Array, "*b 2"]
+    hidden: Float[Array, "*b"]
+    mirrored: Float[Array, "*b 2"]
+    light: Float[Array, "*b _"]
+
+
 def source_positions(
     motion: Motion, rig: Rig, position: Float[Array, "*b 2"], extent: tuple[int, int]
-) -> tuple[Float[Array, "*b 2"], Float[Array, "*b"], Float[Array, "*b 2"]]:
-    """Where the pixels at `position` come from: place, share of the mirrored place, mirrored place."""
-    grid = jnp.concatenate([motion.residual, motion.hidden[..., None], motion.mirrored], axis=-1)
+) -> Source:
+    """Where the pixels at `position` come from."""
+    grid = jnp.concatenate([motion.hidden[..., None], motion.mirrored, motion.residual], axis=-1)
     values = sample_grid(grid, motion.box, position)
-    shift = surroundings(motion, rig, position) + values[..., :2]
-    return position + keep_border(position, shift, extent), values[..., 2], values[..., 3:]
+    shift = surroundings(motion, rig, position) + values[..., 3:5]
+    place = position + keep_border(position, shift, extent)
+    return Source(place, values[..., 0], values[..., 1:3], jnp.exp(values[..., 5:]))
 
 
 def _centre(

@@ -58,6 +58,7 @@ class GeometryPipeline:
         mode: str = "relative",
         controls: Controls | None = None,
         sliders: Mapping[str, Slider] | None = None,
+        relight: bool = False,
     ) -> Iterator[Window]:
         """The animation of `portrait` by `clip`, 16 frames at a time: memory does not grow with its length.
 
@@ -65,6 +66,7 @@ class GeometryPipeline:
           mode: "relative": the head turns from the portrait's pose by the driver's increments; "absolute": it
             takes the driver's pose.
           controls, sliders: see `loki_jax.pipeline.retarget_clip`.
+          relight: see `prepare`.
 
         Yields:
           Windows: frames (T, H, W, 3) and maps (T, 128, 128, 3); the last may be shorter.
@@ -73,7 +75,7 @@ class GeometryPipeline:
           ValueError: unknown mode, or as `apply_controls`.
         """
         target = retarget_clip(self.head, clip, portrait, mode, controls=controls, sliders=sliders)
-        render = self.prepare(portrait)
+        render = self.prepare(portrait, relight)
         camera, crop = jax.tree.map(jnp.asarray, (portrait.camera, np.asarray(portrait.crop, np.float32)))
         length = target.rot.shape[0]
 
@@ -91,10 +93,15 @@ class GeometryPipeline:
         """All frames of `windows`, with its options and errors: one for each frame of the clip, RGB."""
         return np.concatenate([window.frames for window in self.windows(portrait, clip, **options)])
 
-    def prepare(self, portrait: Portrait) -> Callable[[Coefficients], UInt8[np.ndarray, "n h w 3"]]:
+    def prepare(
+        self, portrait: Portrait, relight: bool = False
+    ) -> Callable[[Coefficients], UInt8[np.ndarray, "n h w 3"]]:
         """The portrait made ready: a function from coefficients (n, ...) of its head to frames.
 
         Each n is compiled once for each size of picture.
+
+        Args:
+          relight: the skin brightens and darkens as it turns in the portrait's light, which is fitted.
         """
         whole = _subject(portrait)
         rows, columns = _moving_part(whole)
@@ -106,6 +113,7 @@ class GeometryPipeline:
             part.camera,
             part.crop,
             part.landmarks,
+            relight,
         )
 
         def render(target: Coefficients) -> UInt8[np.ndarray, "n h w 3"]:

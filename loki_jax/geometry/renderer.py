@@ -12,11 +12,13 @@ from jaxtyping import Array, Float, UInt8
 
 from loki_jax.face.asset import HeadAsset
 from loki_jax.face.camera import camera_from_world, project
+from loki_jax.face.normals import vertex_normals
 from loki_jax.face.skinning import Identity, landmark_positions, make_identity, world_vertices
 from loki_jax.face.types import Camera, Coefficients
 from loki_jax.fitting.points import LANDMARK_SET
 from loki_jax.geometry.align import Alignment, align, aligned_identity, no_alignment
 from loki_jax.geometry.eyes import IRIS_CENTRES, LASHES, Eye, lash_share, make_eye, paint_eye
+from loki_jax.geometry.light import fit_light
 from loki_jax.geometry.motion import (
     Motion,
     Rig,
@@ -75,6 +77,7 @@ def make_scene(
     camera: Camera,
     crop: Float[np.ndarray, " 4"],
     seen: Float[np.ndarray, "478 _"] | None,
+    relight: bool = False,
 ) -> tuple[Scene, Layout]:
     """A portrait made ready, and the sizes of its frames.
 
@@ -83,6 +86,7 @@ def make_scene(
       coefficients: of the portrait, without leading axes.
       camera, crop: of the picture; the head's box in its pixels.
       seen: landmarks in the picture, pixels; None: those of the head.
+      relight: the skin brightens and darkens as it turns in the portrait's light.
     """
     as_arrays = functools.partial(jax.tree.map, lambda x: jnp.asarray(x, jnp.float32))
     coefficients, camera = as_arrays(coefficients), as_arrays(camera)
@@ -105,10 +109,16 @@ def make_scene(
     eyes = [make_eye(picture, marks, seen, side, eye_patch) for side in (0, 1)]
     white = np.mean([_white(picture, marks, eye) for eye in eyes], axis=0)
     rig = make_rig(head, aligned, coefficients, camera, crop)
-    skull = np.asarray(skull_pose(rig, camera_from_world(world, camera)))
+    points = camera_from_world(world, camera)
+    if relight:
+        normals = np.asarray(vertex_normals(points, rig.faces))
+        skin = (np.asarray(rig.view.facing) > 0.3) & (np.asarray(rig.face) > 0.5)
+        pixels = np.asarray(project(points, camera))
+        rig = rig._replace(light=fit_light(picture, pixels, normals, skin, float(rig.radius)))
+    skull = np.asarray(skull_pose(rig, points))
     mouth = make_mouth(picture, camera, skull, neutral, marks, np.asarray(places[_CHIN]), white, mouth_patch)
-    skin = make_texture(_without_openings(picture, marks, float(mouth.margin)))
-    scene = Scene(identity, alignment, rig, coefficients, camera, skin, (eyes[0], eyes[1]), mouth)
+    texture = make_texture(_without_openings(picture, marks, float(mouth.margin)))
+    scene = Scene(identity, alignment, rig, coefficients, camera, texture, (eyes[0], eyes[1]), mouth)
     radius = float(rig.radius)
     grid = 256 if radius < 90 else 384 if radius < 250 else 512
     layout = Layout((limit[1], limit[0]), grid, eye_patch, mouth_patch)
@@ -213,12 +223,12 @@ def _draw_frames(scene: Scene, poses: Pose, layout: Layout) -> UInt8[Array, "n h
     width, height = layout.extent
 
     def draw(pose: Pose) -> UInt8[Array, "h w 3"]:
-        place, hidden, mirrored = source_positions(
-            pose.motion, scene.rig, region_positions(height, width), layout.extent
-        )
-        image = sample(scene.skin, place, shrinkage(place))
-        other = sample(scene.skin, mirrored)
-        image = image + hidden[..., None] * (other - image)
+        source = source_positions(pose.motion, scene.rig, region_positions(height, width), layout.extent)
+        image = sample(scene.skin, source.place, shrinkage(source.place))
+        other = sample(scene.skin, source.mirrored)
+        image = image + source.hidden[..., None] * (other - image)
+        if scene.rig.light is not None:
+            image = image * source.light
         lips = pose.marks[jnp.array(INNER_LIPS)]
         image = paint_mouth(image, scene.mouth, lips, pose.skull, pose.chin, scene.camera, layout.mouth)
         for eye, outline, iris in zip(scene.eyes, EYE_OUTLINES, IRIS_CENTRES, strict=True):

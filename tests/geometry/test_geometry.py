@@ -55,13 +55,12 @@ def draw(appearance):
     box = jnp.array([0.0, 0.0, SIZE, SIZE])
 
     @jax.jit
-    def frame(one):
-        return render(HEAD, identity, one, CAMERA, box, appearance, SIZE)
+    def frame(one, look):
+        return jnp.round(255 * render(HEAD, identity, one, CAMERA, box, look, SIZE)).astype(jnp.uint8)
 
-    return lambda frames: np.stack(
-        [np.asarray(jnp.round(255 * frame(jax.tree.map(lambda x, k=k: x[k], frames))).astype(jnp.uint8))
-         for k in range(len(frames.rot))]
-    )  # fmt: skip
+    return lambda frames, look=appearance: np.stack(
+        [np.asarray(frame(jax.tree.map(lambda x, k=k: x[k], frames), look)) for k in range(len(frames.rot))]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -159,6 +158,38 @@ def test_gaze_moves_the_iris(portrait, animate):
     assert change[distance < 6].mean() > 10
     far = np.min([np.hypot(columns - x, rows - y) for x, y in eyes], axis=0) > 14
     assert change[far].max() <= 2
+
+
+def test_reflections_stay_where_gaze_moves_the_iris(portrait):
+    """A lamp's reflection, painted on both irises, is left where it was."""
+    picture = portrait.picture.copy()
+    places = marks(portrait.coefficients)[[468, 473]].astype(int)
+    for x, y in places:
+        picture[y - 1 : y + 1, x - 1 : x + 1] = 255
+    scene, layout = make_scene(HEAD, picture, portrait.coefficients, CAMERA, portrait.crop, None)
+    targets = stack(*[coefficients(eyes=jnp.array([0.0, 0.3, 0.0]))] * 4)
+    frame = np.asarray(render_frames(HEAD, scene, targets, layout))[0].astype(float).mean(-1)
+    for x, y in places:
+        around = frame[y - 6 : y + 6, x - 8 : x + 8]
+        row, column = np.unravel_index(np.argmax(around), around.shape)
+        assert around.max() > 170 and abs(row - 5.5) <= 1.5 and abs(column - 7.5) <= 1.5
+
+
+def test_the_skin_is_relit_as_the_head_turns(portrait, draw, appearance):
+    """With a lamp from the side a turned head is nearer to its true render."""
+    side = np.array([0.8, 0.2, 0.56], np.float32)
+    lamp = appearance._replace(light=jnp.asarray(side), ambient=jnp.full(3, 0.35), diffuse=jnp.full(3, 0.75))
+    target = coefficients(rot=jnp.array([0.0, -0.4, 0.0]))
+    picture, truth = draw(stack(portrait.coefficients, target), lamp)
+    score = []
+    for relight in (False, True):
+        scene, layout = make_scene(HEAD, picture, portrait.coefficients, CAMERA, portrait.crop, None, relight)
+        # As many as in the other tests, so that programs are shared.
+        targets = stack(portrait.coefficients, *[target] * 3)
+        back, frame, *_ = np.asarray(render_frames(HEAD, scene, targets, layout))
+        assert float(psnr(back, picture)) >= 45
+        score.append(float(psnr(inside_head(frame, portrait.crop), inside_head(truth, portrait.crop))))
+    assert score[1] > score[0] + 0.5, score
 
 
 def test_parted_lips_show_teeth_before_the_dark(portrait, animate):
