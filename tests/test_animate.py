@@ -273,7 +273,7 @@ def test_sliders_alone_make_a_picture_or_a_video(folder, clips):
         (["--set", "smyle=1"], "no slider 'smyle'"),
         (["--set", "smile"], "write NAME=NUMBER"),
         (["--sliders", "{folder}/none.json"], "none.json: not a readable JSON"),
-        (["--audio", "{folder}/none.wav"], "none.wav: no such audio file"),
+        (["--audio", "{folder}/none.wav"], "none.wav: no such video or audio file"),
         (["--audio", "{folder}/text.wav"], "text.wav: not a readable file of sound"),
         (["--audio", "{folder}/mute.mp4"], "mute.mp4: has no sound"),
         (["--audio", "{folder}/text.wav", "--no-audio"], "contradict"),

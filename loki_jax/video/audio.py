@@ -28,7 +28,7 @@ def has_audio(path: Path) -> bool:
     Raises:
       MediaError: no such file, empty, or neither.
     """
-    check_file(path, "audio")
+    check_file(path, "video or audio")
     try:
         with av.open(str(path)) as container:
             return len(container.streams.audio) > 0
