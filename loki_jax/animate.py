@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from loki_jax.face.controls import Controls
+from loki_jax.face.control_options import Controls
 
 if TYPE_CHECKING:
     from loki_jax.face.controls import Slider

@@ -5,14 +5,13 @@ Pure functions on the host, since a clip has a few numbers a frame. Rotations ar
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import json
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float
@@ -21,6 +20,7 @@ from scipy.spatial.transform import Rotation
 from loki_jax.arrays import ArrayLike
 from loki_jax.face.asset import HeadAsset
 from loki_jax.face.builtin import builtin_head
+from loki_jax.face.control_options import REGIONS, ControlError, Controls
 from loki_jax.face.temporal import smooth_motion
 from loki_jax.face.types import Camera, Coefficients
 
@@ -33,64 +33,6 @@ GAZE_LIMITS = (35.0, 25.0)  # how far eyes turn towards the camera: to the side,
 _ALIASES = {"smile": "mouthSmile", "frown": "mouthFrown", "blink": "eyeBlink", "pucker": "mouthPucker"}
 _LANDMARKS = "mediapipe478"
 _FIT_ERROR = 0.001  # metres by which a fitted slider may miss a landmark, against one tenth of a sigma
-
-
-class ControlError(ValueError):
-    """A control or slider cannot be used; the message names it and the remedy."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Controls:
-    """Changes of a motion. Scales lead from the portrait's own value (0) to the driver's (1) and beyond."""
-
-    expression: float = 1.0
-    """scale of brows, cheeks, nose and lips: 0 the portrait's own, 1 the driver's, more exaggerates"""
-    jaw: float = 1.0
-    """scale of the jaw"""
-    lids: float = 1.0
-    """scale of the lids of both eyes"""
-    left_lids: float = 1.0
-    """further scale of the lids of the person's left eye"""
-    right_lids: float = 1.0
-    """further scale of the lids of the person's right eye"""
-    gaze: float | Literal["camera"] = 1.0
-    """scale of the gaze; "camera": the eyes look into the lens whatever the head does"""
-    pose: float = 1.0
-    """scale of the head's rotation and translation"""
-    yaw: float = 0.0
-    """degrees by which the face is turned to the person's left, the right of the picture"""
-    pitch: float = 0.0
-    """degrees by which the face is turned up"""
-    roll: float = 0.0
-    """degrees by which the head is tilted clockwise in the picture"""
-    region: Literal["all", "lips", "eyes", "pose", "expression"] = "all"
-    """what alone follows the driver: lips with the jaw, eyes with their lids, pose, or all but the pose"""
-    smooth: float = 0.0
-    """One Euro smoothing, milliseconds of lag for slow motion; fast motion lags less; 0: none"""
-    ease: float = 0.4
-    """seconds in which the motion returns to the driver's after a cut or a lost face"""
-
-    def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.name == "region" or (field.name == "gaze" and value == "camera"):
-                continue
-            if not isinstance(value, int | float) or not math.isfinite(value):
-                raise ControlError(f"{field.name} is {value!r}, expected a finite number")
-            if value < 0 and field.name not in ("yaw", "pitch", "roll"):
-                raise ControlError(f"{field.name} is {value}, expected 0 or more")
-        if self.region not in _REGIONS:
-            raise ControlError(f"region is {self.region!r}, expected one of {', '.join(_REGIONS)}")
-
-
-# What follows the driver in each region.
-_REGIONS = {
-    "all": {"expression", "mouth", "jaw", "lids", "gaze", "pose"},
-    "lips": {"mouth", "jaw"},
-    "eyes": {"lids", "gaze"},
-    "pose": {"pose"},
-    "expression": {"expression", "mouth", "jaw", "lids", "gaze"},
-}
 
 
 def apply_controls(
@@ -151,8 +93,8 @@ def _mixed(own: ArrayLike, driver: ArrayLike, scale: float | np.ndarray) -> np.n
 
 
 def _scaled(head: HeadAsset, moved: Coefficients, own: Coefficients, controls: Controls) -> Coefficients:
-    follows = _REGIONS[controls.region]
-    share = {part: float(part in follows) for part in _REGIONS["all"]}
+    follows = REGIONS[controls.region]
+    share = {part: float(part in follows) for part in REGIONS["all"]}
     scale = {
         "expression": controls.expression * share["expression"],
         "mouth": controls.expression * share["mouth"],
