@@ -13,8 +13,6 @@ from data_prep.dataset.workers import WorkerError
 
 Options = TypeVar("Options")
 
-_INTERRUPTED = 130  # what shells report after Ctrl-C
-
 # A number such as 25, 7.5 or 30000/1001 on the command line.
 Ratio = Annotated[
     Fraction,
@@ -48,11 +46,7 @@ def run(work: Callable[[Options], object], options: Options, kept: str = "") -> 
     from loki_jax.program import run_program
 
     try:
-        return run_program(work, options)
+        return run_program(work, options, kept)
     except (WorkerError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        rest = f"; {kept}. Run the same command again to go on." if kept else ""
-        print(f"\nstopped{rest}", file=sys.stderr)
-        return _INTERRUPTED

@@ -2,9 +2,10 @@
 
 The reference and the driver are files, to which a head is fitted by landmarks, or clips of a dataset,
 DATASET_FOLDER:CLIP_ID, whose coefficients are stored (the reference is then the first frame). The driver
-can have any length. Without a checkpoint the picture is moved by the fitted head, which needs no training;
-a trained model draws every frame anew. Beside OUT.mp4 a panel OUT_panel.mp4 shows reference, driver, driver
-map and result. Both videos keep the driver's frame rate and audio and are tagged as synthetic.
+is a video of any length, a picture, a folder of pictures, or a motion file of loki_jax.motion. Without a
+driver the sliders alone move the portrait. Without a checkpoint the picture is moved by the fitted head,
+which needs no training; a trained model draws every frame anew. The suffix of --out decides what is written;
+it has the driver's frame rate and audio and is tagged as synthetic. docs/animate.md explains all options.
 """
 
 from __future__ import annotations
@@ -12,25 +13,34 @@ from __future__ import annotations
 import dataclasses
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from loki_jax.face.control_options import Controls
+
 if TYPE_CHECKING:
+    from loki_jax.face.controls import Slider
+    from loki_jax.fitting.landmarker import Landmarker
     from loki_jax.geometry.pipeline import GeometryPipeline
-    from loki_jax.pipeline import LokiPipeline
+    from loki_jax.pipeline import LokiPipeline, Window
+    from loki_jax.sources import DrivingClip, Portrait
 
 
 @dataclasses.dataclass(frozen=True)
 class AnimateOptions:
     reference: str
     """image file, or DATASET_FOLDER:CLIP_ID"""
-    driver: str
-    """video file, or DATASET_FOLDER:CLIP_ID"""
     out: Path
-    """video to write, .mp4"""
+    """output: .mp4 (or .mov, .mkv), .webm, .gif, frame_%05d.png, a folder of PNG, .png of one frame"""
+    driver: tuple[str, ...] = ()
+    """video, picture, folder of pictures, motion file (.npz), or DATASET_FOLDER:CLIP_ID; several with several
+    faces"""
+    pose_driver: str | None = None
+    """another driver, for the pose of the head alone"""
     checkpoint: str = "geometry"
     """"geometry", the renderer that needs no training; or a model: workdir of loki_jax.train, .safetensors
     file, or "demo", the shipped one"""
@@ -53,14 +63,29 @@ class AnimateOptions:
     (default: the config's, or relative)"""
     relight: bool = False
     """geometry renderer: the skin brightens and darkens as it turns in the portrait's light"""
-    audio: bool = True
-    """keep the driver's audio"""
+    neutral: int | None = None
+    """frame of the driver, from 0, at which the portrait has its own pose in relative mode (default: the one
+    nearest to rest)"""
+    controls: Annotated[Controls, tyro.conf.arg(name="")] = Controls()
+    settings: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(name="set")] = ()
+    """slider as NAME=NUMBER, such as smile=0.5 or yaw=10; repeat it for several"""
+    sliders: Path | None = None
+    """JSON file of sliders: numbers, or keyframes [[seconds, value], ...]"""
+    fps: str | None = None
+    """frames a second, such as 25 or 30000/1001 (default: the driver's; of pictures 25)"""
+    audio: Path | None = None
+    """file whose sound is taken instead of the driver's"""
+    no_audio: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """write no sound"""
+    panel: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """write OUT_panel beside OUT: reference, driver, driver map and result"""
     landmarker: Path | None = None
     """MediaPipe's face_landmarker.task, for lids and mouths that say more"""
-    face: int | None = None
-    """which face of the reference, 0 the largest (default: the only or by far the largest)"""
-    driver_face: int | None = None
-    """which face of the driver, 0 the largest (default: the largest)"""
+    face: tuple[str, ...] = ()
+    """which face of the reference: a number, 0 the largest; left; right; pixels X,Y; several of these; or
+    all, from left to right (default: the only or by far the largest)"""
+    driver_face: tuple[str, ...] = ()
+    """which face of the driver, likewise (default: the largest)"""
     all_shots: bool = False
     """follow the driver over cuts (default: its longest shot)"""
     allow_lost: bool = False
@@ -68,19 +93,112 @@ class AnimateOptions:
 
 
 def animate(options: AnimateOptions) -> None:
-    """Write the animation and its panel. Raises the errors of its inputs; nothing is written then."""
+    """Write the animation. Raises the errors of its inputs; nothing is written then."""
+    import contextlib
+
     import numpy as np
     from tqdm import tqdm
 
+    from loki_jax.face.controls import check_sliders, parse_sliders, read_sliders
     from loki_jax.fitting.clips import default_landmarker
     from loki_jax.pictures import panel_frames
-    from loki_jax.sources import load_driving_clip, load_portrait, split_clip_source
-    from loki_jax.video import InputWarning, VideoWriter, check_output
+    from loki_jax.video import open_output
 
     panel_path = options.out.with_name(f"{options.out.stem}_panel{options.out.suffix}")
-    for path in (options.out, panel_path):
-        check_output(path, [options.reference, options.driver, options.checkpoint])
+    _check_files(options, [options.out, panel_path] if options.panel else [options.out])
+    sliders = {} if options.sliders is None else read_sliders(options.sliders)
+    sliders |= parse_sliders(options.settings)
     pipeline, settings, description = _find_animator(options)
+    check_sliders(pipeline.head, sliders)
+    landmarker = None if options.landmarker is None else default_landmarker(options.landmarker)
+
+    portraits = _load_portraits(options, pipeline, landmarker)
+    if options.driver:
+        clips = _load_drivers(options, pipeline, landmarker, len(portraits))
+    else:
+        clips = [_still_driver(options, portraits[0], sliders)] * len(portraits)
+        settings["mode"] = "absolute"  # the portrait's own pose, exactly
+    clip = clips[0]
+    length = max(len(each.valid) for each in clips)
+    print(f"{clip.name}: {length} frames at {clip.fps} fps; {description}")
+
+    settings |= {"controls": options.controls, "sliders": sliders}
+    windows = _windows(pipeline, portraits, clips, settings)
+    sound: dict[str, Any] = {"audio_from": options.audio}
+    if options.audio is None and not options.no_audio:
+        sound = {"audio_from": clip.source, "audio_start": clip.start}
+    done = 0
+    with contextlib.ExitStack() as stack:
+        video = stack.enter_context(open_output(options.out, clip.fps, **sound))
+        panel = stack.enter_context(open_output(panel_path, clip.fps, **sound)) if options.panel else None
+        progress = stack.enter_context(tqdm(total=length, unit="frame"))
+        for frames, maps in windows:
+            for frame in frames:
+                video.write(frame)
+            if panel is not None:
+                shown = np.stack(list(clip.frames[done : done + len(frames)]))
+                columns = [portraits[0].image, shown, maps, frames]
+                for frame in panel_frames(columns, max(256, pipeline.size)):
+                    panel.write(frame)
+            done += len(frames)
+            progress.update(len(frames))
+    print(f"wrote {options.out}" + f" and {panel_path}" * options.panel)
+
+
+def _check_files(options: AnimateOptions, outputs: Sequence[Path]) -> None:
+    """Find what is wrong with names and combinations of options, before any work."""
+    from loki_jax.video import MediaError, check_frames_output, has_audio, keeps_sound
+
+    inputs = [options.reference, *options.driver, options.checkpoint]
+    inputs += [
+        str(path) for path in (options.pose_driver, options.audio, options.sliders) if path is not None
+    ]
+    for path in outputs:
+        check_frames_output(path, inputs)
+    if options.audio is not None:
+        if options.no_audio:
+            raise ValueError("--audio and --no-audio contradict each other: give one of them")
+        if not keeps_sound(options.out):
+            raise MediaError(f"{options.out}: cannot have sound. Name a video, or leave --audio out.")
+        if not has_audio(options.audio):
+            raise MediaError(f"{options.audio}: has no sound. Give another file, or leave --audio out.")
+    _frame_rate(options)
+    if not options.driver and (options.pose_driver is not None or options.neutral is not None):
+        raise ValueError("--pose-driver and --neutral need a --driver")
+    if not options.driver and options.sliders is None and not options.settings:
+        unchanged = options.controls.yaw == options.controls.pitch == options.controls.roll == 0
+        if unchanged and options.controls.gaze != "camera":
+            raise ValueError("nothing moves the portrait: give a --driver, or sliders (--set, --sliders)")
+    if len(options.face) > 1 and "all" in options.face:
+        raise ValueError("--face all already names every face: give no other")
+    if options.panel and (len(options.face) > 1 or "all" in options.face):
+        raise ValueError("--panel shows one face: leave it out, or choose one with --face")
+
+
+def _frame_rate(options: AnimateOptions) -> Fraction | None:
+    if options.fps is None:
+        return None
+    try:
+        fps = Fraction(options.fps)
+    except (ValueError, ZeroDivisionError):
+        fps = Fraction(0)
+    if not 0 < fps <= 1000:
+        raise ValueError(
+            f"--fps {options.fps}: expected a number of frames a second, such as 25 or 30000/1001"
+        )
+    return fps
+
+
+def _load_portraits(
+    options: AnimateOptions, pipeline: GeometryPipeline | LokiPipeline, landmarker: Landmarker | None
+) -> list[Portrait]:
+    """The faces to animate, from left to right where all are."""
+    from loki_jax.fitting.clips import default_landmarker
+    from loki_jax.fitting.tracking import FaceChoice, faces_of_picture
+    from loki_jax.geometry.pipeline import GeometryPipeline
+    from loki_jax.sources import load_portrait, split_clip_source
+    from loki_jax.video import InputWarning, read_image
+
     if options.checkpoint == "demo" and split_clip_source(options.reference) is None:
         warnings.warn(
             "the demo model knows rendered heads only: it shows what the program does, and makes a rendered "
@@ -88,33 +206,75 @@ def animate(options: AnimateOptions) -> None:
             InputWarning,
             stacklevel=1,
         )
-    landmarker = None if options.landmarker is None else default_landmarker(options.landmarker)
-    portrait = load_portrait(
-        options.reference, pipeline.head, pipeline.size, face=options.face, landmarker=landmarker
-    )
-    clip = load_driving_clip(
-        options.driver, pipeline.head, pipeline.size, landmarker=landmarker,
-        face=options.driver_face, all_shots=options.all_shots, allow_lost=options.allow_lost,
-    )  # fmt: skip
-    length = len(clip.frames)
-    print(f"{clip.name}: {length} frames at {clip.fps} fps; {description}")
-    audio = clip.source if options.audio else None
-    height = max(256, pipeline.size)
-    done = 0
-    with (
-        VideoWriter(options.out, clip.fps, audio_from=audio, audio_start=clip.start) as video,
-        VideoWriter(panel_path, clip.fps, audio_from=audio, audio_start=clip.start) as panel,
-        tqdm(total=length, unit="frame") as progress,
-    ):
-        for frames, maps in pipeline.windows(portrait, clip, **settings):
-            for frame in frames:
-                video.write(frame)
-            shown = np.stack(list(clip.frames[done : done + len(frames)]))
-            for frame in panel_frames([portrait.image, shown, maps, frames], height):
-                panel.write(frame)
-            done += len(frames)
-            progress.update(len(frames))
-    print(f"wrote {options.out} and {panel_path}")
+    faces: Sequence[FaceChoice | None] = options.face or [None]
+    if options.face == ("all",):
+        faces = faces_of_picture(
+            landmarker or default_landmarker(), read_image(options.reference), options.reference
+        )
+    if len(faces) > 1 and not isinstance(pipeline, GeometryPipeline):
+        raise ValueError("several faces are animated by the geometry renderer only: leave --checkpoint out")
+    return [
+        load_portrait(options.reference, pipeline.head, pipeline.size, face=face, landmarker=landmarker)
+        for face in faces
+    ]
+
+
+def _load_drivers(
+    options: AnimateOptions,
+    pipeline: GeometryPipeline | LokiPipeline,
+    landmarker: Landmarker | None,
+    count: int,
+) -> list[DrivingClip]:
+    """One driver for each of `count` faces."""
+    from loki_jax.sources import combine_drivers, load_driving_clip
+
+    def one_each(values: Sequence[Any], what: str) -> list[Any]:
+        if len(values) not in (1, count):
+            raise ValueError(f"{len(values)} {what} for {count} faces: give one, or one for each face")
+        return list(values) * count if len(values) == 1 else list(values)
+
+    chosen = one_each(options.driver, "drivers"), one_each(options.driver_face or [None], "--driver-face")
+    common: dict[str, Any] = {"landmarker": landmarker, "fps": _frame_rate(options)}
+    common |= {"all_shots": options.all_shots, "allow_lost": options.allow_lost}
+    head, size = pipeline.head, pipeline.size
+    loaded: dict[Any, DrivingClip] = {}
+    for key in zip(*chosen, strict=True):
+        if key not in loaded:
+            loaded[key] = load_driving_clip(key[0], head, size, face=key[1], **common)
+            if options.pose_driver is not None:
+                pose = load_driving_clip(options.pose_driver, head, size, **common)
+                loaded[key] = combine_drivers(loaded[key], pose)
+            loaded[key] = loaded[key].with_neutral(head, options.neutral)
+    return [loaded[key] for key in zip(*chosen, strict=True)]
+
+
+def _still_driver(options: AnimateOptions, portrait: Portrait, sliders: dict[str, Slider]) -> DrivingClip:
+    """A driver that does not move, as long as the sliders' keyframes."""
+    from loki_jax.face.controls import last_keyframe
+    from loki_jax.sources import still_clip
+
+    fps, last = _frame_rate(options) or Fraction(25), last_keyframe(sliders)
+    picture = options.out.suffix.lower() == ".png" and "%" not in options.out.name
+    if not picture and last <= 0:
+        raise ValueError(
+            f"{options.out}: sliders without keyframes make one picture. Name it .png, or give keyframes."
+        )
+    return still_clip(portrait, 1 if picture else round(Fraction(last) * fps) + 1, fps)
+
+
+def _windows(
+    pipeline: GeometryPipeline | LokiPipeline,
+    portraits: Sequence[Portrait],
+    clips: Sequence[DrivingClip],
+    settings: dict[str, Any],
+) -> Iterator[Window]:
+    from loki_jax.geometry.pipeline import GeometryPipeline
+    from loki_jax.geometry.several import animate_several
+
+    if len(portraits) == 1:
+        return pipeline.windows(portraits[0], clips[0], **settings)
+    assert isinstance(pipeline, GeometryPipeline)
+    return animate_several(pipeline, portraits, clips, **settings)
 
 
 def _find_animator(options: AnimateOptions) -> tuple[GeometryPipeline | LokiPipeline, dict[str, Any], str]:
@@ -152,7 +312,11 @@ def _find_animator(options: AnimateOptions) -> tuple[GeometryPipeline | LokiPipe
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    options = tyro.cli(AnimateOptions, prog="python -m loki_jax.animate", args=argv, description=__doc__)
+    try:
+        options = tyro.cli(AnimateOptions, prog="python -m loki_jax.animate", args=argv, description=__doc__)
+    except ValueError as error:  # of `Controls`
+        print(f"error: {error}", file=sys.stderr)
+        return 1
 
     from loki_jax.program import run_program
 

@@ -60,6 +60,9 @@ class EvaluateOptions:
     """video of the same frames as they should be, or "render\""""
     mode: Literal["relative", "absolute"] = "relative"
     """pose of --truth render"""
+    neutral: int | None = None
+    """neutral frame of the driver of --truth render, as the animation has it (default: the one nearest to
+    rest)"""
     hef_size: int = 512
     """edge of HEF's renders in pixels"""
     landmarker: Path | None = None
@@ -130,7 +133,7 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
     driver = load_driving_clip(
         options.driver, head, shape[0], landmarker=landmarker,
         face=options.driver_face, all_shots=options.all_shots, allow_lost=options.allow_lost,
-    ).at_rate(fps)  # fmt: skip
+    ).with_neutral(head, options.neutral).at_rate(fps)  # fmt: skip
 
     # ----------------------------------------------------------------------------- pose and expression
     def follow(shown: LazyFrames) -> Following:

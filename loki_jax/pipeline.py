@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -17,7 +17,9 @@ from loki_jax.diffusion.overlap import blend_windows, join_windows
 from loki_jax.diffusion.sampler import solver_steps
 from loki_jax.driver.encoding import ReferenceFrame
 from loki_jax.face.asset import HeadAsset
+from loki_jax.face.controls import Controls, Slider, apply_controls
 from loki_jax.face.retarget import fold_neck, neck_joint, retarget, size_ratio
+from loki_jax.face.temporal import bridge_interruptions
 from loki_jax.face.types import Camera, Coefficients
 from loki_jax.framing import frame_animation
 from loki_jax.networks import (
@@ -84,29 +86,49 @@ class Sampling(NamedTuple):
 
 
 def retarget_clip(
-    head: HeadAsset, driver: DrivingClip, reference: Portrait, mode: str = "relative", neck: bool = True
+    head: HeadAsset,
+    driver: DrivingClip,
+    reference: Portrait,
+    mode: str = "relative",
+    neck: bool = True,
+    controls: Controls | None = None,
+    sliders: Mapping[str, Slider] | None = None,
 ) -> Coefficients:
     """The coefficients (N, ...) with which `reference` follows `driver` (method, section 9).
 
     Args:
       neck: False for a model whose driver map leaves the neck out: in relative mode its bend becomes part of
         `rot` and `tra`.
+      controls, sliders: what a person changes (`loki_jax.face.controls`); with controls the motion is also
+        eased over cuts and lost faces. None: nothing.
+
+    Raises:
+      ValueError: unknown mode, or as `apply_controls`.
     """
-    return _retarget(
-        head, driver.coefficients, reference.coefficients, mode, driver.camera, reference.camera, neck
-    )
+    own, followed = reference.coefficients, driver.coefficients
+    if controls is not None:
+        followed = bridge_interruptions(followed, driver.valid, driver.cuts, float(driver.fps), controls.ease)
+    origin = jax.tree.map(lambda x: np.asarray(x)[driver.neutral or 0], followed)
+    moved = _retarget(head, followed, own, origin, mode, driver.camera, reference.camera)
+    if controls is not None or sliders:
+        moved = apply_controls(
+            head, moved, own, reference.camera, float(driver.fps), controls or Controls(), sliders
+        )
+    return moved if neck or mode == "absolute" else _fold(head, moved, own.betas)
 
 
 # Compiled: operation by operation it would take as long as a few frames of the animation.
-@functools.partial(jax.jit, static_argnames=("mode", "neck"))
-def _retarget(head, driver, own, mode, driver_camera, reference_camera, neck):
-    moved = retarget(
-        driver, own, mode, scale=size_ratio(head, own.betas, driver.betas[0]),
+@functools.partial(jax.jit, static_argnames=("mode",))
+def _retarget(head, driver, own, origin, mode, driver_camera, reference_camera):
+    return retarget(
+        driver, own, mode, scale=size_ratio(head, own.betas, driver.betas[0]), origin=origin,
         driver_camera=driver_camera, reference_camera=reference_camera,
     )  # fmt: skip
-    if neck or mode == "absolute":
-        return moved
-    return fold_neck(moved, neck_joint(head, own.betas))
+
+
+@jax.jit
+def _fold(head, moved, betas):
+    return fold_neck(moved, neck_joint(head, betas))
 
 
 class LokiPipeline:
@@ -188,11 +210,14 @@ class LokiPipeline:
         *,
         seed: int = 0,
         shared_noise: bool = True,
+        controls: Controls | None = None,
+        sliders: Mapping[str, Slider] | None = None,
         **options: Any,
     ) -> Iterator[Window]:
         """The animation of `portrait` by `clip`, a few frames at a time, in constant memory.
 
         Args:
+          controls, sliders: see `retarget_clip`.
           options: those of `sampling`.
           seed: of the sampler's noise.
           shared_noise: sampling starts from the same noise in all frames, which makes them flicker less than
@@ -202,7 +227,9 @@ class LokiPipeline:
           ValueError: an option is out of range.
         """
         sampling = self.sampling(**options)
-        coefficients = retarget_clip(self.head, clip, portrait, sampling.mode, self.config.driver.neck)
+        coefficients = retarget_clip(
+            self.head, clip, portrait, sampling.mode, self.config.driver.neck, controls, sliders
+        )
         portrait, coefficients = frame_animation(self.head, portrait, coefficients)
         one, coefficients = (
             stack_trees([portrait._replace(picture=None, landmarks=None)]),

@@ -1,4 +1,4 @@
-"""Inputs of an animation: portraits and driving clips, from files, arrays or clips of a dataset."""
+"""Inputs of an animation: portraits and driving clips, from files, arrays, motions or clips of a dataset."""
 
 from __future__ import annotations
 
@@ -16,9 +16,13 @@ from loki_jax.data.reader import Dataset, open_dataset
 from loki_jax.data.schema import ClipInfo, DatasetError, Frame
 from loki_jax.face.asset import HeadAsset
 from loki_jax.face.crop import crop_and_resize
+from loki_jax.face.motion_file import Motion, read_motion, without_identity
+from loki_jax.face.temporal import neutral_frame
 from loki_jax.face.types import Camera, Coefficients
 from loki_jax.fitting.clips import fit_image, fit_video
 from loki_jax.video import Frames, LazyFrames, resample_indices
+
+_NO_CUTS = np.zeros(0, np.int64)
 
 
 class Portrait(NamedTuple):
@@ -47,7 +51,8 @@ class DrivingClip(NamedTuple):
     """A driver: a clip and the head fitted to its frames.
 
     Attributes:
-      frames: the crops (S, S, 3), RGB, for display; of a file decoded when they are asked for.
+      frames: the crops (S, S, 3), RGB, for display; of a file decoded when they are asked for, of a motion
+        file black.
       coefficients: fields (N, ...).
       camera: one for all frames, of the uncropped video.
       fps: exact frame rate.
@@ -55,6 +60,9 @@ class DrivingClip(NamedTuple):
       source: video file that has the audio; None for an array or a clip of a dataset.
       name: file or clip, for messages.
       start: time of the first frame in `source`, in seconds after its first picture.
+      neutral: the frame in which the portrait has its own pose in relative mode; None: the first, as in the
+        paper.
+      cuts: first frames of other shots.
     """
 
     frames: UInt8[np.ndarray, "n s s 3"] | LazyFrames
@@ -65,6 +73,31 @@ class DrivingClip(NamedTuple):
     source: Path | None
     name: str
     start: Fraction = Fraction(0)
+    neutral: int | None = None
+    cuts: Int[np.ndarray, " c"] = _NO_CUTS
+
+    def with_neutral(self, head: HeadAsset, neutral: int | None = None) -> DrivingClip:
+        """The clip with a neutral frame; None: its own, or if it has none the one nearest to rest
+        (`loki_jax.face.temporal.neutral_frame`).
+
+        Raises:
+          ValueError: no such frame.
+        """
+        if neutral is None:
+            neutral = self.neutral
+        if neutral is None:
+            neutral = neutral_frame(head, self.coefficients, self.camera, self.valid)
+        if not 0 <= neutral < len(self.valid):
+            raise ValueError(
+                f"{self.name}: no frame {neutral} to be the neutral one: it has {len(self.valid)} frames, "
+                "counted from 0"
+            )
+        return self._replace(neutral=neutral)
+
+    def motion(self, head: HeadAsset) -> Motion:
+        """What a motion file keeps of the clip: how the head moves, not whose it is."""
+        coefficients = without_identity(head, self.coefficients, self.camera)
+        return Motion(coefficients, self.camera, self.fps, self.valid, self.cuts, self.neutral or 0)
 
     def cut(self, start: int, stop: int) -> DrivingClip:
         """Frames [start, stop) alone, without audio."""
@@ -78,7 +111,48 @@ class DrivingClip(NamedTuple):
 
     def _take(self, index: slice | Int[np.ndarray, " m"]) -> DrivingClip:
         coefficients = jax.tree.map(lambda x: x[index], self.coefficients)
-        return self._replace(frames=self.frames[index], valid=self.valid[index], coefficients=coefficients)
+        number = np.arange(len(self.valid))[index]  # they rise
+        cuts = np.searchsorted(number, self.cuts)
+        return self._replace(
+            frames=self.frames[index],
+            valid=self.valid[index],
+            coefficients=coefficients,
+            neutral=None if self.neutral is None else int(np.argmin(np.abs(number - self.neutral))),
+            cuts=np.unique(cuts[(cuts > 0) & (cuts < len(number))]),
+        )
+
+
+def combine_drivers(expression: DrivingClip, pose: DrivingClip) -> DrivingClip:
+    """A driver with the face of one clip (expression, jaw, gaze) and the head's pose of another one.
+
+    It has the frame rate, sound and pictures of `expression` and ends with the shorter one. A clip of one
+    frame, such as a picture, lasts as long as the other one.
+    """
+    pose = pose.at_rate(expression.fps)
+    lengths = [len(clip.valid) for clip in (expression, pose)]
+    length = max(lengths) if min(lengths) == 1 else min(lengths)
+    expression, pose = (
+        clip._take(np.minimum(np.arange(length), len(clip.valid) - 1)) for clip in (expression, pose)
+    )
+    face = expression.coefficients
+    return expression._replace(
+        coefficients=pose.coefficients._replace(expression=face.expression, jaw=face.jaw, eyes=face.eyes),
+        camera=pose.camera,
+        valid=expression.valid & pose.valid,
+        neutral=pose.neutral,
+        cuts=np.union1d(expression.cuts, pose.cuts).astype(np.int64),
+        name=f"{expression.name} with the pose of {pose.name}",
+    )
+
+
+def still_clip(portrait: Portrait, length: int, fps: Fraction) -> DrivingClip:
+    """A driver that is the portrait itself and does not move: what sliders alone change."""
+    coefficients = jax.tree.map(
+        lambda x: np.repeat(np.asarray(x)[None], length, axis=0), portrait.coefficients
+    )
+    frames = np.broadcast_to(portrait.image, (length, *portrait.image.shape))
+    valid = np.ones(length, bool)
+    return DrivingClip(frames, coefficients, portrait.camera, fps, valid, None, portrait.name)
 
 
 def stack_trees(trees: Sequence[PyTree]) -> PyTree:
@@ -112,7 +186,8 @@ def fit_clip(video: str | os.PathLike | Frames, head: HeadAsset, size: int, **op
     """Fit a head to the face in the longest shot of a clip, by landmarks, with one identity for all frames.
 
     Args:
-      video: video file, read at its own frame rate unless `fps` is given, or RGB frames with `fps`.
+      video: video file, read at its own frame rate unless `fps` is given; folder of pictures, or a picture
+        (`LazyFrames`); or RGB frames with `fps`.
       size: edge of the crops in pixels.
       options: `fps`, `landmarker`, `face`, `all_shots`, `allow_lost`, `focal`, `name` and others of
         `loki_jax.fitting.clips.fit_video`.
@@ -124,15 +199,17 @@ def fit_clip(video: str | os.PathLike | Frames, head: HeadAsset, size: int, **op
     fitted = fit_video(video, head, **options)
     crop = lambda frame: crop_and_resize(frame, fitted.crop, size)
     frames: np.ndarray | LazyFrames
+    source = None
     if isinstance(fitted.frames, LazyFrames):
         frames = fitted.frames.map(crop)
+        if isinstance(video, str | os.PathLike) and fitted.frames.has_audio:
+            source = Path(video)
     else:
         frames = np.stack([crop(frame) for frame in fitted.frames])
     valid = np.asarray(fitted.fit.confidence) > 0
-    source = Path(video) if isinstance(video, str | os.PathLike) else None
     return DrivingClip(
         frames, fitted.fit.coefficients, fitted.fit.camera, fitted.fps, valid, source, fitted.name,
-        fitted.start / fitted.fps,
+        fitted.start / fitted.fps, cuts=fitted.track.cuts,
     )  # fmt: skip
 
 
@@ -183,12 +260,17 @@ def load_portrait(source: str, head: HeadAsset, size: int, frame: int = 0, **opt
 
 
 def load_driving_clip(source: str, head: HeadAsset, size: int, **options: Any) -> DrivingClip:
-    """A driving clip from a video file (`fit_clip`, with its options), or DATASET_FOLDER:CLIP_ID as stored.
+    """A driving clip from a file or folder (`fit_clip`, with its options), from a motion file (.npz) of this
+    head, or DATASET_FOLDER:CLIP_ID as stored.
 
     Raises:
-      MediaError, LandmarkError, DatasetError, FitError: unreadable, no face, no such clip.
+      MediaError, LandmarkError, DatasetError, FitError, MotionError: unreadable, no face, no such clip, a
+        motion of another head.
     """
     found = split_clip_source(source)
+    if found is None and Path(source).suffix.lower() == ".npz":
+        moving = _clip_of_motion(source, read_motion(source, head), size)
+        return moving if options.get("fps") is None else moving.at_rate(options["fps"])
     if found is None:
         return fit_clip(source, head, size, **options)
     dataset, clip = find_clip(*found, head)
@@ -196,7 +278,16 @@ def load_driving_clip(source: str, head: HeadAsset, size: int, **options: Any) -
     coefficients = stack_trees([record.coefficients for record in records])
     frames = np.stack([_stored_image(record, clip, size) for record in records])
     valid = np.array([record.confidence > 0 for record in records])
-    return DrivingClip(frames, coefficients, records[0].camera, clip.fps, valid, None, clip.clip_id)
+    stored = DrivingClip(frames, coefficients, records[0].camera, clip.fps, valid, None, clip.clip_id)
+    return stored if options.get("fps") is None else stored.at_rate(options["fps"])
+
+
+def _clip_of_motion(name: str, motion: Motion, size: int) -> DrivingClip:
+    black = np.broadcast_to(np.zeros((), np.uint8), (len(motion.valid), size, size, 3))
+    return DrivingClip(
+        black, motion.coefficients, motion.camera, motion.fps, motion.valid, None, name,
+        neutral=motion.neutral, cuts=motion.cuts,
+    )  # fmt: skip
 
 
 def _stored_image(frame: Frame, clip: ClipInfo, size: int) -> UInt8[np.ndarray, "size size 3"]:

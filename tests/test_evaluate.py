@@ -98,7 +98,7 @@ def test_program_reads_a_video_back(folder, clips, pair, capsys):
     write_video(video, pair.truth, pair.driver.fps, crf=4)
     code = main(
         ["--video", str(video), "--driver", clips[1], "--reference", clips[0], "--truth", "render",
-         "--hef-size", "64", "--out", str(out)]
+         "--neutral", "0", "--hef-size", "64", "--out", str(out)]
     )  # fmt: skip
     result = json.loads((out / "metrics.json").read_text())
     assert (

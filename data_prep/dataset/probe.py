@@ -46,7 +46,7 @@ def probe_clip(path: str | os.PathLike) -> ClipFacts:
     """Read the headers and the time stamps of a clip.
 
     Raises:
-      MediaError: no such file, empty, not a video, no video track, high dynamic range, damaged.
+      MediaError: no such file, empty, not a video, no video track, damaged.
     """
     path = Path(path)
     with VideoReader(path) as reader:

@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
 from loki_jax.diffusion.loss import check_prediction
+from loki_jax.arrays import ArrayLike
 from loki_jax.diffusion.schedule import Schedule, sampling_timesteps
 
 SOLVERS = ("ddim", "dpm++")
@@ -98,7 +99,7 @@ def sample_latents(
     else:
         inputs = conditional
 
-    def predict(x: Array, timestep: Array) -> Array:
+    def predict(x: Array, timestep: ArrayLike) -> Array:
         t = jnp.broadcast_to(timestep, x.shape[:2])
         if not guided:
             return denoise(x, t, inputs).astype(jnp.float32)
@@ -161,7 +162,7 @@ def sampling_path(
 
 
 def clean_estimate(
-    x: Float[Array, "*b"], prediction: Float[Array, "*b"], alpha: Float[Array, "*#b"], kind: str
+    x: Float[Array, "*b"], prediction: Float[Array, "*b"], alpha: Float[ArrayLike, "*#b"], kind: str
 ) -> Float[Array, "*b"]:
     """Clean latents implied by an "epsilon", "v" or "x0" prediction at signal power `alpha`."""
     signal, sigma = jnp.sqrt(alpha), jnp.sqrt(1 - alpha)

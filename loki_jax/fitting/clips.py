@@ -26,7 +26,7 @@ from loki_jax.fitting.landmarker import Landmarker
 from loki_jax.fitting.model_files import fetch_models
 from loki_jax.fitting.problem import FitSettings, pad_frames
 from loki_jax.fitting.task_file import with_task_file
-from loki_jax.fitting.tracking import Track, choose_frames, cut_track, find_face
+from loki_jax.fitting.tracking import FaceChoice, Track, choose_frames, cut_track, find_face
 from loki_jax.video import Frames, LazyFrames, read_image
 
 CROP_FACTOR = 1.2
@@ -73,7 +73,7 @@ def fit_image(
     head: HeadAsset,
     *,
     landmarker: Landmarker | None = None,
-    face: int | None = None,
+    face: FaceChoice | None = None,
     focal: float | None = None,
     crop_factor: float = CROP_FACTOR,
     settings: FitSettings = DEFAULT_SETTINGS,
@@ -83,7 +83,7 @@ def fit_image(
 
     Args:
       landmarker: default `default_landmarker()`.
-      face: which face, largest first; default the only or by far the largest one.
+      face: which face (`FaceChoice`); default the only or by far the largest one.
       focal: focal length in pixels; default that of `settings.fov`.
       crop_factor: side of the crop box over the longer side of the projected head.
       name: what error messages call the image.
@@ -109,7 +109,7 @@ def fit_video(
     *,
     fps: Fraction | None = None,
     landmarker: Landmarker | None = None,
-    face: int | None = None,
+    face: FaceChoice | None = None,
     all_shots: bool = False,
     allow_lost: bool = False,
     focal: float | None = None,

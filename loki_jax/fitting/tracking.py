@@ -16,6 +16,9 @@ from loki_jax.video import Frames, InputWarning, LazyFrames
 
 _CHOOSE = "Choose one with `--face INDEX` (of animate's driver: `--driver-face INDEX`)."
 
+# A face: its number, 0 the largest; "left" or "right" in the picture; or "X,Y", the nearest to these pixels.
+FaceChoice = int | str
+
 
 class Track(NamedTuple):
     """Landmarks of one face through a clip; frames without the face have zero confidence.
@@ -38,15 +41,14 @@ class Track(NamedTuple):
 
 
 def find_face(
-    landmarker: Landmarker, frames: Frames, face: int | None = None, name: str = "clip"
+    landmarker: Landmarker, frames: Frames, face: FaceChoice | None = None, name: str = "clip"
 ) -> tuple[Frames, Track]:
     """The frames, turned where they lie or are upside down, and the landmarks of one face in them.
 
     Warns (`InputWarning`) where the frames are turned, and where one of several faces is chosen.
 
     Args:
-      face: index of the wanted face, largest first; None: the largest (of a picture: the only, or by far the
-        largest).
+      face: the wanted one (`FaceChoice`); None: the largest (of a picture: the only, or by far the largest).
       name: what messages call the frames.
 
     Raises:
@@ -111,13 +113,13 @@ def _spread(count: int, probes: int) -> Int[np.ndarray, " n"]:
 def image_landmarks(
     landmarker: Landmarker,
     image: UInt8[np.ndarray, "h w 3"],
-    face: int | None = None,
+    face: FaceChoice | None = None,
     name: str = "image",
 ) -> Track:
     """Landmarks of a portrait, as a track of one frame.
 
     Args:
-      face: index of the wanted face, largest first; None: the only, or by far the largest, face.
+      face: the wanted one (`FaceChoice`); None: the only, or by far the largest, face.
       name: what error messages call the image.
 
     Raises:
@@ -146,14 +148,14 @@ def image_landmarks(
 def clip_landmarks(
     landmarker: Landmarker,
     frames: Frames,
-    face: int | None = None,
+    face: FaceChoice | None = None,
     name: str = "clip",
     probes: int = 8,
 ) -> Track:
     """Landmarks of one face through a clip.
 
-    The face is chosen on `probes` frames spread over the clip: the largest steady one, or number
-    `face` of them. From a frame that shows it, it is followed forwards and backwards: the region of each
+    The face is chosen on `probes` frames spread over the clip: the largest steady one, or the one of them
+    that `face` names. From a frame that shows it, it is followed forwards and backwards: the region of each
     frame comes from the points of the frame before. Where it is lost it is detected again.
 
     Raises:
@@ -346,10 +348,40 @@ def _precise_points(landmarker: Landmarker, image: np.ndarray, region: Region):
     return points, confidence, score
 
 
-def _face_index(face: int | None, faces: Sequence[FaceBox], name: str) -> int:
-    if face is not None and not 0 <= face < len(faces):
+def faces_of_picture(
+    landmarker: Landmarker, image: UInt8[np.ndarray, "h w 3"], name: str = "image"
+) -> list[int]:
+    """Numbers of the faces of a picture, from left to right; without those much smaller than the largest.
+
+    Raises:
+      LandmarkError: no face.
+    """
+    faces = landmarker.detect(image)
+    if not faces:
+        raise LandmarkError(f"{name}: no face found. Use a picture with visible faces.")
+    large = [index for index, face in enumerate(faces) if face.size > 0.4 * faces[0].size]
+    return sorted(large, key=lambda index: float(faces[index].box[0]))
+
+
+def _face_index(face: FaceChoice | None, faces: Sequence[FaceBox], name: str) -> int:
+    if face is None:
+        return 0
+    centres = np.array([(found.box[:2] + found.box[2:]) / 2 for found in faces])
+    if face == "left":
+        return int(np.argmin(centres[:, 0]))
+    if face == "right":
+        return int(np.argmax(centres[:, 0]))
+    try:
+        numbers = [float(part) for part in str(face).split(",")]
+    except ValueError:
+        numbers = []
+    if len(numbers) == 2 and np.isfinite(numbers).all():
+        return int(np.argmin(np.linalg.norm(centres - numbers, axis=1)))
+    if len(numbers) != 1 or not numbers[0].is_integer():
+        raise LandmarkError(f"{name}: no face {face!r}. Give a number, left, right, or pixels X,Y.")
+    if not 0 <= numbers[0] < len(faces):
         raise LandmarkError(f"{name}: no face number {face}: {_describe(faces)}. {_CHOOSE}")
-    return face or 0
+    return int(numbers[0])
 
 
 def _describe(faces: Sequence[FaceBox]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +15,7 @@ from loki_jax.driver.encoding import preview_map
 from loki_jax.driver.map import driver_map
 from loki_jax.face.asset import HeadAsset
 from loki_jax.face.builtin import builtin_head
+from loki_jax.face.controls import Controls, Slider
 from loki_jax.face.skinning import make_identity
 from loki_jax.face.types import Camera, Coefficients
 from loki_jax.geometry.renderer import make_scene, render_frames
@@ -50,22 +51,30 @@ class GeometryPipeline:
         self._head = jax.tree.map(jnp.asarray, self.head)
 
     def windows(
-        self, portrait: Portrait, clip: DrivingClip, *, mode: str = "relative", relight: bool = False
+        self,
+        portrait: Portrait,
+        clip: DrivingClip,
+        *,
+        mode: str = "relative",
+        controls: Controls | None = None,
+        sliders: Mapping[str, Slider] | None = None,
+        relight: bool = False,
     ) -> Iterator[Window]:
         """The animation of `portrait` by `clip`, 16 frames at a time: memory does not grow with its length.
 
         Args:
           mode: "relative": the head turns from the portrait's pose by the driver's increments; "absolute": it
             takes the driver's pose.
+          controls, sliders: see `loki_jax.pipeline.retarget_clip`.
           relight: see `prepare`.
 
         Yields:
           Windows: frames (T, H, W, 3) and maps (T, 128, 128, 3); the last may be shorter.
 
         Raises:
-          ValueError: unknown mode.
+          ValueError: unknown mode, or as `apply_controls`.
         """
-        target = retarget_clip(self.head, clip, portrait, mode)
+        target = retarget_clip(self.head, clip, portrait, mode, controls=controls, sliders=sliders)
         render = self.prepare(portrait, relight)
         camera, crop = jax.tree.map(jnp.asarray, (portrait.camera, np.asarray(portrait.crop, np.float32)))
         length = target.rot.shape[0]

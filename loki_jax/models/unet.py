@@ -313,7 +313,7 @@ def keys_values(unet: UNet, params: PyTree, features: Features) -> KeysValues:
     def project(layer: str, feature: Float[Array, "b n c"]) -> tuple[Array, Array]:
         weights = params[layer]["block"]["self_attention"]
         linear = dense(feature.shape[-1], None, unet.dtype, use_bias=False)
-        k, v = (linear.apply({"params": weights[name]}, feature) for name in "kv")
-        return k, v
+        apply = lambda name: jnp.asarray(linear.apply({"params": weights[name]}, feature))
+        return apply("k"), apply("v")
 
     return tuple(project(*pair) for pair in zip(unet.transformers(), features, strict=True))

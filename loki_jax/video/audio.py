@@ -1,4 +1,4 @@
-"""The audio of a driving clip in the videos made from it."""
+"""The audio of a driving clip, or of a file of sound, in the videos made from it."""
 
 from __future__ import annotations
 
@@ -12,21 +12,45 @@ import av
 from av.audio.stream import AudioStream
 from av.filter import Graph
 
-from loki_jax.video.files import InputWarning, MediaError
+from loki_jax.video.files import InputWarning, MediaError, check_file
 from loki_jax.video.reader import first_picture_time, seconds
 
-# Audio codecs that an MP4 file may hold as they are; others are encoded again as AAC.
-_COPIED = ("aac", "mp3", "ac3", "alac")
+# Audio codecs that a file may hold as they are; others are encoded again as AAC, in WebM as Opus.
+_COPIED = {"webm": ("opus", "vorbis"), "mp4": ("aac", "mp3", "ac3", "alac")}
+_ENCODER = {"webm": "libopus", "mp4": "aac"}
 
 _AAC_RATES = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000, 64000, 88200, 96000)
+
+
+def has_audio(path: Path) -> bool:
+    """Whether a file of video or sound has a track of sound.
+
+    Raises:
+      MediaError: no such file, empty, or neither.
+    """
+    check_file(path, "video or audio")
+    try:
+        with av.open(str(path)) as container:
+            return len(container.streams.audio) > 0
+    except (av.error.FFmpegError, OSError, ValueError) as error:
+        raise MediaError(f"{path}: not a readable file of sound ({error}). Copy it again.") from error
+
+
+def _time_zero(path: Path) -> Fraction:
+    """When the first picture of a file is shown, in seconds of its clock; of sound alone its beginning."""
+    covers = av.stream.Disposition.attached_pic
+    with av.open(str(path)) as container:
+        pictures = [video for video in container.streams.video if not video.disposition & covers]
+    return first_picture_time(path) if pictures else Fraction(0)
 
 
 class AudioTrack:
     """The audio of another file, muxed into `output` in step with its video.
 
-    It is the source's default track. Time zero is `start` seconds after the first picture of the source.
-    Packets are copied where MP4 allows the codec and encoded again as AAC otherwise; gaps become silence.
-    Damage beyond the start costs the damaged sound, with a warning, and never the video.
+    It is the source's default track. Time zero is `start` seconds after the first picture of the source, or
+    after the beginning of a file of sound. Packets are copied where the output may hold the codec and encoded
+    again as AAC, or Opus in WebM, otherwise; gaps become silence. Damage beyond the start costs the damaged
+    sound, with a warning, and never the video.
 
     Raises:
       MediaError: the source has no audio track that can be read.
@@ -34,18 +58,22 @@ class AudioTrack:
 
     def __init__(self, source: Path, output: av.container.OutputContainer, start: Fraction = Fraction(0)):
         self._output, self._source = output, source
-        self._start = first_picture_time(source) + start
+        self._start = _time_zero(source) + start
+        kind = "webm" if "webm" in output.format.name else "mp4"
         try:
             self._container = av.open(str(source))
             stream = self._container.streams.best("audio")
             if not isinstance(stream, AudioStream) or stream.codec_context is None:
                 raise ValueError("its codec is unknown")
             self._stream = stream
-            if stream.codec_context.codec.canonical_name in _COPIED:
+            if stream.codec_context.codec.canonical_name in _COPIED[kind]:
                 self._out = output.add_stream_from_template(stream)
                 self._packets = self._copied()
             else:
-                self._out = output.add_stream("aac", rate=stream.rate if stream.rate in _AAC_RATES else 48000)
+                kept = kind == "mp4" and stream.rate in _AAC_RATES
+                out = output.add_stream(_ENCODER[kind], rate=stream.rate if kept else 48000)
+                assert isinstance(out, AudioStream)
+                self._out = out
                 self._out.layout = "mono" if stream.layout.nb_channels == 1 else "stereo"
                 self._packets = self._encoded()
         except (av.error.FFmpegError, OSError, ValueError) as error:
@@ -112,7 +140,7 @@ class AudioTrack:
             buffer,
             graph.add("aresample", f"{codec.sample_rate}:async=1:first_pts=0:min_hard_comp=0.02"),
             graph.add("aformat", f"sample_fmts={codec.format.name}:channel_layouts={codec.layout.name}"),
-            graph.add("asetnsamples", "n=1024:p=0"),
+            graph.add("asetnsamples", f"n={codec.frame_size or 1024}:p=0"),
             graph.add("abuffersink"),
         ]
         graph.link_nodes(*chain).configure()

@@ -1,18 +1,24 @@
-"""Frames of a video that are decoded when they are asked for: memory does not grow with its length."""
+"""Frames that are decoded when they are asked for: memory does not grow with the length of a clip.
+
+A clip is a video file, a folder of pictures, an animated picture (GIF, WebP, PNG), or one picture.
+"""
 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
-from typing import overload
+from pathlib import Path
+from typing import Protocol, overload
 
 import av
 import numpy as np
 from jaxtyping import Int, UInt8
 
 from loki_jax.video.files import MediaError
-from loki_jax.video.reader import VideoReader
+from loki_jax.video.image import AnimatedPicture, is_animated, read_image
+from loki_jax.video.reader import VideoReader, evenly
 
 # Uncropped RGB frames: an array or any sequence of them.
 Frames = Sequence[UInt8[np.ndarray, "_ _ 3"]] | UInt8[np.ndarray, "_ _ _ 3"]
@@ -21,21 +27,26 @@ Frames = Sequence[UInt8[np.ndarray, "_ _ 3"]] | UInt8[np.ndarray, "_ _ _ 3"]
 _KEPT_BYTES = 192 * 2**20
 
 
-class LazyFrames(Sequence[UInt8[np.ndarray, "H W 3"]]):
-    """Frames (H, W, 3) of a video file, by random access, as `VideoReader` gives them in order.
+PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
+PICTURE_RATE = Fraction(25)  # of pictures that are given without a rate
 
-    The file is read through once when it is opened, which finds damage before any work and the time stamp of
-    every frame. Slices and arrays of indices give other views of the same file.
+
+class LazyFrames(Sequence[UInt8[np.ndarray, "H W 3"]]):
+    """Frames (H, W, 3) of a clip, by random access; of a video as `VideoReader` gives them in order.
+
+    The files are read through once when they are opened, which finds damage before any work and the time
+    stamp of every frame. Slices and arrays of indices give other views of the same clip.
 
     Args:
-      path, fps, stop: as for `VideoReader`.
+      path: video; folder of pictures of one size, shown in the order of their names, 2 before 10; picture.
+      fps, stop: as for `VideoReader`. Pictures without a rate are shown at 25 a second.
 
     Raises:
-      MediaError: as `VideoReader`, on opening.
+      MediaError: as `VideoReader`, on opening; a folder without pictures, or pictures of several sizes.
     """
 
     def __init__(self, path: str | os.PathLike, fps: Fraction | None = None, *, stop: Fraction | None = None):
-        self._file = _File(path, fps, stop)
+        self._file = _open_clip(Path(path), fps, stop)
         self._indices = np.arange(len(self._file.stamps))
         self._change: Callable[[np.ndarray], np.ndarray] | None = None
 
@@ -43,6 +54,11 @@ class LazyFrames(Sequence[UInt8[np.ndarray, "H W 3"]]):
     def fps(self) -> Fraction:
         """Exact frame rate of the whole file's frames."""
         return self._file.fps
+
+    @property
+    def has_audio(self) -> bool:
+        """Whether the clip is a file with a track of sound."""
+        return self._file.has_audio
 
     def __len__(self) -> int:
         return len(self._indices)
@@ -72,10 +88,79 @@ class LazyFrames(Sequence[UInt8[np.ndarray, "H W 3"]]):
         return view
 
 
+class _Clip(Protocol):
+    """Random access to the frames of a clip; for the attributes see `_File`."""
+
+    fps: Fraction
+    has_audio: bool
+    stamps: list[int]
+
+    def frame(self, index: int) -> np.ndarray: ...
+
+
+def _open_clip(path: Path, fps: Fraction | None, stop: Fraction | None) -> _Clip:
+    if path.is_dir():
+        files = [p for p in path.iterdir() if p.suffix.lower() in PICTURES and not p.name.startswith(".")]
+        if not files:
+            raise MediaError(f"{path}: a folder without pictures. Give a video, or a folder of PNG or JPEG.")
+        return _Pictures(sorted(files, key=_natural), fps, stop)
+    if path.suffix.lower() not in PICTURES or not path.is_file():
+        return _File(path, fps, stop)
+    return _Animation(path, fps, stop) if is_animated(path) else _Pictures([path], fps, stop)
+
+
+def _natural(path: Path) -> list[tuple[int, str]]:
+    """A key that sorts names with numbers by the numbers."""
+    parts = re.findall(r"\d+|\D+", path.stem)
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in parts]
+
+
+class _Pictures:
+    """Picture files as the frames of a clip."""
+
+    has_audio = False
+
+    def __init__(self, files: Sequence[Path], fps: Fraction | None, stop: Fraction | None):
+        self.fps = PICTURE_RATE if fps is None else Fraction(fps)
+        self._files = files if stop is None else files[: max(1, round(stop * self.fps))]
+        self.stamps = list(range(len(self._files)))
+        self._shape: tuple[int, ...] | None = None
+        for index in self.stamps:
+            self.frame(index)
+
+    def frame(self, index: int) -> np.ndarray:
+        image = read_image(self._files[index])
+        self._shape = self._shape or image.shape
+        if image.shape != self._shape:
+            raise MediaError(
+                f"{self._files[index]}: {image.shape[1]}x{image.shape[0]} pixels, the first picture of the "
+                f"folder has {self._shape[1]}x{self._shape[0]}. Give pictures of one size."
+            )
+        return image
+
+
+class _Animation:
+    """An animated picture as a clip."""
+
+    has_audio = False
+
+    def __init__(self, path: Path, fps: Fraction | None, stop: Fraction | None):
+        self._picture = AnimatedPicture(path)
+        times, rate = self._picture.times, self._picture.rate
+        self.fps = rate if fps is None else Fraction(fps)
+        shown = [(time, index) for index, time in enumerate(times) if stop is None or time < stop]
+        self.stamps = list(evenly(shown, rate, self.fps))
+
+    def frame(self, index: int) -> np.ndarray:
+        return self._picture.frame(self.stamps[index])
+
+
 class _File:
     """Random access to the pictures of a file.
 
     Attributes:
+      fps: exact frame rate.
+      has_audio: the file has a track of sound.
       stamps: what identifies each frame's picture in decoding: its time stamp, or, where the file has none,
         its number. Repeated where a picture is shown for several frames.
     """
@@ -83,7 +168,7 @@ class _File:
     def __init__(self, path: str | os.PathLike, fps: Fraction | None, stop: Fraction | None):
         self._path = path
         with VideoReader(path, fps, stop=stop) as reader:
-            self.fps = reader.fps
+            self.fps, self.has_audio = reader.fps, reader.has_audio
             shown = [(number, picture.pts) for number, picture in reader.numbered_pictures()]
         self._timed = all(stamp is not None for _, stamp in shown)
         self.stamps = [stamp if self._timed and stamp is not None else number for number, stamp in shown]

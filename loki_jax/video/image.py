@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -27,17 +28,80 @@ def read_image(path: str | os.PathLike) -> UInt8[np.ndarray, "H W 3"]:
     try:
         with Image.open(path) as opened:
             opened.load()
-            picture = ImageOps.exif_transpose(opened)
-            if picture.mode.startswith("I") or picture.mode == "F":
-                return _deep_grey(picture)
-            if picture.has_transparency_data:
-                return over_white(np.asarray(_to_srgb(picture, "RGBA")))
-            return np.array(_to_srgb(picture, "RGB"))
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise MediaError(
-            f"{path}: not a readable picture, or truncated ({error}). "
-            "Copy it again or save it as PNG or JPEG."
-        ) from error
+            return _pixels(opened)
+    except _UNREADABLE as error:
+        raise _unreadable(path, error) from error
+
+
+_UNREADABLE = (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+
+
+def _unreadable(path: Path, error: Exception) -> MediaError:
+    return MediaError(
+        f"{path}: not a readable picture, or truncated ({error}). Copy it again or save it as PNG or JPEG."
+    )
+
+
+def _pixels(opened: Image.Image) -> UInt8[np.ndarray, "H W 3"]:
+    picture = ImageOps.exif_transpose(opened)
+    if picture.mode.startswith("I") or picture.mode == "F":
+        return _deep_grey(picture)
+    if picture.has_transparency_data:
+        return over_white(np.asarray(_to_srgb(picture, "RGBA")))
+    return np.array(_to_srgb(picture, "RGB"))
+
+
+def is_animated(path: Path) -> bool:
+    """Whether a WebP or PNG file has several frames.
+
+    Raises:
+      MediaError: it is not a picture.
+    """
+    if path.suffix.lower() not in (".webp", ".png"):
+        return False
+    check_file(path, "image")
+    try:
+        with Image.open(path) as opened:
+            return getattr(opened, "n_frames", 1) > 1
+    except _UNREADABLE as error:
+        raise _unreadable(path, error) from error
+
+
+class AnimatedPicture:
+    """The frames of an animated WebP or PNG, by random access.
+
+    Attributes:
+      times: when each is first shown, seconds.
+      rate: frames a second, of the usual one.
+
+    Raises:
+      MediaError: it is truncated.
+    """
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._opened = Image.open(path)
+        shown = []
+        for index in range(getattr(self._opened, "n_frames", 1)):
+            self.frame(index)
+            shown.append(round(self._opened.info.get("duration", 0)))
+        usual = int(np.median(shown)) or 100  # as browsers do
+        self.rate = Fraction(1000, usual)
+        shown = [duration or usual for duration in shown]
+        self.times = [Fraction(int(ms), 1000) for ms in np.cumsum([0, *shown[:-1]])]
+
+    def frame(self, index: int) -> UInt8[np.ndarray, "H W 3"]:
+        """Frame number `index`."""
+        try:
+            if index < self._opened.tell():
+                # Pillow does not go back in every PNG.
+                self._opened.close()
+                self._opened = Image.open(self._path)
+            self._opened.seek(index)
+            self._opened.load()
+            return _pixels(self._opened)
+        except (*_UNREADABLE, EOFError) as error:
+            raise _unreadable(self._path, error) from error
 
 
 def _deep_grey(picture: Image.Image) -> UInt8[np.ndarray, "H W 3"]:

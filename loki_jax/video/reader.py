@@ -1,8 +1,7 @@
 """Video files in: exact frame rates, and pictures as a person would see them.
 
 Frames are (H, W, 3) uint8 RGB: rotation flags are applied, pixels are made square, alpha is laid over white,
-wider bit depths are reduced to 8 bits. High dynamic range is refused: without tone mapping its colours would
-be wrong.
+wider bit depths are reduced to 8 bits, and high dynamic range is tone-mapped (`loki_jax.video.hdr`).
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ from av.sidedata.sidedata import SideData
 from av.video.reformatter import Colorspace
 from jaxtyping import Int, UInt8
 
+from loki_jax.video import hdr
 from loki_jax.video.files import MediaError, check_file, over_white
 
 Item = TypeVar("Item")
@@ -40,9 +40,6 @@ _MATRICES = {
     9: Colorspace.BT2020,
     10: Colorspace.BT2020,
 }
-
-# FFmpeg's AVColorTransferCharacteristic of high dynamic range.
-_HDR_TRANSFERS = {16: "PQ (HDR10, Dolby Vision)", 18: "HLG"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,22 +120,16 @@ def _to_rgb(frame: av.VideoFrame, width: int | None = None) -> UInt8[np.ndarray,
     untagged = Colorspace.ITU709 if frame.height >= 720 else Colorspace.ITU601
     matrix = _MATRICES.get(int(frame.colorspace), untagged)
     has_alpha = any(component.is_alpha for component in frame.format.components)
-    image = frame.to_ndarray(
-        format="rgba" if has_alpha else "rgb24", src_colorspace=matrix, width=width, height=frame.height
-    )
-    image = over_white(image) if has_alpha else image
+    wide = int(frame.color_trc) in (hdr.PQ, hdr.HLG)
+    kind = "rgb48le" if wide else "rgba" if has_alpha else "rgb24"
+    image = frame.to_ndarray(format=kind, src_colorspace=matrix, width=width, height=frame.height)
+    if wide:
+        image = hdr.tone_map(image, int(frame.color_trc))
+    elif has_alpha:
+        image = over_white(image)
     turns, mirrored = _quarter_turns(frame)
     image = np.rot90(image, turns)
     return np.ascontiguousarray(image[:, ::-1] if mirrored else image)
-
-
-def _refuse_hdr(path: Path, transfer: int) -> None:
-    if int(transfer) in _HDR_TRANSFERS:
-        raise MediaError(
-            f"{path}: high dynamic range, transfer {_HDR_TRANSFERS[int(transfer)]}, is not read. Convert "
-            "it to standard range first (`ffmpeg -i IN -vf zscale=t=linear:npl=100,tonemap=hable,"
-            "zscale=p=bt709:t=bt709:m=bt709,format=yuv420p OUT.mp4`)."
-        )
 
 
 def _square_width(stream: av.VideoStream) -> int | None:
@@ -149,7 +140,7 @@ def _square_width(stream: av.VideoStream) -> int | None:
     return max(1, round(stream.codec_context.width * Fraction(aspect)))
 
 
-def _evenly(frames: Iterable[tuple[Fraction | None, Item]], rate: Fraction, fps: Fraction) -> Iterator[Item]:
+def evenly(frames: Iterable[tuple[Fraction | None, Item]], rate: Fraction, fps: Fraction) -> Iterator[Item]:
     """Put frames with time stamps in seconds on the grid k / fps, each grid point its nearest frame.
 
     `rate` is that of the frames: what frames without time stamps are spaced by, and how long the last
@@ -195,7 +186,7 @@ class VideoReader:
         the end. A stop beyond the end is no error.
 
     Raises:
-      MediaError: on opening (no such file, empty, not a video, no video track, high dynamic range) or
+      MediaError: on opening (no such file, empty, not a video, no video track) or
         while iterating (damaged or truncated data).
     """
 
@@ -233,7 +224,6 @@ class VideoReader:
                     "known codec. Copy it again, or convert it (`ffmpeg -i IN -c:v libx264 OUT.mp4`)."
                 )
             self._stream.thread_type = "AUTO"
-            _refuse_hdr(self.path, self._stream.codec_context.color_trc)
             self._width = _square_width(self._stream)
             self.source_fps = _frame_rate(self._stream, self.path)
             self.fps = self.source_fps if fps is None else Fraction(fps)
@@ -321,9 +311,7 @@ class VideoReader:
         """The pictures that iteration converts, each with its number among those of the file."""
         decoded = ((time, (number, frame)) for number, (time, frame) in enumerate(self._decoded()))
         size = None
-        for index, (number, frame) in enumerate(_evenly(decoded, self.source_fps, self.fps)):
-            if index == 0:
-                _refuse_hdr(self.path, frame.color_trc)
+        for index, (number, frame) in enumerate(evenly(decoded, self.source_fps, self.fps)):
             size = size or (frame.width, frame.height)
             if size != (frame.width, frame.height):
                 raise MediaError(

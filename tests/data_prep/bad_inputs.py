@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from tests.fitting.known_face import HEIGHT, RATE, WIDTH, N, frames_showing
+from tests.video.test_hdr import pq_signal
 
 SPEECH = list(range(N))
 _ROTATION_90 = (0, 65536, 0, -65536, 0, 0, 0, 0, 1 << 30)
@@ -54,6 +55,28 @@ def video(name, indices=SPEECH, change=lambda frames: frames, **options):
         return encode(folder / name, change(np.array(frames_showing(indices))), **options)
 
     return make
+
+
+def bt2020_light(frames):
+    """Light of sRGB frames, with the primaries of BT.2020; 1 is white."""
+    values = frames / 255.0
+    light = np.where(values <= 0.04045, values / 12.92, ((values + 0.055) / 1.055) ** 2.4)
+    matrix = np.array([[0.6274, 0.3293, 0.0433], [0.0691, 0.9195, 0.0114], [0.0164, 0.0880, 0.8956]])
+    return light @ matrix.T
+
+
+def as_pq(frames):
+    """sRGB frames as PQ signals, their white at 203 candela a square metre."""
+    return np.rint(255 * pq_signal(203 * bt2020_light(frames))).astype(np.uint8)
+
+
+def as_hlg(frames):
+    """sRGB frames as HLG signals (ITU-R BT.2100), their white at three quarters, 203 candela of 1000."""
+    display = 0.203 * bt2020_light(frames)
+    luminance = np.maximum(display @ [0.2627, 0.6780, 0.0593], 1e-6)[..., None]
+    scene = display * luminance ** (1 / 1.2 - 1)
+    high = 0.17883277 * np.log(np.maximum(12 * scene, 1) - 0.28466892) + 0.55991073
+    return np.rint(255 * np.where(scene <= 1 / 12, np.sqrt(3 * scene), high)).astype(np.uint8)
 
 
 def raw(name, data):
@@ -191,7 +214,7 @@ CASES = {
     "zip called mp4": (raw("zip.mp4", b"PK\x03\x04" + bytes(200)), UNREADABLE),
     "pdf called mkv": (raw("pdf.mkv", b"%PDF-1.7\n" + bytes(300)), UNREADABLE),
     "zeros": (raw("zeros.mp4", bytes(4096)), UNREADABLE),
-    "folder called mp4": (a_folder("folder.mp4"), r"no such video file"),
+    "folder called mp4": (a_folder("folder.mp4"), r"a folder without pictures"),
     "broken link": (linked("link.mp4"), r"no such video file"),
     "audio only": (sound_only("sound.mp4"), r"no video track, only audio"),
     "audio with a cover picture": (sound_only("cover.mp4", cover=True), r"no video track, only audio"),
@@ -272,8 +295,8 @@ CASES = {
     "pixels that are not square": (
         video("wide.mp4", change=lambda f: f[:, :, ::2], sample_aspect_ratio=Fraction(2, 1)), READ,
     ),
-    "HDR10": (video("pq.mp4", color_trc=16, color_primaries=9, colorspace=9), r"high dynamic range.*PQ"),
-    "HLG": (video("hlg.mp4", color_trc=18, color_primaries=9, colorspace=9), r"high dynamic range.*HLG"),
+    "HDR10": (video("pq.mp4", change=as_pq, color_trc=16, color_primaries=9, colorspace=9), READ),
+    "HLG": (video("hlg.mp4", change=as_hlg, color_trc=18, color_primaries=9, colorspace=9), READ),
     "limited and full range": (video("range.mp4", pixels="yuvj420p"), READ),
     "with sound": (video("sound_too.mp4", audio=True), READ),
     "other suffix": (video("clip.webm", codec="libvpx-vp9", options={"deadline": "realtime"}), READ),
