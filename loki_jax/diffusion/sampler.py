@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
-from loki_jax.diffusion.loss import check_prediction
 from loki_jax.arrays import ArrayLike
+from loki_jax.diffusion.loss import check_prediction
 from loki_jax.diffusion.schedule import Schedule, sampling_timesteps
 
 SOLVERS = ("ddim", "dpm++")
