@@ -64,7 +64,7 @@ def build_networks(config: ConfigDict, head: HeadAsset) -> Networks:
         )
     schedule = make_schedule(
         rescale_zero_snr=config.diffusion.rescale_zero_snr,
-        max_beta=config.diffusion.get("max_beta", 0.99),  # models of before this key
+        max_beta=config.diffusion.max_beta,
         shift_frames=config.diffusion.shift_frames or None,
         latent_size=model_config.latent_size,
     )

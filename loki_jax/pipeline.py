@@ -183,8 +183,8 @@ class LokiPipeline:
         chosen = Sampling(
             default.steps if steps is None else steps,
             default.guidance if guidance is None else guidance,
-            default.get("pose", "relative") if mode is None else mode,  # models of before this key
-            default.get("solver", "ddim") if solver is None else solver,  # the same
+            default.pose if mode is None else mode,
+            default.solver if solver is None else solver,
             half if overlap is None else overlap,
             windows_at_once,
         )

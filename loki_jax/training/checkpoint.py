@@ -266,8 +266,8 @@ def _check_model(checkpoint: Checkpoint, source: str) -> None:
             raise ValueError("driver.neck or diffusion.clip is of another type")
         check_prediction(config.diffusion.prediction)
         networks = build_networks(config, head)
-        solver = config.sample.get("solver", "ddim")  # models of before this key
-        solver_steps(networks.schedule, solver, config.sample.steps, config.sample.spacing)
+        sample = config.sample
+        solver_steps(networks.schedule, sample.solver, sample.steps, sample.spacing)
         wanted = jax.eval_shape(lambda: random_params(networks, jax.random.key(0)))
     except Exception as error:  # a damaged config can hold anything
         raise CheckpointError(

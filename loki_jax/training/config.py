@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import runpy
 import sys
 import types
 from collections.abc import Mapping
@@ -42,9 +43,25 @@ class NonFiniteError(FloatingPointError):
 
 
 def upgrade_config(content: Mapping[str, Any]) -> dict[str, Any]:
-    """A config of any version, as a dict of today's keys; an old key that is set counts."""
+    """A config of any version, as a dict of today's keys.
+
+    An old key that is set counts. A missing one has the default of configs/common.py, which for a new key is
+    what programs did before it.
+    """
     content = {key: value for key, value in content.items() if key != "config_version"}
-    return content | {new: content.pop(old) for old, new in RENAMED.items() if old in content}
+    content |= {new: content.pop(old) for old, new in RENAMED.items() if old in content}
+    # By its path: a user's program may have another module of the name `configs`.
+    common = runpy.run_path(str(Path(loki_jax.__file__).parents[1] / "configs" / "common.py"))
+    return _with_defaults(content, common["base_config"]().to_dict())
+
+
+def _with_defaults(content: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """`content` with the keys of `defaults` that it lacks, in all sections."""
+    section = lambda key, value: isinstance(value, Mapping) and isinstance(defaults.get(key), Mapping)
+    return {
+        key: _with_defaults(value, defaults[key]) if section(key, value) else value
+        for key, value in (dict(defaults) | dict(content)).items()
+    }
 
 
 def config_to_json(config: ConfigDict) -> str:
@@ -53,25 +70,29 @@ def config_to_json(config: ConfigDict) -> str:
 
 
 def config_from_json(text: str) -> ConfigDict:
-    """The config that `config_to_json` wrote, today or in an older version."""
+    """The config that `config_to_json` wrote, today or in an older version.
+
+    Raises:
+      ValueError: no JSON, or not a whole config.
+    """
 
     def freeze(value):
         if isinstance(value, dict):
             return {key: freeze(item) for key, item in value.items()}
         return tuple(map(freeze, value)) if isinstance(value, list) else value
 
-    return ConfigDict(upgrade_config(freeze(json.loads(text))))
+    content = freeze(json.loads(text))
+    if missing := [key for key in ("model", "driver", "diffusion", "sample") if key not in content]:
+        raise ValueError(f"not the config of a run: it has no {', '.join(missing)}")
+    return ConfigDict(upgrade_config(content))
 
 
 def read_config(path: Path) -> ConfigDict:
     """The config of a `config.json`. Raises CheckpointError where it is damaged."""
     try:
-        config = config_from_json(path.read_text())
+        return config_from_json(path.read_text())
     except (ValueError, AttributeError, TypeError) as error:
         raise CheckpointError(f"{path}: damaged ({error}). Copy the workdir again.") from error
-    if missing := [key for key in ("model", "driver", "diffusion") if key not in config]:
-        raise CheckpointError(f"{path}: not the config of a run: it has no {', '.join(missing)}.")
-    return config
 
 
 def import_configs() -> Path:

@@ -139,7 +139,7 @@ def check_sampling(config: ConfigDict, schedule: Schedule) -> None:
     """Raise ValueError where the sampler would refuse the options of `config.sample`."""
     c = config.sample
     sample = lambda noise: sample_latents(
-        lambda x, *_: x, noise, schedule, conditional=(), unconditional=(), solver=c.get("solver", "ddim"),
+        lambda x, *_: x, noise, schedule, conditional=(), unconditional=(), solver=c.solver,
         steps=c.steps, guidance=c.guidance, spacing=c.spacing, prediction=config.diffusion.prediction,
     )  # fmt: skip
     try:
@@ -157,7 +157,7 @@ def animate_pairs(
     seen = portrait_keys_values(config, networks, params, head, inputs["reference"], *own)
     driver = driver_input(config, head, inputs["coefficients"], inputs["camera"], inputs["crop"], reference)
     latents, _ = sample_windows(
-        config, networks, params, seen, driver, inputs["noise"], solver=config.sample.get("solver", "ddim"),
+        config, networks, params, seen, driver, inputs["noise"], solver=config.sample.solver,
         steps=config.sample.steps, guidance=config.sample.guidance, spacing=config.sample.spacing,
     )  # fmt: skip
     return decode_latents(networks, params, latents)

@@ -151,7 +151,7 @@ def make_gradients(config: ConfigDict, networks: Networks, mesh: Mesh) -> Callab
     are summed over as many microbatches, one after another.
     """
     loss_of = make_loss(config, networks)
-    dtype = jnp.dtype(config.get("gradient_dtype", "float32"))  # snapshots of before this key
+    dtype = jnp.dtype(config.gradient_dtype)
 
     def gradients(state: TrainState, batch: Batch, head: HeadAsset):
         specs = param_specs(config, mesh, {"params": state.params, "frozen": state.frozen})

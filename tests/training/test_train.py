@@ -143,7 +143,7 @@ def test_a_model_file_must_be_whole_and_of_its_config(finished, tmp_path):
     config = checkpoint.config.copy_and_resolve_references()
     del config.sample
     save_model_file(path, checkpoint._replace(config=config))
-    with pytest.raises(CheckpointError, match="model.safetensors: its config describes no model.*sample"):
+    with pytest.raises(CheckpointError, match="model.safetensors: damaged.*it has no sample"):
         load_checkpoint(path)
 
     spoilt = jax.tree.map(lambda x: np.full_like(x, np.nan) if x.ndim == 1 else x, dict(checkpoint.params))
