@@ -42,6 +42,8 @@ EXTRAS = {
     "prep": ["opencv-python-headless>=4.10,<5", "ai-edge-litert>=2.0"],
     # A second implementation of SSIM.
     "eval": ["scikit-image>=0.25"],
+    # Content credentials (C2PA) of animations.
+    "sign": ["c2pa-python>=0.38", "cryptography>=45"],
     # Weights of other projects. 0.39 is the last diffusers with Flax models.
     "convert": ["diffusers==0.39.0", "safetensors>=0.5", "transformers>=5.0"],
     "test": [

@@ -10,6 +10,7 @@ it has the driver's frame rate and audio and is tagged as synthetic. docs/animat
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import sys
 import warnings
@@ -23,11 +24,13 @@ import tyro
 from loki_jax.face.control_options import Controls
 
 if TYPE_CHECKING:
+    from loki_jax.face.asset import HeadAsset
     from loki_jax.face.controls import Slider
     from loki_jax.fitting.landmarker import Landmarker
     from loki_jax.geometry.pipeline import GeometryPipeline
     from loki_jax.pipeline import LokiPipeline, Window
     from loki_jax.sources import DrivingClip, Portrait
+    from loki_jax.video.credentials import Credentials
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +82,12 @@ class AnimateOptions:
     """write no sound"""
     panel: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """write OUT_panel beside OUT: reference, driver, driver map and result"""
+    dump: Path | None = None
+    """new folder for motions, driver maps and scores of the result (HPF, HEF)"""
+    sign: Path | None = None
+    """private key (PEM): sign the result as generated (C2PA); needs --cert"""
+    cert: Path | None = None
+    """certificate chain (PEM) of --sign, the signer's first"""
     landmarker: Path | None = None
     """MediaPipe's face_landmarker.task, for lids and mouths that say more"""
     face: tuple[str, ...] = ()
@@ -94,18 +103,14 @@ class AnimateOptions:
 
 def animate(options: AnimateOptions) -> None:
     """Write the animation. Raises the errors of its inputs; nothing is written then."""
-    import contextlib
-
-    import numpy as np
-    from tqdm import tqdm
-
+    from loki_jax.dump import open_dump
     from loki_jax.face.controls import check_sliders, parse_sliders, read_sliders
     from loki_jax.fitting.clips import default_landmarker
-    from loki_jax.pictures import panel_frames
-    from loki_jax.video import open_output
 
     panel_path = options.out.with_name(f"{options.out.stem}_panel{options.out.suffix}")
-    _check_files(options, [options.out, panel_path] if options.panel else [options.out])
+    outputs = [options.out, panel_path] if options.panel else [options.out]
+    _check_files(options, outputs)
+    credentials = _find_credentials(options, outputs)
     sliders = {} if options.sliders is None else read_sliders(options.sliders)
     sliders |= parse_sliders(options.settings)
     pipeline, settings, description = _find_animator(options)
@@ -118,31 +123,88 @@ def animate(options: AnimateOptions) -> None:
     else:
         clips = [_still_driver(options, portraits[0], sliders)] * len(portraits)
         settings["mode"] = "absolute"  # the portrait's own pose, exactly
-    clip = clips[0]
     length = max(len(each.valid) for each in clips)
-    print(f"{clip.name}: {length} frames at {clip.fps} fps; {description}")
+    print(f"{clips[0].name}: {length} frames at {clips[0].fps} fps; {description}")
 
     settings |= {"controls": options.controls, "sliders": sliders}
     windows = _windows(pipeline, portraits, clips, settings)
+    with contextlib.ExitStack() as stack:
+        kept = None if options.dump is None else stack.enter_context(open_dump(options.dump))
+        maps = None if kept is None else kept / "maps"
+        _write_frames(options, outputs, windows, portraits[0], clips[0], length, maps, credentials)
+        if kept is not None:
+            _write_dump(options, kept, pipeline.head, portraits[0], clips[0], settings, landmarker)
+    print("wrote " + " and ".join(str(path) for path in [*outputs, options.dump] if path is not None))
+
+
+def _write_frames(
+    options: AnimateOptions,
+    outputs: Sequence[Path],
+    windows: Iterator[Window],
+    portrait: Portrait,
+    clip: DrivingClip,
+    length: int,
+    maps_folder: Path | None,
+    credentials: Credentials | None,
+) -> None:
+    """Write the animation, the panel if it is the second of `outputs`, and the driver maps if wanted."""
+    import numpy as np
+    from tqdm import tqdm
+
+    from loki_jax.pictures import panel_frames
+    from loki_jax.video import open_output
+    from loki_jax.video.credentials import COMPOSITE, COMPOSITE_TRAINED, signed
+
     sound: dict[str, Any] = {"audio_from": options.audio}
     if options.audio is None and not options.no_audio:
         sound = {"audio_from": clip.source, "audio_start": clip.start}
+    kind = COMPOSITE if options.checkpoint == "geometry" else COMPOSITE_TRAINED
     done = 0
     with contextlib.ExitStack() as stack:
-        video = stack.enter_context(open_output(options.out, clip.fps, **sound))
-        panel = stack.enter_context(open_output(panel_path, clip.fps, **sound)) if options.panel else None
+        names = [stack.enter_context(signed(path, credentials, kind)) for path in outputs]
+        video, *panel = [stack.enter_context(open_output(name, clip.fps, **sound)) for name in names]
+        kept = None if maps_folder is None else stack.enter_context(open_output(maps_folder, clip.fps))
         progress = stack.enter_context(tqdm(total=length, unit="frame"))
         for frames, maps in windows:
             for frame in frames:
                 video.write(frame)
-            if panel is not None:
+            if panel:
                 shown = np.stack(list(clip.frames[done : done + len(frames)]))
-                columns = [portraits[0].image, shown, maps, frames]
-                for frame in panel_frames(columns, max(256, pipeline.size)):
-                    panel.write(frame)
+                columns = [portrait.image, shown, maps, frames]
+                for frame in panel_frames(columns, max(256, len(portrait.image))):
+                    panel[0].write(frame)
+            if kept is not None:
+                for picture in maps:
+                    kept.write(picture)
             done += len(frames)
             progress.update(len(frames))
-    print(f"wrote {options.out}" + f" and {panel_path}" * options.panel)
+
+
+def _write_dump(
+    options: AnimateOptions,
+    folder: Path,
+    head: HeadAsset,
+    portrait: Portrait,
+    clip: DrivingClip,
+    settings: dict[str, Any],
+    landmarker: Landmarker | None,
+) -> None:
+    from loki_jax.data.schema import DatasetError
+    from loki_jax.dump import wanted_motion, write_motions, write_scores
+    from loki_jax.evaluation import known_appearance
+    from loki_jax.pipeline import retarget_clip
+    from loki_jax.sources import split_clip_source
+
+    motion = {name: settings[name] for name in ("mode", "controls", "sliders")}
+    wanted = wanted_motion(clip, portrait, retarget_clip(head, clip, portrait, **motion))
+    write_motions(folder, head, clip, wanted)
+    reading: dict[str, Any] = {"name": str(options.out), "landmarker": landmarker}
+    if options.face:
+        reading["face"] = options.face[0]
+    if split_clip_source(options.reference) is not None:
+        with contextlib.suppress(DatasetError):  # of people, not of synthetic heads
+            reading = {"known": known_appearance(options.reference, head)}
+    write_scores(folder, head, options.out, clip, wanted, **reading)
 
 
 def _check_files(options: AnimateOptions, outputs: Sequence[Path]) -> None:
@@ -150,9 +212,8 @@ def _check_files(options: AnimateOptions, outputs: Sequence[Path]) -> None:
     from loki_jax.video import MediaError, check_frames_output, has_audio, keeps_sound
 
     inputs = [options.reference, *options.driver, options.checkpoint]
-    inputs += [
-        str(path) for path in (options.pose_driver, options.audio, options.sliders) if path is not None
-    ]
+    files = (options.pose_driver, options.audio, options.sliders, options.sign, options.cert)
+    inputs += [str(path) for path in files if path is not None]
     for path in outputs:
         check_frames_output(path, inputs)
     if options.audio is not None:
@@ -171,8 +232,26 @@ def _check_files(options: AnimateOptions, outputs: Sequence[Path]) -> None:
             raise ValueError("nothing moves the portrait: give a --driver, or sliders (--set, --sliders)")
     if len(options.face) > 1 and "all" in options.face:
         raise ValueError("--face all already names every face: give no other")
-    if options.panel and (len(options.face) > 1 or "all" in options.face):
-        raise ValueError("--panel shows one face: leave it out, or choose one with --face")
+    for name in ("panel", "dump"):
+        if getattr(options, name) and (len(options.face) > 1 or "all" in options.face):
+            raise ValueError(f"--{name} is of one face: leave it out, or choose one with --face")
+    if options.dump is not None:
+        from loki_jax.dump import check_dump
+
+        check_dump(options.dump, options.out)
+
+
+def _find_credentials(options: AnimateOptions, outputs: Sequence[Path]) -> Credentials | None:
+    """Who signs; None: nobody. Raises what is wrong with key, certificates and outputs, before any work."""
+    from loki_jax.video.credentials import check_signable, read_credentials
+
+    if options.sign is None and options.cert is None:
+        return None
+    if options.sign is None or options.cert is None:
+        raise ValueError("--sign and --cert go together: give the private key and the certificate chain")
+    for path in outputs:
+        check_signable(path)
+    return read_credentials(options.sign, options.cert)
 
 
 def _frame_rate(options: AnimateOptions) -> Fraction | None:

@@ -104,18 +104,16 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
     import numpy as np
 
     from loki_jax.evaluation import (
-        LARGEST_FIT,
-        fit_animation,
         image_scores,
         known_appearance,
-        measure_following,
+        read_animation,
         rendered_frames,
     )
     from loki_jax.fitting.clips import default_landmarker
     from loki_jax.io import write_json
     from loki_jax.pictures import plot_per_frame
     from loki_jax.pipeline import retarget_clip
-    from loki_jax.sources import fit_clip, load_driving_clip
+    from loki_jax.sources import load_driving_clip
     from loki_jax.video import LazyFrames, MediaError, reencode, resample_indices
 
     if options.truth == "render" and options.reference is None:
@@ -141,20 +139,14 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
         if known is not None:
             shown = shown[: len(driver.frames)]
             try:
-                fitted = fit_animation(shown, head, *known)
+                reading = read_animation(shown, head, known)
             except ValueError as error:
                 raise MediaError(f"{options.video}: {error}.") from error
-            valid, camera = np.ones(len(shown), bool), known[0].camera
         else:
-            # What is lost counts in the track rate; a cut within a result is its fault.
-            clip = fit_clip(
-                shown, head, LARGEST_FIT, fps=fps, name=options.video, landmarker=landmarker,
-                face=options.face, all_shots=True, allow_lost=True,
-            )  # fmt: skip
-            fitted, valid, camera = clip.coefficients, clip.valid, clip.camera
-        return measure_following(
-            head, fitted, driver.coefficients, driver.camera, options.hef_size, valid, driver.valid, camera
-        )
+            reading = read_animation(
+                shown, head, fps=fps, name=options.video, face=options.face, landmarker=landmarker
+            )
+        return reading.following(head, driver, options.hef_size)
 
     following = follow(frames)
     result: dict[str, Any] = {

@@ -21,10 +21,18 @@ from loki_jax.fitting.photometric import fit_photometric, fit_photometric_clips
 from loki_jax.metrics.hef import HeadExpressionFollow, head_expression_follow
 from loki_jax.metrics.hpf import HeadPoseFollow, head_pose_follow, head_rotation
 from loki_jax.metrics.image import psnr, ssim
-from loki_jax.sources import DrivingClip, Portrait, find_clip, load_portrait, split_clip_source, stack_trees
+from loki_jax.sources import (
+    DrivingClip,
+    Portrait,
+    find_clip,
+    fit_clip,
+    load_portrait,
+    split_clip_source,
+    stack_trees,
+)
 from loki_jax.synthetic.appearance import Appearance, sample_appearance
 from loki_jax.synthetic.shading import render
-from loki_jax.video import Frames
+from loki_jax.video import Frames, LazyFrames
 
 LARGEST_FIT = 128  # pixels: photometric fits of larger frames take longer and gain nothing
 _RENDER_CHUNK = 16  # frames at a time
@@ -74,6 +82,50 @@ def measure_following(
     tracked = np.flatnonzero(np.isfinite(pose.per_frame))
     pick = lambda tree: jax.tree.map(lambda x: np.asarray(x)[tracked], tree)
     return Following(pose, head_expression_follow(head, pick(prediction), pick(target), camera, size=size))
+
+
+class Reading(NamedTuple):
+    """A head as an estimator reads it from the frames of an animation.
+
+    Attributes:
+      coefficients: fields (n, ...).
+      valid: frames whose face was found.
+      camera: of the frames.
+    """
+
+    coefficients: Coefficients
+    valid: Bool[np.ndarray, " n"]
+    camera: Camera
+
+    def following(self, head: HeadAsset, driver: DrivingClip, size: int = 512) -> Following:
+        """HPF and HEF against a driver of the same frame rate; `size`: edge of HEF's renders in pixels."""
+        return measure_following(
+            head, self.coefficients, driver.coefficients, driver.camera, size, self.valid, driver.valid,
+            self.camera,
+        )  # fmt: skip
+
+
+def read_animation(
+    frames: LazyFrames, head: HeadAsset, known: tuple[Portrait, Appearance] | None = None, **options: Any
+) -> Reading:
+    """The head in the frames of an animation.
+
+    Args:
+      known: portrait and appearance of a synthetic head (`known_appearance`), which is read by photometric
+        fitting; None: a person, read by landmarks.
+      options: of `fit_clip`, for a person.
+
+    Raises:
+      LandmarkError, FitError: no face in the frames.
+      ValueError: frames of a synthetic head that are not square.
+    """
+    if known is not None:
+        fitted = fit_animation(frames, head, *known)
+        return Reading(fitted, np.ones(len(frames), bool), known[0].camera)
+    # What is lost counts in the track rate; a cut within a result is its fault.
+    options = {"fps": frames.fps, "all_shots": True, "allow_lost": True} | options
+    clip = fit_clip(frames, head, LARGEST_FIT, **options)
+    return Reading(clip.coefficients, clip.valid, clip.camera)
 
 
 def known_appearance(source: str, head: HeadAsset) -> tuple[Portrait, Appearance]:

@@ -1,5 +1,6 @@
 """The animate program on clips of a dataset, with a tiny model of random parameters."""
 
+import json
 import os
 from fractions import Fraction
 
@@ -9,6 +10,7 @@ import pytest
 from PIL import Image
 
 from loki_jax.animate import main
+from loki_jax.evaluation import Reading
 from loki_jax.face.builtin import builtin_head
 from loki_jax.face.controls import Controls
 from loki_jax.geometry.pipeline import GeometryPipeline
@@ -280,7 +282,7 @@ def test_sliders_alone_make_a_picture_or_a_video(folder, clips):
         (["--driver", "{folder}/text.npz"], "text.npz: not a readable motion file"),
         (["--driver", "{folder}/nothing"], "nothing: a folder without pictures"),
         (["--pose-driver", "{folder}/none.mp4"], "none.mp4: no such video"),
-        (["--face", "left", "right", "--panel"], "--panel shows one face"),
+        (["--face", "left", "right", "--panel"], "--panel is of one face"),
         (["--face", "all", "0"], "--face all already names"),
         (["--driver", "{clip}", "{clip}", "{clip}"], "3 drivers for 1 faces"),
         (["--driver-face", "0", "1"], "2 --driver-face for 1 faces"),
@@ -288,6 +290,10 @@ def test_sliders_alone_make_a_picture_or_a_video(folder, clips):
         (["--out", "{folder}/bad.png"], "one file for several frames"),
         (["--out", "{folder}"], "folder with files in it"),
         (["--out", "{folder}/bad_%d.png"], "unknown pattern"),
+        (["--dump", "{folder}/shards"], "shards: exists already"),
+        (["--dump", "{folder}/none/dump"], "does not exist"),
+        (["--dump", "{folder}/dump_2", "--out", "{folder}/bad_%03d.png"], "--dump reads the result back"),
+        (["--dump", "{folder}/dump_2", "--face", "left", "right"], "--dump is of one face"),
     ],
 )
 def test_bad_options_are_one_clear_error(folder, clips, options, message, capsys):
@@ -317,6 +323,52 @@ def test_controls_out_of_range_and_nothing_to_do_are_said(folder, clips, capsys)
     assert capsys.readouterr().err == "error: pose is -1.0, expected 0 or more\n"
 
 
+def test_a_dump_has_motions_maps_and_scores(folder, clips, monkeypatch):
+    head, out, dump = builtin_head(), folder / "dumped.mp4", folder / "dump"
+    portrait = load_portrait(clips[0], head, 64)
+    clip = load_driving_clip(clips[1], head, 64).with_neutral(head)
+    moved = retarget_clip(head, clip, portrait, controls=Controls(pose=0.5))
+
+    def read(frames, _, known):
+        """What a perfect estimator would find; tests/test_evaluate.py is about the real one."""
+        assert len(frames) == FRAMES and known[0].name == portrait.name
+        return Reading(moved, np.ones(FRAMES, bool), portrait.camera)
+
+    monkeypatch.setattr("loki_jax.dump.read_animation", read)
+    assert animate(clips[0], out, "--driver", clips[1], "--dump", dump, "--pose", 0.5) == 0
+    driver, wanted = (load_driving_clip(str(dump / f"{name}.npz"), head, 64) for name in ("driver", "wanted"))
+    np.testing.assert_allclose(driver.coefficients.rot, clip.coefficients.rot)
+    np.testing.assert_allclose(wanted.coefficients.rot, moved.rot, atol=1e-6)
+    maps = LazyFrames(dump / "maps")
+    assert len(maps) == FRAMES and maps[0].shape == (128, 128, 3) and maps[0].std() > 10
+    scores = json.loads((dump / "scores.json").read_text())
+    assert scores["wanted"]["hpf"] < 0.01 and scores["wanted"]["hef"] < 1e-3
+    assert scores["driver"]["hpf"] > 1  # half of its turn was asked for
+    assert sorted(path.name for path in dump.iterdir()) == ["driver.npz", "maps", "scores.json", "wanted.npz"]
+
+
+def test_a_signed_result_carries_its_credentials(folder, clips, capsys):
+    c2pa = pytest.importorskip("c2pa", reason="needs the sign extra (c2pa-python)")
+    pytest.importorskip("cryptography", reason="needs the sign extra (cryptography)")
+    from tests.video.certificates import write_certificates
+
+    key, chain, _ = write_certificates(folder)
+    out = folder / "signed.png"
+    assert animate(clips[0], out, "--set", "smile=0", "--sign", key, "--cert", chain) == 0
+    assert is_tagged_synthetic(out)
+    with c2pa.Reader(out) as reader:
+        assert reader.get_validation_state() == "Valid" and "compositeSynthetic" in reader.json()
+    for options, message in [
+        (("--sign", key), "--sign and --cert go together"),
+        (("--sign", folder / "none.pem", "--cert", chain), "none.pem: not a readable private key"),
+    ]:
+        assert animate(clips[0], folder / "bad.png", "--set", "smile=0", *options) == 1
+        assert message in capsys.readouterr().err
+    options = ("--driver", clips[1], "--sign", key, "--cert", chain)
+    assert animate(clips[0], folder / "bad.webm", *options) == 1
+    assert "bad.webm: cannot be signed" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit])
 def test_an_interrupted_run_leaves_no_file(folder, clips, monkeypatch, stop):
     def windows(*_, **__):
@@ -326,9 +378,10 @@ def test_an_interrupted_run_leaves_no_file(folder, clips, monkeypatch, stop):
     monkeypatch.setattr(GeometryPipeline, "windows", windows)
     before = sorted(folder.iterdir())
     for name in ("cut.mp4", "cut.webm", "cut.gif", "cut_%03d.png", "cut"):
+        options = ["--driver", clips[1]] + ["--dump", folder / "cut_dump"] * ("%" not in name)
         if stop is KeyboardInterrupt:
-            assert animate(clips[0], folder / name, "--driver", clips[1]) == 130
+            assert animate(clips[0], folder / name, *options) == 130
         else:
             with pytest.raises(SystemExit):
-                animate(clips[0], folder / name, "--driver", clips[1])
+                animate(clips[0], folder / name, *options)
         assert sorted(folder.iterdir()) == before

@@ -138,7 +138,7 @@ def test_tests_install_the_pinned_torch_first(clone):
     assert launch(clone, "test.sh", "--setup").returncode == 0
     first, second = pip_calls(clone)
     assert first.endswith("torch==2.13.0") and "index" not in first
-    assert second.endswith("[prep,eval,test]")
+    assert second.endswith("[prep,eval,sign,test]")
     done = launch(clone, "test.sh", "tests/head", "-k", "a b")
     assert done.stdout.startswith(f"ran {clone} pytest") and done.stdout.rstrip().endswith(
         "tests/head -k a b"
@@ -200,7 +200,7 @@ def constraints(file):
 @pytest.mark.parametrize("file", PINS)
 def test_every_requirement_is_pinned_and_the_pin_is_allowed(file):
     arguments, pins = setup_arguments(), constraints(file)
-    assert set(arguments["extras_require"]) == {"prep", "eval", "convert", "test", "cuda", "tpu"}
+    assert set(arguments["extras_require"]) == {"prep", "eval", "sign", "convert", "test", "cuda", "tpu"}
     groups = {"core": arguments["install_requires"], **arguments["extras_require"]}
     for group, lines in groups.items():
         for line in lines:
@@ -222,7 +222,7 @@ def test_imports_are_declared():
     distributions = {
         "PIL": "pillow", "absl": "absl-py", "cv2": "opencv-python-headless", "skimage": "scikit-image",
         "ai_edge_litert": "ai-edge-litert", "orbax": "orbax-checkpoint", "tensorboardX": "tensorboardx",
-        "jaxlib": "jax",
+        "jaxlib": "jax", "c2pa": "c2pa-python",
     }  # fmt: skip
     own = {"loki_jax", "data_prep", "configs"}
     standard = set(sys.stdlib_module_names)
@@ -296,7 +296,7 @@ LEVELS = (
     ("loki_jax.fitting", "loki_jax.networks", "loki_jax.metrics"),
     ("loki_jax.sources", "loki_jax.training", "loki_jax.program"),
     ("loki_jax.framing", "loki_jax.pipeline", "loki_jax.evaluation", "loki_jax.planning", "loki_jax.weights"),
-    ("loki_jax.geometry",),
+    ("loki_jax.geometry", "loki_jax.dump"),
 )
 
 
