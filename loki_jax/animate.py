@@ -34,6 +34,13 @@ if TYPE_CHECKING:
     from loki_jax.video.credentials import Credentials
 
 
+# Options that the geometry renderer does not have.
+_OF_MODELS = (
+    "steps", "solver", "overlap", "guidance", "guidance_source", "guidance_motion", "guidance_history",
+    "guided_steps",
+)  # fmt: skip
+
+
 @dataclasses.dataclass(frozen=True)
 class AnimateOptions:
     reference: str
@@ -372,14 +379,11 @@ def _find_animator(options: AnimateOptions) -> tuple[GeometryPipeline | LokiPipe
     from loki_jax.geometry.pipeline import GeometryPipeline
     from loki_jax.pipeline import LokiPipeline
 
-    nested = (options.guidance_source, options.guidance_motion, options.guidance_history)
     if options.checkpoint == "geometry":
-        given = (options.steps, options.guidance, options.solver, options.overlap, options.guided_steps)
-        if any(x is not None for x in (*given, *nested)):
-            raise ValueError(
-                "--steps, --solver, --overlap, --guided-steps, --guidance and those beginning with it are "
-                "options of trained models: name one with --checkpoint"
-            )
+        given = [name for name in _OF_MODELS if getattr(options, name) is not None]
+        if given:
+            named = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+            raise ValueError(f"only trained models have {named}: name one with --checkpoint")
         mode = options.mode or "relative"
         head = None if options.head is None else load_head(options.head)
         settings = {"mode": mode, "relight": options.relight}
@@ -387,6 +391,7 @@ def _find_animator(options: AnimateOptions) -> tuple[GeometryPipeline | LokiPipe
     if options.head is not None or options.relight:
         raise ValueError("--head and --relight are options of the geometry renderer")
     model = LokiPipeline.from_checkpoint(options.checkpoint)
+    nested = (options.guidance_source, options.guidance_motion, options.guidance_history)
     guidance: Guidance | None = options.guidance
     if any(x is not None for x in nested):
         if guidance is not None:
