@@ -35,6 +35,12 @@ def base_config() -> ConfigDict:
     c.driver.arm = "full"  # an entry of ARMS in loki_jax/driver/registry.py
     c.driver.neck = True  # False: the fitted neck rotation never reaches the driver map
 
+    # The last frames of the window before, clean and in front of the window: they are seen, not predicted
+    # (docs/svp.md). `frames` of them; 0: windows know nothing of each other.
+    c.history = ConfigDict(dict(frames=0, noise=0.1, real_share=0.2, dropout=0.1))
+    # In training the latents of the history get Gaussian noise, of a standard deviation up to `noise`; they
+    # are zero until the last `real_share` of the steps, and from then on for a share `dropout` of windows.
+
     c.model = ConfigDict()
     c.model.dtype = "bfloat16"  # of activations; parameters, norms, softmax and loss are float32
     c.model.attention_backend = "auto"  # auto | xla | chunked | cudnn (GPU) | splash (TPU)

@@ -196,12 +196,21 @@ def encode_condition(networks: Networks, params: PyTree, driver: Driver) -> Floa
     return _apply(networks.loki, _loki_params(params), "encode_condition", driver)
 
 
-def denoise(networks: Networks, params: PyTree, x, timesteps, condition, features):
-    """`Loki.denoise`; cross-attention, where the generation UNet keeps it, sees the null prompt."""
+def denoise(networks: Networks, params: PyTree, x, timesteps, condition, features, history=None):
+    """`Loki.denoise` of a window; cross-attention, where the generation UNet keeps it, sees the null prompt.
+
+    Args:
+      history: clean latents (B,k,h,w,c) of the frames before the window, None for none. They stand in front
+        of the window at timestep 0; `condition` has k + T frames then, and the prediction T.
+    """
+    if history is not None:
+        x = jnp.concatenate([history, x], axis=1)
+        timesteps = jnp.pad(timesteps, ((0, 0), (history.shape[1], 0)))
     has_context = networks.loki.generation.unet.context_dim is not None
     context = _null_prompt(params, x.shape[0]) if has_context else None
     inputs = x, timesteps, condition, features, context
-    return _apply(networks.loki, _loki_params(params), "denoise", *inputs)
+    out = _apply(networks.loki, _loki_params(params), "denoise", *inputs)
+    return out if history is None else out[:, history.shape[1] :]
 
 
 def _null_prompt(params: PyTree, batch: int) -> Float[Array, "b l e"]:
@@ -239,25 +248,33 @@ def sample_windows(
     spacing: str,
     blend: Blend | None = None,
     blended: PyTree = None,
+    history: Float[Array, "b k h w c"] | None = None,
 ) -> tuple[Float[Array, "b t h w c"], PyTree]:
     """Latents of windows that animate references, given by `portrait_keys_values` (or features); traceable.
 
     `noise`, of `initial_noise`, is what sampling starts from; for the other options and the second result
     see `diffusion.sampler.sample_latents`.
-    The unconditional branch has zero features and a zero driver map (docs/decisions.md, row 1).
+    The unconditional branch has zero features, a zero driver map (docs/decisions.md, row 1) and no history.
+
+    Args:
+      history: latents of the `config.history.frames` frames before the window, whose driver input is then in
+        front of the window's in `driver`; zero where there are none. None: none.
     """
+    if history is None and (frames := config.history.frames):
+        history = jnp.zeros((noise.shape[0], frames, *noise.shape[2:]))
+        driver = jnp.pad(driver, ((0, 0), (frames, 0), *((0, 0),) * (driver.ndim - 2)))
     condition = encode_condition(networks, params, driver)
     unconditional = None
     if guidance != 1:
         # One frame is enough: all are alike.
         dropped = encode_condition(networks, params, jnp.zeros_like(driver[:1, :1]))
         dropped = jnp.broadcast_to(dropped, condition.shape)
-        unconditional = dropped, jax.tree.map(jnp.zeros_like, reference)
+        unconditional = dropped, *jax.tree.map(jnp.zeros_like, (reference, history))
     return sample_latents(
         lambda x, t, inputs: denoise(networks, params, x, t, *inputs),
         noise,
         networks.schedule,
-        conditional=(condition, reference),
+        conditional=(condition, reference, history),
         unconditional=unconditional,
         solver=solver,
         steps=steps,

@@ -22,6 +22,7 @@ from loki_jax.face.retarget import fold_neck, neck_joint, retarget, size_ratio
 from loki_jax.face.temporal import bridge_interruptions
 from loki_jax.face.types import Camera, Coefficients
 from loki_jax.framing import frame_animation
+from loki_jax.models.loki import drop_motion
 from loki_jax.networks import (
     build_networks,
     decode_latents,
@@ -73,7 +74,7 @@ class Sampling(NamedTuple):
         takes the driver's pose.
       solver: "ddim", or "dpm++", which needs fewer steps.
       overlap: frames that consecutive windows share, at most half a window; 0: windows know nothing of
-        each other.
+        each other, unless the model sees their history.
       windows_at_once: consecutive windows sampled together, in one batch.
     """
 
@@ -176,16 +177,19 @@ class LokiPipeline:
     ) -> Sampling:
         """Options of an animation, with the config's in place of None; an overlap of half a window.
 
+        Windows of a model that sees their history are sampled one by one and share no frames unless told to.
+
         Raises:
           ValueError: an option is out of range.
         """
         default, half = self.config.sample, self.config.window // 2
+        history = self.config.history.frames
         chosen = Sampling(
             default.steps if steps is None else steps,
             default.guidance if guidance is None else guidance,
             default.pose if mode is None else mode,
             default.solver if solver is None else solver,
-            half if overlap is None else overlap,
+            (0 if history else half) if overlap is None else overlap,
             windows_at_once,
         )
         if chosen.steps < 1:
@@ -201,6 +205,13 @@ class LokiPipeline:
             )
         if chosen.windows_at_once < 1:
             raise ValueError(f"windows_at_once is {chosen.windows_at_once}, expected at least 1")
+        if history and chosen.windows_at_once > 1:
+            raise ValueError("windows_at_once: this model goes on from the window before, expected 1")
+        if history > self.config.window - chosen.overlap:
+            raise ValueError(
+                f"overlap is {chosen.overlap}, expected at most {self.config.window - history}: "
+                f"this model sees {history} frames before each window"
+            )
         return chosen
 
     def windows(
@@ -277,16 +288,19 @@ class LokiPipeline:
         model = self._networks.model_config
         latent = (model.latent_size, model.latent_size, model.latent_channels)
         earlier = np.zeros((sampling.steps, batch, overlap, *latent), np.float32)
+        history = np.zeros((batch, self.config.history.frames, *latent), np.float32)
         step = together * (window - overlap)  # frames that are new in the windows sampled together
         coefficients, camera, crop = on_host((coefficients, camera, crop))
         for start in range(0, max(length - overlap, 1), step):
-            number = start + (window - overlap) * np.arange(together)[:, None] + np.arange(window)
+            first = start + (window - overlap) * np.arange(together)[:, None]
+            number = first + np.arange(window)
             # What lies beyond the end shows the last frame.
-            index = np.minimum(number, length - 1)
+            index = np.clip(first + np.arange(-history.shape[1], window), 0, length - 1)
             part = jax.tree.map(lambda x, index=index: x[:, index], coefficients)
-            latents, maps, earlier = self._sample(
+            latents, maps, earlier, history = self._sample(
                 self._params, self.head, seen, reference, part, camera, crop,
-                np.uint32(seed & 0xFFFFFFFF), number.astype(np.uint32), earlier, np.bool_(start == 0),
+                np.uint32(seed & 0xFFFFFFFF), number.astype(np.uint32),
+                earlier, history, np.bool_(start == 0),
                 solver=sampling.solver, guidance=sampling.guidance, shared_noise=shared_noise,
             )  # fmt: skip
             maps, left = np.asarray(maps), length - start
@@ -310,6 +324,7 @@ class LokiPipeline:
         seed,
         number,
         earlier,
+        history,
         first,
         *,
         solver,
@@ -319,24 +334,31 @@ class LokiPipeline:
         """M consecutive windows of B clips; traced.
 
         Args:
-          coefficients: (B,M,T,...); `number` (M,T): which frames of the clip these are.
+          coefficients: (B,M,k+T,...), of windows behind their history; `number` (M,T): which frames of the
+            clip the windows' are.
           earlier, first: see `blend_windows`, for every step.
+          history: latents (B,k,h,w,c) of the frames before the windows.
 
         Returns:
           latents (B,n,h,w,c) and pictures of the driver maps (B,n,S,S,3) uint8 of all n frames, and the next
-          `earlier`.
+          `earlier` and `history`.
         """
         config, networks = self.config, self._networks
         (steps, batch, overlap), (together, window) = earlier.shape[:3], number.shape
+        before, total = history.shape[1], history.shape[1] + window
         # To (B M, ...), window by window.
         coefficients = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), coefficients)
         seen, reference, camera, crop = jax.tree.map(
             lambda x: jnp.repeat(x, together, axis=0), (seen, reference, camera, crop)
         )
         camera, crop = jax.tree.map(
-            lambda x: jnp.broadcast_to(x[:, None], (len(x), window, *x.shape[1:])), (camera, crop)
+            lambda x: jnp.broadcast_to(x[:, None], (len(x), total, *x.shape[1:])), (camera, crop)
         )
         driver = driver_input(config, head, coefficients, camera, crop, reference)
+        maps = driver_preview(config, head, driver, coefficients, camera, crop)[:, before:]
+        if before:
+            # There is nothing before the first frame.
+            driver = drop_motion(driver, ((jnp.arange(total) >= before) | ~first)[None])
         key = jax.random.fold_in(jax.random.key(seed), 0)
         if shared_noise:
             noise = initial_noise(networks, key, batch, 1)[:, None]
@@ -347,10 +369,12 @@ class LokiPipeline:
         latents, earlier = sample_windows(
             config, networks, params, seen, driver, noise.reshape(-1, *noise.shape[2:]),
             solver=solver, steps=steps, guidance=guidance, spacing=config.sample.spacing,
-            blend=lambda x0, before: blend_windows(x0, before, first, together), blended=earlier,
+            blend=lambda x0, given: blend_windows(x0, given, first, together), blended=earlier,
+            history=history if before else None,
         )  # fmt: skip
-        maps = driver_preview(config, head, driver, coefficients, camera, crop)
-        return *(join_windows(x, together, overlap) for x in (latents, maps)), earlier
+        latents, maps = (join_windows(x, together, overlap) for x in (latents, maps))
+        end = latents.shape[1] - overlap  # where the next windows begin
+        return latents, maps, earlier, latents[:, end - before : end]
 
     def _decode_frames(self, params, latents, index):
         """Frames (B,m,S,S,3) uint8 of latents (B,n,h,w,c) at `index` (m,); traced."""

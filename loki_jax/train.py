@@ -115,7 +115,9 @@ def train(config: ConfigDict, workdir: Path) -> float:
     device_head = put_global(head, jax.tree.map(lambda _: everywhere, head))
     validation = [global_batch(batch, mesh) for batch in held_out]
     options = (config.sample.pairs, head, dataset, config.sample.pose, mesh, config.driver.neck)
-    pairs = make_pairs(validation[0], *options) if validation and config.sample.every > 0 else None
+    pairs = None
+    if validation and config.sample.every > 0:
+        pairs = make_pairs(validation[0], *options, config.history.frames)
     sample = make_sampler(config, networks, mesh)
     eval_step = jax.jit(make_eval_step(config, networks, mesh))
     train_step = jax.jit(

@@ -75,8 +75,22 @@ def test_noise_of_a_frame_does_not_depend_on_its_window(pipeline, inputs):
     assert np.abs(frames - other).mean() < 0.5 * np.abs(np.diff(frames, axis=0)).mean()
 
 
-def test_models_of_before_the_solvers_are_sampled_by_ddim(inputs):
-    old = random_model(window=2)
-    with old.config.unlocked():
-        del old.config.sample.solver
-    assert LokiPipeline(old).sampling().solver == "ddim"
+def test_a_model_with_history_goes_on_from_the_frames_before(inputs):
+    """Each window depends on the one before; nothing else about windows changes."""
+    pipeline = LokiPipeline(random_model(window=WINDOW, **{"history.frames": 2}))
+    portrait, clip = inputs
+    sampling = pipeline.sampling(steps=2)
+    assert (sampling.overlap, sampling.windows_at_once) == (0, 1)
+    whole = pipeline(portrait, clip, steps=2)
+    assert whole.shape == (FRAMES, 64, 64, 3) and whole.std() > 10
+    np.testing.assert_array_equal(pipeline(portrait, clip.cut(0, WINDOW), steps=2), whole[:WINDOW])
+    # A driver that differs in the second frame, which only the first window sees, changes the next one, too.
+    expression = np.array(clip.coefficients.expression)
+    expression[1] += 1
+    changed = clip._replace(coefficients=clip.coefficients._replace(expression=expression))
+    other = pipeline(portrait, changed, steps=2)
+    differs = [(other[i : i + WINDOW] != whole[i : i + WINDOW]).mean() for i in (0, WINDOW)]
+    assert differs[0] > 0.1 and differs[1] > 0
+    for options in ({"windows_at_once": 2}, {"overlap": 3}):
+        with pytest.raises(ValueError, match=next(iter(options))):
+            pipeline.sampling(**options)

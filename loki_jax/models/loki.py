@@ -94,9 +94,10 @@ def drop_identity(features: Features, keep: Bool[Array, " b"]) -> Features:
     return tuple(jnp.where(keep[:, None, None], f, jnp.zeros_like(f)) for f in features)
 
 
-def drop_motion(driver: Float[ArrayLike, "b *rest"], keep: Bool[Array, " b"]) -> Float[Array, "b *rest"]:
-    """A zero driver map (or vector, or latent) for the samples that are not kept."""
-    return jnp.where(keep.reshape(-1, *(1,) * (driver.ndim - 1)), driver, jnp.zeros_like(driver))
+def drop_motion(driver: Float[ArrayLike, "..."], keep: Bool[Array, "..."]) -> Float[Array, "..."]:
+    """A zero driver map (or vector, or latent) for the samples, or frames (B,T), that are not kept."""
+    keep = keep.reshape(*keep.shape, *(1,) * (driver.ndim - keep.ndim))
+    return jnp.where(keep, driver, jnp.zeros_like(driver))
 
 
 def make_loki(config: ConfigDict) -> Loki:

@@ -79,6 +79,8 @@ def trace_sampling(subject: Subject) -> ClosedJaxpr:
     moved = ("coefficients", "camera", "crop")
     names = (*moved, "reference", *(f"reference_{name}" for name in moved))
     inputs = {name: getattr(batch, name) for name in names}
+    window = lambda x: jax.ShapeDtypeStruct((x.shape[0], config.window, *x.shape[2:]), x.dtype)
+    inputs |= {name: jax.tree.map(window, inputs[name]) for name in moved}  # without the history
     inputs["noise"] = jax.eval_shape(lambda: initial_noise(networks, jax.random.key(0), 1, config.window))
     animate = functools.partial(animate_pairs, config, networks)
     params = subject.state.params | subject.state.frozen

@@ -262,6 +262,8 @@ def _check_model(checkpoint: Checkpoint, source: str) -> None:
             raise ValueError(f"it has more layers than the file has arrays, {arrays}")
         if min(config.window, config.image_size) < 1 or not math.isfinite(config.sample.guidance):
             raise ValueError("window, image_size or sample.guidance is out of range")
+        if not 0 <= config.history.frames <= config.window:
+            raise ValueError(f"history.frames={config.history.frames} is out of range")
         if not isinstance(config.driver.neck, bool) or not isinstance(config.diffusion.clip, float | int):
             raise ValueError("driver.neck or diffusion.clip is of another type")
         check_prediction(config.diffusion.prediction)

@@ -160,6 +160,7 @@ def check_config(config: ConfigDict) -> None:
     batch, parts, dropout, diffusion = (
         config.batch_size, config.grad_accum_steps, config.dropout, config.diffusion
     )  # fmt: skip
+    history = config.history
     reference, prompt = config.model.reference, config.model.unet.context_dim
     wrong = (
         (parts < 1 or batch % parts,
@@ -172,6 +173,11 @@ def check_config(config: ConfigDict) -> None:
          f"sample.pose={config.sample.pose!r}: use relative or absolute"),
         (not 0 <= diffusion.shared_timesteps <= 1,
          f"diffusion.shared_timesteps={diffusion.shared_timesteps} is not a share"),
+        (not 0 <= history.frames <= config.window,
+         f"history.frames={history.frames}: 0 to config.window={config.window}"),
+        (not 0 <= history.noise < math.inf, f"history.noise={history.noise}: 0 or above"),
+        (not (0 <= history.real_share <= 1 and 0 <= history.dropout <= 1),
+         f"history: real_share={history.real_share} and dropout={history.dropout} are shares, from 0 to 1"),
         (diffusion.min_snr_gamma < 0,
          f"diffusion.min_snr_gamma={diffusion.min_snr_gamma}: 0 (off) or above"),
         (diffusion.max_beta >= 1 and diffusion.prediction == "epsilon",

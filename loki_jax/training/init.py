@@ -56,7 +56,7 @@ def abstract_batch(config: ConfigDict, head: HeadAsset, latents_of: Networks | N
     Args:
       latents_of: networks whose autoencoder's latents the shards hold instead of images.
     """
-    b, t, s = config.batch_size, config.window, config.image_size
+    b, t, s = config.batch_size, config.history.frames + config.window, config.image_size
     floats, ints, pixels, latents = (
         lambda *shape, dtype=dtype: jnp.zeros(shape, dtype)
         for dtype in (jnp.float32, jnp.int32, jnp.uint8, jnp.bfloat16)

@@ -76,8 +76,9 @@ def take_rows(tree: PyTree, rows: np.ndarray, mesh: Mesh) -> PyTree:
 
 
 def make_pairs(
-    batch: Batch, count: int, head: HeadAsset, dataset: Dataset, mode: str, mesh: Mesh, neck: bool = True
-) -> Pairs | None:
+    batch: Batch, count: int, head: HeadAsset, dataset: Dataset, mode: str, mesh: Mesh, neck: bool = True,
+    history: int = 0,
+) -> Pairs | None:  # fmt: skip
     """Pairs from a validation batch; all processes must call. None where it holds no images.
 
     Window i drives its own person, and then that of the next window of somebody else (method, section 9).
@@ -87,11 +88,16 @@ def make_pairs(
       count: N; at most as many as the global batch has windows.
       mode: pose of the second kind, "relative" or "absolute".
       neck: whether the driver map shows the neck's bend; else, in relative mode, it becomes part of `rot`.
+      history: frames at the front of the windows that belong to their history and are left out.
     """
     if batch.frames is None or count < 1:
         return None
     rows = np.arange(min(count, len(batch.clip_index)))
     few = take_rows(batch, rows, mesh)
+    window = ("frames", "coefficients", "camera", "crop")
+    few = few._replace(
+        **{name: jax.tree.map(lambda x: x[:, history:], getattr(few, name)) for name in window}
+    )
     take = lambda name, index: jax.tree.map(lambda x: x[index], getattr(few, name))
     clips = [dataset.clips[int(clip)] for clip in few.clip_index]
     others = np.array([_next_other([clip.identity for clip in clips], int(row)) for row in rows])

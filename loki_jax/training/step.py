@@ -54,12 +54,43 @@ def dropout_masks(keys: Key[Array, " b"], dropout: ConfigDict) -> tuple[Bool[Arr
     return ~(lost_both | lost_identity), ~(lost_both | lost_motion)
 
 
+def share_without_history(config: ConfigDict, step: Int[Array, ""]) -> Float[Array, ""]:
+    """Share of windows that lose their history in an update after `step` others: all, and few at the end."""
+    first = round((1 - config.history.real_share) * config.steps)
+    return jnp.where(step < first, 1.0, config.history.dropout)
+
+
+def draw_history(
+    latents: Float[Array, "b k h w c"], keys: Key[Array, " b"], noise: float, lost: Float[Array, " b"]
+) -> tuple[Float[Array, "b k h w c"], Bool[Array, " b"]]:
+    """The history of windows as training shows it, and which windows keep theirs; the others see zeros.
+
+    Sampling hands on frames with errors, so each window's gets noise of a standard deviation up to `noise`.
+
+    Args:
+      lost: the probability of each window to lose its history.
+    """
+
+    def draw(latents: Array, key: PRNGKeyArray, lost: Array) -> tuple[Array, Array]:
+        kept, level, gaussian = jax.random.split(key, 3)
+        added = noise * jax.random.uniform(level) * jax.random.normal(gaussian, latents.shape)
+        return latents + added, jax.random.uniform(kept) >= lost
+
+    noisy, keep = jax.vmap(draw)(latents, keys, lost)
+    return drop_motion(noisy, keep), keep
+
+
 def make_loss(config: ConfigDict, networks: Networks) -> Callable:
-    """loss(trained, frozen, batch, head, keys, dropout) -> scalar; `keys` (B,) of `window_keys`."""
+    """loss(trained, frozen, batch, head, keys, dropout, lost_history) -> scalar.
+
+    `keys` (B,) of `window_keys`; `lost_history` is the share of windows without their history.
+    """
+    history_frames = config.history.frames
 
     def loss(
-        trained: PyTree, frozen: PyTree, batch: Batch, head: HeadAsset, keys: Key[Array, " b"], dropout: bool
-    ):
+        trained: PyTree, frozen: PyTree, batch: Batch, head: HeadAsset, keys: Key[Array, " b"], dropout: bool,
+        lost_history: Float[ArrayLike, ""],
+    ):  # fmt: skip
         params = trained | frozen
         keys_of = jax.vmap(lambda key: jax.random.split(key, 4), out_axes=1)(keys)
         latent_keys, reference_keys, dropout_keys, diffusion_keys = keys_of
@@ -70,18 +101,26 @@ def make_loss(config: ConfigDict, networks: Networks) -> Callable:
         keep_identity, keep_motion = jnp.ones((2, x0.shape[0]), bool)
         if dropout:
             keep_identity, keep_motion = dropout_masks(dropout_keys, config.dropout)
+        keep_frames, history = jnp.repeat(keep_motion[:, None], x0.shape[1], axis=1), None
+        if history_frames:
+            # No term of the guidance has a history without the motion.
+            lost = jnp.where(keep_motion, lost_history, 1.0)
+            history_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, 4)  # beside the four above
+            history, keep = draw_history(x0[:, :history_frames], history_keys, config.history.noise, lost)
+            x0 = x0[:, history_frames:]
+            keep_frames = keep_frames.at[:, :history_frames].set(keep[:, None])
         if config.dropout.null_reference == "latent":
             reference = drop_motion(reference, keep_identity)
         features = reference_features(networks, params, reference, reference_condition)
         if config.dropout.null_reference != "latent":
             features = drop_identity(features, keep_identity)
-        condition = encode_condition(networks, params, drop_motion(driver, keep_motion))
+        condition = encode_condition(networks, params, drop_motion(driver, keep_frames))
         if not config.dropout.null_gradient:
             # On a zero map the encoder's planes are constant: each of its group norms multiplies gradients by
             # up to 1 / sqrt(eps), at full width to a norm of 1e16 in the second step.
-            kept = keep_motion[:, None, None, None, None]
+            kept = keep_frames[:, :, None, None, None]
             condition = jnp.where(kept, condition, jax.lax.stop_gradient(condition))
-        predict = lambda x, t: denoise(networks, params, x, t, condition, features)
+        predict = lambda x, t: denoise(networks, params, x, t, condition, features, history)
         # Validation is not weighted, so that runs can be compared.
         gamma = config.diffusion.min_snr_gamma if dropout else 0.0
         options = (config.diffusion.prediction, config.diffusion.shared_timesteps, gamma)
@@ -158,12 +197,12 @@ def make_gradients(config: ConfigDict, networks: Networks, mesh: Mesh) -> Callab
         whole = functools.partial(gather_params, dtype=jnp.dtype(config.model.dtype), gradient_dtype=dtype)
         mean = functools.partial(mean_over_devices, mesh=mesh)
 
-        def on_device(trained, frozen, batch, head, key, rows):
+        def on_device(trained, frozen, batch, head, key, rows, lost):
             frozen = whole(frozen, specs["frozen"])
 
             def loss(trained, batch, rows):
                 keys = window_keys(key, rows)
-                return loss_of(whole(trained, specs["params"]), frozen, batch, head, keys, True)
+                return loss_of(whole(trained, specs["params"]), frozen, batch, head, keys, True, lost)
 
             of = functools.partial(jax.value_and_grad(loss), trained)
             found, grads = over_microbatches(of, (batch, rows), config.grad_accum_steps)
@@ -172,9 +211,11 @@ def make_gradients(config: ConfigDict, networks: Networks, mesh: Mesh) -> Callab
 
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
         split = PartitionSpec(BATCH_AXES)
-        in_specs = (specs["params"], specs["frozen"], split, PartitionSpec(), PartitionSpec(), split)
-        run = on_devices(on_device, mesh, in_specs, (PartitionSpec(), specs["params"]))
-        return run(state.params, state.frozen, batch, head, key, jnp.arange(config.batch_size))
+        copied = PartitionSpec()
+        in_specs = (specs["params"], specs["frozen"], split, copied, copied, split, copied)
+        run = on_devices(on_device, mesh, in_specs, (copied, specs["params"]))
+        rows, lost = jnp.arange(config.batch_size), share_without_history(config, state.step)
+        return run(state.params, state.frozen, batch, head, key, rows, lost)
 
     return gradients
 
@@ -207,6 +248,7 @@ def make_train_step(
 def make_eval_step(config: ConfigDict, networks: Networks, mesh: Mesh) -> Callable:
     """loss(trained, frozen, batch, head, index) at noise and timesteps fixed by `index`, nothing dropped.
 
+    Windows have no history, so that runs with and without can be compared.
     Goes through the batch in the microbatches of the train step.
     """
     loss_of = make_loss(config, networks)
@@ -217,7 +259,8 @@ def make_eval_step(config: ConfigDict, networks: Networks, mesh: Mesh) -> Callab
 
         def on_device(params, batch, head, keys):
             params = gather_params(params, specs, jnp.dtype(config.model.dtype))
-            of = lambda batch, keys: loss_of(params["params"], params["frozen"], batch, head, keys, False)
+            trained, frozen = params["params"], params["frozen"]
+            of = lambda batch, keys: loss_of(trained, frozen, batch, head, keys, False, 1.0)
             loss = over_microbatches(of, (batch, keys), config.grad_accum_steps)
             return mean_over_devices(loss, PartitionSpec(), mesh)
 

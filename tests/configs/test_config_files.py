@@ -92,13 +92,14 @@ def test_stored_configs_of_older_versions_are_read():
     config = demo.get_config()
     stored = json.loads(config_to_json(config))
     assert stored.pop("config_version") == 2
-    del stored["grad_accum_steps"], stored["gradient_dtype"], stored["diffusion"]["max_beta"]
+    del stored["history"], stored["grad_accum_steps"]
+    del stored["sample"]["solver"], stored["diffusion"]["max_beta"]
     old = stored | {"accumulate": 4}
     read = config_from_json(json.dumps(old))
     assert read.grad_accum_steps == 4 and "accumulate" not in read
     assert config_differences(config, read) == []  # the number of microbatches does not bind a run
     # A key that the older version lacks has its default, and the run can be continued with no other value.
-    assert (read.gradient_dtype, read.diffusion.max_beta) == ("float32", 0.99)
+    assert (read.history.frames, read.sample.solver, read.diffusion.max_beta) == (0, "ddim", 0.99)
     config.diffusion.max_beta = 1.0
     assert config_differences(config, read) == ["diffusion.max_beta: 0.99 -> 1.0"]
     assert config_from_json(config_to_json(config)).to_dict() == config.to_dict()
