@@ -4,7 +4,7 @@
 
 The clip is played at its rate, again and again, while a browser's stream is read. Frames that come while one
 is in work are dropped, not queued. The first frames, which the shape is learnt from, do not count. Printed: a
-table of the parts of a frame; as the last line one JSON object: milliseconds of latency (median, 95th and 99th
+table of the parts of a frame; as the last line one JSON object: milliseconds of latency (median, 95th, 99th
 percentile), frames shown a second, share of frames dropped.
 """
 
