@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import UInt8
@@ -12,12 +12,13 @@ from PIL import Image
 from loki_jax.video.files import MediaError
 
 
+@runtime_checkable
 class Display(Protocol):
     """Shows frames one by one; a context manager. `closed`: somebody closed it."""
 
     closed: bool
 
-    def __enter__(self) -> Self: ...
+    def __enter__(self) -> Display: ...
 
     def __exit__(self, *_: object) -> None: ...
 
