@@ -63,8 +63,10 @@ class Window:
         """Show a frame."""
         from PIL import ImageTk
 
-        self._picture = ImageTk.PhotoImage(Image.fromarray(picture))  # Tk keeps no reference
-        self._label.configure(image=self._picture)
+        if self._picture is None:  # kept here, since Tk keeps no reference
+            self._picture = ImageTk.PhotoImage(Image.fromarray(picture))
+            self._label.configure(image=self._picture)
+        self._picture.paste(Image.fromarray(picture))
         self._root.title(note)
         self._root.update()
 
