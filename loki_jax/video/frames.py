@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import Protocol, overload
+from typing import Protocol, overload, runtime_checkable
 
 import av
 import numpy as np
@@ -88,6 +88,7 @@ class LazyFrames(Sequence[UInt8[np.ndarray, "H W 3"]]):
         return view
 
 
+@runtime_checkable
 class _Clip(Protocol):
     """Random access to the frames of a clip; for the attributes see `_File`."""
 
