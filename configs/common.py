@@ -29,11 +29,17 @@ def base_config() -> ConfigDict:
     # Share of the training records that may be unreadable (wrong checksum, damaged picture). Each is named
     # in the log with file and index, windows with it are replaced by others; beyond the share the run stops.
     c.data.max_corrupt_share = 0.001
+    # Share of the windows that another person drives, who performs the same clip: pairs made by
+    # `python -m data_prep.cross_pairs`. For driver arms that read the driver's frames.
+    c.data.cross_share = 0.0
     c.data.fixed_reference = False  # True: the same reference frame for a window for ever
 
     c.driver = ConfigDict()
     c.driver.arm = "full"  # an entry of ARMS in loki_jax/driver/registry.py
     c.driver.neck = True  # False: the fitted neck rotation never reaches the driver map
+    c.driver.regions = "polygon"  # polygon | square: outline of the pixels that arm `regions` shows
+    # Of these pixels' colours, sharpness, place and completeness in training (loki_jax/driver/regions.py).
+    c.driver.perturbation = 1.0
 
     # The last frames of the window before, clean and in front of the window: they are seen, not predicted
     # (docs/svp.md). `frames` of them; 0: windows know nothing of each other.

@@ -14,6 +14,7 @@ from loki_jax.diffusion.sampler import Blend, Guidance, sample_latents
 from loki_jax.diffusion.schedule import Schedule, make_schedule
 from loki_jax.driver.encoding import ReferenceFrame
 from loki_jax.driver.map import driver_map
+from loki_jax.driver.regions import DriverFrames, aligned_view, region_points
 from loki_jax.driver.registry import DEFAULT_ARM, driver_channels, find_arm
 from loki_jax.face.asset import HeadAsset
 from loki_jax.face.skinning import make_identity
@@ -90,6 +91,7 @@ def driver_input(
     camera: Camera,
     crop: Float[ArrayLike, "b t 4"],
     reference: ReferenceFrame | None = None,
+    frames: DriverFrames | None = None,
 ) -> Driver:
     """The driver path's input.
 
@@ -97,9 +99,10 @@ def driver_input(
       coefficients, camera: leading axes (B, T); a window shows one identity, the one of its first frame.
       crop: boxes in pixels of the uncropped frames.
       reference: the portraits (B, ...) that are animated, for arms that read them.
+      frames: of who drives (B, T, ...), for arms that read them.
 
     Raises:
-      ValueError: the arm reads a portrait or pixels that are not given.
+      ValueError: the arm reads a portrait, pixels or frames that are not given.
     """
     still = lambda c: c if config.driver.neck else c._replace(neck=jnp.zeros_like(c.neck))
     coefficients = still(coefficients)
@@ -107,11 +110,33 @@ def driver_input(
     arm = find_arm(name)
     if not arm.spatial:
         return arm.encode(head, coefficients)
+    if arm.frames:
+        if frames is None:
+            raise ValueError(f"driver arm {name!r} reads the driver's frames, which are not given")
+        return arm.encode(head, frames, config.image_size, dtype, config.driver.regions)
     identity = make_identity(head, coefficients.betas[:, :1])
     if reference is not None:
         reference = jax.tree.map(lambda x: jnp.asarray(x)[:, None], reference)
         reference = reference._replace(coefficients=still(reference.coefficients))
     return driver_map(head, identity, coefficients, camera, crop, config.image_size, name, dtype, reference)
+
+
+def align_driver(
+    head: HeadAsset, coefficients: Coefficients, camera: Camera, crop: Float[ArrayLike, "b t 4"],
+    frames: DriverFrames,
+) -> DriverFrames:  # fmt: skip
+    """Frames of who drives (B,T,...) with the view in which their face lies on the driven one.
+
+    The similarity between the faces is that of the first frame and constant in time.
+
+    Args:
+      coefficients, camera, crop: of the driven head, as for `driver_input`.
+    """
+    first = lambda *tree: jax.tree.map(lambda x: jnp.asarray(x)[:, :1], tree)
+    driven = region_points(head, *first(coefficients, camera))
+    driver = region_points(head, *first(frames.coefficients, frames.camera))
+    view = aligned_view(driven, driver, jnp.asarray(crop)[:, :1])
+    return frames._replace(view=jnp.broadcast_to(view, crop.shape))
 
 
 def driver_preview(
@@ -185,7 +210,9 @@ def portrait_keys_values(
     if config.model.reference.driver:
         reference = ReferenceFrame(coefficients, camera, crop, image)
         frame = jax.tree.map(lambda x: x[:, None], reference)
-        driver = driver_input(config, head, frame.coefficients, frame.camera, frame.crop, reference)
+        own = (frame.coefficients, frame.camera, frame.crop)
+        frames = DriverFrames(frame.image, *own, frame.crop)
+        driver = driver_input(config, head, *own, reference, frames)
         condition = encode_condition(networks, params, driver)[:, 0]
     features = reference_features(networks, params, encode_images(networks, params, image), condition)
     return keys_values(networks.loki.generation.unet, params["generation"]["unet"], features)

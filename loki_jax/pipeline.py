@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -16,14 +16,18 @@ from jaxtyping import Float, UInt8
 from loki_jax.diffusion.overlap import blend_windows, join_windows
 from loki_jax.diffusion.sampler import Guidance, check_guidance, solver_steps
 from loki_jax.driver.encoding import ReferenceFrame
+from loki_jax.driver.regions import DriverFrames
+from loki_jax.driver.registry import find_arm
 from loki_jax.face.asset import HeadAsset
 from loki_jax.face.controls import Controls, Slider, apply_controls
-from loki_jax.face.retarget import fold_neck, neck_joint, retarget, size_ratio
+from loki_jax.face.retarget import fold_neck, head_rotation, neck_joint, retarget, size_ratio
+from loki_jax.face.rotation import geodesic_angle
 from loki_jax.face.temporal import bridge_interruptions
 from loki_jax.face.types import Camera, Coefficients
 from loki_jax.framing import frame_animation
 from loki_jax.models.loki import drop_motion
 from loki_jax.networks import (
+    align_driver,
     build_networks,
     decode_latents,
     default_guidance,
@@ -168,6 +172,24 @@ def _fold(head, moved, betas):
     return fold_neck(moved, neck_joint(head, betas))
 
 
+def _nearest_view(head, own, moved, camera, crop, frames):
+    """The view (B,4) of drivers (B,N,...), aligned where they are turned most like the portrait; traced."""
+    turned = geodesic_angle(head_rotation(frames.coefficients), head_rotation(own)[:, None])
+    at = jnp.argmin(turned, axis=1)
+    pick = lambda tree: jax.tree.map(lambda x: x[jnp.arange(len(x)), at][:, None], tree)
+    once = lambda tree: jax.tree.map(lambda x: x[:, None], tree)
+    theirs = DriverFrames(None, pick(frames.coefficients), *once(frames[2:5]))
+    return align_driver(head, pick(moved), *once((camera, crop)), theirs).view[:, 0]
+
+
+def _driver_window(drivers: DriverFrames, clips: Sequence[DrivingClip], index: np.ndarray) -> DriverFrames:
+    """Frames `index` (M,T) of the drivers, (B,M,T,...), with what is constant as it is."""
+    images = [np.stack([clip.frames[int(i)] for i in index.ravel()]) for clip in clips]
+    shown = np.stack([image.reshape(*index.shape, *image.shape[1:]) for image in images])
+    coefficients = jax.tree.map(lambda x: x[:, index], drivers.coefficients)
+    return drivers._replace(image=shown, coefficients=coefficients)
+
+
 # Options of `LokiPipeline._sample_windows` that make programs of their own.
 _STATIC = ("solver", "guidance", "guided_steps", "shared_noise")
 
@@ -196,6 +218,8 @@ class LokiPipeline:
         self._keys_values = jax.jit(functools.partial(portrait_keys_values, self.config, self._networks))
         self._sample = jax.jit(self._sample_windows, static_argnames=_STATIC)
         self._decode = jax.jit(self._decode_frames)
+        self._align = jax.jit(_nearest_view)
+        self._reads_frames = find_arm(self.config.driver.arm).frames
 
     @classmethod
     def from_checkpoint(cls, source: str | os.PathLike) -> LokiPipeline:
@@ -276,9 +300,12 @@ class LokiPipeline:
             noise of their own.
 
         Raises:
-          ValueError: an option is out of range.
+          ValueError: an option is out of range; or the model follows the driver's pixels, and there are none,
+            or sliders.
         """
         sampling = self.sampling(**options)
+        if self._reads_frames and sliders:
+            raise ValueError("this model follows the driver's pixels, which sliders do not change")
         coefficients = retarget_clip(
             self.head, clip, portrait, sampling.mode, self.config.driver.neck, controls, sliders
         )
@@ -288,7 +315,7 @@ class LokiPipeline:
             stack_trees([coefficients]),
         )
         windows = self.windows_of_batch(
-            one, coefficients, one.camera, one.crop, sampling, seed=seed, shared_noise=shared_noise
+            one, coefficients, one.camera, one.crop, sampling, [clip], seed=seed, shared_noise=shared_noise
         )
         return (Window(*(part[0] for part in window)) for window in windows)
 
@@ -303,6 +330,7 @@ class LokiPipeline:
         camera: Camera,
         crop: Float[np.ndarray, "b 4"],
         sampling: Sampling,
+        clips: Sequence[DrivingClip] = (),
         *,
         seed: int = 0,
         shared_noise: bool = True,
@@ -314,10 +342,14 @@ class LokiPipeline:
           coefficients: fields (B, N, ...), of `retarget_clip`.
           camera, crop: of the result, (B, ...), constant in time; those of the portraits, as a rule.
           sampling: of `sampling`; its mode is that of the coefficients already.
+          clips: the B drivers, for models that read their frames.
 
         Yields:
           Windows (B, n, S, S, 3), in which n is at most the number of frames that are new in the windows
           sampled together.
+
+        Raises:
+          ValueError: the model reads frames of drivers, and a clip has none of its own.
         """
         # All preparation is on the host: on the device every operation would be compiled.
         on_host = functools.partial(jax.tree.map, functools.partial(np.asarray, dtype=np.float32))
@@ -332,14 +364,18 @@ class LokiPipeline:
         history = np.zeros((batch, self.config.history.frames, *latent), np.float32)
         step = together * (window - overlap)  # frames that are new in the windows sampled together
         coefficients, camera, crop = on_host((coefficients, camera, crop))
+        drivers = None
+        if self._reads_frames:
+            drivers = self._align_clips(clips, own.coefficients, coefficients, camera, crop)
         for start in range(0, max(length - overlap, 1), step):
             first = start + (window - overlap) * np.arange(together)[:, None]
             number = first + np.arange(window)
             # What lies beyond the end shows the last frame.
             index = np.clip(first + np.arange(-history.shape[1], window), 0, length - 1)
             part = jax.tree.map(lambda x, index=index: x[:, index], coefficients)
+            pixels = drivers if drivers is None else _driver_window(drivers, clips, index)
             latents, maps, earlier, history = self._sample(
-                self._params, self.head, seen, reference, part, camera, crop,
+                self._params, self.head, seen, reference, part, camera, crop, pixels,
                 np.uint32(seed & 0xFFFFFFFF), number.astype(np.uint32),
                 earlier, history, np.bool_(start == 0),
                 solver=sampling.solver, guidance=sampling.guidance, guided_steps=sampling.guided_steps,
@@ -363,6 +399,7 @@ class LokiPipeline:
         coefficients,
         camera,
         crop,
+        frames,
         seed,
         number,
         earlier,
@@ -378,7 +415,8 @@ class LokiPipeline:
 
         Args:
           coefficients: (B,M,k+T,...), of windows behind their history; `number` (M,T): which frames of the
-            clip the windows' are.
+            clip are those of the windows.
+          frames: of the drivers, (B,M,k+T,...), where the arm reads them; camera, crop and view are (B,...).
           earlier, first: see `blend_windows`, for every step.
           history: latents (B,k,h,w,c) of the frames before the windows.
 
@@ -390,14 +428,19 @@ class LokiPipeline:
         (steps, batch, overlap), (together, window) = earlier.shape[:3], number.shape
         before, total = history.shape[1], history.shape[1] + window
         # To (B M, ...), window by window.
-        coefficients = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), coefficients)
+        windows = lambda tree: jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), tree)
+        coefficients = windows(coefficients)
         seen, reference, camera, crop = jax.tree.map(
             lambda x: jnp.repeat(x, together, axis=0), (seen, reference, camera, crop)
         )
-        camera, crop = jax.tree.map(
-            lambda x: jnp.broadcast_to(x[:, None], (len(x), total, *x.shape[1:])), (camera, crop)
+        in_time = lambda *tree: jax.tree.map(
+            lambda x: jnp.broadcast_to(x[:, None], (len(x), total, *x.shape[1:])), tree
         )
-        driver = driver_input(config, head, coefficients, camera, crop, reference)
+        camera, crop = in_time(camera, crop)
+        if frames is not None:
+            of_clip = jax.tree.map(lambda x: jnp.repeat(x, together, axis=0), frames[2:])
+            frames = DriverFrames(*windows(frames[:2]), *in_time(*of_clip))
+        driver = driver_input(config, head, coefficients, camera, crop, reference, frames)
         maps = driver_preview(config, head, driver, coefficients, camera, crop)[:, before:]
         if before:
             # There is nothing before the first frame.
@@ -419,6 +462,24 @@ class LokiPipeline:
         latents, maps = (join_windows(x, together, overlap) for x in (latents, maps))
         end = latents.shape[1] - overlap  # where the next windows begin
         return latents, maps, earlier, latents[:, end - before : end]
+
+    def _align_clips(
+        self, clips: Sequence[DrivingClip], own: Coefficients, moved: Coefficients, camera: Camera,
+        crop: Float[np.ndarray, "b 4"],
+    ) -> DriverFrames:  # fmt: skip
+        """The drivers (B, N, ...) without images, what is constant (B, ...), aligned with the driven head.
+
+        Raises:
+          ValueError: a clip has no pixels of its own, or there is none for each portrait.
+        """
+        if any(clip.crop is None for clip in clips) or len(clips) != len(crop):
+            raise ValueError(
+                "this model follows the driver's pixels; a motion file or the pose of another driver has none"
+            )
+        theirs = stack_trees([clip.coefficients for clip in clips])
+        box = np.stack([np.asarray(clip.crop, np.float32) for clip in clips])
+        frames = DriverFrames(None, theirs, stack_trees([clip.camera for clip in clips]), box, box)
+        return frames._replace(view=np.asarray(self._align(self.head, own, moved, camera, crop, frames)))
 
     def _decode_frames(self, params, latents, index):
         """Frames (B,m,S,S,3) uint8 of latents (B,n,h,w,c) at `index` (m,); traced."""

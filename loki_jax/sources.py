@@ -63,6 +63,8 @@ class DrivingClip(NamedTuple):
       neutral: the frame in which the portrait has its own pose in relative mode; None: the first, as in the
         paper.
       cuts: first frames of other shots.
+      crop: the box that `frames` show, x0, y0, x1, y1 in pixels of the uncropped video; None where the
+        coefficients are not those of the frames.
     """
 
     frames: UInt8[np.ndarray, "n s s 3"] | LazyFrames
@@ -75,6 +77,7 @@ class DrivingClip(NamedTuple):
     start: Fraction = Fraction(0)
     neutral: int | None = None
     cuts: Int[np.ndarray, " c"] = _NO_CUTS
+    crop: Float[np.ndarray, " 4"] | None = None
 
     def with_neutral(self, head: HeadAsset, neutral: int | None = None) -> DrivingClip:
         """The clip with a neutral frame; None: its own, or if it has none the one nearest to rest
@@ -142,6 +145,7 @@ def combine_drivers(expression: DrivingClip, pose: DrivingClip) -> DrivingClip:
         neutral=pose.neutral,
         cuts=np.union1d(expression.cuts, pose.cuts).astype(np.int64),
         name=f"{expression.name} with the pose of {pose.name}",
+        crop=None,
     )
 
 
@@ -152,7 +156,9 @@ def still_clip(portrait: Portrait, length: int, fps: Fraction) -> DrivingClip:
     )
     frames = np.broadcast_to(portrait.image, (length, *portrait.image.shape))
     valid = np.ones(length, bool)
-    return DrivingClip(frames, coefficients, portrait.camera, fps, valid, None, portrait.name)
+    return DrivingClip(
+        frames, coefficients, portrait.camera, fps, valid, None, portrait.name, crop=portrait.crop
+    )
 
 
 def stack_trees(trees: Sequence[PyTree]) -> PyTree:
@@ -209,7 +215,7 @@ def fit_clip(video: str | os.PathLike | Frames, head: HeadAsset, size: int, **op
     valid = np.asarray(fitted.fit.confidence) > 0
     return DrivingClip(
         frames, fitted.fit.coefficients, fitted.fit.camera, fitted.fps, valid, source, fitted.name,
-        fitted.start / fitted.fps, cuts=fitted.track.cuts,
+        fitted.start / fitted.fps, cuts=fitted.track.cuts, crop=fitted.crop,
     )  # fmt: skip
 
 
@@ -278,7 +284,9 @@ def load_driving_clip(source: str, head: HeadAsset, size: int, **options: Any) -
     coefficients = stack_trees([record.coefficients for record in records])
     frames = np.stack([_stored_image(record, clip, size) for record in records])
     valid = np.array([record.confidence > 0 for record in records])
-    stored = DrivingClip(frames, coefficients, records[0].camera, clip.fps, valid, None, clip.clip_id)
+    stored = DrivingClip(
+        frames, coefficients, records[0].camera, clip.fps, valid, None, clip.clip_id, crop=records[0].crop
+    )
     return stored if options.get("fps") is None else stored.at_rate(options["fps"])
 
 

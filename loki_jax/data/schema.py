@@ -154,6 +154,15 @@ class Frame(NamedTuple):
     confidence: Float[np.ndarray, "*T"]
 
 
+class DriverWindow(NamedTuple):
+    """Frames of somebody who performs a window: fields as those of `Batch`."""
+
+    frames: UInt8[ArrayLike, "*B T S S 3"] | None
+    coefficients: Coefficients  # (B, T, n)
+    camera: Camera  # (B, T, ...)
+    crop: Float[ArrayLike, "*B T 4"]
+
+
 class Batch(NamedTuple):
     """Windows of T consecutive frames of one clip each, with a reference frame of the same clip.
 
@@ -167,6 +176,7 @@ class Batch(NamedTuple):
       frame_index, reference_index: frame numbers within the clip.
       frames, reference: RGB.
       latent_mean, latent_logvar: moments of the VAE posterior, not multiplied by the scale factor.
+      driver: another person who performs the window, where such pairs are read.
     """
 
     coefficients: Coefficients  # (B, T, n)
@@ -185,6 +195,7 @@ class Batch(NamedTuple):
     latent_logvar: BFloat16[ArrayLike, "*B T h w c"] | None = None
     reference_latent_mean: BFloat16[ArrayLike, "*B h w c"] | None = None
     reference_latent_logvar: BFloat16[ArrayLike, "*B h w c"] | None = None
+    driver: DriverWindow | None = None
 
 
 def float_features(n_shape: int, n_expression: int) -> dict[str, tuple[int, ...]]:

@@ -31,7 +31,7 @@ import jax
 import numpy as np
 
 from loki_jax.data.reader import Dataset, RecordError, open_dataset, stack_frames
-from loki_jax.data.schema import Batch, ClipInfo, DatasetError, Frame
+from loki_jax.data.schema import Batch, ClipInfo, DatasetError, DriverWindow, Frame
 from loki_jax.face.crop import crop_and_resize
 
 # Draws in a row that may meet an unreadable record before reading is given up.
@@ -50,6 +50,7 @@ class _Window(NamedTuple):
     clip: ClipInfo
     start: int
     reference: int
+    driver: ClipInfo | None = None  # another person who performs the clip
 
 
 def window_slots(clips: Sequence[ClipInfo], window: int) -> list[Slot]:
@@ -68,19 +69,67 @@ def window_slots(clips: Sequence[ClipInfo], window: int) -> list[Slot]:
 
 
 @dataclasses.dataclass(frozen=True)
+class Pairs:
+    """Who else performs a clip (`python -m data_prep.cross_pairs`).
+
+    Attributes:
+      drivers: clips by the name of the clip that they perform.
+      share: of the windows that another person drives; the others drive themselves.
+    """
+
+    drivers: dict[str, list[ClipInfo]]
+    share: float
+
+    def draw(self, clip: ClipInfo, rng: np.random.Generator) -> ClipInfo:
+        crossed, others = rng.random() < self.share, self.drivers[clip.clip_id]
+        return others[int(rng.integers(len(others)))] if crossed else clip
+
+
+def is_driver(clip: ClipInfo) -> bool:
+    """Whether a clip is there to drive another one, and is never generated."""
+    return "drives" in clip.extra
+
+
+def find_pairs(dataset: Dataset, split: str, share: float) -> Pairs:
+    """The pairs of a split.
+
+    Raises:
+      DatasetError: a clip has no driver, or one of another length.
+    """
+    clips = dataset.clips_of(split)
+    drivers: dict[str, list[ClipInfo]] = {clip.clip_id: [] for clip in clips if not is_driver(clip)}
+    lengths = {clip.clip_id: clip.length for clip in clips}
+    for clip in filter(is_driver, clips):
+        driven = clip.extra["drives"]
+        if driven not in drivers or lengths[driven] != clip.length:
+            raise DatasetError(
+                f"{dataset.path}: clip {clip.clip_id!r} does not fit {driven!r}, which it drives."
+            )
+        drivers[driven].append(clip)
+    if alone := [name for name, found in drivers.items() if not found]:
+        raise DatasetError(
+            f"{dataset.path}: {len(alone)} clips of split {split!r} have no driver, {alone[0]!r} among them. "
+            "Make pairs with `python -m data_prep.cross_pairs`, or set --config.data.cross_share=0."
+        )
+    return Pairs(drivers, share)
+
+
+@dataclasses.dataclass(frozen=True)
 class _DrawWindow(grain.transforms.RandomMap):
     """Slot -> window: start and reference frame drawn anew each epoch."""
 
     slots: Sequence[Slot]
     seed: int
     fixed_reference: bool = False
+    pairs: Pairs | None = None
 
     def random_map(self, slot: Slot, rng: np.random.Generator) -> _Window:
         start = int(rng.integers(slot.first_start, slot.last_start + 1))
         if self.fixed_reference:
             # A function of the window alone (method, section 11, row 6: the `official` variant).
             rng = np.random.default_rng((self.seed, slot.clip.clip_index, start))
-        return _Window(slot.clip, start, int(rng.integers(slot.clip.length)))
+        window = _Window(slot.clip, start, int(rng.integers(slot.clip.length)))
+        return window if self.pairs is None else window._replace(driver=self.pairs.draw(slot.clip, rng))
 
     def replacement(self, window: _Window, attempt: int) -> _Window:
         """The window used instead of an unreadable one: any of the split, the same every time."""
@@ -124,14 +173,12 @@ class _ReadWindow(grain.transforms.Map):
 
     def _element(self, window: _Window) -> Batch:
         indices = [*range(window.start, window.start + self._window), window.reference]
-        *frames, reference = self._read([window.clip.records[index] for index in indices])
-        found = [(frame.clip_index, frame.frame_index) for frame in (*frames, reference)]
-        if found != [(window.clip.clip_index, index) for index in indices]:
-            raise DatasetError(
-                f"{self._dataset.path}: clips.json does not fit the shards at clip {window.clip.clip_id!r}. "
-                "Copy the whole dataset folder again."
-            )
+        *frames, reference = self._frames(window.clip, indices)
         stacked = stack_frames(frames)
+        driver = None
+        if window.driver is not None:
+            other = stack_frames(self._frames(window.driver, indices[:-1]))
+            driver = DriverWindow(other.image, other.coefficients, other.camera, other.crop)
         return Batch(
             coefficients=stacked.coefficients,
             reference_coefficients=reference.coefficients,
@@ -149,7 +196,18 @@ class _ReadWindow(grain.transforms.Map):
             latent_logvar=stacked.latent_logvar,
             reference_latent_mean=reference.latent_mean,
             reference_latent_logvar=reference.latent_logvar,
+            driver=driver,
         )
+
+    def _frames(self, clip: ClipInfo, indices: Sequence[int]) -> list[Frame]:
+        frames = self._read([clip.records[index] for index in indices])
+        found = [(frame.clip_index, frame.frame_index) for frame in frames]
+        if found != [(clip.clip_index, index) for index in indices]:
+            raise DatasetError(
+                f"{self._dataset.path}: clips.json does not fit the shards at clip {clip.clip_id!r}. "
+                "Copy the whole dataset folder again."
+            )
+        return frames
 
     def _read(self, records: list[int]) -> list[Frame]:
         frames = {record: self._cache[record] for record in records if record in self._cache}
@@ -212,6 +270,7 @@ def make_dataset(
     cache_bytes: int = 0,
     head_sha256: str | None = None,
     max_corrupt_share: float = 0.0,
+    cross_share: float = 0.0,
 ) -> Batches:
     """Batches of the dataset at `path`: endless and shuffled for training, or one pass for validation.
 
@@ -240,10 +299,12 @@ def make_dataset(
       head_sha256: hash of the head in use, compared with the dataset's.
       max_corrupt_share: share of the split's records that may be unreadable before `iterate` stops;
         each process counts the ones it meets.
+      cross_share: share of the windows that another person drives, who performs the same clip. Above 0 all
+        windows have a `driver`; the others are their own drivers.
 
     Raises:
       DatasetError: the dataset is damaged, has no such split, no clip of `window` frames, frames smaller than
-        `image_size`, or latents of another size.
+        `image_size`, latents of another size, or a clip that nobody else performs where that is asked for.
       ValueError: `batch` does not divide by `process_count`.
     """
     if not 0 <= process_index < process_count:
@@ -255,7 +316,8 @@ def make_dataset(
     dataset = open_dataset(path, head_sha256)
     image_size = dataset.metadata.image_size if image_size is None else image_size
     _check_images(dataset, image_size, with_images)
-    clips = dataset.clips_of(split)
+    clips = [clip for clip in dataset.clips_of(split) if not is_driver(clip)]
+    pairs = find_pairs(dataset, split, cross_share) if cross_share else None
     slots = window_slots(clips, window)
     if not slots:
         longest = max((clip.length for clip in clips), default=0)
@@ -263,9 +325,9 @@ def make_dataset(
             f"{dataset.path}: split {split!r} has {len(clips)} clips, the longest of {longest} frames: none "
             f"holds a window of {window}. Add longer clips or choose a shorter window (`config.window`)."
         )
-    draw = _DrawWindow(tuple(slots), seed, fixed_reference)
+    draw = _DrawWindow(tuple(slots), seed, fixed_reference, pairs)
     if one_pass:
-        windows = _windows_in_order(clips, window, seed)
+        windows = _windows_in_order(clips, window, seed, pairs)
         full = -(-len(windows) // batch) * batch
         chosen = grain.MapDataset.source([windows[i % len(windows)] for i in range(full)])
     else:
@@ -290,11 +352,14 @@ def _check_images(dataset: Dataset, wanted: int, with_images: bool) -> None:
         )
 
 
-def _windows_in_order(clips: Sequence[ClipInfo], window: int, seed: int) -> list[_Window]:
+def _windows_in_order(
+    clips: Sequence[ClipInfo], window: int, seed: int, pairs: Pairs | None
+) -> list[_Window]:
     windows = []
     for k in range(max(clip.length for clip in clips) // window):
         for clip in clips:
             if (k + 1) * window <= clip.length:
                 rng = np.random.default_rng((seed, clip.clip_index, k))
-                windows.append(_Window(clip, k * window, int(rng.integers(clip.length))))
+                drawn = _Window(clip, k * window, int(rng.integers(clip.length)))
+                windows.append(drawn if pairs is None else drawn._replace(driver=pairs.draw(clip, rng)))
     return windows

@@ -122,9 +122,9 @@ def map_of_mesh(
     Raises:
       ValueError: unknown arm, or an arm without a map.
     """
-    if not find_arm(arm).spatial:
-        maps = ", ".join(name for name, entry in ARMS.items() if entry.spatial)
-        raise ValueError(f"arm {arm!r} has no driver map; arms with one: {maps}")
+    if not find_arm(arm).spatial or find_arm(arm).frames:
+        maps = ", ".join(name for name, entry in ARMS.items() if entry.spatial and not entry.frames)
+        raise ValueError(f"arm {arm!r} draws no head; arms that do: {maps}")
     encode, batch = find_arm(arm).encode, vertices.shape[:-2]
     face = nearest_faces(vertices, inputs.faces, size)
 

@@ -15,6 +15,7 @@ from jaxtyping import Array
 from loki_jax.arrays import ArrayLike
 from loki_jax.driver.encoding import encode_map, flame_vector, preview_map
 from loki_jax.driver.flow_map import flow_map, preview_flow
+from loki_jax.driver.regions import preview_regions, regions_map
 from loki_jax.face.asset import HeadAsset
 
 DEFAULT_ARM = "full"
@@ -32,7 +33,9 @@ class DriverArm(NamedTuple):
       preview: from the map to a uint8 RGB picture (*b, S, S, 3); traceable. That of an arm which is not
         spatial shows the map of `DEFAULT_ARM`.
       spatial: whether the arm is a map.
-      portrait: whether `encode` reads `DriverInputs.portrait`; pixels: whether it also reads the image.
+      portrait: whether `encode` reads `DriverInputs.portrait`; pixels: whether it reads images, too.
+      frames: whether the map shows the driver's own frames instead of a rasterised head:
+        `encode(head, frames, size, dtype, shape)` with `DriverFrames` and `config.driver.regions`.
     """
 
     channels: int | Callable[[HeadAsset], int]
@@ -41,6 +44,7 @@ class DriverArm(NamedTuple):
     spatial: bool = True
     portrait: bool = False
     pixels: bool = False
+    frames: bool = False
 
 
 ARMS = {
@@ -51,6 +55,7 @@ ARMS = {
     "warp": DriverArm(
         51, partial(flow_map, pixels=True), partial(preview_flow, pixels=True), portrait=True, pixels=True
     ),
+    "regions": DriverArm(4, regions_map, preview_regions, pixels=True, frames=True),
     "flame_vector": DriverArm(lambda head: head.n_expression + 12, flame_vector, preview_map, spatial=False),
 }
 

@@ -19,7 +19,7 @@ from loki_jax.face.asset import HeadAsset
 from loki_jax.networks import Networks, build_networks, initial_noise
 from loki_jax.training.flops import Operation, Work, live_jaxpr, operations, total_work
 from loki_jax.training.init import abstract_batch, abstract_state
-from loki_jax.training.samples import animate_pairs
+from loki_jax.training.samples import animate_pairs, sampled_fields
 from loki_jax.training.sharding import make_mesh
 from loki_jax.training.state import TrainState, make_optimizer
 from loki_jax.training.step import make_eval_step, make_train_step
@@ -77,10 +77,14 @@ def trace_sampling(subject: Subject) -> ClosedJaxpr:
     config, networks, _ = _on_one_device(subject, 1)
     batch = abstract_batch(config, subject.head)
     moved = ("coefficients", "camera", "crop")
-    names = (*moved, "reference", *(f"reference_{name}" for name in moved))
-    inputs = {name: getattr(batch, name) for name in names}
+    own = {f"driver_{name}": getattr(batch, name) for name in moved}
+    fields = batch._asdict() | {"driver": batch.frames} | own
+    # Without the history.
     window = lambda x: jax.ShapeDtypeStruct((x.shape[0], config.window, *x.shape[2:]), x.dtype)
-    inputs |= {name: jax.tree.map(window, inputs[name]) for name in moved}  # without the history
+    inputs: dict[str, Any] = {
+        name: fields[name] if name.startswith("reference") else jax.tree.map(window, fields[name])
+        for name in sampled_fields(config)
+    }
     inputs["noise"] = jax.eval_shape(lambda: initial_noise(networks, jax.random.key(0), 1, config.window))
     animate = functools.partial(animate_pairs, config, networks)
     params = subject.state.params | subject.state.frozen

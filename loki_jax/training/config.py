@@ -20,6 +20,8 @@ from ml_collections import ConfigDict
 
 import loki_jax
 from loki_jax.diffusion.loss import check_prediction
+from loki_jax.driver.regions import SHAPES
+from loki_jax.driver.registry import find_arm
 
 CONFIG_VERSION = 2  # 2 renamed `accumulate`
 RENAMED = {"accumulate": "grad_accum_steps"}
@@ -178,6 +180,11 @@ def check_config(config: ConfigDict) -> None:
         (not 0 <= history.noise < math.inf, f"history.noise={history.noise}: 0 or above"),
         (not (0 <= history.real_share <= 1 and 0 <= history.dropout <= 1),
          f"history: real_share={history.real_share} and dropout={history.dropout} are shares, from 0 to 1"),
+        (not 0 <= config.data.cross_share <= 1, f"data.cross_share={config.data.cross_share} is not a share"),
+        (config.data.cross_share > 0 and not find_arm(config.driver.arm).frames,
+         f"data.cross_share: driver arm {config.driver.arm!r} reads no frames of another person"),
+        (config.driver.regions not in SHAPES,
+         f"driver.regions={config.driver.regions!r}: use {' or '.join(SHAPES)}"),
         (diffusion.min_snr_gamma < 0,
          f"diffusion.min_snr_gamma={diffusion.min_snr_gamma}: 0 (off) or above"),
         (diffusion.max_beta >= 1 and diffusion.prediction == "epsilon",

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
-from loki_jax.data.schema import Batch
+from loki_jax.data.schema import Batch, DriverWindow
 from loki_jax.driver.registry import find_arm
 from loki_jax.face.asset import HeadAsset
 from loki_jax.face.types import Camera, Coefficients
@@ -67,6 +67,10 @@ def abstract_batch(config: ConfigDict, head: HeadAsset, latents_of: Networks | N
         return Coefficients(floats(*lead, head.n_shape), floats(*lead, head.n_expression), *rotations)
 
     def batch() -> Batch:
+        driver = None
+        if config.data.cross_share:
+            camera = Camera(floats(b, t, 4), floats(b, t, 4, 4))
+            driver = DriverWindow(pixels(b, t, s, s, 3), coefficients(b, t), camera, floats(b, t, 4))
         pictures = {"frames": pixels(b, t, s, s, 3), "reference": pixels(b, s, s, 3)}
         if latents_of is not None:
             if not find_arm(config.driver.arm).pixels:
@@ -89,6 +93,7 @@ def abstract_batch(config: ConfigDict, head: HeadAsset, latents_of: Networks | N
             reference_camera=Camera(floats(b, 4), floats(b, 4, 4)),
             reference_crop=floats(b, 4),
             **pictures,
+            driver=driver,
         )
 
     return jax.eval_shape(batch)

@@ -49,14 +49,15 @@ def open_inputs(config: ConfigDict, mesh: Mesh) -> Inputs:
         image_size=config.image_size,
         process_index=batch_part(mesh), process_count=jax.process_count(),
         cache_bytes=config.data.cache_mb * 2**20, max_corrupt_share=config.data.max_corrupt_share,
+        cross_share=config.data.cross_share,
     )  # fmt: skip
     # Cached latents are all a step needs, unless the driver shows the portrait; validation reads images too,
     # for its pictures.
     reads_pixels, has_images = find_arm(config.driver.arm).pixels, dataset.metadata.image_format is not None
     if reads_pixels and not has_images:
         raise DatasetError(
-            f"{config.data.path}: holds latents only, and driver arm {config.driver.arm!r} reads pixels of "
-            "the portrait. Build the dataset with images, or set --config.driver.arm=flow, which needs none."
+            f"{config.data.path}: holds latents only, and driver arm {config.driver.arm!r} reads pixels. "
+            "Build the dataset with images, or set --config.driver.arm=flow, which needs none."
         )
     with_images = reads_pixels or dataset.metadata.latent_shape is None
     windows = make_dataset(**source, fixed_reference=config.data.fixed_reference, with_images=with_images)

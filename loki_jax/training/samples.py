@@ -20,6 +20,8 @@ from loki_jax.data.schema import Batch
 from loki_jax.diffusion.sampler import check_guidance, sample_latents
 from loki_jax.diffusion.schedule import Schedule
 from loki_jax.driver.encoding import ReferenceFrame
+from loki_jax.driver.regions import DriverFrames
+from loki_jax.driver.registry import find_arm
 from loki_jax.face.asset import HeadAsset
 from loki_jax.face.builtin import NAME as BUILTIN
 from loki_jax.face.retarget import fold_neck, neck_joint, retarget, size_ratio
@@ -29,6 +31,7 @@ from loki_jax.metrics.hef import head_expression_follow
 from loki_jax.metrics.hpf import head_pose_follow
 from loki_jax.networks import (
     Networks,
+    align_driver,
     decode_latents,
     default_guidance,
     driver_input,
@@ -51,6 +54,7 @@ class Pairs(NamedTuple):
       reference_camera, reference_crop: of the reference frames, (2N,...).
       driver: (2N,T,S,S,3) uint8, the driver's frames; for the first N they are what should come out.
       driver_coefficients, driver_camera: as recorded, (2N,T,...).
+      driver_crop: boxes of the driver's frames, (2N,T,4).
       coefficients, camera, crop: the reference's motion, (2N,T,...): its own camera and crop.
     """
 
@@ -63,6 +67,7 @@ class Pairs(NamedTuple):
     driver: UInt8[np.ndarray, "n t s s 3"]
     driver_coefficients: Coefficients
     driver_camera: Camera
+    driver_crop: np.ndarray
     coefficients: Coefficients
     camera: Camera
     crop: np.ndarray
@@ -130,6 +135,7 @@ def make_pairs(
         driver=take("frames", drivers),
         driver_coefficients=take("coefficients", drivers),
         driver_camera=take("camera", drivers),
+        driver_crop=take("crop", drivers),
         coefficients=jax.tree.map(join, take("coefficients", rows), crossed),
         camera=hold(take("camera", own)),
         crop=hold(take("crop", own)),
@@ -163,13 +169,26 @@ def animate_pairs(
     own = (inputs["reference_coefficients"], inputs["reference_camera"], inputs["reference_crop"])
     reference = ReferenceFrame(*own, inputs["reference"])
     seen = portrait_keys_values(config, networks, params, head, inputs["reference"], *own)
-    driver = driver_input(config, head, inputs["coefficients"], inputs["camera"], inputs["crop"], reference)
+    moved = (inputs["coefficients"], inputs["camera"], inputs["crop"])
+    frames = None
+    if find_arm(config.driver.arm).frames:
+        theirs = (inputs["driver_coefficients"], inputs["driver_camera"], inputs["driver_crop"])
+        frames = align_driver(head, *moved, DriverFrames(inputs["driver"], *theirs, inputs["driver_crop"]))
+    driver = driver_input(config, head, *moved, reference, frames)
     latents, _ = sample_windows(
         config, networks, params, seen, driver, inputs["noise"], solver=config.sample.solver,
         steps=config.sample.steps, guidance=default_guidance(config), spacing=config.sample.spacing,
         guided_steps=config.sample.guided_steps,
     )  # fmt: skip
     return decode_latents(networks, params, latents)
+
+
+def sampled_fields(config: ConfigDict) -> tuple[str, ...]:
+    """The fields of `Pairs` that `animate_pairs` reads."""
+    moved = ("coefficients", "camera", "crop")
+    names = (*moved, "reference", *(f"reference_{name}" for name in moved))
+    frames = find_arm(config.driver.arm).frames
+    return (*names, "driver", *(f"driver_{name}" for name in moved)) if frames else names
 
 
 def make_sampler(
@@ -186,8 +205,7 @@ def make_sampler(
         animate, mesh=mesh, in_specs=(whole, whole, split), out_specs=split, check_vma=False
     )
     compiled = jax.jit(sample, out_shardings=NamedSharding(mesh, whole))
-    moved = ("coefficients", "camera", "crop")
-    names = (*moved, "reference", *(f"reference_{name}" for name in moved))
+    names = sampled_fields(config)
 
     def run(params: PyTree, head: HeadAsset, pairs: Pairs) -> np.ndarray:
         inputs = {name: getattr(pairs, name) for name in names}

@@ -24,7 +24,7 @@ from flax.traverse_util import unflatten_dict
 from ml_collections import ConfigDict
 from safetensors.flax import load_file, save_file
 
-from loki_jax.data.schema import Batch
+from loki_jax.data.schema import Batch, DriverWindow
 from loki_jax.face.asset import HeadAsset, load_head, save_head
 from loki_jax.face.types import Camera, Coefficients
 from loki_jax.io import write_json
@@ -115,10 +115,17 @@ def read_snapshot(folder: str | os.PathLike) -> Snapshot:
     today = lambda name: name.replace("coefficients/shape", "coefficients/betas")
     flat = {today(name): np.concatenate([np.asarray(part[name]) for part in parts]) for name in parts[0]}
     fields = unflatten_dict(flat, sep="/").items()
-    batch = Batch(**{key: _TUPLES[key](**value) if key in _TUPLES else value for key, value in fields})
+    batch = Batch(**{key: _field(key, value) for key, value in fields})
     config = config_from_json(json.dumps(info["config"]))
     params = restore_as_numpy((folder / "state").absolute())
     return Snapshot(info["step"], config, load_head(folder / "head.npz"), batch, params, info)
+
+
+def _field(name: str, value: Any) -> Any:
+    """A field of a batch, or of the driver in it, from a dict of its parts."""
+    if name == "driver":
+        return DriverWindow(**{key: _field(key, part) for key, part in value.items()})
+    return _TUPLES[name](**value) if name in _TUPLES else value
 
 
 def replay(snapshot: Snapshot) -> dict[str, Any]:

@@ -22,11 +22,14 @@ from loki_jax.arrays import ArrayLike
 from loki_jax.data.schema import Batch
 from loki_jax.diffusion.loss import diffusion_loss
 from loki_jax.driver.encoding import ReferenceFrame
+from loki_jax.driver.regions import DriverFrames, perturb_driver
+from loki_jax.driver.registry import find_arm
 from loki_jax.face.asset import HeadAsset
 from loki_jax.models.autoencoder import sample_posterior
 from loki_jax.models.loki import drop_identity, drop_motion
 from loki_jax.networks import (
     Networks,
+    align_driver,
     denoise,
     driver_input,
     encode_condition,
@@ -97,7 +100,11 @@ def make_loss(config: ConfigDict, networks: Networks) -> Callable:
         x0 = _latents(networks, params, batch, "", latent_keys)
         drawn = config.model.autoencoder.sample_reference
         reference = _latents(networks, params, batch, "reference_", reference_keys if drawn else None)
-        driver, reference_condition = _drivers(config, networks, params, batch, head)
+        strength = config.driver.perturbation if dropout else 0.0
+        frame_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, 5)  # beside the draws above and below
+        driver, reference_condition = _drivers(
+            config, networks, params, batch, head, _driver_frames(config, batch, head, frame_keys, strength)
+        )
         keep_identity, keep_motion = jnp.ones((2, x0.shape[0]), bool)
         if dropout:
             keep_identity, keep_motion = dropout_masks(dropout_keys, config.dropout)
@@ -129,16 +136,37 @@ def make_loss(config: ConfigDict, networks: Networks) -> Callable:
     return loss
 
 
+def _driver_frames(
+    config: ConfigDict, batch: Batch, head: HeadAsset, keys: Key[Array, " b"], strength: float
+) -> DriverFrames | None:
+    """Who drives the windows, for arms that read frames: another person where there is one; perturbed."""
+    if not find_arm(config.driver.arm).frames:
+        return None
+    if batch.frames is None:
+        raise ValueError(f"driver arm {config.driver.arm!r} reads frames, and the batch has none")
+    own = (batch.coefficients, batch.camera, batch.crop)
+    frames = DriverFrames(batch.frames, *own, batch.crop)
+    if batch.driver is not None:
+        frames = align_driver(head, *own, DriverFrames(*batch.driver, batch.driver.crop))
+    return perturb_driver(keys, frames, strength) if strength else frames
+
+
 def _drivers(
-    config: ConfigDict, networks: Networks, params: PyTree, batch: Batch, head: HeadAsset
-) -> tuple[ArrayLike, Array | None]:
+    config: ConfigDict, networks: Networks, params: PyTree, batch: Batch, head: HeadAsset,
+    frames: DriverFrames | None,
+) -> tuple[ArrayLike, Array | None]:  # fmt: skip
     """The window's driver input, and the encoded one of its reference frame where the config wants it."""
     draw = jax.named_scope("driver_map")(functools.partial(driver_input, config))
     inputs = (batch.coefficients, batch.camera, batch.crop)
     own = (batch.reference_coefficients, batch.reference_camera, batch.reference_crop)
     reference = ReferenceFrame(*own, batch.reference)
     if not config.model.reference.driver:
-        return draw(head, *inputs, reference), None
+        return draw(head, *inputs, reference, frames), None
+    if frames is not None:
+        alone = jax.tree.map(lambda x: x[:, None], reference)
+        frame = (alone.coefficients, alone.camera, alone.crop)
+        shown = draw(head, *frame, reference, DriverFrames(alone.image, *frame, alone.crop))
+        return draw(head, *inputs, reference, frames), encode_condition(networks, params, shown)[:, 0]
     # Window and reference are drawn together: one rasterisation.
     joined = jax.tree.map(lambda x, y: jnp.concatenate([x, y[:, None]], 1), inputs, own)
     coefficients, camera, crop = joined
