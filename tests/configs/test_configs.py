@@ -99,9 +99,16 @@ def test_flow_and_warp_are_driver_arms(module, arm):
 
 
 @pytest.mark.parametrize("module, base", [(svp, talkvid), (demo_svp, demo)])
-def test_svp_changes_what_frames_see_of_each_other_and_the_guidance(module, base):
-    plain = base.get_config()
-    assert differences(module.get_config("loki_driver"), plain) == {
+def test_svp_changes_the_driver_what_frames_see_and_the_guidance(module, base):
+    plain, svp_driver = base.get_config(), module.get_config("loki_driver")
+    assert differences(module.get_config("same_identity"), svp_driver) == {
+        "driver.arm": ("full", "regions"),
+        "sample.pose": ("relative", "absolute"),
+    }
+    assert differences(module.get_config(), module.get_config("same_identity")) == {
+        "data.cross_share": (0.0, 1.0)
+    }
+    assert differences(svp_driver, plain) == {
         "history.frames": (0, 3),
         "sample.fusion": ((), (2.0, 2.5, 1.0)),
         "model.unet.attention_modes": (

@@ -76,7 +76,7 @@ def test_an_arm_without_a_map_shows_the_default_map():
 def test_channels_of_every_arm_and_an_unknown_one():
     head = builtin_head()
     channels = {name: driver_channels(name, head) for name in ARMS}
-    expected = {"full": 45, "no_posenc": 3, "no_deform": 42, "flow": 48, "warp": 51}
+    expected = {"full": 45, "no_posenc": 3, "no_deform": 42, "flow": 48, "warp": 51, "regions": 4}
     assert channels == expected | {"flame_vector": head.n_expression + 12}
     with pytest.raises(ValueError, match="unknown driver arm 'normals'; one of full, no_posenc"):
         find_arm("normals")
