@@ -42,6 +42,8 @@ EXTRAS = {
     "prep": ["opencv-python-headless>=4.10,<5", "ai-edge-litert>=2.0"],
     # A second implementation of SSIM.
     "eval": ["scikit-image>=0.25"],
+    # A webcam in, a virtual camera out (`loki_jax.live`).
+    "live": ["opencv-python-headless>=4.10,<5", "ai-edge-litert>=2.0", "pyvirtualcam>=0.12"],
     # Content credentials (C2PA) of animations.
     "sign": ["c2pa-python>=0.38", "cryptography>=45"],
     # Weights of other projects. 0.39 is the last diffusers with Flax models.

@@ -200,7 +200,8 @@ def constraints(file):
 @pytest.mark.parametrize("file", PINS)
 def test_every_requirement_is_pinned_and_the_pin_is_allowed(file):
     arguments, pins = setup_arguments(), constraints(file)
-    assert set(arguments["extras_require"]) == {"prep", "eval", "sign", "convert", "test", "cuda", "tpu"}
+    extras = {"prep", "eval", "live", "sign", "convert", "test", "cuda", "tpu"}
+    assert set(arguments["extras_require"]) == extras
     groups = {"core": arguments["install_requires"], **arguments["extras_require"]}
     for group, lines in groups.items():
         for line in lines:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 from jaxtyping import Bool, Float, Int
 from scipy.ndimage import median_filter
 from scipy.spatial.transform import Rotation
 
+from loki_jax.arrays import ArrayLike
 from loki_jax.face.asset import HeadAsset
 from loki_jax.face.types import Camera, Coefficients
 
@@ -104,43 +107,82 @@ def _runs(mask: Bool[np.ndarray, " n"]) -> list[tuple[int, int]]:
     return list(zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True))
 
 
-def smooth_motion(coefficients: Coefficients, fps: float, lag: float) -> Coefficients:
-    """A motion (N, ...) smoothed by the One Euro filter (Casiez, Roussel and Vogel, CHI 2012).
+def between(start: Coefficients, stop: Coefficients, share: float) -> Coefficients:
+    """A frame between two, without leading axes; the head turns the shortest way."""
+    fields = {
+        name: (1 - share) * a + share * b for name, a, b in zip(start._fields, start, stop, strict=True)
+    }
+    turn = Rotation.from_rotvec(share * _turn_between(start.rot, stop.rot))
+    return stop._replace(**fields | {"rot": (turn * Rotation.from_rotvec(start.rot)).as_rotvec()})
+
+
+class Smoothed(NamedTuple):
+    """A motion smoothed up to one frame.
+
+    Attributes:
+      coefficients: the smoothed frame, without leading axes.
+      latest: the frame as it came.
+      speed: fields of `coefficients`, change a second; of `rot` in the world's axes.
+    """
+
+    coefficients: Coefficients
+    latest: Coefficients
+    speed: Coefficients
+
+
+def start_smoothing(coefficients: Coefficients) -> Smoothed:
+    """The first frame of a motion, without leading axes."""
+    first = Coefficients(*(np.asarray(field, np.float64) for field in coefficients))
+    return Smoothed(first, first, Coefficients(*(0 * field for field in first)))
+
+
+def smooth_next(before: Smoothed, coefficients: Coefficients, interval: float, lag: float) -> Smoothed:
+    """The next frame of a motion, smoothed by the One Euro filter (Casiez, Roussel and Vogel, CHI 2012).
 
     Args:
+      interval: seconds since the frame before.
       lag: seconds by which slow motion is late, 1 / (2 pi cutoff); the cutoff rises with the speed, so that
         fast motion is less late.
     """
-    smoothed = {}
+    latest = Coefficients(*(np.asarray(field, np.float64) for field in coefficients))
+    smoothed, speeds = latest._asdict(), before.speed._asdict()
     for name, rise in _CUTOFF_RISE.items():
-        values = np.asarray(getattr(coefficients, name), np.float64)
-        apart = name == "expression"
-        if name == "rot":
-            # Rotation vectors are nearly a linear space near the first frame.
-            first = Rotation.from_rotvec(values[0])
-            values = (Rotation.from_rotvec(values) * first.inv()).as_rotvec()
-            values = (Rotation.from_rotvec(one_euro(values, fps, lag, rise, apart)) * first).as_rotvec()
+        value, last, own = (getattr(c, name) for c in (latest, before.latest, before.coefficients))
+        turns = name == "rot"
+        change = _turn_between(last, value) if turns else value - last
+        speeds[name] = _smooth_speed(getattr(before.speed, name), change, interval)
+        share = _share(speeds[name], interval, lag, rise, apart=name == "expression")
+        if turns:
+            own_turn = Rotation.from_rotvec(share * _turn_between(own, value))
+            smoothed[name] = (own_turn * Rotation.from_rotvec(own)).as_rotvec()
         else:
-            values = one_euro(values, fps, lag, rise, apart)
-        smoothed[name] = values.astype(np.float32)
-    return coefficients._replace(**smoothed)
+            smoothed[name] = own + share * (value - own)
+    return Smoothed(Coefficients(**smoothed), latest, Coefficients(**speeds))
 
 
-def one_euro(
-    values: Float[np.ndarray, "n k"], fps: float, lag: float, rise: float, apart: bool
-) -> Float[np.ndarray, "n k"]:
-    """The One Euro filter.
+def _turn_between(start: Float[ArrayLike, "3"], stop: Float[ArrayLike, "3"]) -> Float[np.ndarray, "3"]:
+    return (Rotation.from_rotvec(stop) * Rotation.from_rotvec(start).inv()).as_rotvec()
 
-    Args:
-      lag: 1 / (2 pi cutoff) at rest, seconds.
-      rise: of the cutoff with the speed, hertz a unit a second.
-      apart: each of the k columns has its own speed, instead of all that of the vector.
-    """
-    result, speed = values.copy(), np.zeros(values.shape[1])
-    keep = 1 / (1 + fps / (2 * np.pi * _SPEED_CUTOFF))
-    for t in range(1, len(values)):
-        speed = speed + keep * ((values[t] - values[t - 1]) * fps - speed)
-        size = np.abs(speed) if apart else np.linalg.norm(speed)
-        late = 1 / (1 / lag + 2 * np.pi * rise * size)
-        result[t] = result[t - 1] + (values[t] - result[t - 1]) / (1 + late * fps)
-    return result
+
+def smooth_motion(coefficients: Coefficients, fps: float, lag: float) -> Coefficients:
+    """A motion (N, ...) smoothed by `smooth_next`."""
+    fields = [np.asarray(field, np.float64) for field in coefficients]
+    state = start_smoothing(Coefficients(*(field[0] for field in fields)))
+    frames = [state.coefficients]
+    for t in range(1, len(fields[0])):
+        state = smooth_next(state, Coefficients(*(field[t] for field in fields)), 1 / fps, lag)
+        frames.append(state.coefficients)
+    return Coefficients(*(np.stack(field).astype(np.float32) for field in zip(*frames, strict=True)))
+
+
+def _smooth_speed(speed: np.ndarray, change: np.ndarray, interval: float) -> np.ndarray:
+    """The low-passed speed after a change within an interval in seconds."""
+    keep = 1 / (1 + 1 / (2 * np.pi * _SPEED_CUTOFF * interval))
+    return speed + keep * (change / interval - speed)
+
+
+def _share(speed: np.ndarray, interval: float, lag: float, rise: float, apart: bool) -> np.ndarray | float:
+    """The share of the way to a new value that the filter goes."""
+    size = np.abs(speed) if apart else float(np.linalg.norm(speed))
+    late = 1 / (1 / lag + 2 * np.pi * rise * size)
+    return 1 / (1 + late / interval)

@@ -194,7 +194,7 @@ def make_problem(
     n_frames = len(points)
     observed = pad_frames(_fill_gaps(points[:, indices], seen))
     # Just enough to hold interpolated frames, which nothing else would keep from drifting.
-    confidence_used = np.where(seen[:, None], confidence[:, indices], 0.02)
+    confidence_used = pad_frames(np.where(seen[:, None], confidence[:, indices], 0.02))
 
     small = landmark_head(head, indices)
     layout = Layout(
@@ -213,15 +213,8 @@ def make_problem(
     start[:, layout.n_expression : layout.n_expression + 3] = rot
     start[:, layout.n_expression + 3 : layout.n_expression + 6] = tra
 
-    metres = np.where(is_inner, settings.noise, settings.contour_noise)
-    metres = np.where(np.isin(indices, IRISES), settings.iris_noise, metres)
-    sigma = np.asarray(scale)[:, None] * metres
-
     pairs = lid_pairs(indices)
-    gaps = observed[:, pairs[:, 0]] - observed[:, pairs[:, 1]]
-    least, growth = settings.gap_noise
-    gap_sigma = np.asarray(scale)[:, None] * least + growth * np.linalg.norm(gaps, axis=-1)
-    confidence_used = np.concatenate([confidence_used, confidence_used[:, pairs].min(-1)], axis=1)
+    seen_there = observations(indices, pairs, observed, confidence_used, np.asarray(scale), settings)
 
     terms = frame_terms(head, layout, settings, 25.0 / fps)
     mean = np.zeros_like(start)
@@ -236,9 +229,9 @@ def make_problem(
         head=small,
         camera=camera,
         pairs=pairs,
-        observed=np.concatenate([observed, gaps], axis=1),
-        weight=pad_frames(confidence_used.astype(np.float32)) * real[:, None],
-        sigma=np.concatenate([sigma, gap_sigma], axis=1).astype(np.float32),
+        observed=seen_there.observed,
+        weight=seen_there.weight * real[:, None],
+        sigma=seen_there.sigma,
         real=real,
         # A landmark that is off the head's own one is so in every frame: more frames show more
         # views of the shape, but do not make the landmarks more exact.
@@ -248,6 +241,42 @@ def make_problem(
         **terms,
     )
     return problem, layout, start, seen
+
+
+class Observations(NamedTuple):
+    """Fields of `Problem`: landmarks of N frames, then the gaps between the lids."""
+
+    observed: Float[np.ndarray, "N n 2"]
+    weight: Float[np.ndarray, "N n"]
+    sigma: Float[np.ndarray, "N n"]
+
+
+def observations(
+    indices: Int[np.ndarray, " m"],
+    pairs: Int[np.ndarray, "k 2"],
+    points: Float[np.ndarray, "N m 2"],
+    confidence: Float[np.ndarray, "N m"],
+    scale: Float[np.ndarray, " N"],
+    settings: FitSettings,
+) -> Observations:
+    """What is observed in frames.
+
+    Args:
+      indices: which of the 478 landmarks these are.
+      pairs: `lid_pairs` of them.
+      points: pixels.
+      scale: pixels a metre at the face.
+    """
+    metres = np.where(np.isin(indices, FACE_OVAL), settings.contour_noise, settings.noise)
+    metres = np.where(np.isin(indices, IRISES), settings.iris_noise, metres)
+    gaps = points[:, pairs[:, 0]] - points[:, pairs[:, 1]]
+    least, growth = settings.gap_noise
+    gap_sigma = scale[:, None] * least + growth * np.linalg.norm(gaps, axis=-1)
+    return Observations(
+        np.concatenate([points, gaps], axis=1),
+        np.concatenate([confidence, confidence[:, pairs].min(-1)], axis=1).astype(np.float32),
+        np.concatenate([scale[:, None] * metres, gap_sigma], axis=1).astype(np.float32),
+    )
 
 
 def lid_pairs(indices: Int[np.ndarray, " n"]) -> Int[np.ndarray, "k 2"]:

@@ -343,13 +343,20 @@ class Landmarker:
         return points, scores.ravel()
 
     def correct(
-        self, points: Float[np.ndarray, "n 478 3"], score: Float[np.ndarray, " n"]
+        self,
+        points: Float[np.ndarray, "n 478 3"],
+        score: Float[np.ndarray, " n"],
+        usual: Float[np.ndarray, " 2"] | None = None,
     ) -> Float[np.ndarray, "n 478 3"]:
-        """Points of a clip, or of a portrait, without what the networks get wrong (`pose_bias`, `lids`)."""
+        """Points of a clip, or of a portrait, without what the networks get wrong (`pose_bias`, `lids`).
+
+        Args:
+          usual: see `loki_jax.fitting.lids.close_lids`.
+        """
         corrected = points.copy()
         for index in np.flatnonzero(score):
             corrected[index] = pose_bias().correct(points[index])
-        return close_lids(corrected, score)
+        return close_lids(corrected, score, usual)
 
 
 def _invoke(network, value: np.ndarray, widths: tuple[int, ...]) -> list[np.ndarray]:

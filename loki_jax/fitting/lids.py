@@ -31,31 +31,41 @@ def lid_openings(points: Float[np.ndarray, "n 478 3"]) -> Float[np.ndarray, "n 2
     return np.stack(openings, axis=-1)
 
 
-def relative_openings(
+def usual_openings(
     points: Float[np.ndarray, "n 478 3"], seen: Float[np.ndarray, " n"]
-) -> Float[np.ndarray, "n 2"]:
-    """`lid_openings` over those of the clip's open eyes.
+) -> Float[np.ndarray, " 2"]:
+    """`lid_openings` of a clip's open eyes.
 
     Args:
       seen: the frames that show the face are those above 0; at least one does.
     """
-    openings = lid_openings(points)
-    usual = np.quantile(openings[seen > 0], _OPEN_QUANTILE, axis=0)
-    return openings / np.maximum(usual, _LEAST_OPEN)
+    usual = np.quantile(lid_openings(points)[seen > 0], _OPEN_QUANTILE, axis=0)
+    return np.maximum(usual, _LEAST_OPEN)
+
+
+def relative_openings(
+    points: Float[np.ndarray, "n 478 3"], seen: Float[np.ndarray, " n"]
+) -> Float[np.ndarray, "n 2"]:
+    """`lid_openings` over those of the clip's open eyes; `seen` as for `usual_openings`."""
+    return lid_openings(points) / usual_openings(points, seen)
 
 
 def close_lids(
-    points: Float[np.ndarray, "n 478 3"], seen: Float[np.ndarray, " n"]
+    points: Float[np.ndarray, "n 478 3"],
+    seen: Float[np.ndarray, " n"],
+    usual: Float[np.ndarray, " 2"] | None = None,
 ) -> Float[np.ndarray, "n 478 3"]:
     """Landmarks of a clip with the upper lids moved down to where eyes are as open as `_TRUE` says.
 
     Args:
       seen: the frames that show the face are those above 0.
+      usual: openings of the open eyes (`usual_openings`); None: those of this clip.
     """
     if not (seen > 0).any():
         return points
     closed = points.copy()
-    marked = np.maximum(relative_openings(points, seen), 1e-6)
+    usual = usual_openings(points, seen) if usual is None else usual
+    marked = np.maximum(lid_openings(points) / usual, 1e-6)
     # Eyes that are wider open than usual stay as they are.
     share = np.where(marked < 1, np.interp(marked, _MARKED, _TRUE) / marked, 1.0)
     for eye, lids in enumerate((LIDS_RIGHT, LIDS_LEFT)):

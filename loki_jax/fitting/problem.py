@@ -180,6 +180,15 @@ def landmark_head(head: HeadAsset, indices: np.ndarray, name: str = LANDMARK_SET
     return point_head(head, Landmarks(np.asarray(marks.face)[indices], np.asarray(marks.bary)[indices]))
 
 
+def with_shape(head: HeadAsset, betas: Float[ArrayLike, " n_shape"]) -> HeadAsset:
+    """The head of one person, without shape axes."""
+    vertices = np.asarray(make_identity(head, betas).vertices)[: len(head.template)]
+    none = np.zeros((0, *vertices.shape), np.float32)
+    return dataclasses.replace(
+        head, template=vertices, shape_basis=none, shape_sigma=np.zeros(0, np.float32), shape_names=()
+    )
+
+
 def point_head(head: HeadAsset, marks: Landmarks) -> HeadAsset:
     """A head that consists of points of the surface only: vertex i is `marks` i.
 

@@ -21,7 +21,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
-from loki_jax.arrays import ArrayLike
 from loki_jax.face.asset import HeadAsset, Landmarks
 from loki_jax.face.camera import camera_from_world, ndc_from_camera, project
 from loki_jax.face.crop import crop_and_resize
@@ -32,7 +31,7 @@ from loki_jax.fitting.contrast import NOISE_FLOOR, contrast_features, repetition
 from loki_jax.fitting.fit import DEFAULT_SETTINGS, make_problem, reprojection_error
 from loki_jax.fitting.lids import relative_openings
 from loki_jax.fitting.points import LANDMARK_SET
-from loki_jax.fitting.problem import FitSettings, Surface, pad_frames, point_head
+from loki_jax.fitting.problem import FitSettings, Surface, pad_frames, point_head, with_shape
 from loki_jax.fitting.solver import optimise, surface_looks
 from loki_jax.flow import head_parts, view_cosines
 from loki_jax.raster.api import rasterize
@@ -82,7 +81,7 @@ def refine(
     if n < 8:  # too few views: their look would repeat the fit that it is to correct
         return clip
     fit, track = clip.fit, clip.track
-    known = _with_shape(head, fit.coefficients.betas[0])
+    known = with_shape(head, fit.coefficients.betas[0])
     problem, layout, _, _ = make_problem(
         known, track.points[..., :2], track.confidence, clip.frames[0].shape[:2],
         float(fit.camera.intrinsics[0]), fit_settings, float(clip.fps), track.scores,
@@ -126,15 +125,6 @@ def refine(
     reprojection = reprojection_error(head, found, fit.camera, track.points)
     reprojection = np.where(np.isfinite(fit.reprojection), reprojection, np.nan)
     return clip._replace(fit=fit._replace(coefficients=found, reprojection=reprojection))
-
-
-def _with_shape(head: HeadAsset, betas: Float[ArrayLike, " n_shape"]) -> HeadAsset:
-    """The head of one person, without shape axes."""
-    vertices = np.asarray(make_identity(head, betas).vertices)[: len(head.template)]
-    none = np.zeros((0, *vertices.shape), np.float32)
-    return dataclasses.replace(
-        head, template=vertices, shape_basis=none, shape_sigma=np.zeros(0, np.float32), shape_names=()
-    )
 
 
 def surface_points(

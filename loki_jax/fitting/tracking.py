@@ -195,11 +195,11 @@ def clip_landmarks(
         last, found_before = first_points, True
         for index in order:
             frame = frames[index]
-            found = _follow(landmarker, frame, last, found_before)
-            found_before = found is not None
+            followed = follow_face(landmarker, frame, last, found_before)
+            found_before = followed is not None
             scenes[index] = _thumbnail(frame)
-            if found is not None:
-                last, confidence[index], score[index] = found
+            if followed is not None:
+                last, confidence[index], score[index] = followed
                 points[index], scores[index] = landmarker.second_look(frame, last)
                 patches[index] = _face_patch(landmarker, frame, last)
     cuts = _find_cuts(scenes, patches)
@@ -320,8 +320,17 @@ def cut_track(track: Track, start: int, stop: int) -> Track:
     return Track(track.points[part], track.confidence[part], track.score[part], track.faces, cuts, scores)
 
 
-def _follow(landmarker: Landmarker, image: np.ndarray, last: np.ndarray, found_before: bool):
-    """Landmarks of the face last seen at `last`, or None if it is not there."""
+def follow_face(
+    landmarker: Landmarker,
+    image: UInt8[np.ndarray, "h w 3"],
+    last: Float[np.ndarray, "478 3"],
+    found_before: bool,
+) -> tuple[Float[np.ndarray, "478 3"], Float[np.ndarray, "478"], float] | None:
+    """Uncorrected landmarks of the face last seen at `last`, confidence and score; None: it is not there.
+
+    Args:
+      found_before: `last` are the points of the frame before.
+    """
     if found_before:
         points, confidence, score = landmarker.points_in(image, landmarker.next_region(last))
         if score >= 0.5:

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Real, UInt8
-from PIL import Image
 
 from loki_jax.driver.encoding import preview_map
 from loki_jax.driver.map import driver_map
@@ -21,6 +20,7 @@ from loki_jax.face.types import Camera, Coefficients
 from loki_jax.geometry.renderer import make_scene, render_frames
 from loki_jax.pipeline import Window, retarget_clip
 from loki_jax.sources import DrivingClip, Portrait
+from loki_jax.video.image import reduce_picture
 
 LARGEST = 2048  # pixels of a picture's longer side; larger pictures are reduced
 _WINDOW = 16  # frames rendered by one call
@@ -94,7 +94,7 @@ class GeometryPipeline:
         return np.concatenate([window.frames for window in self.windows(portrait, clip, **options)])
 
     def prepare(
-        self, portrait: Portrait, relight: bool = False
+        self, portrait: Portrait, relight: bool = False, grid: int | None = None
     ) -> Callable[[Coefficients], UInt8[np.ndarray, "n h w 3"]]:
         """The portrait made ready: a function from coefficients (n, ...) of its head to frames.
 
@@ -102,6 +102,8 @@ class GeometryPipeline:
 
         Args:
           relight: the skin brightens and darkens as it turns in the portrait's light, which is fitted.
+          grid: side of the grid of the motion, a multiple of 64. A small one is fast: 256 is enough for
+            pictures of 512 pixels. None: by the size of the head.
         """
         whole = _subject(portrait)
         rows, columns = _moving_part(whole)
@@ -114,6 +116,7 @@ class GeometryPipeline:
             part.crop,
             part.landmarks,
             relight,
+            grid,
         )
 
         def render(target: Coefficients) -> UInt8[np.ndarray, "n h w 3"]:
@@ -171,9 +174,7 @@ def _subject(portrait: Portrait) -> _Subject:
     factor = LARGEST / max(picture.shape[:2])
     if factor >= 1:
         return subject
-    height, width = (round(side * factor) for side in picture.shape[:2])
-    reduced = np.asarray(Image.fromarray(picture).resize((width, height), Image.Resampling.BOX))
-    return subject.scaled(factor)._replace(picture=reduced)
+    return subject.scaled(factor)._replace(picture=reduce_picture(picture, LARGEST))
 
 
 def _moving_part(subject: _Subject) -> tuple[slice, slice]:

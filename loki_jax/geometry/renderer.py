@@ -78,6 +78,7 @@ def make_scene(
     crop: Float[np.ndarray, " 4"],
     seen: Float[np.ndarray, "478 _"] | None,
     relight: bool = False,
+    grid: int | None = None,
 ) -> tuple[Scene, Layout]:
     """A portrait made ready, and the sizes of its frames.
 
@@ -87,6 +88,7 @@ def make_scene(
       camera, crop: of the picture; the head's box in its pixels.
       seen: landmarks in the picture, pixels; None: those of the head.
       relight: the skin brightens and darkens as it turns in the portrait's light.
+      grid: side of the grid of the motion, a multiple of 64; None: by the size of the head.
     """
     as_arrays = functools.partial(jax.tree.map, lambda x: jnp.asarray(x, jnp.float32))
     coefficients, camera = as_arrays(coefficients), as_arrays(camera)
@@ -120,7 +122,7 @@ def make_scene(
     texture = make_texture(_without_openings(picture, marks, float(mouth.margin)))
     scene = Scene(identity, alignment, rig, coefficients, camera, texture, (eyes[0], eyes[1]), mouth)
     radius = float(rig.radius)
-    grid = 256 if radius < 90 else 384 if radius < 250 else 512
+    grid = grid or (256 if radius < 90 else 384 if radius < 250 else 512)
     layout = Layout((limit[1], limit[0]), grid, eye_patch, mouth_patch)
     return jax.tree.map(jnp.asarray, scene), layout
 

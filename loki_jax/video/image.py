@@ -33,6 +33,15 @@ def read_image(path: str | os.PathLike) -> UInt8[np.ndarray, "H W 3"]:
         raise _unreadable(path, error) from error
 
 
+def reduce_picture(picture: UInt8[np.ndarray, "H W 3"], longest: int) -> UInt8[np.ndarray, "h w 3"]:
+    """The picture with at most `longest` pixels on its longer side; a smaller one as it is."""
+    factor = longest / max(picture.shape[:2])
+    if factor >= 1:
+        return picture
+    height, width = (max(1, round(side * factor)) for side in picture.shape[:2])
+    return np.asarray(Image.fromarray(picture).resize((width, height), Image.Resampling.BOX))
+
+
 _UNREADABLE = (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 

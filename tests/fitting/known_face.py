@@ -66,7 +66,7 @@ class KnownFace(Landmarker):
     def second_look(self, image, points):
         return points, np.zeros(0, np.float32)
 
-    def correct(self, points, score):
+    def correct(self, points, score, usual=None):
         return points
 
     def points_in(self, image, region):
