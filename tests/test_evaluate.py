@@ -134,6 +134,7 @@ def test_videos_of_another_rate_are_compared_in_time(folder, clips, pair):
     assert result["frames"] == FRAMES // 2 and result["hpf"] < 2 and result["psnr"] > 35
 
 
+@pytest.mark.slow
 def test_videos_are_never_in_memory_as_a_whole(folder, monkeypatch):
     """Video, driver, truth and floor, each read in pieces of four frames."""
     head = builtin_head()
