@@ -4,7 +4,7 @@
     python benchmarks/geometry.py --only pairs|self|speed|all ...
 
 Twenty fixed pairs of the sorted portraits and clips. Every pair is animated, at `--frames` times spread
-over the clip. The head is fitted to the result by landmarks, and HPF and HEF against the clip are those of
+over the clip, or at all of them (0), which the fit smooths at their own rate. The head is fitted to the result by landmarks, and HPF and HEF against the clip are those of
 the result over those of the portrait as it is (`still`). `aligned_hpf` does not depend on the noise of the
 first frame, to which HPF is relative. `self`: each clip drives its own most frontal
 frame; PSNR and SSIM inside the box of the head, beside those of that frame (`still`) and of that frame
@@ -48,6 +48,8 @@ ANCHORS = [33, 133, 263, 362, 1, 61, 291]
 
 
 def spread(length: int, count: int) -> np.ndarray:
+    """Indices of `count` frames spread over a clip, of all for 0."""
+    count = count or length
     return np.unique(np.linspace(0, length - 1, count).round().astype(int))
 
 
