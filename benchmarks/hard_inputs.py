@@ -4,8 +4,8 @@
 
 Every portrait as it is, and the first one changed: cut at the border, tiny, huge, grey, transparent, upside
 down, blurred, dark, damaged and so on. Each is animated by the geometry renderer at eight times spread over
-the clip. FOLDER gets one contact sheet for each that is animated. A traceback is a failure. The last line is one
-JSON object.
+the clip. FOLDER gets one contact sheet for each that is animated. A traceback is a failure. The last line is
+one JSON object.
 """
 
 import argparse

@@ -291,7 +291,7 @@ def _clip_of_motion(name: str, motion: Motion, size: int) -> DrivingClip:
 
 
 class _StoredClip:
-    """Pictures of a clip of a dataset, read when they are asked for; the first when it is opened, as a check."""
+    """Pictures of a clip of a dataset, read when they are asked for; the first at once, as a check."""
 
     has_audio = False
 

@@ -79,7 +79,7 @@ def landmarker():
 
 @pytest.fixture(scope="module", autouse=True)
 def no_program_outlives_its_module():
-    """Thousands of compiled programs would take gigabytes, and more memory maps than Linux grants a process."""
+    """Thousands of programs take gigabytes and more memory maps than Linux grants a process."""
     yield
     if "jax" in sys.modules:
         sys.modules["jax"].clear_caches()
