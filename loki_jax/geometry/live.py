@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Mapping
-from fractions import Fraction
 from typing import NamedTuple
 
 import numpy as np
@@ -20,8 +19,8 @@ from loki_jax.fitting.model_files import LandmarkError
 from loki_jax.fitting.streaming import FrameFit, FrameFitter
 from loki_jax.fitting.tracking import FaceChoice, follow_face, image_landmarks
 from loki_jax.geometry.pipeline import GeometryPipeline
-from loki_jax.pipeline import retarget_clip
-from loki_jax.sources import DrivingClip, Portrait
+from loki_jax.pipeline import retarget_frame
+from loki_jax.sources import Portrait
 
 FIRST = 16  # frames that show the face and give the shape
 _GRID = 256
@@ -178,20 +177,14 @@ class LiveAnimator:
         return _Motion(fit, smoothed, shown, seen.seconds)
 
     def _animate(self, driver: Coefficients) -> UInt8[np.ndarray, "H W 3"]:
-        """The portrait in the driver's pose: the second frame of a clip that begins with the neutral one."""
+        """The portrait in the driver's pose."""
         assert self._fitter is not None
-        both = Coefficients(
-            *(np.stack(pair).astype(np.float32) for pair in zip(self._neutral, driver, strict=True))
-        )
-        clip = DrivingClip(
-            np.zeros((2, 1, 1, 3), np.uint8), both, self._fitter.camera, Fraction(25), np.ones(2, bool), None,
-            "live", neutral=0,
-        )  # fmt: skip
         controls = dataclasses.replace(self.controls, smooth=0.0)
-        moved = retarget_clip(
-            self._head, clip, self._portrait, self._mode, controls=controls, sliders=self.sliders
-        )
-        return self._render(Coefficients(*(np.asarray(field)[1:] for field in moved)))[0]
+        moved = retarget_frame(
+            self._head, driver, self._neutral, self._fitter.camera, self._portrait, self._mode, controls,
+            self.sliders,
+        )  # fmt: skip
+        return self._render(moved)[0]
 
     def _warm_up(self) -> UInt8[np.ndarray, "H W 3"]:
         """Compile what a frame needs, with the portrait as its own driver; the first picture."""
