@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from loki_jax.driver.map import driver_map
     from loki_jax.face.asset import load_head
     from loki_jax.face.builtin import builtin_head
+    from loki_jax.face.control_options import Controls
     from loki_jax.face.retarget import retarget
     from loki_jax.face.skinning import make_identity
     from loki_jax.geometry.pipeline import GeometryPipeline
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 __version__ = "0.2.0"
 
 _MODULES = {
+    "Controls": "face.control_options",
     "DrivingClip": "sources",
     "GeometryPipeline": "geometry.pipeline",
     "LokiPipeline": "pipeline",
@@ -54,9 +56,10 @@ _MODULES = {
 }
 
 __all__ = [
-    "DrivingClip", "GeometryPipeline", "LokiPipeline", "Portrait", "builtin_head", "driver_map", "fit_clip",
-    "fit_portrait", "head_expression_follow", "head_pose_follow", "load_checkpoint", "load_driving_clip",
-    "load_head", "load_portrait", "make_identity", "rasterize", "retarget", "retarget_clip",
+    "Controls", "DrivingClip", "GeometryPipeline", "LokiPipeline", "Portrait", "builtin_head", "driver_map",
+    "fit_clip", "fit_portrait", "head_expression_follow", "head_pose_follow", "load_checkpoint",
+    "load_driving_clip", "load_head", "load_portrait", "make_identity", "rasterize", "retarget",
+    "retarget_clip",
 ]  # fmt: skip
 
 

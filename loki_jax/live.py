@@ -17,7 +17,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-import numpy as np
 import tyro
 
 from loki_jax.face.control_options import Controls
@@ -63,6 +62,8 @@ class LiveOptions:
 
 def live(options: LiveOptions) -> None:
     """Run until the frames end. Raises the errors of its inputs."""
+    import numpy as np
+
     from loki_jax.face.asset import load_head
     from loki_jax.face.controls import check_sliders, parse_sliders
     from loki_jax.fitting.clips import default_landmarker
@@ -112,6 +113,8 @@ def live(options: LiveOptions) -> None:
 
 def _note(state: str, latencies: Sequence[float]) -> str:
     """A line for people: what happens, and how long frames take from their arrival to being shown."""
+    import numpy as np
+
     if len(latencies) < 2:
         return state
     middle, slow = 1000 * np.percentile(latencies, (50, 95))

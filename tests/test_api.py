@@ -1,5 +1,6 @@
 """The public interface: what docs/api.md shows exists and runs, and imports stay light."""
 
+import json
 import re
 import subprocess
 import sys
@@ -12,7 +13,8 @@ import loki_jax
 from loki_jax.video import is_tagged_synthetic, read_video
 from tests.synthetic.synthetic_clips import write_clips
 
-PAGE = (Path(__file__).resolve().parents[1] / "docs" / "api.md").read_text()
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = (ROOT / "docs" / "api.md").read_text()
 
 
 def test_every_public_name_exists_and_is_documented():
@@ -39,6 +41,24 @@ def test_the_example_runs(tmp_path, monkeypatch):
     np.testing.assert_array_equal(np.concatenate([window.frames for window in windows]), names["frames"])
 
 
+@pytest.mark.slow
+def test_the_notebook_runs(landmarker, tmp_path, monkeypatch):
+    """The cells of examples/quickstart.ipynb, one after another; it uses public names alone."""
+    monkeypatch.chdir(tmp_path)
+    cells = json.loads((ROOT / "examples" / "quickstart.ipynb").read_text())["cells"]
+    sources = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    names = {}
+    for number, source in enumerate(sources):
+        exec(compile(source, f"cell {number}", "exec"), names)
+    frames, smiling = names["frames"], names["smiling"]
+    assert frames.shape == smiling.shape == (16, 512, 512, 3) and is_tagged_synthetic("quickstart.mp4")
+    assert np.abs(frames[-1].astype(int) - frames[0]).mean() > 1
+    assert np.abs(frames[-1].astype(int) - smiling[-1]).mean() > 1
+    assert names["hpf"] < 0.01
+    used = re.findall(r"\bloki_jax\.(?!video\b)(\w+)", "\n".join(sources))
+    assert used and set(used) <= set(loki_jax.__all__)
+
+
 def test_options_out_of_range_are_errors():
     pipeline = loki_jax.LokiPipeline.from_checkpoint("demo")
     for options, message in (
@@ -55,7 +75,7 @@ def test_options_out_of_range_are_errors():
             pipeline.sampling(**options)
 
 
-@pytest.mark.parametrize("module", ["", ".animate", ".evaluate", ".demo"])
+@pytest.mark.parametrize("module", ["", ".animate", ".app", ".demo", ".evaluate", ".live"])
 def test_imports_are_light(module):
     heavy = "{'jax', 'flax', 'orbax', 'av', 'matplotlib', 'tensorflow_datasets', 'numpy'}"
     program = f"import sys, loki_jax{module}; print(sorted({heavy} & set(sys.modules)))"
