@@ -36,9 +36,9 @@ class Slider(NamedTuple):
 
     name: str
     label: str
-    low: float
-    high: float
-    rest: float
+    low: int
+    high: int
+    rest: int
 
 
 FACE = (
@@ -87,9 +87,9 @@ class Subject(NamedTuple):
     preview: Preview
 
 
-def settings_of(values: Sequence[float], camera_gaze: bool) -> tuple[Controls, dict[str, float]]:
+def settings_of(values: Sequence[int | float], camera_gaze: bool) -> tuple[Controls, dict[str, float]]:
     """Controls and sliders of the values of `SLIDERS`."""
-    by_name = {slider.name: value for slider, value in zip(SLIDERS, values, strict=True)}
+    by_name = {slider.name: float(value) for slider, value in zip(SLIDERS, values, strict=True)}
     fields = {field.name for field in dataclasses.fields(Controls)}
     own: dict[str, Any] = {name: value for name, value in by_name.items() if name in fields}
     if camera_gaze:
@@ -134,7 +134,7 @@ class Studio:
         clip: DrivingClip | None,
         frame: int,
         camera_gaze: bool,
-        values: Sequence[float],
+        values: Sequence[int | float],
     ) -> np.ndarray:
         """The preview (h, w, 3)."""
         controls, sliders = settings_of(values, camera_gaze)
@@ -146,7 +146,7 @@ class Studio:
         clip: DrivingClip | None,
         frame: int,
         camera_gaze: bool,
-        values: Sequence[float],
+        values: Sequence[int | float],
     ) -> Path:
         """A PNG file of what the preview shows, at the size of results."""
         from loki_jax.geometry.preview import Preview
@@ -165,13 +165,18 @@ class Studio:
         return path
 
     def make_video(
-        self, subject: Subject, clip: DrivingClip, smooth: float, camera_gaze: bool, values: Sequence[float]
+        self,
+        subject: Subject,
+        clip: DrivingClip,
+        smooth: int | float,
+        camera_gaze: bool,
+        values: Sequence[int | float],
     ) -> Iterator[int | Path]:
         """Numbers of finished frames, then the MP4 file. Nothing is left of a video that is given up."""
         from loki_jax.video import open_output
 
         controls, sliders = settings_of(values, camera_gaze)
-        controls, done = dataclasses.replace(controls, smooth=smooth), 0
+        controls, done = dataclasses.replace(controls, smooth=float(smooth)), 0
         path = self._result("animation.mp4")
         with open_output(path, clip.fps, audio_from=clip.source, audio_start=clip.start) as writer:
             for window in self._pipeline.windows(subject.portrait, clip, controls=controls, sliders=sliders):
@@ -215,13 +220,21 @@ def build_page(studio: Studio) -> Any:
 
     @told()
     def show(
-        subject: Subject | None, clip: DrivingClip | None, frame: float, camera: bool, *values: float
+        subject: Subject | None,
+        clip: DrivingClip | None,
+        frame: int | float,
+        camera: bool,
+        *values: int | float,
     ) -> Any:
         return None if subject is None else studio.show(subject, clip, int(frame), camera, values)
 
     @told()
     def make_picture(
-        subject: Subject | None, clip: DrivingClip | None, frame: float, camera: bool, *values: float
+        subject: Subject | None,
+        clip: DrivingClip | None,
+        frame: int | float,
+        camera: bool,
+        *values: int | float,
     ):
         if subject is None:
             raise gr.Error("Give a portrait first.")
@@ -230,7 +243,11 @@ def build_page(studio: Studio) -> Any:
         )
 
     def make_video(
-        subject: Subject | None, clip: DrivingClip | None, smooth: float, camera: bool, *values: float
+        subject: Subject | None,
+        clip: DrivingClip | None,
+        smooth: int | float,
+        camera: bool,
+        *values: int | float,
     ):
         if subject is None or clip is None:
             raise gr.Error("Give a portrait and a driver first.")

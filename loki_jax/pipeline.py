@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from fractions import Fraction
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -50,6 +50,7 @@ class Window(NamedTuple):
     maps: UInt8[np.ndarray, "*b t s s 3"]
 
 
+@runtime_checkable
 class Animator(Protocol):
     """What can animate a portrait. `head` is the head to fit inputs to, `size` the edge of crops, pixels."""
 

@@ -72,7 +72,10 @@ def values(**changed):
 def test_sliders_are_controls_or_names_of_the_head():
     assert settings_of(REST, False) == (Controls(), {})
     controls, sliders = settings_of(values(pose=0.5, yaw=10, smile=0.4, gazeYaw=-5), True)
-    assert controls == Controls(pose=0.5, yaw=10, gaze="camera") and sliders == {"smile": 0.4, "gazeYaw": -5}
+    assert controls == Controls(pose=0.5, yaw=10.0, gaze="camera") and sliders == {
+        "smile": 0.4,
+        "gazeYaw": -5,
+    }
     check_sliders(builtin_head(), {slider.name: 1.0 for slider in FACE})
 
 

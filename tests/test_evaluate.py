@@ -84,7 +84,12 @@ def test_table_and_report(rows, pair, tmp_path):
     table = format_table(rows)
     assert "re-fitted ground truth" in table and f"{rows['static']['hpf']:.2f}" in table
     pictures = PairPictures(
-        "pair", pair.reference.image, pair.driver.frames, pair.truth, pair.generated, pair.truth
+        "pair",
+        pair.reference.image,
+        np.stack(list(pair.driver.frames)),
+        pair.truth,
+        pair.generated,
+        pair.truth,
     )
     write_report(tmp_path / "report.png", [pictures], rows, rows["per_frame"], {"loss": ([1, 2], [0.5, 0.4])})
     with Image.open(tmp_path / "report.png") as report:

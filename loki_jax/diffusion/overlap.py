@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Real
 
 from loki_jax.arrays import ArrayLike
 
@@ -40,7 +40,7 @@ def blend_windows(
     return by_clip.reshape(x0.shape), by_clip[:, -1, start:]
 
 
-def join_windows(x: Float[Array, "bm t *rest"], windows: int, shared: int) -> Float[Array, "b n *rest"]:
+def join_windows(x: Real[Array, "bm t *rest"], windows: int, shared: int) -> Real[Array, "b n *rest"]:
     """The frames of consecutive windows in a row, shared ones once."""
     by_clip = x.reshape(-1, windows, *x.shape[1:])
     start = x.shape[1] - shared

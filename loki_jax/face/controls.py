@@ -25,7 +25,7 @@ from loki_jax.face.temporal import smooth_motion
 from loki_jax.face.types import Camera, Coefficients
 
 # A slider: a constant, or keyframes (seconds, value) with rising times.
-Slider = float | Sequence[tuple[float, float]]
+Slider = int | float | Sequence[Sequence[int | float]]
 
 ANGLES = ("yaw", "pitch", "roll", "gazeYaw", "gazePitch")  # sliders of every head, degrees
 GAZE_LIMITS = (35.0, 25.0)  # how far eyes turn towards the camera: to the side, up or down; degrees

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import UInt8
@@ -12,12 +12,13 @@ from PIL import Image
 from loki_jax.video.files import MediaError
 
 
+@runtime_checkable
 class Display(Protocol):
     """Shows frames one by one; a context manager. `closed`: somebody closed it."""
 
     closed: bool
 
-    def __enter__(self) -> Self: ...
+    def __enter__(self) -> Display: ...
 
     def __exit__(self, *_: object) -> None: ...
 
@@ -62,8 +63,10 @@ class Window:
         """Show a frame."""
         from PIL import ImageTk
 
-        self._picture = ImageTk.PhotoImage(Image.fromarray(picture))  # Tk keeps no reference
-        self._label.configure(image=self._picture)
+        if self._picture is None:  # kept here, since Tk keeps no reference
+            self._picture = ImageTk.PhotoImage(Image.fromarray(picture))
+            self._label.configure(image=self._picture)
+        self._picture.paste(Image.fromarray(picture))
         self._root.title(note)
         self._root.update()
 

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import Protocol, overload
+from typing import Protocol, overload, runtime_checkable
 
 import av
 import numpy as np
@@ -31,6 +31,7 @@ PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 PICTURE_RATE = Fraction(25)  # of pictures that are given without a rate
 
 
+@runtime_checkable
 class RandomAccess(Protocol):
     """A clip whose frames can be had in any order.
 

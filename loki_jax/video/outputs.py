@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Iterable
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, runtime_checkable
 
 import av
 import numpy as np
@@ -26,10 +26,11 @@ _SUFFIXES = (*VIDEO_SUFFIXES, ".gif", ".png")
 _NUMBER = re.compile(r"%0(\d+)d")
 
 
+@runtime_checkable
 class FrameWriter(Protocol):
     """Takes frames one by one; a context manager that leaves nothing behind after an exception."""
 
-    def __enter__(self) -> Self: ...
+    def __enter__(self) -> FrameWriter: ...
 
     def __exit__(self, kind: type[BaseException] | None, *error: Any) -> None: ...
 

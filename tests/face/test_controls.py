@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 import jax
+import jaxtyping
 import numpy as np
 import pytest
 from scipy.spatial.transform import Rotation
@@ -185,10 +186,10 @@ def test_offsets_turn_the_head_as_they_say(head):
 
     before = seen()
     nose, chin, brow = 1, 152, 10
-    assert seen(yaw=10)[nose, 0] > before[nose, 0] + 10
-    assert seen(pitch=10)[nose, 1] < before[nose, 1] - 10
-    assert seen(roll=10)[brow, 0] > before[brow, 0] + 5 > before[chin, 0]
-    turned = apply_controls(head, rest, own, CAMERA, FPS, Controls(yaw=10, pitch=-5), {"yaw": 5})
+    assert seen(yaw=10.0)[nose, 0] > before[nose, 0] + 10
+    assert seen(pitch=10.0)[nose, 1] < before[nose, 1] - 10
+    assert seen(roll=10.0)[brow, 0] > before[brow, 0] + 5 > before[chin, 0]
+    turned = apply_controls(head, rest, own, CAMERA, FPS, Controls(yaw=10.0, pitch=-5.0), {"yaw": 5})
     yaw, pitch, roll = Rotation.from_rotvec(turned.rot[0]).as_euler("YXZ", degrees=True)
     np.testing.assert_allclose([yaw, -pitch, -roll], [15, -5, 0], atol=1e-4)
 
@@ -228,7 +229,7 @@ def test_gaze_at_the_camera_meets_the_lens(head):
 
 def test_sliders_follow_their_keyframes_within_the_bounds(head):
     name = head.expression_names.index
-    moved, result, _ = changed(head, None, {"smile": [[0.04, 0.0], [0.12, 0.4]], "eyeBlinkLeft": 5}, 25)
+    moved, result, _ = changed(head, None, {"smile": [[0.04, 0.0], [0.12, 0.4]], "eyeBlinkLeft": 5}, 25.0)
     ramp = np.array([0, 0, 0.2, 0.4, 0.4, 0.4, 0.4])
     for side in ("mouthSmileLeft", "mouthSmileRight"):
         expected = np.clip(moved.expression[:, name(side)] + ramp, 0, 1)
@@ -282,7 +283,8 @@ def test_a_head_without_names_and_landmarks_says_what_it_lacks(flame):
     changed(bare, Controls(pose=0.5, gaze=0.0), {"yaw": 3})
 
 
-def test_what_is_wrong_with_controls_is_said(head):
+def test_what_is_wrong_with_controls_is_said(head, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     for field, value in (("pose", -1), ("lids", float("nan")), ("yaw", float("inf")), ("smooth", -5)):
         with pytest.raises(ControlError, match=field):
             Controls(**{field: value})

@@ -67,10 +67,10 @@ def test_leaving_early_closes_the_source():
 
 def test_a_file_is_played_at_its_rate_and_again(tmp_path):
     write_video(tmp_path / "clip.mp4", np.zeros((10, 16, 16, 3), np.uint8), Fraction(50))
-    times = []
+    began, times = time.perf_counter(), []
     for _ in played_frames(tmp_path / "clip.mp4"):
         times.append(time.perf_counter())
-    assert len(times) == 10 and 0.17 < times[-1] - times[0] < 0.5
+    assert len(times) == 10 and 0.17 < times[-1] - began < 1
     assert len(list(itertools.islice(played_frames(tmp_path / "clip.mp4", loop=True), 25))) == 25
 
 
