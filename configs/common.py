@@ -53,7 +53,8 @@ def base_config() -> ConfigDict:
     c.model.unet.attention_levels = (0, 1, 2)
     # By level; the middle follows the last. "spatial": within a frame, as the paper's finest level; "3d":
     # all frames together; "temporal": within a frame, then over the frames at each pixel (AnimateDiff, Guo
-    # et al. 2024, section 4.2, without position encoding; adds layers that start at zero).
+    # et al. 2024, section 4.2, without position encoding); "full": within a frame, then all frames together
+    # without the reference (Stable Video-Driven Portraits). The last two add layers that start at zero.
     c.model.unet.attention_modes = ("spatial", "3d", "3d", "3d")
     # Cross-attention of the generation branch to the null prompt: None removes it (the paper's parameter
     # count), the width of the prompt (1024) keeps SD's layers.
@@ -156,6 +157,13 @@ def base_config() -> ConfigDict:
     # ddim (Song et al. 2021, equation 12) | dpm++ (DPM-Solver++ 2M, Lu et al. 2022, algorithm 2), which needs
     # fewer steps
     c.sample.solver = "ddim"
+    # Nested guidance instead of `guidance`: its scales of source, motion and history, as (2.0, 2.5, 1.0)
+    # (docs/svp.md). Empty: off.
+    c.sample.fusion = ()
+    c.sample.guided_steps = (
+        0.0,
+        1.0,
+    )  # part of the steps with guidance: from the noisiest, 0, to the last, 1
     c.sample.video = True  # also samples/STEP.mp4 in the workdir
     # HPF and HEF of the samples of synthetic clips; takes seconds to minutes on the host.
     c.sample.follow = False

@@ -24,6 +24,7 @@ import tyro
 from loki_jax.face.control_options import Controls
 
 if TYPE_CHECKING:
+    from loki_jax.diffusion.sampler import Guidance
     from loki_jax.face.asset import HeadAsset
     from loki_jax.face.controls import Slider
     from loki_jax.fitting.landmarker import Landmarker
@@ -31,6 +32,13 @@ if TYPE_CHECKING:
     from loki_jax.pipeline import LokiPipeline, Window
     from loki_jax.sources import DrivingClip, Portrait
     from loki_jax.video.credentials import Credentials
+
+
+# Options that the geometry renderer does not have.
+_OF_MODELS = (
+    "steps", "solver", "overlap", "guidance", "guidance_source", "guidance_motion", "guidance_history",
+    "guided_steps",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +63,15 @@ class AnimateOptions:
     """how a model samples; dpm++ needs fewer steps, for example 12 (default: the config's)"""
     guidance: float | None = None
     """scale of a model's classifier-free guidance (default: the config's)"""
+    guidance_source: float | None = None
+    """nested guidance of a model instead: scale of the reference"""
+    guidance_motion: float | None = None
+    """and of the driver beside the reference"""
+    guidance_history: float | None = None
+    """and of the frames before the window beside both (defaults: the config's, or 2, 2.5 and 1)"""
+    guided_steps: tuple[float, float] | None = None
+    """part of a model's sampling steps that is guided, from the noisiest, 0, to the last, 1 (default: the
+    config's, or all)"""
     seed: int = 0
     """seed of a model's noise"""
     overlap: int | None = None
@@ -363,11 +380,10 @@ def _find_animator(options: AnimateOptions) -> tuple[GeometryPipeline | LokiPipe
     from loki_jax.pipeline import LokiPipeline
 
     if options.checkpoint == "geometry":
-        if any(x is not None for x in (options.steps, options.guidance, options.solver, options.overlap)):
-            raise ValueError(
-                "--steps, --guidance, --solver and --overlap are options of trained models: name one with "
-                "--checkpoint"
-            )
+        given = [name for name in _OF_MODELS if getattr(options, name) is not None]
+        if given:
+            named = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+            raise ValueError(f"only trained models have {named}: name one with --checkpoint")
         mode = options.mode or "relative"
         head = None if options.head is None else load_head(options.head)
         settings = {"mode": mode, "relight": options.relight}
@@ -375,13 +391,21 @@ def _find_animator(options: AnimateOptions) -> tuple[GeometryPipeline | LokiPipe
     if options.head is not None or options.relight:
         raise ValueError("--head and --relight are options of the geometry renderer")
     model = LokiPipeline.from_checkpoint(options.checkpoint)
+    nested = (options.guidance_source, options.guidance_motion, options.guidance_history)
+    guidance: Guidance | None = options.guidance
+    if any(x is not None for x in nested):
+        if guidance is not None:
+            raise ValueError("--guidance and nested guidance (--guidance-source, ...) exclude each other")
+        scales = model.config.sample.fusion or (2.0, 2.5, 1.0)
+        guidance = tuple(b if a is None else a for a, b in zip(nested, scales, strict=True))
     sampling = model.sampling(
         options.steps,
-        options.guidance,
+        guidance,
         options.mode,
         options.solver,
         options.overlap,
         options.windows_at_once,
+        options.guided_steps,
     )
     description = (
         f"model of step {model.step}, {sampling.steps} {sampling.solver} steps, "

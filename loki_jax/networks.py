@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree, UInt8
 from ml_collections import ConfigDict
 
 from loki_jax.arrays import ArrayLike
-from loki_jax.diffusion.sampler import Blend, sample_latents
+from loki_jax.diffusion.sampler import Blend, Guidance, sample_latents
 from loki_jax.diffusion.schedule import Schedule, make_schedule
 from loki_jax.driver.encoding import ReferenceFrame
 from loki_jax.driver.map import driver_map
@@ -234,6 +234,11 @@ def initial_noise(
     return jax.random.normal(key, (windows, frames, size, size, channels))
 
 
+def default_guidance(config: ConfigDict) -> Guidance:
+    """The guidance of `config.sample`: nested where it has `fusion`."""
+    return tuple(config.sample.fusion) or config.sample.guidance
+
+
 def sample_windows(
     config: ConfigDict,
     networks: Networks,
@@ -244,8 +249,9 @@ def sample_windows(
     *,
     solver: str,
     steps: int,
-    guidance: float,
+    guidance: Guidance,
     spacing: str,
+    guided_steps: tuple[float, float] = (0.0, 1.0),
     blend: Blend | None = None,
     blended: PyTree = None,
     history: Float[Array, "b k h w c"] | None = None,
@@ -257,6 +263,8 @@ def sample_windows(
     The unconditional branch has zero features, a zero driver map (docs/decisions.md, row 1) and no history.
 
     Args:
+      guidance: one scale, or those of nested guidance: of the source beside nothing, of the motion beside the
+        source, and of the history beside both. The last has no effect on a model without history.
       history: latents of the `config.history.frames` frames before the window, whose driver input is then in
         front of the window's in `driver`; zero where there are none. None: none.
     """
@@ -264,21 +272,30 @@ def sample_windows(
         history = jnp.zeros((noise.shape[0], frames, *noise.shape[2:]))
         driver = jnp.pad(driver, ((0, 0), (frames, 0), *((0, 0),) * (driver.ndim - 2)))
     condition = encode_condition(networks, params, driver)
-    unconditional = None
-    if guidance != 1:
-        # One frame is enough: all are alike.
-        dropped = encode_condition(networks, params, jnp.zeros_like(driver[:1, :1]))
-        dropped = jnp.broadcast_to(dropped, condition.shape)
-        unconditional = dropped, *jax.tree.map(jnp.zeros_like, (reference, history))
+    # One frame is enough: all are alike.
+    dropped = encode_condition(networks, params, jnp.zeros_like(driver[:1, :1]))
+    dropped = jnp.broadcast_to(dropped, condition.shape)
+    no_reference, no_history = jax.tree.map(jnp.zeros_like, (reference, history))
+    between = []
+    if isinstance(guidance, tuple):
+        between.append((dropped, reference, no_history))
+        if history is None:
+            guidance = guidance[:2]
+        else:
+            known = history.shape[1]
+            motion = jnp.concatenate([dropped[:, :known], condition[:, known:]], axis=1)
+            between.append((motion, reference, no_history))
     return sample_latents(
         lambda x, t, inputs: denoise(networks, params, x, t, *inputs),
         noise,
         networks.schedule,
         conditional=(condition, reference, history),
-        unconditional=unconditional,
+        unconditional=(dropped, no_reference, no_history),
+        between=between,
         solver=solver,
         steps=steps,
         guidance=guidance,
+        guided_steps=guided_steps,
         spacing=spacing,
         prediction=config.diffusion.prediction,
         clip=config.diffusion.clip or None,

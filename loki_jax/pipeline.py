@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 import os
 from collections.abc import Iterator, Mapping
 from fractions import Fraction
@@ -15,7 +14,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from loki_jax.diffusion.overlap import blend_windows, join_windows
-from loki_jax.diffusion.sampler import solver_steps
+from loki_jax.diffusion.sampler import Guidance, check_guidance, solver_steps
 from loki_jax.driver.encoding import ReferenceFrame
 from loki_jax.face.asset import HeadAsset
 from loki_jax.face.controls import Controls, Slider, apply_controls
@@ -27,6 +26,7 @@ from loki_jax.models.loki import drop_motion
 from loki_jax.networks import (
     build_networks,
     decode_latents,
+    default_guidance,
     driver_input,
     driver_preview,
     initial_noise,
@@ -71,21 +71,24 @@ class Sampling(NamedTuple):
 
     Attributes:
       steps: of the sampler.
-      guidance: scale of classifier-free guidance; 1 is none.
+      guidance: scale of classifier-free guidance, 1 is none; or the scales of nested guidance, of source,
+        motion and history.
       mode: "relative": the head turns from the portrait's pose by the driver's increments; "absolute": it
         takes the driver's pose.
       solver: "ddim", or "dpm++", which needs fewer steps.
       overlap: frames that consecutive windows share, at most half a window; 0: windows know nothing of
         each other, unless the model sees their history.
       windows_at_once: consecutive windows sampled together, in one batch.
+      guided_steps: part of the steps that is guided, from the noisiest, 0, to the last, 1.
     """
 
     steps: int
-    guidance: float
+    guidance: Guidance
     mode: str
     solver: str
     overlap: int
     windows_at_once: int
+    guided_steps: tuple[float, float]
 
 
 def retarget_clip(
@@ -165,6 +168,10 @@ def _fold(head, moved, betas):
     return fold_neck(moved, neck_joint(head, betas))
 
 
+# Options of `LokiPipeline._sample_windows` that make programs of their own.
+_STATIC = ("solver", "guidance", "guided_steps", "shared_noise")
+
+
 class LokiPipeline:
     """A trained model that animates portraits; an `Animator`.
 
@@ -187,7 +194,7 @@ class LokiPipeline:
         self._params = jax.device_put(params)
         self._networks = build_networks(self.config, self.head)
         self._keys_values = jax.jit(functools.partial(portrait_keys_values, self.config, self._networks))
-        self._sample = jax.jit(self._sample_windows, static_argnames=("solver", "guidance", "shared_noise"))
+        self._sample = jax.jit(self._sample_windows, static_argnames=_STATIC)
         self._decode = jax.jit(self._decode_frames)
 
     @classmethod
@@ -202,11 +209,12 @@ class LokiPipeline:
     def sampling(
         self,
         steps: int | None = None,
-        guidance: float | None = None,
+        guidance: Guidance | None = None,
         mode: str | None = None,
         solver: str | None = None,
         overlap: int | None = None,
         windows_at_once: int = 1,
+        guided_steps: tuple[float, float] | None = None,
     ) -> Sampling:
         """Options of an animation, with the config's in place of None; an overlap of half a window.
 
@@ -219,16 +227,16 @@ class LokiPipeline:
         history = self.config.history.frames
         chosen = Sampling(
             default.steps if steps is None else steps,
-            default.guidance if guidance is None else guidance,
+            default_guidance(self.config) if guidance is None else guidance,
             default.pose if mode is None else mode,
             default.solver if solver is None else solver,
             (0 if history else half) if overlap is None else overlap,
             windows_at_once,
+            tuple(default.guided_steps if guided_steps is None else guided_steps),
         )
         if chosen.steps < 1:
             raise ValueError(f"steps is {chosen.steps}, expected at least 1")
-        if not math.isfinite(chosen.guidance):
-            raise ValueError(f"guidance is {chosen.guidance}, expected a finite number")
+        check_guidance(chosen.guidance, chosen.guided_steps)
         if chosen.mode not in ("relative", "absolute"):
             raise ValueError(f"mode is {chosen.mode!r}, expected 'relative' or 'absolute'")
         solver_steps(self._networks.schedule, chosen.solver, chosen.steps, default.spacing)  # may refuse them
@@ -334,7 +342,8 @@ class LokiPipeline:
                 self._params, self.head, seen, reference, part, camera, crop,
                 np.uint32(seed & 0xFFFFFFFF), number.astype(np.uint32),
                 earlier, history, np.bool_(start == 0),
-                solver=sampling.solver, guidance=sampling.guidance, shared_noise=shared_noise,
+                solver=sampling.solver, guidance=sampling.guidance, guided_steps=sampling.guided_steps,
+                shared_noise=shared_noise,
             )  # fmt: skip
             maps, left = np.asarray(maps), length - start
             # Shared frames are not finished before the windows that come next.
@@ -362,6 +371,7 @@ class LokiPipeline:
         *,
         solver,
         guidance,
+        guided_steps,
         shared_noise,
     ):
         """M consecutive windows of B clips; traced.
@@ -402,6 +412,7 @@ class LokiPipeline:
         latents, earlier = sample_windows(
             config, networks, params, seen, driver, noise.reshape(-1, *noise.shape[2:]),
             solver=solver, steps=steps, guidance=guidance, spacing=config.sample.spacing,
+            guided_steps=guided_steps,
             blend=lambda x0, given: blend_windows(x0, given, first, together), blended=earlier,
             history=history if before else None,
         )  # fmt: skip

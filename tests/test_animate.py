@@ -61,7 +61,8 @@ def run(model, reference, driver, out, *options):
 
 def test_writes_video_and_panel(folder, clips, model):
     out = folder / "out.mp4"
-    options = ("--steps", "3", "--solver", "dpm++", "--overlap", "1", "--windows-at-once", "2", "--panel")
+    options = ("--steps", "3", "--solver", "dpm++", "--overlap", "1", "--windows-at-once", "2", "--panel",
+               "--guidance-source", "1.5", "--guided-steps", "0", "0.7")  # fmt: skip
     assert run(model, clips[0], clips[1], out, *options) == 0
     video, panel = read_video(out), read_video(folder / "out_panel.mp4")
     assert video.frames.shape == (FRAMES, 64, 64, 3) and panel.frames.shape[:2] == (FRAMES, 256)
@@ -87,7 +88,7 @@ def test_without_a_checkpoint_the_portrait_itself_is_moved(folder, clips, capsys
     reference = load_portrait(clips[0], builtin_head(), 512).image
     neutral = load_driving_clip(clips[1], builtin_head(), 64).with_neutral(builtin_head()).neutral
     assert np.abs(video.frames[neutral].astype(float) - reference).mean() < 12
-    for option in (["--steps", "2"], ["--solver", "ddim"], ["--overlap", "1"]):
+    for option in (["--steps", "2"], ["--solver", "ddim"], ["--overlap", "1"], ["--guidance-motion", "1"]):
         assert main(["--reference", clips[0], "--driver", clips[1], "--out", str(out), *option]) == 1
         assert option[0] in capsys.readouterr().err
 
@@ -153,6 +154,14 @@ def test_a_guidance_that_is_no_number_is_refused_before_any_work(folder, clips, 
     out = folder / "nan.mp4"
     assert run(model, clips[0], str(folder / "none.mp4"), out, "--guidance", "nan") == 1
     assert "guidance is nan" in capsys.readouterr().err
+    wrong = {
+        ("--guidance-history", "nan"): "guidance is (2.0, 2.5, nan)",
+        ("--guidance", "2", "--guidance-source", "2"): "exclude each other",
+        ("--guided-steps", "0.5", "0.2"): "guided_steps is (0.5, 0.2)",
+    }
+    for given, message in wrong.items():
+        assert run(model, clips[0], str(folder / "none.mp4"), out, *given) == 1
+        assert message in capsys.readouterr().err
 
 
 def test_the_demo_model_says_that_it_knows_rendered_heads_only(folder, clips, capsys):

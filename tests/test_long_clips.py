@@ -81,16 +81,17 @@ def test_a_model_with_history_goes_on_from_the_frames_before(inputs):
     portrait, clip = inputs
     sampling = pipeline.sampling(steps=2)
     assert (sampling.overlap, sampling.windows_at_once) == (0, 1)
-    whole = pipeline(portrait, clip, steps=2)
+    options = {"steps": 2, "guidance": (2.0, 2.5, 1.0)}
+    whole = pipeline(portrait, clip, **options)
     assert whole.shape == (FRAMES, 64, 64, 3) and whole.std() > 10
-    np.testing.assert_array_equal(pipeline(portrait, clip.cut(0, WINDOW), steps=2), whole[:WINDOW])
+    np.testing.assert_array_equal(pipeline(portrait, clip.cut(0, WINDOW), **options), whole[:WINDOW])
     # A driver that differs in the second frame, which only the first window sees, changes the next one, too.
     expression = np.array(clip.coefficients.expression)
     expression[1] += 1
     changed = clip._replace(coefficients=clip.coefficients._replace(expression=expression))
-    other = pipeline(portrait, changed, steps=2)
+    other = pipeline(portrait, changed, **options)
     differs = [(other[i : i + WINDOW] != whole[i : i + WINDOW]).mean() for i in (0, WINDOW)]
     assert differs[0] > 0.1 and differs[1] > 0
-    for options in ({"windows_at_once": 2}, {"overlap": 3}):
-        with pytest.raises(ValueError, match=next(iter(options))):
-            pipeline.sampling(**options)
+    for wrong in ({"windows_at_once": 2}, {"overlap": 3}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            pipeline.sampling(**wrong)

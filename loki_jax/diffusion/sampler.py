@@ -1,4 +1,4 @@
-"""Deterministic samplers with classifier-free guidance: DDIM and DPM-Solver++(2M). Method, section 7.
+"""Deterministic samplers with guidance: DDIM and DPM-Solver++(2M). Method, section 7.
 
 The sampler's arithmetic is float32 whatever the network computes in: at the noisiest steps an error
 of the prediction is multiplied by 1 / sqrt(alpha_bar), which is about 240 at the first official step.
@@ -6,7 +6,9 @@ of the prediction is multiplied by 1 / sqrt(alpha_bar), which is about 240 at th
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+import math
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -24,6 +26,10 @@ SOLVERS = ("ddim", "dpm++")
 _MIN_SIGNAL_POWER = 1e-8
 
 Blend = Callable[[Float[Array, "b t h w c"], PyTree], tuple[Float[Array, "b t h w c"], PyTree]]
+
+
+# The scale of classifier-free guidance, or those of nested guidance.
+Guidance = float | tuple[float, ...]
 
 
 class SolverSteps(NamedTuple):
@@ -51,9 +57,11 @@ def sample_latents(
     *,
     conditional: PyTree,
     unconditional: PyTree = None,
+    between: Sequence[PyTree] = (),
     solver: str = "ddim",
     steps: int = 50,
-    guidance: float = 2.0,
+    guidance: Guidance = 2.0,
+    guided_steps: tuple[float, float] = (0.0, 1.0),
     spacing: str = "leading",
     prediction: str = "epsilon",
     clip: float | None = None,
@@ -63,14 +71,19 @@ def sample_latents(
     """Turns noise into latents in one `lax.scan`; traceable.
 
     Args:
-      denoise: the network; its third argument is `conditional` or `unconditional`. With guidance it
-        is called once a step on the doubled batch, the unconditional half first.
+      denoise: the network; its third argument is `conditional` or another of the inputs below. With guidance
+        it is called once a step for all of them, joined to one batch, `unconditional` first.
       x_T: Gaussian noise.
       conditional, unconditional: pytrees of arrays with leading axis B and the same structure, for
         example (condition, reference features), computed once before the loop.
+      between: inputs of nested guidance that know more and more, from `unconditional` to `conditional`.
       solver: one of SOLVERS; "ddim" is Song et al. 2021, equation 12, with eta 0, "dpm++" algorithm 2 of
         Lu et al. 2022 (DPM-Solver++).
-      guidance: s in u + s (c - u), applied to the prediction; 1 runs only the conditional branch.
+      guidance: s in u + s (c - u), applied to the prediction; or a scale for each difference of neighbours
+        among u, `between` and c: u + s_1 (b_1 - u) + s_2 (b_2 - b_1) + ... Inputs whose weight in this is
+        zero are left out: 1 runs only the conditional branch.
+      guided_steps: part of the steps that is guided, from the noisiest, 0, to the last, 1. The others run the
+        conditional branch (Kynkäänniemi et al. 2024, who leave out the noisiest and the last).
       spacing: see `schedule.sampling_timesteps`. The last step of "official" ends at alpha_bar[0] as in
         the public code, that of the others at the estimate of the clean latents.
       clip: bound on the estimate of the clean latents at every step; None for none.
@@ -85,8 +98,9 @@ def sample_latents(
         for epsilon prediction where the schedule has no signal left.
     """
     check_prediction(prediction)
-    guided = guidance != 1
-    if guided and unconditional is None:
+    scales = guidance if isinstance(guidance, tuple) else (guidance,)
+    branches, scales = _needed([unconditional, *between, conditional], scales)
+    if scales and branches[0] is None:
         raise ValueError(f"guidance {guidance} needs unconditional inputs")
     plan = solver_steps(schedule, solver, steps, spacing)
     if prediction == "epsilon" and plan.alpha[0] < _MIN_SIGNAL_POWER:
@@ -94,20 +108,18 @@ def sample_latents(
             f"epsilon prediction cannot start at step {plan.timestep[0]}, where the signal power is "
             f"{plan.alpha[0]:.1e}; use spacing 'leading', fewer steps, or prediction 'v'"
         )
-    if guided:
-        inputs = jax.tree.map(lambda u, c: jnp.concatenate([u, c]), unconditional, conditional)
-    else:
-        inputs = conditional
 
-    def predict(x: Array, timestep: ArrayLike) -> Array:
+    def predict(branches: Sequence[PyTree], scales: Sequence[float], x: Array, timestep: ArrayLike) -> Array:
         t = jnp.broadcast_to(timestep, x.shape[:2])
-        if not guided:
-            return denoise(x, t, inputs).astype(jnp.float32)
-        twice = lambda a: jnp.concatenate([a, a])
-        u, c = jnp.split(denoise(twice(x), twice(t), inputs).astype(jnp.float32), 2)
-        return u + guidance * (c - u)
+        copies = lambda a: jnp.concatenate([a] * len(branches))
+        inputs = jax.tree.map(lambda *parts: jnp.concatenate(parts), *branches)
+        parts = jnp.split(denoise(copies(x), copies(t), inputs).astype(jnp.float32), len(branches))
+        guided = parts[0]
+        for scale, less, more in zip(scales, parts[:-1], parts[1:], strict=True):
+            guided = guided + scale * (more - less)
+        return guided
 
-    def step(carry: tuple[Array, Array], scanned: tuple[SolverSteps, PyTree]):
+    def step(predict: Callable, carry: tuple[Array, Array], scanned: tuple[SolverSteps, PyTree]):
         (x, before), (now, given) = carry, scanned
         x0 = clean_estimate(x, predict(x, now.timestep), now.alpha, prediction)
         if clip is not None:
@@ -117,8 +129,42 @@ def sample_latents(
 
     x_T = x_T.astype(jnp.float32)
     scanned = jax.tree.map(jnp.asarray, (plan, blended))
-    (x, _), kept = jax.lax.scan(step, (x_T, jnp.zeros_like(x_T)), scanned)
-    return x, kept
+    guided = functools.partial(predict, branches, scales)
+    plain = functools.partial(predict, branches[-1:], ())
+    first, last = (round(share * steps) for share in guided_steps)
+    carry, kept = (x_T, jnp.zeros_like(x_T)), []
+    for begin, end, predicted in ((0, first, plain), (first, last, guided), (last, steps, plain)):
+        if begin < end:
+            part = jax.tree.map(lambda x, begin=begin, end=end: x[begin:end], scanned)
+            carry, of_part = jax.lax.scan(functools.partial(step, predicted), carry, part)
+            kept.append(of_part)
+    return carry[0], jax.tree.map(lambda *parts: jnp.concatenate(parts), *kept)
+
+
+def check_guidance(guidance: Guidance, guided_steps: tuple[float, float]) -> None:
+    """Raises ValueError unless these are one scale, or those of source, motion and history, and a part."""
+    scales = guidance if isinstance(guidance, tuple) else (guidance,)
+    if len(scales) not in (1, 3) or not all(math.isfinite(scale) for scale in scales):
+        raise ValueError(
+            f"guidance is {guidance}, expected a finite number, or three: of source, motion and history"
+        )
+    if len(guided_steps) != 2 or not 0 <= guided_steps[0] <= guided_steps[1] <= 1:
+        raise ValueError(f"guided_steps is {guided_steps}, expected two ascending numbers from 0 to 1")
+
+
+def _needed(branches: list[PyTree], scales: tuple[float, ...]) -> tuple[list[PyTree], tuple[float, ...]]:
+    """The inputs with a weight in nested guidance, and the scales of the differences between them.
+
+    The weight of input i is scale i - scale i + 1, where the first scale is 1 and none is after the last.
+
+    Raises:
+      ValueError: other than one scale for each difference.
+    """
+    if len(scales) != len(branches) - 1:
+        raise ValueError(f"{len(scales)} scales of guidance for {len(branches) - 1} differences")
+    bounds = (1, *scales, 0)
+    used = [i for i in range(len(branches)) if bounds[i] != bounds[i + 1]]
+    return [branches[i] for i in used], tuple(bounds[i] for i in used[1:])
 
 
 def solver_steps(schedule: Schedule, solver: str, steps: int, spacing: str) -> SolverSteps:

@@ -24,7 +24,7 @@ from ml_collections import ConfigDict
 
 from loki_jax.arrays import ArrayLike
 from loki_jax.models.encoder import ConditioningEncoder, VectorEncoder
-from loki_jax.models.unet import Features, KeysValues, UNet
+from loki_jax.models.unet import ADDED_ATTENTION, Features, KeysValues, UNet
 
 
 class Generation(nn.Module):
@@ -129,7 +129,7 @@ def make_loki(config: ConfigDict) -> Loki:
 
     # Time exists in the generation branch only: the reference is one frame, and a pretrained backbone
     # has no such layers.
-    modes = ("spatial" if mode == "temporal" else mode for mode in unet.attention_modes)
+    modes = ("spatial" if mode in ADDED_ATTENTION else mode for mode in unet.attention_modes)
     # Kept activations are only needed when gradients flow through the branch.
     reference_unet = make_unet(reference, modes, remat and reference.trainable)
     kind = encoder.get("kind", "map")

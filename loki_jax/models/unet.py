@@ -27,7 +27,9 @@ from loki_jax.models.layers import (
     upsample_nearest,
 )
 
-ATTENTION_MODES = ("spatial", "3d", "temporal")
+ATTENTION_MODES = ("spatial", "3d", "temporal", "full")
+# Modes that attend within each frame and then once more, and which tokens of the window see each other then.
+ADDED_ATTENTION = {"temporal": "temporal", "full": "3d"}
 
 Tokens = Float[Array, "b t n c"]  # of the frames of a window
 
@@ -95,7 +97,9 @@ class Attention(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention, optional temporal and cross-attention, GEGLU feed-forward, each residual.
+    """Self-attention, optional added and cross-attention, GEGLU feed-forward, each residual.
+
+    Added attention ("temporal" or "full") is among the tokens of the window alone, without the reference.
 
     Returns the tokens and the LayerNorm output that entered self-attention, (B, T N, C): the
     feature the reference branch hands on.
@@ -113,10 +117,10 @@ class TransformerBlock(nn.Module):
         normed = LayerNorm(name="self_norm")(x)
         within = "3d" if self.mode == "3d" else "spatial"
         x = x + attention(name="self_attention")(normed, within, extra=reference)
-        if self.mode == "temporal":
+        if self.mode in ADDED_ATTENTION:
             # Zero at the start, so that a pretrained backbone is unchanged (AnimateDiff, Guo et al. 2024).
-            temporal = attention(zero_init=True, name="temporal_attention")
-            x = x + temporal(LayerNorm(name="temporal_norm")(x), "temporal")
+            added = attention(zero_init=True, name=f"{self.mode}_attention")
+            x = x + added(LayerNorm(name=f"{self.mode}_norm")(x), ADDED_ATTENTION[self.mode])
         if self.options.context_dim is not None:
             h = LayerNorm(name="cross_norm")(x)
             x = x + attention(name="cross_attention")(h, "context", context=context)
@@ -160,8 +164,8 @@ class UNet(nn.Module):
       num_res_blocks: residual blocks a level going down (one more going up).
       attention_levels: levels whose residual blocks are followed by a transformer; the middle
         always has one.
-      attention_modes: "spatial", "3d" or "temporal" (per-frame, then per-pixel over time) for each
-        level; the middle uses the last.
+      attention_modes: "spatial", "3d", "temporal" (per-frame, then per-pixel over time) or "full" (per-frame,
+        then over all tokens of all frames) for each level; the middle uses the last.
       head_channels: channels of an attention head; must divide every attended width.
       context_dim: width of the cross-attention context, None for no cross-attention.
       norm_groups: groups of every GroupNorm; must divide every width.

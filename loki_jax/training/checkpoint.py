@@ -33,9 +33,9 @@ from ml_collections import ConfigDict
 from orbax.checkpoint.checkpoint_managers import preservation_policy as preservation
 
 from loki_jax.diffusion.loss import check_prediction
-from loki_jax.diffusion.sampler import solver_steps
+from loki_jax.diffusion.sampler import check_guidance, solver_steps
 from loki_jax.face.asset import load_head
-from loki_jax.networks import build_networks, random_params
+from loki_jax.networks import build_networks, default_guidance, random_params
 from loki_jax.training.config import CheckpointError, NonFiniteError, config_to_json, read_config
 from loki_jax.training.model_file import Checkpoint, load_model_file
 from loki_jax.training.sharding import path_name, put_global
@@ -269,6 +269,7 @@ def _check_model(checkpoint: Checkpoint, source: str) -> None:
         check_prediction(config.diffusion.prediction)
         networks = build_networks(config, head)
         sample = config.sample
+        check_guidance(default_guidance(config), sample.guided_steps)
         solver_steps(networks.schedule, sample.solver, sample.steps, sample.spacing)
         wanted = jax.eval_shape(lambda: random_params(networks, jax.random.key(0)))
     except Exception as error:  # a damaged config can hold anything

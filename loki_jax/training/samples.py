@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from loki_jax.data.reader import Dataset
 from loki_jax.data.schema import Batch
-from loki_jax.diffusion.sampler import sample_latents
+from loki_jax.diffusion.sampler import check_guidance, sample_latents
 from loki_jax.diffusion.schedule import Schedule
 from loki_jax.driver.encoding import ReferenceFrame
 from loki_jax.face.asset import HeadAsset
@@ -30,6 +30,7 @@ from loki_jax.metrics.hpf import head_pose_follow
 from loki_jax.networks import (
     Networks,
     decode_latents,
+    default_guidance,
     driver_input,
     initial_noise,
     portrait_keys_values,
@@ -149,6 +150,7 @@ def check_sampling(config: ConfigDict, schedule: Schedule) -> None:
         steps=c.steps, guidance=c.guidance, spacing=c.spacing, prediction=config.diffusion.prediction,
     )  # fmt: skip
     try:
+        check_guidance(default_guidance(config), c.guided_steps)
         jax.eval_shape(sample, jax.ShapeDtypeStruct((1, 1, 1, 1, 1), jnp.float32))
     except ValueError as error:
         raise ValueError(f"config.sample: {error}") from error
@@ -164,7 +166,8 @@ def animate_pairs(
     driver = driver_input(config, head, inputs["coefficients"], inputs["camera"], inputs["crop"], reference)
     latents, _ = sample_windows(
         config, networks, params, seen, driver, inputs["noise"], solver=config.sample.solver,
-        steps=config.sample.steps, guidance=config.sample.guidance, spacing=config.sample.spacing,
+        steps=config.sample.steps, guidance=default_guidance(config), spacing=config.sample.spacing,
+        guided_steps=config.sample.guided_steps,
     )  # fmt: skip
     return decode_latents(networks, params, latents)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 
 from loki_jax.models.autoencoder import AutoencoderKL
-from loki_jax.models.unet import UNet
+from loki_jax.models.unet import ADDED_ATTENTION, UNet
 from loki_jax.weights.ldm_names import LdmWeight, Table, autoencoder_table, unet_table
 
 # Module of ours -> module of diffusers, by regular expression on the whole path without its leaf.
@@ -46,10 +46,10 @@ def diffusers_unet_table(unet: UNet, prefix: str = "") -> Table:
     """Every parameter of a UNet in `diffusers.UNet2DConditionModel`.
 
     Raises:
-      ValueError: the UNet has temporal attention.
+      ValueError: the UNet has temporal or full attention.
     """
-    if "temporal" in unet.attention_modes:
-        raise ValueError("diffusers' image UNet has no temporal attention")
+    if added := set(unet.attention_modes) & set(ADDED_ATTENTION):
+        raise ValueError(f"diffusers' image UNet has no {' or '.join(sorted(added))} attention")
     table = {}
     for path, (ldm_name, layout) in unet_table(unet).items():
         module, _, leaf = path.rpartition("/")

@@ -13,7 +13,7 @@ import numpy as np
 
 from loki_jax.models.autoencoder import AutoencoderKL
 from loki_jax.models.encoder import ConditioningEncoder
-from loki_jax.models.unet import UNet
+from loki_jax.models.unet import ADDED_ATTENTION, UNet
 
 
 class LdmWeight(NamedTuple):
@@ -96,8 +96,8 @@ def unet_table(unet: UNet, prefix: str = "") -> Table:
 def transformer_table(mode: str, cross_attention: bool, ours: str = "", theirs: str = "") -> Table:
     """Parameters of one `SpatioTemporalTransformer`."""
     attentions = [("self", "attn1", "norm1")]
-    if mode == "temporal":
-        attentions.append(("temporal", "attn_t", "norm_t"))
+    if mode in ADDED_ATTENTION:
+        attentions.append((mode, f"attn_{mode[0]}", f"norm_{mode[0]}"))
     if cross_attention:
         attentions.append(("cross", "attn2", "norm2"))
     table = _layer("norm", "norm", "vector")

@@ -2,7 +2,7 @@
 
 import pytest
 
-from configs import ablations, common, demo, hdtf, talkvid
+from configs import ablations, common, demo, demo_svp, hdtf, svp, talkvid
 
 
 def flat(config, prefix=""):
@@ -79,7 +79,7 @@ def test_full_size_configs_differ_from_the_base_in_how_data_is_read_only():
     assert differences(talkvid.get_config(), common.base_config()) == {"data.workers": (0, 8)}
 
 
-@pytest.mark.parametrize("module", [hdtf, talkvid, ablations, demo])
+@pytest.mark.parametrize("module", [hdtf, talkvid, ablations, demo, svp, demo_svp])
 def test_an_unknown_variant_is_an_error(module):
     with pytest.raises(ValueError, match="'offical' is not one of"):
         module.get_config("offical")
@@ -96,3 +96,16 @@ def test_every_key_has_a_config_of_its_own():
 @pytest.mark.parametrize("arm", ["flow", "warp"])
 def test_flow_and_warp_are_driver_arms(module, arm):
     assert differences(module.get_config(arm), module.get_config()) == {"driver.arm": ("full", arm)}
+
+
+@pytest.mark.parametrize("module, base", [(svp, talkvid), (demo_svp, demo)])
+def test_svp_changes_what_frames_see_of_each_other_and_the_guidance(module, base):
+    plain = base.get_config()
+    assert differences(module.get_config("loki_driver"), plain) == {
+        "history.frames": (0, 3),
+        "sample.fusion": ((), (2.0, 2.5, 1.0)),
+        "model.unet.attention_modes": (
+            plain.model.unet.attention_modes,
+            tuple(mode.replace("3d", "full") for mode in plain.model.unet.attention_modes),
+        ),
+    }

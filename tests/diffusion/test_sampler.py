@@ -242,6 +242,56 @@ def test_guidance_extrapolates_and_one_skips_the_unconditional_branch():
     assert jnp.abs(guided - plain).max() > 1e-2
 
 
+NESTED = (2.0, 2.5, 1.0)
+
+
+@pytest.mark.parametrize(
+    "scales, weights",
+    [
+        (NESTED, (-1.0, -0.5, 1.5, 1.0)),
+        ((3.0, 3.0, 3.0), (-2.0, 0, 0, 3.0)),  # collapses to plain guidance
+        ((1.0, 1.0, 1.0), (0, 0, 0, 1.0)),
+        ((2.0, 2.5, 0.0), (-1.0, -0.5, 2.5, 0)),
+    ],
+)
+def test_nested_guidance_is_one_call_for_the_inputs_with_a_weight(scales, weights):
+    """u + l_s (s - u) + l_d (d - s) + l_p (p - d), written out by its weights."""
+    schedule, noise = make_schedule(), jax.random.normal(jax.random.key(0), (2, 3, 2, 2, 1))
+    inputs, batches = jnp.array([[0.1, -0.2], [0.4, 0.3], [-0.5, 0.2], [0.7, 0.6]]), []
+
+    def denoise(x, t, c):
+        batches.append(x.shape[0])
+        return jnp.broadcast_to(c[:, None, None, None, None], x.shape)
+
+    u, s, d, p = inputs
+    run = lambda conditional, **options: sample_latents(
+        denoise, noise, schedule, conditional=conditional, steps=4, **options
+    )[0]
+    nested = run(p, unconditional=u, between=[s, d], guidance=scales)
+    assert set(batches) == {2 * np.count_nonzero(weights)}
+    np.testing.assert_allclose(nested, run(jnp.array(weights) @ inputs, guidance=1.0), rtol=1e-5, atol=1e-5)
+
+
+def test_only_some_steps_are_guided():
+    schedule, noise = make_schedule(), jax.random.normal(jax.random.key(0), (1, 1, 2, 2, 1))
+    seen = []
+
+    def denoise(x, t, c):
+        jax.debug.callback(lambda t: seen.append((t.shape[0], int(t[0, 0]))), t, ordered=True)
+        return jnp.broadcast_to(c[:, None, None, None, None], x.shape)
+
+    run = lambda **options: sample_latents(
+        denoise, noise, schedule, conditional=jnp.ones(1), unconditional=jnp.zeros(1), steps=10,
+        blend=lambda x0, number: (x0, number), blended=jnp.arange(10), **options,
+    )  # fmt: skip
+    out, kept = run(guided_steps=(0.2, 0.7))
+    jax.effects_barrier()
+    assert [count for count, _ in seen] == [1, 1, *[2] * 5, 1, 1, 1]
+    assert [time for _, time in seen] == [100 * i for i in range(9, -1, -1)]
+    np.testing.assert_array_equal(kept, np.arange(10))
+    assert (out != run()[0]).all() and (out != run(guidance=1.0)[0]).all()
+
+
 @pytest.mark.parametrize("prediction", ["epsilon", "v", "x0"])
 def test_the_estimate_inverts_the_forward_process(prediction):
     x0, noise = jax.random.normal(jax.random.key(0), (2, 5, 4))
@@ -276,6 +326,8 @@ def test_errors():
     run = lambda **options: sample_latents(lambda x, t, c: x, x, schedule, conditional=None, **options)
     with pytest.raises(ValueError, match=r"guidance 2.0 needs unconditional inputs"):
         run()
+    with pytest.raises(ValueError, match="3 scales of guidance for 1 differences"):
+        run(guidance=NESTED)
     with pytest.raises(ValueError, match="unknown prediction 'score'"):
         run(guidance=1.0, prediction="score")
     with pytest.raises(ValueError, match="unknown solver 'euler'; one of ddim, dpm"):

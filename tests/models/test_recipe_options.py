@@ -1,4 +1,4 @@
-"""Cross-attention kept on the null prompt, and temporal attention at the finest level."""
+"""Cross-attention kept on the null prompt, and attention that is added to a pretrained backbone."""
 
 import jax
 import jax.numpy as jnp
@@ -75,33 +75,32 @@ def test_cross_attention_is_kept_on_the_null_prompt_or_dropped(x):
     check_config(config)
 
 
-def test_temporal_attention_starts_as_nothing_and_joins_frames(x):
+@pytest.mark.parametrize("mode", ["temporal", "full"])
+def test_added_attention_starts_as_nothing_and_joins_frames(x, mode):
     plain = build_networks(small_config(), builtin_head())
-    temporal = build_networks(small_config(**{"model.unet.attention_modes": ("temporal",)}), builtin_head())
-    params = randomised(temporal)
+    added = build_networks(small_config(**{"model.unet.attention_modes": (mode,)}), builtin_head())
+    params = randomised(added)
     before = jax.eval_shape(lambda: random_params(plain, jax.random.key(0)))
     # Only the generation branch grows: a pretrained reference has no such layers.
     assert names(params["reference"]) == names(before["reference"])
     extra = names(params["generation"]) - names(before["generation"])
-    assert extra and all("/temporal_" in name for name in extra)
+    assert extra and all(f"/{mode}_" in name for name in extra)
 
     # The new layers' projection out is zero at the start ...
-    block = TransformerBlock(BlockOptions(8, 4, None, "xla", jnp.float32), "temporal")
+    block = TransformerBlock(BlockOptions(8, 4, None, "xla", jnp.float32), mode)
     initial = block.init(jax.random.key(0), jnp.ones((1, T, 4, 16)), None, None)["params"]
-    out = initial["temporal_attention"]["out"]
+    out = initial[f"{mode}_attention"]["out"]
     assert (
         not any(leaf.any() for leaf in jax.tree.leaves(out))
-        and initial["temporal_attention"]["q"]["kernel"].any()
+        and initial[f"{mode}_attention"]["q"]["kernel"].any()
     )
     # ... and with that, the model is the one without them.
-    zeroed = lambda path, leaf: (
-        0 * leaf if "temporal_attention']['out" in jax.tree_util.keystr(path) else leaf
-    )
+    zeroed = lambda path, leaf: 0 * leaf if f"{mode}_attention']['out" in jax.tree_util.keystr(path) else leaf
     started = jax.tree_util.tree_map_with_path(zeroed, params)
     pick = lambda shapes, tree: {
         key: pick(value, tree[key]) if isinstance(value, dict) else tree[key] for key, value in shapes.items()
     }
-    step = quick_jit(lambda params, x: run(temporal, params, x))
+    step = quick_jit(lambda params, x: run(added, params, x))
     np.testing.assert_allclose(
         step(started, x), quick_jit(lambda params: run(plain, params, x))(pick(before, started)), atol=1e-5
     )
