@@ -4,14 +4,15 @@
     python benchmarks/geometry.py --only pairs|self|speed|all ...
 
 Twenty fixed pairs of the sorted portraits and clips. Every pair is animated, at `--frames` times spread
-over the clip. The head is fitted to the result by landmarks, and HPF and HEF against the clip are those of
-the result over those of the portrait as it is (`still`). `aligned_hpf` does not depend on the noise of the
-first frame, to which HPF is relative. `self`: each clip drives its own most frontal
-frame; PSNR and SSIM inside the box of the head, beside those of that frame (`still`) and of that frame
-moved by a similarity onto the eyes, nose and mouth of each frame (`aligned`). `speed`: 512 x 512, compiled,
-milliseconds a frame, beside cv2.remap of the same picture and the landmark networks; and the peak memory
-after 6 and after 60 seconds of a clip. `all`, only where it is named: every portrait with every clip, one
-contact sheet a portrait in `--sheets`. The last line is one JSON object.
+over the clip, or at all of them (0), which the fit smooths at their own rate. The head is fitted to the
+result by landmarks, and HPF and HEF against the clip are those of the result over those of the portrait as
+it is (`still`). `aligned_hpf` does not depend on the noise of the first frame, to which HPF is relative.
+`self`: each clip drives its own most frontal frame; PSNR and SSIM inside the box of the head, beside those
+of that frame (`still`) and of that frame moved by a similarity onto the eyes, nose and mouth of each frame
+(`aligned`). `speed`: 512 x 512, compiled, milliseconds a frame, beside cv2.remap of the same picture and
+the landmark networks; and the peak memory after 6 and after 60 seconds of a clip. `all`, only where it is
+named: every portrait with every clip, one contact sheet a portrait in `--sheets`. The last line is one JSON
+object.
 
 `--rows FILE` keeps the rows of `pairs` and `self` as they are measured, one JSON object a line; a run that is
 started again goes on where the last one stopped. Delete the file when the code has changed.
@@ -48,6 +49,8 @@ ANCHORS = [33, 133, 263, 362, 1, 61, 291]
 
 
 def spread(length: int, count: int) -> np.ndarray:
+    """Indices of `count` frames spread over a clip, of all for 0."""
+    count = count or length
     return np.unique(np.linspace(0, length - 1, count).round().astype(int))
 
 

@@ -280,9 +280,9 @@ def load_driving_clip(source: str, head: HeadAsset, size: int, **options: Any) -
     if found is None:
         return fit_clip(source, head, size, **options)
     dataset, clip = find_clip(*found, head)
-    records = dataset.read_clip(clip)
+    records = dataset.read(clip.split, clip.records, with_image=False)
     coefficients = stack_trees([record.coefficients for record in records])
-    frames = np.stack([_stored_image(record, clip, size) for record in records])
+    frames = LazyFrames.of(_StoredClip(dataset, clip, size))
     valid = np.array([record.confidence > 0 for record in records])
     stored = DrivingClip(
         frames, coefficients, records[0].camera, clip.fps, valid, None, clip.clip_id, crop=records[0].crop
@@ -296,6 +296,23 @@ def _clip_of_motion(name: str, motion: Motion, size: int) -> DrivingClip:
         black, motion.coefficients, motion.camera, motion.fps, motion.valid, None, name,
         neutral=motion.neutral, cuts=motion.cuts,
     )  # fmt: skip
+
+
+class _StoredClip:
+    """Pictures of a clip of a dataset, read when they are asked for; the first at once, as a check."""
+
+    has_audio = False
+
+    def __init__(self, dataset: Dataset, clip: ClipInfo, size: int):
+        self.fps, self._dataset, self._clip, self._size = clip.fps, dataset, clip, size
+        self.frame(0)
+
+    def __len__(self) -> int:
+        return self._clip.length
+
+    def frame(self, index: int) -> np.ndarray:
+        (record,) = self._dataset.read_clip(self._clip, index, index + 1)
+        return _stored_image(record, self._clip, self._size)
 
 
 def _stored_image(frame: Frame, clip: ClipInfo, size: int) -> UInt8[np.ndarray, "size size 3"]:

@@ -3,6 +3,7 @@
 Nothing of the package is imported before a fixture needs it, so that pytest's options can act on its imports.
 """
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -74,6 +75,14 @@ def landmarker():
         return Landmarker(fetch_models())
     except LandmarkError as error:
         pytest.skip(f"needs the landmark models: {error}")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_program_outlives_its_module():
+    """Thousands of programs take gigabytes and more memory maps than Linux grants a process."""
+    yield
+    if "jax" in sys.modules:
+        sys.modules["jax"].clear_caches()
 
 
 @pytest.fixture(scope="module")

@@ -9,9 +9,9 @@ from loki_jax.training.model_file import Checkpoint
 
 
 def random_model(**changes) -> Checkpoint:
-    """configs/demo.py:tiny with `changes` of its keys."""
+    """configs/demo.py:tiny with attention in the middle alone, and `changes` of its keys."""
     config, head = get_config("tiny"), builtin_head()
-    config.update_from_flattened_dict(changes)
+    config.update_from_flattened_dict({"model.unet.attention_levels": ()} | changes)
     params = jax.jit(lambda key: random_params(build_networks(config, head), key))(jax.random.key(0))
     # Output layers start at zero, which would make every frame alike.
     leaves, structure = jax.tree.flatten(params)

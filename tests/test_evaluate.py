@@ -84,7 +84,12 @@ def test_table_and_report(rows, pair, tmp_path):
     table = format_table(rows)
     assert "re-fitted ground truth" in table and f"{rows['static']['hpf']:.2f}" in table
     pictures = PairPictures(
-        "pair", pair.reference.image, pair.driver.frames, pair.truth, pair.generated, pair.truth
+        "pair",
+        pair.reference.image,
+        np.stack(list(pair.driver.frames)),
+        pair.truth,
+        pair.generated,
+        pair.truth,
     )
     write_report(tmp_path / "report.png", [pictures], rows, rows["per_frame"], {"loss": ([1, 2], [0.5, 0.4])})
     with Image.open(tmp_path / "report.png") as report:
@@ -134,6 +139,7 @@ def test_videos_of_another_rate_are_compared_in_time(folder, clips, pair):
     assert result["frames"] == FRAMES // 2 and result["hpf"] < 2 and result["psnr"] > 35
 
 
+@pytest.mark.slow
 def test_videos_are_never_in_memory_as_a_whole(folder, monkeypatch):
     """Video, driver, truth and floor, each read in pieces of four frames."""
     head = builtin_head()

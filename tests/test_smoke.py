@@ -43,6 +43,7 @@ def test_one_fit(head):
 
 
 def test_one_training_step(tmp_path):
-    train(tiny_config(write_shards(tmp_path / "shards"), steps=1), tmp_path / "run")
+    config = tiny_config(write_shards(tmp_path / "shards"), steps=1, driver__arm="full")
+    train(config, tmp_path / "run")
     (row,) = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert row["step"] == 1 and np.isfinite(row["loss"])

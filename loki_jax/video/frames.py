@@ -31,6 +31,23 @@ PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 PICTURE_RATE = Fraction(25)  # of pictures that are given without a rate
 
 
+@runtime_checkable
+class RandomAccess(Protocol):
+    """A clip whose frames can be had in any order.
+
+    Attributes:
+      fps: exact frame rate.
+      has_audio: the clip has a track of sound.
+    """
+
+    fps: Fraction
+    has_audio: bool
+
+    def __len__(self) -> int: ...
+
+    def frame(self, index: int) -> UInt8[np.ndarray, "H W 3"]: ...
+
+
 class LazyFrames(Sequence[UInt8[np.ndarray, "H W 3"]]):
     """Frames (H, W, 3) of a clip, by random access; of a video as `VideoReader` gives them in order.
 
@@ -46,8 +63,18 @@ class LazyFrames(Sequence[UInt8[np.ndarray, "H W 3"]]):
     """
 
     def __init__(self, path: str | os.PathLike, fps: Fraction | None = None, *, stop: Fraction | None = None):
-        self._file = _open_clip(Path(path), fps, stop)
-        self._indices = np.arange(len(self._file.stamps))
+        self._open(_open_clip(Path(path), fps, stop))
+
+    @classmethod
+    def of(cls, clip: RandomAccess) -> LazyFrames:
+        """The frames of a clip that is no file."""
+        frames = object.__new__(cls)
+        frames._open(clip)
+        return frames
+
+    def _open(self, clip: RandomAccess) -> None:
+        self._file = clip
+        self._indices = np.arange(len(clip))
         self._change: Callable[[np.ndarray], np.ndarray] | None = None
 
     @property
@@ -88,18 +115,7 @@ class LazyFrames(Sequence[UInt8[np.ndarray, "H W 3"]]):
         return view
 
 
-@runtime_checkable
-class _Clip(Protocol):
-    """Random access to the frames of a clip; for the attributes see `_File`."""
-
-    fps: Fraction
-    has_audio: bool
-    stamps: list[int]
-
-    def frame(self, index: int) -> np.ndarray: ...
-
-
-def _open_clip(path: Path, fps: Fraction | None, stop: Fraction | None) -> _Clip:
+def _open_clip(path: Path, fps: Fraction | None, stop: Fraction | None) -> RandomAccess:
     if path.is_dir():
         files = [p for p in path.iterdir() if p.suffix.lower() in PICTURES and not p.name.startswith(".")]
         if not files:
@@ -124,10 +140,12 @@ class _Pictures:
     def __init__(self, files: Sequence[Path], fps: Fraction | None, stop: Fraction | None):
         self.fps = PICTURE_RATE if fps is None else Fraction(fps)
         self._files = files if stop is None else files[: max(1, round(stop * self.fps))]
-        self.stamps = list(range(len(self._files)))
         self._shape: tuple[int, ...] | None = None
-        for index in self.stamps:
+        for index in range(len(self._files)):
             self.frame(index)
+
+    def __len__(self) -> int:
+        return len(self._files)
 
     def frame(self, index: int) -> np.ndarray:
         image = read_image(self._files[index])
@@ -150,10 +168,13 @@ class _Animation:
         times, rate = self._picture.times, self._picture.rate
         self.fps = rate if fps is None else Fraction(fps)
         shown = [(time, index) for index, time in enumerate(times) if stop is None or time < stop]
-        self.stamps = list(evenly(shown, rate, self.fps))
+        self._indices = list(evenly(shown, rate, self.fps))
+
+    def __len__(self) -> int:
+        return len(self._indices)
 
     def frame(self, index: int) -> np.ndarray:
-        return self._picture.frame(self.stamps[index])
+        return self._picture.frame(self._indices[index])
 
 
 class _File:
@@ -178,6 +199,9 @@ class _File:
         self._reader = VideoReader(path)
         self._decoding: Iterator[tuple[int, av.VideoFrame]] = self._reader.decode_from(None)
         self._next = 0  # the frame before which decoding stands
+
+    def __len__(self) -> int:
+        return len(self.stamps)
 
     def frame(self, index: int) -> np.ndarray:
         stamp = self.stamps[index]

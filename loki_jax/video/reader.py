@@ -65,11 +65,12 @@ def seconds(count: int | None, time_base: Fraction | None) -> Fraction | None:
 
 
 def _frame_rate(stream: av.VideoStream, path: Path) -> Fraction:
-    rate = stream.average_rate or stream.guessed_rate or stream.base_rate
-    if not rate or rate <= 0:
+    stated = stream.average_rate or stream.guessed_rate or stream.base_rate
+    if not stated or stated <= 0:
         raise MediaError(
             f"{path}: states no frame rate. Write it again with one (`ffmpeg -i IN -r 25 OUT.mp4`)."
         )
+    rate = Fraction(stated.numerator, stated.denominator)  # newer PyAV has a type of its own
     if stream.base_rate and abs(rate / stream.base_rate - 1) > Fraction(1, 20):
         return _nominal_rate(stream, path) or rate
     # Containers with coarse time stamps report averages such as 5994000/200001: take the standard

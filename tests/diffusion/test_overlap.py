@@ -18,7 +18,7 @@ def estimates(windows):
 
 def test_shared_frames_are_mixed_by_a_ramp():
     x0, earlier = estimates(3), jnp.full((CLIPS, SHARED, 2, 2, 1), 9.0)
-    out, last = blend_windows(x0, earlier, np.bool_(False), 3)
+    out, last = blend_windows(x0, earlier, jnp.array(False), 3)
     x0, out = (np.asarray(x).reshape(CLIPS, 3, WINDOW, 2, 2, 1) for x in (x0, out))
     for j, weight in enumerate((1 / 4, 3 / 4)):
         np.testing.assert_allclose(out[:, 0, j], (1 - weight) * 9 + weight * x0[:, 0, j], atol=1e-6)
@@ -32,13 +32,13 @@ def test_shared_frames_are_mixed_by_a_ramp():
 
 def test_the_first_window_of_a_clip_is_left_alone():
     x0 = estimates(1)
-    out, _ = blend_windows(x0, jnp.full((CLIPS, SHARED, 2, 2, 1), jnp.nan), np.bool_(True), 1)
+    out, _ = blend_windows(x0, jnp.full((CLIPS, SHARED, 2, 2, 1), jnp.nan), jnp.array(True), 1)
     np.testing.assert_array_equal(out, x0)
 
 
 def test_no_shared_frames_no_change():
     x0 = estimates(3)
-    out, last = blend_windows(x0, jnp.zeros((CLIPS, 0, 2, 2, 1)), np.bool_(False), 3)
+    out, last = blend_windows(x0, jnp.zeros((CLIPS, 0, 2, 2, 1)), jnp.array(False), 3)
     np.testing.assert_array_equal(out, x0)
     assert last.shape == (CLIPS, 0, 2, 2, 1)
     assert join_windows(x0, 3, 0).shape == (CLIPS, 18, 2, 2, 1)
@@ -54,7 +54,7 @@ def test_windows_sampled_one_after_another_join_without_a_step(solver):
             lambda x, t, offset: jnp.broadcast_to(offset[:, None, None, None, None], x.shape),
             jnp.ones((CLIPS * windows, WINDOW, 2, 2, 1)), make_schedule(), conditional=offsets,
             guidance=1.0, solver=solver, steps=STEPS, prediction="x0",
-            blend=lambda x0, before: blend_windows(x0, before, np.bool_(first), windows), blended=earlier,
+            blend=lambda x0, before: blend_windows(x0, before, jnp.array(first), windows), blended=earlier,
         )  # fmt: skip
 
     for shared, largest in ((0, 1.0), (2, 1 / 2), (3, 1 / 3)):

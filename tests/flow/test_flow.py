@@ -165,6 +165,7 @@ def test_parts_hidden_by_lids_and_lips_are_not_visible():
     assert visibility[eyeball].mean() > 0.95 and visibility[mouth].mean() > 0.6
 
 
+@pytest.mark.slow
 def test_batches_are_loops():
     """Leading axes of the target, a portrait for each clip, and `jax.vmap` agree with one frame at a time."""
     portraits, targets = talking(3, (2, 1)), talking(4, (2, 3))
@@ -226,6 +227,7 @@ def test_gradients_are_those_of_finite_differences():
         np.testing.assert_allclose(found, expected, rtol=2e-2, err_msg=f"{side} {field}")
 
 
+@pytest.mark.slow
 def test_visibility_has_finite_gradients_that_follow_the_portrait():
     portrait, target = coefficients(yaw=40), coefficients(yaw=5)
     crops = box(portrait, scale=1.4), box(target)

@@ -175,6 +175,7 @@ def test_reflections_stay_where_gaze_moves_the_iris(portrait):
         assert around.max() > 170 and abs(row - 5.5) <= 1.5 and abs(column - 7.5) <= 1.5
 
 
+@pytest.mark.slow
 def test_the_skin_is_relit_as_the_head_turns(portrait, draw, appearance):
     """With a lamp from the side a turned head is nearer to its true render."""
     side = np.array([0.8, 0.2, 0.56], np.float32)
@@ -252,6 +253,7 @@ def test_an_open_mouth_closes_where_a_fit_of_closed_lips_stops_short():
     assert apart(aligned_identity(HEAD, identity, alignment, nearly)) < 0.35
 
 
+@pytest.mark.slow
 def test_only_the_part_around_the_head_changes_in_a_large_picture(portrait):
     wide = np.full((480, 640, 3), 90, np.uint8)
     wide[100 : 100 + SIZE, 200 : 200 + SIZE] = portrait.picture

@@ -200,6 +200,7 @@ def test_drops_are_per_sample(model):
     assert jnp.abs(encode(dropped)[1]).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_remat_changes_nothing_but_memory():
     args = inputs()
 

@@ -179,6 +179,7 @@ def test_accumulation_has_its_own_bytes():
     assert "gradients summed in bfloat16" in format_plan(plan, "tiny")
 
 
+@pytest.mark.slow
 def test_validation_and_sampling_are_counted(tiny):
     subject = tiny[0]
     found = {}

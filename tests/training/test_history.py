@@ -25,8 +25,8 @@ def head():
 def loss(head):
     """loss(frames (B,k+T,...), share of windows without history) of a random network, and frames."""
     config = tiny_config(
-        "none", batch_size=WINDOWS, history__frames=2, driver__arm="flame_vector",
-        model__reference__driver=False, dropout__motion=0.0, dropout__both=0.0, dropout__identity=0.0,
+        "none", batch_size=WINDOWS, history__frames=2, model__unet__attention_levels=(0,),
+        dropout__motion=0.0, dropout__both=0.0, dropout__identity=0.0,
     )  # fmt: skip
     networks, rng = build_networks(config, head), np.random.default_rng(0)
     shapes = jax.eval_shape(lambda: random_params(networks, jax.random.key(0)))
