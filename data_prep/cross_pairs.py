@@ -2,9 +2,10 @@
 
     python -m data_prep.cross_pairs --shards DIR --out DIR2 [--portraits FOLDER]
 
-DIR2 holds the clips of DIR, and beside each a clip of another person with its poses and expressions. Clips of
-synthetic heads are rendered exactly. Clips of real people are performed by the portraits of a folder, one drawn
-for each clip, through the geometry renderer. Train on the pairs with --config.data.cross_share=1 (docs/svp.md).
+DIR2 holds the clips of DIR, and beside each a clip of another person with its poses and expressions. Clips
+of synthetic heads are rendered exactly. Clips of real people are performed by the portraits of a folder, one
+drawn for each clip, through the geometry renderer. Train on the pairs with --config.data.cross_share=1
+(docs/svp.md).
 """
 
 from __future__ import annotations

@@ -32,10 +32,9 @@ def test_each_clip_is_performed_by_another_person(pairs):
     for driver in (clip for clip in dataset.clips if "drives" in clip.extra):
         driven = clips[driver.extra["drives"]]
         mine, theirs = (dataset.stored_clip(clip) for clip in (driver, driven))
-        for field, a, b in zip(
-            mine.coefficients._fields, mine.coefficients, theirs.coefficients, strict=True
-        ):
-            assert (np.abs(a - b).max() > 0.1) if field == "betas" else (a == b).all()
+        assert np.abs(mine.coefficients.betas - theirs.coefficients.betas).max() > 0.1
+        for a, b in zip(mine.coefficients[1:], theirs.coefficients[1:], strict=True):
+            np.testing.assert_array_equal(a, b)
         assert driver.identity != driven.identity and driver.split == driven.split
         frames = [dataset.read_clip(clip)[0].image.astype(int) for clip in (driver, driven)]
         assert np.abs(frames[0] - frames[1]).mean() > 10
@@ -67,8 +66,9 @@ def test_real_clips_need_portraits(tmp_path, capsys):
     assert "Give --portraits" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_portrait_performs_a_clip(pairs):
-    """The geometry renderer turns the portrait's head as the clip's; a part of a face is where its fit says."""
+    """The geometry renderer turns the portrait's head as the clip's."""
     dataset = open_dataset(pairs)
     head, first, other = dataset.head(), dataset.clips[0], dataset.clips[2]
     portrait = load_portrait(f"{pairs}:{other.clip_id}", head, 64)

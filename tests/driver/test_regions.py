@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from loki_jax.driver.map import driver_map
+from loki_jax.driver.map import map_of_mesh
 from loki_jax.driver.regions import (
     REGIONS,
     DriverFrames,
@@ -18,7 +18,11 @@ from loki_jax.driver.regions import (
 )
 from loki_jax.face.builtin import builtin_head
 from loki_jax.face.types import Camera
+from loki_jax.pipeline import LokiPipeline
+from loki_jax.sources import load_driving_clip, load_portrait
 from loki_jax.synthetic.clips import synth_clip
+from tests.random_model import random_model
+from tests.synthetic.synthetic_clips import write_clips
 
 SIZE, FRAMES = 64, 3
 
@@ -36,6 +40,9 @@ def people():
         crop = np.tile(clip.crop, (FRAMES, 1))
         made.append(DriverFrames(clip.frames, clip.coefficients, camera, crop, crop))
     return head, *made
+
+
+draw = jax.jit(lambda head, person: regions_map(head, person, SIZE))
 
 
 def face(points, box):
@@ -67,7 +74,7 @@ def test_masks_of_a_face_by_hand():
 
 def test_the_map_shows_eyes_nose_and_mouth_and_nothing_else(people):
     head, person, _ = people
-    shown = np.asarray(regions_map(head, person, SIZE))
+    shown = np.asarray(draw(head, person))
     mask = shown[..., 3]
     assert shown.shape == (FRAMES, SIZE, SIZE, 4) and 0.02 < (mask > 0).mean() < 0.15
     pixels = person.image / 127.5 - 1
@@ -81,7 +88,7 @@ def test_the_map_shows_eyes_nose_and_mouth_and_nothing_else(people):
     assert (picture[mask == 0] == 255).all()
     np.testing.assert_allclose(picture[mask == 1], person.image[mask == 1], atol=1)
     with pytest.raises(ValueError, match="'regions' draws no head"):
-        driver_map(head, None, person.coefficients, person.camera, person.crop, SIZE, "regions")
+        map_of_mesh(np.zeros((1, 3, 3)), np.ones(3, bool), None, SIZE, "regions")
 
 
 def test_the_driver_takes_the_place_and_size_of_the_face_that_it_drives(people):
@@ -100,11 +107,12 @@ def test_training_changes_colours_place_and_completeness_alike_in_all_frames(peo
     head, person, _ = people
     windows = jax.tree.map(lambda x: jnp.stack([jnp.asarray(x)] * 16), person)
     keys = jax.random.split(jax.random.key(0), 16)
-    none = perturb_driver(keys, windows, 0.0)
+    perturb = jax.jit(perturb_driver)
+    none = perturb(keys, windows, 0.0)
     np.testing.assert_allclose(none.image, windows.image / 127.5 - 1, atol=1e-6)
     np.testing.assert_allclose(none.view, windows.view, atol=1e-3)
     assert (none.weights == 1).all()
-    changed = perturb_driver(keys, windows, 1.0)
+    changed = perturb(keys, windows, 1.0)
     assert float(jnp.abs(changed.image).max()) <= 1
     side = windows.view[..., 2:] - windows.view[..., :2]
     shift = np.abs(np.asarray((changed.view - windows.view)[..., :2] / side))
@@ -114,5 +122,29 @@ def test_training_changes_colours_place_and_completeness_alike_in_all_frames(peo
     assert colours.std(0).min() > 0.02
     # A lost region is gone from the map.
     lost = person._replace(weights=np.tile([1, 1, 1, 0], (FRAMES, 1)).astype(np.float32))
-    full, without = (np.asarray(regions_map(head, p, SIZE))[..., 3] for p in (person, lost))
+    full, without = (np.asarray(draw(head, p))[..., 3] for p in (person, lost))
     assert (without <= full).all() and 0.1 < 1 - without.sum() / full.sum() < 0.5
+
+
+def test_an_animation_follows_the_drivers_pixels(people, tmp_path):
+    """And has a driver's frames in its windows, with a history or without."""
+    head = builtin_head()
+    clips = write_clips(tmp_path / "shards", frames=5, size=32)
+    changes = {
+        "driver.arm": "regions", "history.frames": 1, "sample.pose": "absolute", "image_size": 32,
+        "model.unet.multipliers": (1,), "model.unet.attention_modes": ("3d",),
+        "model.unet.attention_levels": (0,), "model.reference.driver": False,
+    }  # fmt: skip
+    pipeline = LokiPipeline(random_model(**changes))
+    portrait, clip = load_portrait(clips[0], head, 32), load_driving_clip(clips[1], head, 32)
+    shown = list(pipeline.windows(portrait, clip, steps=1))
+    frames, maps = (np.concatenate(part) for part in zip(*shown, strict=True))
+    assert frames.shape == maps.shape == (5, 32, 32, 3)
+    seen = (maps != 255).any(-1)
+    assert 0.02 < seen.mean() < 0.2 and seen.any((1, 2)).all()
+    other = pipeline(portrait, clip._replace(frames=255 - np.stack(list(clip.frames))), steps=1)
+    assert (other != frames).mean() > 0.01
+    with pytest.raises(ValueError, match="follows the driver's pixels"):
+        pipeline(portrait, clip._replace(crop=None), steps=1)
+    with pytest.raises(ValueError, match="sliders do not change"):
+        pipeline(portrait, clip, steps=1, sliders={"smile": 1.0})
