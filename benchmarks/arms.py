@@ -32,6 +32,7 @@ from loki_jax.compile_cache import enable_compile_cache
 from loki_jax.demo import HEF_SIZE, held_out_pairs, make_shards
 from loki_jax.evaluation import evaluate_pairs, synthetic_pairs
 from loki_jax.io import write_json
+from loki_jax.metrics.intervals import bootstrap_interval as interval
 from loki_jax.pipeline import LokiPipeline, retarget_clip
 from loki_jax.sources import stack_trees
 
@@ -84,15 +85,6 @@ def measure(workdir: Path, held_out: Path) -> dict[str, Any]:
     generated = np.concatenate([window.frames for window in windows], axis=1)
     judged = synthetic_pairs(head, pairs, coefficients, generated)
     return evaluate_pairs(head, judged, size=HEF_SIZE)
-
-
-def interval(values: np.ndarray, rng: np.random.Generator, draws: int = 4000) -> list[float]:
-    """Mean of (seeds, pairs) and its 95 % bootstrap interval: [mean, low, high]."""
-    seeds, pairs = values.shape
-    of_seed = rng.integers(seeds, size=(draws, seeds, 1))
-    of_pair = rng.integers(pairs, size=(draws, 1, pairs))
-    means = values[of_seed, of_pair].mean((1, 2))
-    return [float(x) for x in (values.mean(), *np.quantile(means, (0.025, 0.975)))]
 
 
 def summary(results: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:

@@ -304,8 +304,10 @@ class LokiPipeline:
             or sliders.
         """
         sampling = self.sampling(**options)
-        if self._reads_frames and sliders:
-            raise ValueError("this model follows the driver's pixels, which sliders do not change")
+        if self._reads_frames and (sliders or controls not in (None, Controls())):
+            raise ValueError(
+                "this model follows the driver's pixels, which controls and sliders do not change"
+            )
         coefficients = retarget_clip(
             self.head, clip, portrait, sampling.mode, self.config.driver.neck, controls, sliders
         )
