@@ -3,17 +3,17 @@
     python benchmarks/svp.py --out DIR [--config configs/demo_svp.py] [--size 64] [--steps 1000] [--seeds 3]
         [--identities 300] [--parts arms history fusion] [--flags=--config.batch_size=8 ...]
 
-Trains `CONFIG:loki_driver`, `CONFIG:same_identity` and CONFIG (cross-identity pairs) on the same synthetic people,
-and measures 8 held-out pairs of 32 frames in absolute pose:
+Trains `CONFIG:loki_driver`, `CONFIG:same_identity` and CONFIG (cross-identity pairs) on the same synthetic
+people, and measures 8 held-out pairs of 32 frames in absolute pose:
 
-- arms: HPF, HEF, PSNR, and leakage of the driver's colours and of the shape of its face (0 none, 1 all of it).
+- arms: HPF, HEF, PSNR, and leakage of the driver's colours and of the shape of its face (0: none, 1: all).
 - history: 160 frames with the history and without: motion at the borders of windows over that inside, in the
   truth and generated; PSNR over time.
 - fusion: HPF against PSNR for scales of source and motion, on 4 pairs.
 
-History and fusion are measured with Loki's driver map of seed 0. A run or measurement that is in DIR/results is
-not repeated and an interrupted training goes on from its last checkpoint, so the same command resumes. Writes
-DIR/arms.png, history.png, fusion.png; the last line is one JSON object.
+History and fusion are measured with Loki's driver map of seed 0. A run or measurement that is in DIR/results
+is not repeated and an interrupted training goes on from its last checkpoint, so the same command resumes.
+Writes DIR/arms.png, history.png, fusion.png; the last line is one JSON object.
 """
 
 from __future__ import annotations

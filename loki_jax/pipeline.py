@@ -306,7 +306,7 @@ class LokiPipeline:
         sampling = self.sampling(**options)
         if self._reads_frames and (sliders or controls not in (None, Controls())):
             raise ValueError(
-                "this model follows the driver's pixels, which controls and sliders do not change"
+                "this model follows the driver's pixels: controls and sliders do not change them"
             )
         coefficients = retarget_clip(
             self.head, clip, portrait, sampling.mode, self.config.driver.neck, controls, sliders
