@@ -124,7 +124,7 @@ def map_of_mesh(
     """
     if not find_arm(arm).spatial or find_arm(arm).frames:
         maps = ", ".join(name for name, entry in ARMS.items() if entry.spatial and not entry.frames)
-        raise ValueError(f"arm {arm!r} draws no head; arms that do: {maps}")
+        raise ValueError(f"arm {arm!r} has no driver map of a head; arms with one: {maps}")
     encode, batch = find_arm(arm).encode, vertices.shape[:-2]
     face = nearest_faces(vertices, inputs.faces, size)
 

@@ -87,7 +87,7 @@ def test_the_map_shows_eyes_nose_and_mouth_and_nothing_else(people):
     picture = np.asarray(preview_regions(shown))
     assert (picture[mask == 0] == 255).all()
     np.testing.assert_allclose(picture[mask == 1], person.image[mask == 1], atol=1)
-    with pytest.raises(ValueError, match="'regions' draws no head"):
+    with pytest.raises(ValueError, match="'regions' has no driver map of a head"):
         map_of_mesh(np.zeros((1, 3, 3)), np.ones(3, bool), None, SIZE, "regions")
 
 
