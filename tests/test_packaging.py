@@ -289,7 +289,7 @@ def test_run_time_never_imports_torch_or_tensorflow():
 
 # Low to high, as docs/design.md states it: a module imports its own level and those below.
 LEVELS = (
-    ("loki_jax.io", "loki_jax.compile_cache", "loki_jax.arrays"),
+    ("loki_jax.io", "loki_jax.compile_cache", "loki_jax.arrays", "loki_jax.downloads"),
     ("loki_jax.face", "loki_jax.video", "loki_jax.pictures"),
     ("loki_jax.raster",),
     ("loki_jax.flow",),

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import zipfile
 
 import cv2
 import numpy as np
 import pytest
 
-from data_prep.fetch_models import main as fetch_models_program
-from loki_jax.fitting import model_files
 from loki_jax.fitting.landmarker import FaceBox, Landmarker, Region, ssd_anchors, suppress
-from loki_jax.fitting.model_files import LandmarkError, cache_dir, fetch_models
+from loki_jax.fitting.model_files import LandmarkError
 from loki_jax.fitting.points import LIDS_LEFT, LIDS_RIGHT
 from loki_jax.fitting.tracking import Track, clip_landmarks, image_landmarks
 
@@ -61,37 +58,6 @@ def test_region_encloses_turned_points():
     square = np.array([[-10, -20], [10, -20], [10, 20], [-10, 20]], float)
     region = Region.around(square @ turn.T + (100, 50), angle, 1.5)
     np.testing.assert_allclose(region, (100, 50, 60, angle), atol=1e-9)
-
-
-def test_wrong_wheel_is_refused_and_nothing_written(tmp_path):
-    wheel = tmp_path / "mediapipe.whl"
-    wheel.write_bytes(b"not a zip")
-    with pytest.raises(LandmarkError, match="mediapipe.whl: not the wheel"):
-        fetch_models(wheel, tmp_path / "cache")
-    with zipfile.ZipFile(wheel, "w") as archive:
-        for member in model_files.MODELS:
-            archive.writestr(member, b"tampered")
-    with pytest.raises(LandmarkError, match="SHA-256"):
-        fetch_models(wheel, tmp_path / "cache")
-    with pytest.raises(LandmarkError, match="missing.whl"):
-        fetch_models(tmp_path / "missing.whl", tmp_path / "cache")
-    assert not (tmp_path / "cache").exists()
-
-
-def test_offline_without_cache_names_the_remedy(tmp_path, monkeypatch):
-    def no_network(command, **_):
-        return subprocess.CompletedProcess(command, 1, "", "ERROR: No matching distribution found")
-
-    monkeypatch.setattr(subprocess, "run", no_network)
-    with pytest.raises(LandmarkError, match=r"could not download mediapipe==0.10.21 .*--wheel FILE.whl"):
-        fetch_models(folder=tmp_path)
-    assert list(tmp_path.iterdir()) == []
-    assert fetch_models_program(["--cache", str(tmp_path)]) == 1
-
-
-def test_cache_folder_follows_the_platform(monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert cache_dir() == tmp_path / "loki_jax" / "landmarks"
 
 
 class OneFace(Landmarker):
