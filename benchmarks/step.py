@@ -22,6 +22,7 @@ import os
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import median
 
@@ -124,70 +125,100 @@ def our_calls(config, steps: int) -> tuple[dict, dict]:
     del trained
     step = jax.jit(make_train_step(config, networks, optimizer, mesh), donate_argnums=0)
     traced = step.trace(state, batch, head)
-    compiled = traced.lower().compile()
-    work, memory = work_of(traced.jaxpr), compiled.memory_analysis()
+    work = work_of(traced.jaxpr)
 
     whole = lambda s: s.params | s.frozen
-    draw = jax.jit(lambda c, camera, crop: driver_input(config, head, c, camera, crop))
     driver_inputs = (batch.coefficients, batch.camera, batch.crop)
-    driver = draw(*driver_inputs)
-    copy = jax.jit(jnp.copy)
     # A batch of 32 frames, whatever the step's own batch is (issue B, point 5).
     many = jax.tree.map(
         lambda x: jnp.concatenate([x] * -(-32 // (x.shape[0] * config.window)))[: -(-32 // config.window)],
         driver_inputs,
     )
-    many_maps = draw(*many)
-    vae = jax.jit(lambda p, f, r: (encode_images(networks, p, f), encode_images(networks, p, r)))
-    features_of = jax.jit(lambda p, z: reference_features(networks, p, z))
     unet = networks.loki.generation.unet
 
-    def forward(p, x, maps, features):
+    def draw(coefficients, camera, crop):
+        return driver_input(config, head, coefficients, camera, crop)
+
+    def vae(p, frames, reference):
+        return encode_images(networks, p, frames), encode_images(networks, p, reference)
+
+    def features_of(p, latents):
+        return reference_features(networks, p, latents)
+
+    def generation(p, x, maps, features):
         t = jnp.full(x.shape[:2], 500, jnp.int32)
         return denoise(networks, p, x, t, encode_condition(networks, p, maps), features)
 
-    generation = jax.jit(forward)
-    sample = jax.jit(
-        lambda p, features, maps, key: decode_latents(
+    def sample(p, features, maps, key):
+        latents, *_ = sample_windows(
+            config,
             networks,
             p,
-            sample_windows(
-                config,
-                networks,
-                p,
-                keys_values(unet, p["generation"]["unet"], features),
-                maps,
-                initial_noise(networks, key, *maps.shape[:2]),
-                solver="ddim",
-                steps=steps,
-                guidance=config.sample.guidance,
-                spacing="leading",
-            )[0],
+            keys_values(unet, p["generation"]["unet"], features),
+            maps,
+            initial_noise(networks, key, *maps.shape[:2]),
+            solver="ddim",
+            steps=steps,
+            guidance=config.sample.guidance,
+            spacing="leading",
         )
-    )
-    latents, portrait = vae(whole(state), batch.frames, batch.reference)
-    features = features_of(whole(state), portrait)
+        return decode_latents(networks, p, latents)
+
     one = lambda tree: jax.tree.map(lambda x: x[:1], tree)
+    params, key = whole(state), jax.random.key(1)
+    maps, many_maps, single_maps = (
+        jax.eval_shape(draw, *x) for x in (driver_inputs, many, one(driver_inputs))
+    )
+    latents, portrait = jax.eval_shape(vae, params, batch.frames, batch.reference)
+    features, single_features = (
+        jax.eval_shape(features_of, params, jax.ShapeDtypeStruct((n, *portrait.shape[1:]), portrait.dtype))
+        for n in (len(portrait), 1)
+    )
+    single_portrait = jax.ShapeDtypeStruct((1, *portrait.shape[1:]), portrait.dtype)
+    programs = {
+        "train step": traced,
+        "draw": jax.jit(draw).trace(*driver_inputs),
+        "draw many": jax.jit(draw).trace(*many),
+        "draw one": jax.jit(draw).trace(*one(driver_inputs)),
+        "copy": jax.jit(jnp.copy).trace(many_maps),
+        "vae": jax.jit(vae).trace(params, batch.frames, batch.reference),
+        "vae one": jax.jit(vae).trace(params, *one((batch.frames, batch.reference))),
+        "reference": jax.jit(features_of).trace(params, portrait),
+        "reference one": jax.jit(features_of).trace(params, single_portrait),
+        "generation": jax.jit(generation).trace(params, latents, maps, features),
+        "sample": jax.jit(sample).trace(params, single_features, single_maps, key),
+    }
+    del params
+    with ThreadPoolExecutor() as pool:
+        built = dict(zip(programs, pool.map(lambda p: p.lower().compile(), programs.values()), strict=True))
+    print(f"ours: {len(built)} programs compiled", file=sys.stderr, flush=True)
+    memory = built["train step"].memory_analysis()
+    driver, many_maps = built["draw"](*driver_inputs), built["draw many"](*many)
     holder = {"state": state}
+    latents, portrait = built["vae"](whole(state), batch.frames, batch.reference)
+    features = built["reference"](whole(state), portrait)
     del state
 
     def train_step():
-        holder["state"], metrics = compiled(holder["state"], batch, head)
+        holder["state"], metrics = built["train step"](holder["state"], batch, head)
         jax.block_until_ready(metrics)
 
     def sample_one():
-        z = vae(whole(holder["state"]), batch.frames[:1], batch.reference[:1])[1]
-        maps = draw(*one(driver_inputs))
-        return sample(whole(holder["state"]), features_of(whole(holder["state"]), z), maps, jax.random.key(1))
+        params = whole(holder["state"])
+        _, z = built["vae one"](params, *one((batch.frames, batch.reference)))
+        features = built["reference one"](params, z)
+        return built["sample"](params, features, built["draw one"](*one(driver_inputs)), key)
 
     ready = lambda call: lambda: jax.block_until_ready(call())
     calls = {
-        "driver map": ready(lambda: draw(*driver_inputs)),
-        "driver maps of 32 frames": ready(lambda: draw(*many)),
-        "copy of these maps": ready(lambda: copy(many_maps)),
-        "VAE encode": ready(lambda: vae(whole(holder["state"]), batch.frames, batch.reference)),
-        "reference branch": ready(lambda: features_of(whole(holder["state"]), portrait)),
-        "generation forward": ready(lambda: generation(whole(holder["state"]), latents, driver, features)),
+        "driver map": ready(lambda: built["draw"](*driver_inputs)),
+        "driver maps of 32 frames": ready(lambda: built["draw many"](*many)),
+        "copy of these maps": ready(lambda: built["copy"](many_maps)),
+        "VAE encode": ready(lambda: built["vae"](whole(holder["state"]), batch.frames, batch.reference)),
+        "reference branch": ready(lambda: built["reference"](whole(holder["state"]), portrait)),
+        "generation forward": ready(
+            lambda: built["generation"](whole(holder["state"]), latents, driver, features)
+        ),
         "train step": train_step,
         "sampling": ready(sample_one),
     }
