@@ -42,6 +42,9 @@ EXTRAS = {
     "prep": ["opencv-python-headless>=4.10,<5", "ai-edge-litert>=2.0"],
     # A second implementation of SSIM.
     "eval": ["scikit-image>=0.25"],
+    # Who a face is: dlib's network, on our landmarks; ArcFace for those who have a file of it.
+    "identity": ["dlib-bin>=19.24.6", "opencv-python-headless>=4.10,<5", "ai-edge-litert>=2.0"],
+    "arcface": ["onnxruntime>=1.20", "opencv-python-headless>=4.10,<5", "ai-edge-litert>=2.0"],
     # A webcam in, a virtual camera out (`loki_jax.live`).
     "live": ["opencv-python-headless>=4.10,<5", "ai-edge-litert>=2.0", "pyvirtualcam>=0.12"],
     # The page (`loki_jax.app`).

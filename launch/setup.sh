@@ -8,7 +8,7 @@ loki_setup() {
     local venv=$root/.venv extras
     case $profile in
         demo) extras=prep,eval ;;
-        test) extras=prep,eval,app,sign,test ;;
+        test) extras=prep,eval,identity,arcface,app,sign,test ;;
         *) echo "setup.sh: unknown profile $profile" >&2; return 2 ;;
     esac
 

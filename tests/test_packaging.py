@@ -138,7 +138,7 @@ def test_tests_install_the_pinned_torch_first(clone):
     assert launch(clone, "test.sh", "--setup").returncode == 0
     first, second = pip_calls(clone)
     assert first.endswith("torch==2.13.0") and "index" not in first
-    assert second.endswith("[prep,eval,app,sign,test]")
+    assert second.endswith("[prep,eval,identity,arcface,app,sign,test]")
     done = launch(clone, "test.sh", "tests/head", "-k", "a b")
     assert done.stdout.startswith(f"ran {clone} pytest") and done.stdout.rstrip().endswith(
         "tests/head -k a b"
@@ -200,7 +200,7 @@ def constraints(file):
 @pytest.mark.parametrize("file", PINS)
 def test_every_requirement_is_pinned_and_the_pin_is_allowed(file):
     arguments, pins = setup_arguments(), constraints(file)
-    extras = {"prep", "eval", "live", "app", "sign", "convert", "test", "cuda", "tpu"}
+    extras = {"prep", "eval", "identity", "arcface", "live", "app", "sign", "convert", "test", "cuda", "tpu"}
     assert set(arguments["extras_require"]) == extras
     groups = {"core": arguments["install_requires"], **arguments["extras_require"]}
     for group, lines in groups.items():
@@ -223,7 +223,7 @@ def test_imports_are_declared():
     distributions = {
         "PIL": "pillow", "absl": "absl-py", "cv2": "opencv-python-headless", "skimage": "scikit-image",
         "ai_edge_litert": "ai-edge-litert", "orbax": "orbax-checkpoint", "tensorboardX": "tensorboardx",
-        "jaxlib": "jax", "c2pa": "c2pa-python",
+        "jaxlib": "jax", "c2pa": "c2pa-python", "dlib": "dlib-bin",
     }  # fmt: skip
     own = {"loki_jax", "data_prep", "configs"}
     standard = set(sys.stdlib_module_names)

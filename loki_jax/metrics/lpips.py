@@ -125,7 +125,7 @@ def _features(network: LpipsNetwork, images: Float[Array, "n h w 3"]) -> list[Fl
         for stride, padding in stage.convolutions:
             kernel, bias = next(layers)
             images = jax.lax.conv_general_dilated(
-                images, kernel, (stride, stride), [(padding, padding)] * 2,
+                images, jnp.asarray(kernel), (stride, stride), [(padding, padding)] * 2,
                 dimension_numbers=("NHWC", "HWIO", "NHWC"), precision="highest",
             )  # fmt: skip
             images = jax.nn.relu(images + bias)
