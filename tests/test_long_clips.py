@@ -26,6 +26,11 @@ def pipeline(few_optimizations):
     return LokiPipeline(random_model(window=WINDOW))
 
 
+def assert_equal_up_to_rounding(a, b):
+    """Programs for clips of other lengths may round a value to the next grey level."""
+    assert np.abs(a.astype(int) - b).max() <= 1 and (a != b).mean() < 1e-3
+
+
 @pytest.mark.parametrize("overlap, together", [(0, 1), (2, 1), (1, 2)])
 def test_every_length_gives_its_frames(pipeline, inputs, overlap, together):
     portrait, clip = inputs
@@ -49,7 +54,7 @@ def test_windows_are_drawn_when_they_are_asked_for(pipeline, inputs, monkeypatch
     first = [next(windows), next(windows)]
     assert len(drawn) == 2 and [len(window.frames) for window in first] == [2, 2]
     short = pipeline(portrait, clip.cut(0, 6), steps=2, overlap=2)
-    np.testing.assert_array_equal(np.concatenate([window.frames for window in first]), short[:4])
+    assert_equal_up_to_rounding(np.concatenate([window.frames for window in first]), short[:4])
 
 
 def test_windows_sampled_together_are_those_sampled_in_turn(pipeline, inputs):
@@ -84,7 +89,7 @@ def test_a_model_with_history_goes_on_from_the_frames_before(inputs):
     options = {"steps": 2, "guidance": (2.0, 2.5, 1.0)}
     whole = pipeline(portrait, clip, **options)
     assert whole.shape == (FRAMES, 64, 64, 3) and whole.std() > 10
-    np.testing.assert_array_equal(pipeline(portrait, clip.cut(0, WINDOW), **options), whole[:WINDOW])
+    assert_equal_up_to_rounding(pipeline(portrait, clip.cut(0, WINDOW), **options), whole[:WINDOW])
     # A driver that differs in the second frame, which only the first window sees, changes the next one, too.
     expression = np.array(clip.coefficients.expression)
     expression[1] += 1

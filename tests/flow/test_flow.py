@@ -194,7 +194,7 @@ def test_gradients_are_those_of_finite_differences():
     given = {"portrait": talking(5), "target": talking(6)}
     crops = {name: box(c, scale=1.4) for name, c in given.items()}
     rng = np.random.default_rng(7)
-    steps = {"expression": 1e-3, "rot": 1e-3, "tra": 2e-4, "jaw": 1e-3, "eyes": 1e-2}
+    steps = {"expression": 1e-3, "rot": 1e-3, "tra": 2e-4, "jaw": 4e-3, "eyes": 1e-2}
     directions = [
         (side, field, jnp.asarray(rng.normal(size=getattr(c, field).shape), jnp.float32))
         for side, c in given.items()

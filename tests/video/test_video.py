@@ -589,8 +589,12 @@ def test_float_tiff_and_animations(tmp_path):
         steps[0].save(tmp_path / name, save_all=True, append_images=steps[1:], duration=40)
         assert np.abs(read_image(tmp_path / name).astype(int) - 40).max() <= 2
     assert [int(frame[0, 0, 0]) for frame in read_video(tmp_path / "moving.gif").frames] == [40, 120, 200]
-    with pytest.raises(MediaError, match="WebP animation"):
-        read_video(tmp_path / "moving.webp")
+    try:
+        frames = read_video(tmp_path / "moving.webp").frames
+    except MediaError as error:  # FFmpeg before version 8 cannot decode it
+        assert "WebP animation" in str(error)
+    else:
+        np.testing.assert_allclose([frame[0, 0, 0] for frame in frames], [40, 120, 200], atol=2)
 
 
 def test_unreadable_images_give_one_clear_error(tmp_path):
