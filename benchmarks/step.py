@@ -49,11 +49,11 @@ from loki_jax.networks import (
     build_networks,
     decode_latents,
     denoise,
+    draw_params,
     driver_input,
     encode_condition,
     encode_images,
     initial_noise,
-    random_params,
     reference_features,
     sample_windows,
 )
@@ -118,7 +118,7 @@ def our_calls(config, steps: int) -> tuple[dict, dict]:
     optimizer = make_optimizer(config)
     mesh = make_mesh(1, 1, jax.devices()[:1])
     batch = make_batch(config, head)
-    params = jax.jit(lambda: random_params(networks, jax.random.key(0)))()
+    params = draw_params(networks, jax.random.key(0))
     trained, frozen = split_params(config, params)
     del params
     state = create_state(trained, frozen, optimizer, keep_ema=True)

@@ -30,7 +30,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from loki_jax.data.reader import open_dataset
-from loki_jax.networks import build_networks, random_params
+from loki_jax.networks import build_networks, draw_params
 from loki_jax.training import checkpoint as ckpt
 from loki_jax.training.distributed import find_cluster, join
 from loki_jax.training.init import sharded_state
@@ -72,7 +72,7 @@ def start_file(shards: Path) -> Path:
 def write_start(shards: Path) -> None:
     """Write it: of the tiny config, whose parameters are all random, zero-initialised ones too."""
     config, head = tiny_config(shards, model__norm_groups=NORM_GROUPS), open_dataset(shards).head()
-    params = jax.jit(lambda: random_params(build_networks(config, head), jax.random.key(1)))()
+    params = draw_params(build_networks(config, head), jax.random.key(1))
     leaves, treedef = jax.tree.flatten(params)
     rng = np.random.default_rng(2)
     # Of half the size of a common initialisation, so that activations and gradients stay moderate.

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
+from jax.interpreters.partial_eval import dce_jaxpr  # jax.extend.core has no dead-code elimination
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree, UInt8
 from ml_collections import ConfigDict
 
@@ -73,7 +76,7 @@ def build_networks(config: ConfigDict, head: HeadAsset) -> Networks:
 
 
 def random_params(networks: Networks, key: PRNGKeyArray) -> PyTree:
-    """Random parameters of all networks, float32; traceable."""
+    """Random parameters of all networks, float32; traceable. To make them, use `draw_params`."""
     loki_key, autoencoder_key = jax.random.split(key)
     params = dict(init_params(networks.loki, networks.model_config, loki_key))
     image = jnp.zeros((1, networks.autoencoder.stride * 2, networks.autoencoder.stride * 2, 3))
@@ -82,6 +85,19 @@ def random_params(networks: Networks, key: PRNGKeyArray) -> PyTree:
     if context_dim is not None:
         params["null_prompt"] = jnp.zeros((1, 77, context_dim))
     return params
+
+
+def draw_params(networks: Networks, key: PRNGKeyArray, given: Collection[str] = ()) -> PyTree:
+    """`random_params` without the networks `given`: the same numbers, array by array.
+
+    Of the traced function only what the parameters need is run, one small compiled program for each kind
+    and shape of operation. Compiling all draws as one program takes most of a minute on a GPU.
+    """
+    wanted = lambda key: {k: v for k, v in random_params(networks, key).items() if k not in given}
+    traced, shapes = jax.make_jaxpr(wanted, return_shape=True)(key)
+    needed, _ = dce_jaxpr(traced.jaxpr, [True] * len(traced.jaxpr.outvars), instantiate=True)
+    leaves = jaxpr_as_fun(ClosedJaxpr(needed, traced.consts))(key)
+    return jax.tree.unflatten(jax.tree.structure(shapes), leaves)
 
 
 def driver_input(

@@ -7,12 +7,13 @@ float32 and two-pass: the mean first, then the mean of squared deviations. The o
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Num
+from jaxtyping import Array, Float, Num, PRNGKeyArray
 
 from loki_jax.arrays import ArrayLike
 
@@ -79,6 +80,27 @@ class LayerNorm(nn.Module):
         return (centred * jax.lax.rsqrt(variance + self.eps) * scale + bias).astype(x.dtype)
 
 
+# Standard deviation of a standard normal variable cut at -2 and 2.
+_CUT_NORMAL = 0.87962566103423978
+
+
+def kernel_init(key: PRNGKeyArray, shape: tuple[int, ...], dtype: Dtype = jnp.float32) -> Array:
+    """Initial values of variance 1 / inputs (LeCun et al. 1998), normal and cut at 2 standard deviations.
+
+    The numbers of `nn.initializers.lecun_normal()`, drawn as the first of a power of two: compiling a draw
+    takes half a second, and networks have more shapes than powers of two. With JAX's default generator, what
+    comes first does not depend on how many numbers are drawn (`jax_threefry_partitionable`).
+
+    Args:
+      shape: (*kernel, inputs, outputs).
+    """
+    count, inputs = math.prod(shape), math.prod(shape[:-1])
+    drawn = jax.random.truncated_normal(key, -2, 2, (1 << (count - 1).bit_length(),), dtype)
+    return drawn[:count].reshape(shape) * (
+        jnp.sqrt(jnp.array(1 / inputs, dtype)) / jnp.array(_CUT_NORMAL, dtype)
+    )
+
+
 # XLA's CPU convolution is slower than a matrix product with at most so many pixels (over the batch) and
 # at least so many channels: 2.5 to 5 times at 8 x 8 x 1,280.
 _PATCH_PIXELS, _PATCH_CHANNELS = 512, 512
@@ -122,7 +144,7 @@ class Conv3x3(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n h2 w2 features"]:
-        init = nn.initializers.zeros if self.zero_init else nn.initializers.lecun_normal()
+        init = nn.initializers.zeros if self.zero_init else kernel_init
         kernel = self.param("kernel", init, (3, 3, x.shape[-1], self.features), jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
         padding = ((self.padding, self.padding),) * 2 if isinstance(self.padding, int) else self.padding
@@ -134,7 +156,7 @@ def dense(
     features: int, name: str | None, dtype: Dtype, *, use_bias: bool = True, zero_init: bool = False
 ) -> nn.Dense:
     """A linear layer over the last axis (also every 1 x 1 convolution of the networks)."""
-    init = nn.initializers.zeros if zero_init else nn.initializers.lecun_normal()
+    init = nn.initializers.zeros if zero_init else kernel_init
     return nn.Dense(features, use_bias=use_bias, kernel_init=init, dtype=dtype, name=name)
 
 

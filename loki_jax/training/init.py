@@ -15,7 +15,7 @@ from loki_jax.data.schema import Batch, DriverWindow
 from loki_jax.driver.registry import find_arm
 from loki_jax.face.asset import HeadAsset
 from loki_jax.face.types import Camera, Coefficients
-from loki_jax.networks import Networks, random_params
+from loki_jax.networks import Networks, draw_params, random_params
 from loki_jax.training.checkpoint import (
     check_finite,
     check_fit,
@@ -125,9 +125,7 @@ def initial_params(config: ConfigDict, networks: Networks, head: HeadAsset) -> t
         return split_params(config, jax.tree.map(lambda x, a: jnp.asarray(x, a.dtype), params, abstract))
     path = _converted_folder(config.pretrained) if config.pretrained else None
     given = {"reference", "autoencoder", "null_prompt"} & abstract.keys() if path else set()
-    draw = lambda: random_params(networks, jax.random.key(config.seed))
-    # Returning only what is not given, so that XLA never draws a backbone that would be thrown away.
-    params = jax.jit(lambda: {key: value for key, value in draw().items() if key not in given})()
+    params = draw_params(networks, jax.random.key(config.seed), given)
     if path:
         # Without the devices of the process that converted it.
         backbone = check_finite(restore_as_numpy(path.absolute()), str(path))

@@ -259,18 +259,25 @@ def make_train_step(
     gradients = make_gradients(config, networks, mesh)
 
     def step(state: TrainState, batch: Batch, head: HeadAsset):
-        loss, grads = gradients(state, batch, head)
-        norm = optax.tree.norm(grads)
-        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        ema = None if state.ema is None else update_ema(state.ema, params, state.step, config.ema_decay)
-        new, old = (params, ema, opt_state), (state.params, state.ema, state.opt_state)
-        params, ema, opt_state = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
-        metrics = {"loss": loss, "grad_norm": norm, "skipped": 1.0 - finite}
-        return TrainState(state.step + 1, params, ema, opt_state, state.frozen), metrics
+        return apply_gradients(config, optimizer, state, *gradients(state, batch, head))
 
     return step
+
+
+def apply_gradients(
+    config: ConfigDict, optimizer: optax.GradientTransformation, state: TrainState, loss: Float[Array, ""],
+    grads: PyTree,
+) -> tuple[TrainState, dict[str, Array]]:  # fmt: skip
+    """The second half of a step: (state, {"loss", "grad_norm", "skipped"}), see `make_train_step`."""
+    norm = optax.tree.norm(grads)
+    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    ema = None if state.ema is None else update_ema(state.ema, params, state.step, config.ema_decay)
+    new, old = (params, ema, opt_state), (state.params, state.ema, state.opt_state)
+    params, ema, opt_state = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
+    metrics = {"loss": loss, "grad_norm": norm, "skipped": 1.0 - finite}
+    return TrainState(state.step + 1, params, ema, opt_state, state.frozen), metrics
 
 
 def make_eval_step(config: ConfigDict, networks: Networks, mesh: Mesh) -> Callable:

@@ -1,12 +1,19 @@
-"""The convolution's formulation for CPUs against XLA's own, forward and backward."""
+"""Initial values against Flax's own; the convolution's formulation for CPUs against XLA's, both ways."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from loki_jax.models import layers
-from loki_jax.models.layers import conv3x3
+from loki_jax.models.layers import conv3x3, kernel_init
+
+
+@pytest.mark.parametrize("shape", [(3, 3, 5, 7), (16, 16), (33, 1)])
+def test_initial_values_are_lecun_normal(shape):
+    key = jax.random.key(3)
+    np.testing.assert_array_equal(kernel_init(key, shape), nn.initializers.lecun_normal()(key, shape))
 
 
 def xla_conv(x, kernel, stride, padding):

@@ -252,6 +252,21 @@ def test_two_processes_share_frozen_parameters_and_resume_from_the_workdir(shard
     np.testing.assert_allclose(found[0], found[1], rtol=1e-5)
 
 
+def test_two_processes_train_validate_sample_and_save(shards, tmp_path):
+    """A run of a few seconds through everything that processes do together; slow tests compare with one."""
+    every = dict.fromkeys(("validation__every", "sample__every", "checkpoint__every"), 3)
+    config = tiny_config(
+        shards, steps=3, sharding_min_size=64, sample__pairs=2, mesh__data=1, mesh__fsdp=2, **every
+    )
+    start(train_command(config, tmp_path / "run"), Topology(2, 1, "fsdp"), tmp_path / "cache")
+    rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3]
+    assert all(np.isfinite(row.get("loss", row.get("val_loss"))) for row in rows)
+    assert any("val_loss" in row for row in rows)
+    assert len(read_video(tmp_path / "run" / "samples" / "00000003.mp4").frames) == config.window
+    assert load_checkpoint(tmp_path / "run").step == 3
+
+
 @pytest.mark.slow
 def test_two_processes_validate_and_sample_as_one_does(tmp_path):
     shards = write_shards(tmp_path / "shards", count=6)
