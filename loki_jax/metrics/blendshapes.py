@@ -10,7 +10,7 @@ import os
 import struct
 import zipfile
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
@@ -155,7 +155,7 @@ def load_canonical_face(path: str | os.PathLike) -> CanonicalFace:
         ) from error
 
 
-def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
+def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
     """Fields of a protocol buffer: their numbers with a whole number, or with the bytes of anything else."""
     position = 0
 

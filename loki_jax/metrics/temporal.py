@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator
 
 import numpy as np
@@ -75,17 +76,15 @@ def warped_differences(
     import cv2
 
     y, x = np.mgrid[:size, :size].astype(np.float32)
-    last = last_grey = None
-    for frame in frames:
-        shown = cv2.resize(frame, (size, size), interpolation=cv2.INTER_CUBIC)
-        grey = cv2.cvtColor(shown, cv2.COLOR_RGB2GRAY)
-        if last is not None:
-            flow = cv2.calcOpticalFlowFarneback(grey, last_grey, None, 0.5, 3, 21, 3, 5, 1.1, 0)
-            moved = cv2.remap(
-                last, x + flow[..., 0], y + flow[..., 1], cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE
-            )
-            yield np.abs(moved.astype(np.float64) - shown).mean(-1)
-        last, last_grey = shown, grey
+    start = np.zeros((size, size, 2), np.float32)
+    resized = (cv2.resize(frame, (size, size), interpolation=cv2.INTER_CUBIC) for frame in frames)
+    shown = ((frame, cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY)) for frame in resized)
+    for (last, last_grey), (frame, grey) in itertools.pairwise(shown):
+        flow = cv2.calcOpticalFlowFarneback(grey, last_grey, start, 0.5, 3, 21, 3, 5, 1.1, 0)
+        moved = cv2.remap(
+            last, x + flow[..., 0], y + flow[..., 1], cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE
+        )
+        yield np.abs(moved.astype(np.float64) - frame).mean(-1)
 
 
 def flicker(
