@@ -26,6 +26,7 @@ from ml_collections import ConfigDict, config_flags
 
 from loki_jax.compile_cache import enable_compile_cache
 from loki_jax.networks import build_networks
+from loki_jax.stores import StoreError
 from loki_jax.training import checkpoint as ckpt
 from loki_jax.training.config import NonFiniteError, check_config, config_arguments, upgrade_config
 from loki_jax.training.distributed import ClusterError, find_cluster, join, on_tpu_vm, wait_for_all
@@ -201,7 +202,10 @@ def train(config: ConfigDict, workdir: Path) -> float:
                 skipped = (monitor.skipped, monitor.in_row)
                 with watchdog.slow():  # waits for the write before
                     ckpt.save_state(manager, step, state, iterator, config, code, skipped, val_loss)
-                    copy_to_bucket(workdir)
+                    try:
+                        copy_to_bucket(workdir)
+                    except StoreError as error:
+                        log(f"step {step}: {error}; tried again after the next checkpoint")
             if stop:
                 manager.wait_until_finished()
                 writer.event(step, "stopped", reason="asked to stop")
