@@ -138,6 +138,7 @@ def test_one_clear_error_and_nothing_written(
 
 # The program, with an animation that never ends; it says when frames are being written.
 _ENDLESS = """
+import signal
 import sys
 import numpy as np
 from loki_jax.animate import main
@@ -150,6 +151,8 @@ def windows(*_, **__):
         print("writing", flush=True)
 
 GeometryPipeline.windows = windows
+# Python does not listen to it where the tests run in the background.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.exit(main(sys.argv[1:]))
 """
 

@@ -12,7 +12,7 @@ from tests.fitting.accuracy import FRAME_SIZE, observe, true_clip
 from tests.training.tiny_run import tiny_config, write_shards
 
 # The programs of the training tests, which are compiled once.
-pytestmark = pytest.mark.usefixtures("few_optimizations")
+pytestmark = [pytest.mark.smoke, pytest.mark.usefixtures("few_optimizations")]
 
 
 @pytest.fixture(scope="module")

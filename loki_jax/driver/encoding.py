@@ -9,6 +9,7 @@ The map of arm `full` has 45 channels, zero wherever the head is not seen:
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -111,6 +112,7 @@ def _sine(angle: Float[Array, "*b 42"], quarter: Float[np.ndarray, " 42"]) -> Fl
     return jnp.where(turns.astype(jnp.int32) & 1, -value, value)
 
 
+@functools.partial(jax.jit, static_argnames=("dtype", "positions", "offsets"), inline=True)
 def encode_map(
     fragments: Fragments,
     inputs: DriverInputs,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +19,7 @@ _OPENCV_FROM_WORLD = np.array([1.0, -1.0, -1.0], np.float32)
 _SMALLEST_DEPTH = 1e-8
 
 
+@functools.partial(jax.jit, inline=True)
 def camera_from_world(points: Float[ArrayLike, "*b n 3"], camera: Camera) -> Float[Array, "*b n 3"]:
     """World points in OpenCV camera axes: diag(1, -1, -1), then the extrinsics. Metres."""
     rotation, offset = camera.extrinsics[..., :3, :3], camera.extrinsics[..., :3, 3]
@@ -24,6 +27,7 @@ def camera_from_world(points: Float[ArrayLike, "*b n 3"], camera: Camera) -> Flo
     return turned + offset[..., None, :]
 
 
+@functools.partial(jax.jit, inline=True)
 def project(points: Float[ArrayLike, "*b n 3"], camera: Camera) -> Float[Array, "*b n 2"]:
     """Pixels (x right, y down, origin at the image's top-left corner) of points in camera axes.
 
@@ -36,6 +40,7 @@ def project(points: Float[ArrayLike, "*b n 3"], camera: Camera) -> Float[Array, 
     return jnp.asarray(points[..., :2] / depth) * intrinsics[..., :2] + intrinsics[..., 2:]
 
 
+@functools.partial(jax.jit, inline=True)
 def ndc_from_camera(
     points: Float[ArrayLike, "*#b V 3"], camera: Camera, crop: Float[ArrayLike, "*#b 4"]
 ) -> Float[Array, "*b V 3"]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.sparse
@@ -13,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Real, UInt8
 from loki_jax.arrays import ArrayLike
 
 
+@functools.partial(jax.jit, static_argnames=("integer",), inline=True)
 def crop_box(
     pixels: Float[ArrayLike, "*b n 2"],
     scale: float = 1.2,

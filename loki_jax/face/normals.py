@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -9,6 +11,7 @@ from jaxtyping import Array, Float, Int
 from loki_jax.arrays import ArrayLike
 
 
+@functools.partial(jax.jit, inline=True)
 def vertex_normals(
     vertices: Float[ArrayLike, "*b V 3"], faces: Int[ArrayLike, "F 3"]
 ) -> Float[Array, "*b V 3"]:

@@ -5,6 +5,8 @@ Rotation vectors are axis times angle in radians. Quaternions are (w, x, y, z).
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -16,6 +18,7 @@ from loki_jax.arrays import ArrayLike
 _SMALL_SQUARED_ANGLE = 1e-4
 
 
+@functools.partial(jax.jit, inline=True)
 def matrix_from_rotvec(rotvec: Float[ArrayLike, "*b 3"]) -> Float[Array, "*b 3 3"]:
     """Rotation matrices of rotation vectors (Rodrigues), with exact derivatives at zero."""
     squared = jnp.sum(rotvec * rotvec, axis=-1)[..., None, None]

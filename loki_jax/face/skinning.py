@@ -11,6 +11,7 @@ bfloat16 default of TPU matrix units would displace vertices by a millimetre.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -100,6 +101,7 @@ def mesh_render_mask(head: HeadAsset) -> Bool[Array, " V_all"]:
     return jnp.concatenate([mask, jnp.ones(_MOUTH_RINGS * _MOUTH_SECTORS, bool)])
 
 
+@functools.partial(jax.jit, inline=True)
 def make_identity(head: HeadAsset, shape: Float[ArrayLike, "*b n_shape"]) -> Identity:
     """Neutral mesh and joints of the identity with the given shape coefficients.
 
@@ -211,6 +213,7 @@ def skin(
     return jnp.concatenate([vertices, mouth], axis=-2)
 
 
+@functools.partial(jax.jit, inline=True)
 def head_vertices(
     head: HeadAsset, identity: Identity, coefficients: Coefficients
 ) -> Float[Array, "*b V_all 3"]:
@@ -226,6 +229,7 @@ def head_vertices(
     return skin(head, identity, coefficients.expression, rotations)
 
 
+@functools.partial(jax.jit, inline=True)
 def expression_offsets(
     head: HeadAsset, identity: Identity, coefficients: Coefficients
 ) -> Float[Array, "*b V_all 3"]:
@@ -241,6 +245,7 @@ def expression_offsets(
     return jnp.where(inner[:, None], 0.0, offsets)
 
 
+@functools.partial(jax.jit, inline=True)
 def world_vertices(
     head: HeadAsset, identity: Identity, coefficients: Coefficients
 ) -> Float[Array, "*b V_all 3"]:
@@ -251,6 +256,7 @@ def world_vertices(
     return turned + coefficients.tra[..., None, :]
 
 
+@functools.partial(jax.jit, static_argnames="name", inline=True)
 def landmark_positions(
     head: HeadAsset, vertices: Float[ArrayLike, "*b V_all 3"], name: str
 ) -> Float[Array, "*b n 3"]:

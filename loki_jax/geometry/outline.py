@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +19,7 @@ OUTER_LIPS = (61, 146, 91, 181, 84, 17, 314, 405, 321, 375, 291, 409, 270, 269, 
 EYE_OUTLINES = tuple((*lids[:9], *reversed(lids[9:])) for lids in (LIDS_RIGHT, LIDS_LEFT))
 
 
+@functools.partial(jax.jit, inline=True)
 def distance_inside(
     position: Float[ArrayLike, "*b 2"], outline: Float[ArrayLike, "n 2"]
 ) -> Float[Array, "*b"]:
@@ -32,6 +35,7 @@ def distance_inside(
     return jnp.where(inside, 1.0, -1.0) * jnp.sqrt(nearest + 1e-12)
 
 
+@functools.partial(jax.jit, inline=True)
 def nearest_on_line(
     position: Float[ArrayLike, "*b 2"], line: Float[ArrayLike, "n 2"], other: Float[ArrayLike, "n 2"]
 ) -> tuple[Float[Array, "*b 2"], Float[Array, "*b 2"]]:

@@ -43,6 +43,7 @@ class Fragments(NamedTuple):
         return self.face >= 0
 
 
+@partial(jax.jit, static_argnames="perspective_correct", inline=True)
 def locate(
     vertices: Vertices, faces: Faces, face: Int[ArrayLike, "*b S S"], *, perspective_correct: bool = False
 ) -> Fragments:
@@ -63,6 +64,7 @@ def locate(
     return Fragments(face, bary.reshape(*shape, 3), depth.reshape(shape))
 
 
+@partial(jax.jit, inline=True)
 def interpolate(
     fragments: Fragments, faces: Faces, attributes: Float[ArrayLike, "*#b V C"]
 ) -> Float[Array, "*b S S C"]:
@@ -96,6 +98,7 @@ def interpolate(
     return out.reshape(*covered.shape, attributes.shape[-1])
 
 
+@partial(jax.jit, inline=True)
 def clear_hidden_faces(fragments: Fragments, faces: Faces, vertex_mask: Bool[ArrayLike, " V"]) -> Fragments:
     """Turn pixels whose face has no vertex in `vertex_mask` into background.
 

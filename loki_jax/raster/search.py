@@ -40,6 +40,7 @@ class _Plan(NamedTuple):
     window: int  # (face, tile) pairs a frame enumerates at a time
 
 
+@partial(jax.jit, static_argnames=("size", "cull", "perspective_correct", "tile", "window"), inline=True)
 def nearest_faces(
     vertices: Vertices,
     faces: Faces,

@@ -70,7 +70,8 @@ def test_maps_hold_the_full_map_and_the_flow(scene):
     )(moved)
     places = normalise_positions(flow.position, crop)
     np.testing.assert_allclose(flow_arm[..., 45:47] * FLOW_SCALE, places - pixel_positions(S), atol=1e-5)
-    np.testing.assert_allclose(flow_arm[..., 47], flow.visibility, atol=1e-5)
+    # Steep where a surface hides another one by millimetres: rounding of depths shows.
+    np.testing.assert_allclose(flow_arm[..., 47], flow.visibility, atol=1e-4)
     background = (flow_arm[..., :45] == 0).all(-1)
     assert 0.2 < background.mean() < 0.9 and not flow_arm[background].any()
 
