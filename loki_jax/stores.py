@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -63,7 +63,7 @@ def open_folder(url: str) -> Folder:
     return Folder(url, filesystem, root, files)
 
 
-def download(folder: Folder, names: Iterator[str] | list[str], target: Path) -> None:
+def download(folder: Folder, names: Iterable[str], target: Path) -> None:
     """Copy files of a store to `target`; each appears complete or not at all. Raises StoreError."""
     for name in names:
         with _reaching(f"{folder.url}/{name}"), atomic_path(target / name) as partial:
@@ -100,7 +100,7 @@ def local_copy(url: str) -> Path:
     key = hashlib.sha256(repr((url, marks)).encode()).hexdigest()[:16]
     target = cache_dir() / "copies" / f"{Path(folder.root).name}-{key}"
     target.parent.mkdir(parents=True, exist_ok=True)
-    with open(target.with_suffix(".lock"), "w") as lock:
+    with open(target.with_name(f"{target.name}.lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # released when the file is closed, or the process ends
         for left in stale_siblings(target):
             remove(left)
