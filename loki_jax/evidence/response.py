@@ -127,9 +127,9 @@ def exact_response(people: int = 6, frames: int = 24) -> dict[str, Any]:
 
 def _pose_row(found: Sequence[Following]) -> dict[str, float]:
     scores = [f.scores() for f in found]
-    return {
-        key: float(np.mean([s[key] for s in scores])) for key in ("hpf", "hpf_aligned", "absolute_pose")
-    } | {"hpf_spread": float(np.std([s["hpf"] for s in scores]))}
+    of = lambda key: np.array([s[key] for s in scores], np.float64)
+    means = {key: float(of(key).mean()) for key in ("hpf", "hpf_aligned", "absolute_pose")}
+    return means | {"hpf_spread": float(of("hpf").std())}
 
 
 def _mean_and_spread(values: Sequence[float | None]) -> dict[str, float]:
@@ -290,12 +290,13 @@ def draw(result: dict[str, Any], path: Path) -> None:
             [r["injected"] for r in exact["noise"]], [r[key] for r in exact["noise"]], marker=".", label=key
         )
     noise.set(title="noise of each frame", xlabel="degrees, root mean square", ylabel="degrees")
-    for axes, rows, x in ((codec, seen["codec"], "crf"), (resolution, seen["resolution"], "size")):
-        axes.plot([r[x] for r in rows], [r["hpf"] for r in rows], marker=".", label="HPF (degrees)")
-        axes.plot([r[x] for r in rows], [10 * r["hef"] for r in rows], marker=".", label="HEF x 10")
-        axes.set(
-            title={"crf": "compression", "size": "resolution"}[x], xlabel={"crf": "CRF", "size": "pixels"}[x]
-        )
+    for axes, rows, key, title, label in (
+        (codec, seen["codec"], "crf", "compression", "CRF"),
+        (resolution, seen["resolution"], "size", "resolution", "pixels"),
+    ):
+        axes.plot([r[key] for r in rows], [r["hpf"] for r in rows], marker=".", label="HPF (degrees)")
+        axes.plot([r[key] for r in rows], [10 * r["hef"] for r in rows], marker=".", label="HEF x 10")
+        axes.set(title=title, xlabel=label)
     if "recorded" in result:
         recorded.plot([0, 10], [0, 10], color="0.7", label="injected")
         for name, values in result["recorded"]["hpf"].items():

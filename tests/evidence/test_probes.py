@@ -35,13 +35,13 @@ def test_a_convolutional_probe_tells_what_can_be_told():
 def test_correlation_finds_a_link_between_shape_and_motion():
     head, rng = builtin_head(), np.random.default_rng(0)
     person = np.repeat(np.arange(12), 2)
+    mixing = rng.standard_normal((head.n_shape, head.n_expression)).astype(np.float32)
     clips, linked = [], []
     for index, who in enumerate(person):
         made = make_person(head, 50 + int(who), 3, motion_seed=100 + index)
         clips.append(Seen(made.coefficients, made.camera, np.ones(3, bool)))
-        moved = made.coefficients._replace(
-            jaw=made.coefficients.betas[:, :3] + 0.01 * rng.standard_normal((3, 3))
-        )
+        own = made.coefficients
+        moved = own._replace(expression=own.betas @ mixing)
         linked.append(clips[-1]._replace(coefficients=moved))
     free = correlation(Corpus(clips, person, [slice(0, 0)] * 24))
     tied = correlation(Corpus(linked, person, [slice(0, 0)] * 24))
