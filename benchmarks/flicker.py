@@ -14,38 +14,21 @@ import json
 import sys
 from pathlib import Path
 
-import cv2
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from loki_jax.metrics.temporal import FLOW_SIZE, warped_differences
 from loki_jax.pipeline import LokiPipeline
 from loki_jax.sources import fit_clip, fit_portrait
 from loki_jax.video import read_video
 
-SIZE = 256
-
-
-def warped_differences(frames: np.ndarray) -> np.ndarray:
-    """(n - 1, SIZE, SIZE) grey levels between each frame and the one before it, moved by optical flow."""
-    large = [cv2.resize(frame, (SIZE, SIZE), interpolation=cv2.INTER_CUBIC) for frame in frames]
-    grey = [cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in large]
-    y, x = np.mgrid[:SIZE, :SIZE].astype(np.float32)
-    differences = []
-    for k in range(len(frames) - 1):
-        flow = cv2.calcOpticalFlowFarneback(grey[k + 1], grey[k], None, 0.5, 3, 21, 3, 5, 1.1, 0)
-        moved = cv2.remap(
-            large[k], x + flow[..., 0], y + flow[..., 1], cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE
-        )
-        differences.append(np.abs(moved.astype(float) - large[k + 1]).mean(-1))
-    return np.array(differences)
-
 
 def figures(frames: np.ndarray) -> dict[str, float]:
-    warped = warped_differences(frames)
+    warped = np.stack(list(warped_differences(frames)))
     plain = np.abs(np.diff(frames.astype(float), axis=0)).mean(-1)
     return {
         "all": round(float(warped.mean()), 2),
-        "top": round(float(warped[:, : SIZE // 12].mean()), 2),
+        "top": round(float(warped[:, : FLOW_SIZE // 12].mean()), 2),
         "top_rows_largest": round(float(plain[:, :4].max()), 1),
     }
 

@@ -112,7 +112,7 @@ def _make_model(folder: Path) -> None:
 
     from configs import demo
     from loki_jax.face.builtin import builtin_head
-    from loki_jax.networks import build_networks, random_params
+    from loki_jax.networks import build_networks, draw_params
     from loki_jax.training.model_file import Checkpoint, save_model_file
 
     config = demo.get_config()
@@ -121,7 +121,7 @@ def _make_model(folder: Path) -> None:
     config.model.unet.multipliers, config.model.unet.attention_modes = (1,), ("3d",)
     config.model.unet.attention_levels = ()
     config.model.encoder.stem, config.model.encoder.widths = 8, (8, 8)
-    params = random_params(build_networks(config, builtin_head()), jax.random.key(0))
+    params = draw_params(build_networks(config, builtin_head()), jax.random.key(0))
     save_model_file(folder / "x.safetensors", Checkpoint(config, params, builtin_head(), 3))
 
 

@@ -73,7 +73,7 @@ fi
 # The environment and the command of process $1, in `command`.
 command_of() {
     if [[ $place == gpu ]]; then
-        command=(env "CUDA_VISIBLE_DEVICES=${gpus[$1]}")
+        command=(env "CUDA_VISIBLE_DEVICES=${gpus[$1]}" "XLA_FLAGS=$XLA_FLAGS")
     else
         command=(env JAX_PLATFORMS=cpu)
         if [[ $devices -gt 1 ]]; then
@@ -85,6 +85,10 @@ command_of() {
 }
 
 arguments=("$@")
+if [[ $place == gpu ]]; then
+    # shellcheck source-path=SCRIPTDIR source=xla_flags.sh
+    source "$root/launch/xla_flags.sh"
+fi
 if $dry_run; then
     for ((i = 0; i < count; i++)); do
         command_of "$i"

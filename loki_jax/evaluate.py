@@ -1,4 +1,7 @@
-"""Measure how well a generated video follows its driver.
+"""Measure how well a generated video follows its driver, or all videos of a manifest.
+
+    python -m loki_jax.evaluate --video V.mp4 --driver D.mp4 --out DIR
+    python -m loki_jax.evaluate --manifest M --videos DIR --out DIR    (`--manifest M --help`: its options)
 
 HPF and HEF (method, section 10) are against the driver; PSNR and SSIM are computed where --truth gives
 aligned frames. Real videos are read by the landmark fit. With --reference DATASET_FOLDER:CLIP_ID, a clip of
@@ -29,6 +32,7 @@ from loki_jax.fitting.model_files import LandmarkError
 if TYPE_CHECKING:
     from loki_jax.evaluation import Following
     from loki_jax.face.asset import HeadAsset
+    from loki_jax.protocols.manifest import Manifest
     from loki_jax.video import LazyFrames
 
 _TABLE = (
@@ -209,12 +213,161 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
     return result
 
 
+@dataclasses.dataclass(frozen=True)
+class ManifestOptions:
+    manifest: Path
+    """folder of python -m loki_jax.manifest"""
+    out: Path
+    """folder of the results; that of a stopped run goes on"""
+    videos: tuple[str, ...] = ()
+    """folders with SAMPLE.mp4 of each sample, DIR or NAME=DIR"""
+    checkpoint: tuple[str, ...] = ()
+    """models to run: workdir, .safetensors file or "demo", C or NAME=C"""
+    baselines: tuple[Literal["still", "aligned", "refit", "geometry", "demo"], ...] = (
+        "still", "aligned", "refit", "geometry",
+    )  # fmt: skip
+    """what is measured beside them"""
+    shard: str = "1/1"
+    """i/n: this process measures every n-th sample from the i-th"""
+    head: str | None = None
+    """head asset of the estimator (default: the built-in head)"""
+    landmarker: Path | None = None
+    """MediaPipe's face_landmarker.task for the estimator of pose and expression itself"""
+    blendshapes: Path | None = None
+    """the same file for a second, independent estimator: the distance of its expression scores"""
+    identity: str = "dlib"
+    """identity network: dlib, an ONNX file of ArcFace, or none"""
+    lpips: bool = True
+    """LPIPS (AlexNet) where truth exists"""
+    fvd: bool = False
+    """FVD (I3D), 2 to 5 s a video on CPUs"""
+    hef_size: int = 512
+    """edge of HEF's renders in pixels"""
+    steps: int | None = None
+    """sampling steps of models (default: the config's)"""
+    guidance: float | None = None
+    """scale of classifier-free guidance of models (default: the config's)"""
+    seed: int = 0
+    """seed of a model's noise"""
+    pictures: int = 24
+    """samples that the report shows"""
+
+
+def evaluate_manifest(options: ManifestOptions) -> dict[str, Any] | None:
+    """Measure, and return the summary; None while other shards have work left."""
+    from loki_jax.face.asset import load_head
+    from loki_jax.face.builtin import NAME, builtin_head
+    from loki_jax.fitting.clips import default_landmarker
+    from loki_jax.io import file_sha256
+    from loki_jax.protocols import run
+    from loki_jax.protocols.inputs import check_inputs
+    from loki_jax.protocols.manifest import manifest_file, read_manifest
+    from loki_jax.protocols.measure import Judge, load_tools
+    from loki_jax.protocols.systems import Fits, ModelSettings, make_baseline, model
+
+    shard = run.parse_shard(options.shard)
+    folder = manifest_file(options.manifest).parent
+    manifest = read_manifest(options.manifest)
+    check_inputs(manifest, folder)
+    if options.out.exists() and not options.out.is_dir():
+        raise ValueError(f"{options.out}: is a file. --out names a folder.")
+    named = [
+        (kind, *_split_name(text)) for kind in ("videos", "checkpoint") for text in getattr(options, kind)
+    ]
+    names = [*options.baselines, *(name for _, name, _ in named)]
+    if not names or len(set(names)) < len(names):
+        raise ValueError("give --videos, --checkpoint or --baselines, each with a name of its own (NAME=DIR)")
+    head = builtin_head() if options.head in (None, NAME) else load_head(options.head)
+    landmarker = default_landmarker(options.landmarker)
+
+    # --------------------------------------------------------------------------------------- systems
+    settings = ModelSettings(options.steps, options.guidance, options.seed)
+    fits = Fits(manifest, folder, head, manifest.size, landmarker)
+    systems: dict[str, run.Source] = {}
+    for baseline in options.baselines:
+        systems[baseline] = run.Source(animate=make_baseline(baseline, fits, landmarker, settings))
+    for kind, name, source in named:
+        if kind == "videos":
+            systems[name] = run.Source(Path(source))
+        else:
+            systems[name] = run.Source(animate=model(source, manifest, folder, landmarker, settings))
+
+    # -------------------------------------------------------------------------------------- measuring
+    identity: bool | Path = options.identity != "none"
+    if options.identity not in ("none", "dlib"):
+        identity = Path(options.identity)
+    tools = load_tools(
+        head, landmarker, options.hef_size, identity, options.blendshapes, options.lpips, options.fvd
+    )
+    kept = ("head", "landmarker", "blendshapes", "identity", "hef_size", "steps", "guidance", "seed")
+    run.claim_folder(
+        options.out,
+        {"manifest": file_sha256(manifest_file(options.manifest))}
+        | {key: value if (value := getattr(options, key)) is None else str(value) for key in kept},
+    )
+    judge = Judge(manifest, folder, tools)
+    if not run.measure_all(manifest, judge, systems, options.out, shard):
+        run.warn_unfinished(manifest, systems, options.out)
+        return None
+    return _write_results(options, manifest, folder, head, {n: s.folder for n, s in systems.items()})
+
+
+def _split_name(text: str) -> tuple[str, str]:
+    """(name, source) of NAME=SOURCE, or of a source, which gives its own name."""
+    name, equals, source = text.partition("=")
+    return (name, source) if equals else (Path(text).stem, text)
+
+
+def _write_results(
+    options: ManifestOptions,
+    manifest: Manifest,
+    folder: Path,
+    head: HeadAsset,
+    videos: dict[str, Path | None],
+) -> dict[str, Any]:
+    from loki_jax.io import atomic_path, write_json
+    from loki_jax.protocols import summary as tables
+    from loki_jax.protocols.report import write_report
+    from loki_jax.protocols.run import read_rows
+
+    out = options.out
+    order = [(sample.name, system) for sample in manifest.samples for system in videos]
+    found = {(row["sample"], row["system"]): row for row in read_rows(out)}
+    rows = [found[key] for key in order]
+    features = out / "features" if options.fvd else None
+    summary = tables.summarise(rows, features=features)
+    write_json(out / "summary.json", {"manifest": manifest.name, "protocols": summary})
+    markdown = tables.markdown_tables(summary)
+    for name, text in (("tables.md", markdown), ("tables.tex", tables.latex_tables(summary))):
+        with atomic_path(out / name) as partial:
+            partial.write_text(text)
+    write_report(out / "report.html", manifest, folder, out, videos, rows, summary, head, options.pictures)
+    print(f"{markdown}\nwrote {out}/summary.json, tables.md, tables.tex, report.html")
+    return summary
+
+
 def main(argv: Sequence[str] | None = None) -> int:
+    words = sys.argv[1:] if argv is None else argv
+    if any(word.split("=")[0] == "--manifest" for word in words):
+        return _main_of_manifest(argv)
     options = tyro.cli(EvaluateOptions, prog="python -m loki_jax.evaluate", args=argv, description=__doc__)
 
     from loki_jax.program import run_program
 
     return run_program(evaluate, options)
+
+
+def _main_of_manifest(argv: Sequence[str] | None) -> int:
+    what = (
+        "Measure all animations of a manifest: HPF, HEF, identity, and where truth exists PSNR, SSIM and "
+        "LPIPS. Writes metrics.jsonl, summary.json, tables.md, tables.tex and report.html to --out, and goes "
+        "on where it was stopped (docs/evaluation.md)."
+    )
+    options = tyro.cli(ManifestOptions, prog="python -m loki_jax.evaluate", args=argv, description=what)
+
+    from loki_jax.program import run_program
+
+    return run_program(evaluate_manifest, options, f"what is measured is kept in {options.out}")
 
 
 if __name__ == "__main__":

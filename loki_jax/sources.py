@@ -19,7 +19,7 @@ from loki_jax.face.crop import crop_and_resize
 from loki_jax.face.motion_file import Motion, read_motion, without_identity
 from loki_jax.face.temporal import neutral_frame
 from loki_jax.face.types import Camera, Coefficients
-from loki_jax.fitting.clips import fit_image, fit_video
+from loki_jax.fitting.clips import FittedClip, fit_image, fit_video
 from loki_jax.video import Frames, LazyFrames, resample_indices
 
 _NO_CUTS = np.zeros(0, np.int64)
@@ -202,19 +202,22 @@ def fit_clip(video: str | os.PathLike | Frames, head: HeadAsset, size: int, **op
       MediaError, LandmarkError, FitError: unreadable video, no face, or a head without landmarks.
       ValueError: frames without `fps`.
     """
-    fitted = fit_video(video, head, **options)
+    clip = driving_clip(fit_video(video, head, **options), size)
+    sounds = isinstance(clip.frames, LazyFrames) and clip.frames.has_audio
+    return clip._replace(source=Path(video)) if sounds and isinstance(video, str | os.PathLike) else clip
+
+
+def driving_clip(fitted: FittedClip, size: int) -> DrivingClip:
+    """A fitted clip as a driver without sound; `size`: edge of the crops in pixels."""
     crop = lambda frame: crop_and_resize(frame, fitted.crop, size)
     frames: np.ndarray | LazyFrames
-    source = None
     if isinstance(fitted.frames, LazyFrames):
         frames = fitted.frames.map(crop)
-        if isinstance(video, str | os.PathLike) and fitted.frames.has_audio:
-            source = Path(video)
     else:
         frames = np.stack([crop(frame) for frame in fitted.frames])
     valid = np.asarray(fitted.fit.confidence) > 0
     return DrivingClip(
-        frames, fitted.fit.coefficients, fitted.fit.camera, fitted.fps, valid, source, fitted.name,
+        frames, fitted.fit.coefficients, fitted.fit.camera, fitted.fps, valid, None, fitted.name,
         fitted.start / fitted.fps, cuts=fitted.track.cuts, crop=fitted.crop,
     )  # fmt: skip
 

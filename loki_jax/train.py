@@ -26,6 +26,7 @@ from ml_collections import ConfigDict, config_flags
 
 from loki_jax.compile_cache import enable_compile_cache
 from loki_jax.networks import build_networks
+from loki_jax.stores import StoreError
 from loki_jax.training import checkpoint as ckpt
 from loki_jax.training.config import NonFiniteError, check_config, config_arguments, upgrade_config
 from loki_jax.training.distributed import ClusterError, find_cluster, join, on_tpu_vm, wait_for_all
@@ -42,6 +43,7 @@ from loki_jax.training.logging import (
     progress_line,
 )
 from loki_jax.training.monitor import Anomaly, StepMonitor, window_names
+from loki_jax.training.remote import copy_to_bucket, open_workdir
 from loki_jax.training.samples import check_sampling, make_pairs, make_sampler, write_samples
 from loki_jax.training.sharding import global_batch, make_mesh, put_global
 from loki_jax.training.snapshot import write_snapshot
@@ -103,6 +105,7 @@ def train(config: ConfigDict, workdir: Path) -> float:
     code = code_version()
     if lead:
         record_start(workdir, describe_run(config, mesh, dataset, first))
+    copy_to_bucket(workdir)
     writer.event(first, "start", code=code, devices=jax.device_count(), processes=jax.process_count())
     monitor = StepMonitor(config.faults, *skipped)
     if first >= config.steps:
@@ -156,6 +159,7 @@ def train(config: ConfigDict, workdir: Path) -> float:
             writer.event(saved, "saved")
 
     with contextlib.ExitStack() as stack:
+        stack.callback(copy_to_bucket, workdir)
         stack.callback(writer.close)
         stack.callback(record_saved)
         stack.callback(watchdog.stop)
@@ -198,6 +202,10 @@ def train(config: ConfigDict, workdir: Path) -> float:
                 skipped = (monitor.skipped, monitor.in_row)
                 with watchdog.slow():  # waits for the write before
                     ckpt.save_state(manager, step, state, iterator, config, code, skipped, val_loss)
+                    try:
+                        copy_to_bucket(workdir)
+                    except StoreError as error:
+                        log(f"step {step}: {error}; tried again after the next checkpoint")
             if stop:
                 manager.wait_until_finished()
                 writer.event(step, "stopped", reason="asked to stop")
@@ -226,7 +234,8 @@ def main(argv: list[str]) -> None:
     # Orbax and TFDS report every file they open; the progress lines are ours.
     logging.set_verbosity(logging.WARNING)
     enable_compile_cache()
-    config, workdir = ConfigDict(upgrade_config(FLAGS.config.to_dict())), Path(FLAGS.workdir)
+    config = ConfigDict(upgrade_config(FLAGS.config.to_dict()))
+    workdir = Path(FLAGS.workdir)
     if config.deterministic:
         # Read when jax first looks for devices, which is later than here.
         flag = "--xla_gpu_deterministic_ops=true"
@@ -238,6 +247,7 @@ def main(argv: list[str]) -> None:
                 "--distributed: nothing in the environment names other processes (docs/training.md)"
             )
         join(cluster)
+        workdir = open_workdir(FLAGS.workdir)
         train(config, workdir)
     except Exception as error:
         leave(error, workdir)

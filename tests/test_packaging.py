@@ -201,6 +201,7 @@ def constraints(file):
 def test_every_requirement_is_pinned_and_the_pin_is_allowed(file):
     arguments, pins = setup_arguments(), constraints(file)
     extras = {"prep", "eval", "identity", "arcface", "live", "app", "sign", "convert", "test", "cuda", "tpu"}
+    extras |= {"cloud", "stores", "fuzz"}
     assert set(arguments["extras_require"]) == extras
     groups = {"core": arguments["install_requires"], **arguments["extras_require"]}
     for group, lines in groups.items():
@@ -289,7 +290,7 @@ def test_run_time_never_imports_torch_or_tensorflow():
 
 # Low to high, as docs/design.md states it: a module imports its own level and those below.
 LEVELS = (
-    ("loki_jax.io", "loki_jax.compile_cache", "loki_jax.arrays", "loki_jax.downloads"),
+    ("loki_jax.io", "loki_jax.compile_cache", "loki_jax.arrays", "loki_jax.downloads", "loki_jax.stores"),
     ("loki_jax.face", "loki_jax.video", "loki_jax.pictures"),
     ("loki_jax.raster",),
     ("loki_jax.flow",),
@@ -298,6 +299,7 @@ LEVELS = (
     ("loki_jax.sources", "loki_jax.training", "loki_jax.program"),
     ("loki_jax.framing", "loki_jax.pipeline", "loki_jax.evaluation", "loki_jax.planning", "loki_jax.weights"),
     ("loki_jax.geometry", "loki_jax.dump"),
+    ("loki_jax.protocols",),
 )
 
 

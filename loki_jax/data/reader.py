@@ -43,6 +43,7 @@ from loki_jax.data.schema import (
 from loki_jax.face.asset import HeadAsset, load_head
 from loki_jax.face.types import Camera, Coefficients
 from loki_jax.io import file_sha256
+from loki_jax.stores import StoreError, is_url, local_copy
 
 _REMEDY = (
     "Copy it again from where it was made, or build the dataset again with `python -m data_prep.build` or "
@@ -318,11 +319,23 @@ def _read_clips(path: Path, metadata: Metadata) -> tuple[ClipInfo, ...]:
     return clips
 
 
+def _local(path: str | os.PathLike) -> Path:
+    """`path`, or the copy of a dataset in a store: ArrayRecord reads local files."""
+    if not is_url(path):
+        return Path(path)
+    try:
+        return local_copy(str(path))
+    except FileNotFoundError as error:
+        raise DatasetError(f"{path}: no such dataset folder. Check `data.path`.") from error
+    except StoreError as error:
+        raise DatasetError(str(error)) from error
+
+
 def open_dataset(path: str | os.PathLike, head_sha256: str | None = None) -> Dataset:
     """Open the dataset folder at `path` for reading.
 
     Args:
-      path: the folder that holds `dataset_info.json`.
+      path: the folder that holds `dataset_info.json`; of a URL (gs://, s3://) a copy in the user's cache.
       head_sha256: hash of the head that the caller works with (a workdir's `head.npz`), compared with
         the dataset's.
 
@@ -330,7 +343,7 @@ def open_dataset(path: str | os.PathLike, head_sha256: str | None = None) -> Dat
       DatasetError: no dataset there, another schema version, a file missing, truncated or damaged, a head
         file that is not the one the coefficients were fitted with.
     """
-    path = Path(path)
+    path = _local(path)
     metadata = _read_metadata(path)
     for name, (_, size) in metadata.shards.items():
         file = path / name

@@ -332,15 +332,40 @@ class Landmarker:
         """
         if self._task is None:
             return points, np.zeros(0, np.float32)
-        region = self.next_region(points)
-        crop = region.cut(image, POINTS_SIZE)[None].astype(np.float32) / 255
-        (raw,) = _invoke(self._task[POINTS], crop, (1434,))
-        seen = region.points_in_image(raw.reshape(N_POINTS, 3), POINTS_SIZE)
-        (scores,) = _invoke(self._task[SCORES], seen[None, SCORE_INPUTS, :2], (52,))
+        seen, scores = self.task_points(image, points)
         points = points.copy()
         lids = [*LIDS_RIGHT, *LIDS_LEFT]
         points[lids, :2] = seen[lids, :2]
-        return points, scores.ravel()
+        return points, scores
+
+    def task_points(
+        self, image: UInt8[np.ndarray, "h w 3"], points: Float[np.ndarray, "478 3"]
+    ) -> tuple[Float[np.ndarray, "478 3"], Float[np.ndarray, "52"]]:
+        """The newer networks' own points, found around `points`, and their scores.
+
+        Raises:
+          LandmarkError: made without `face_landmarker.task`.
+        """
+        network = self._newer()[POINTS]
+        region = self.next_region(points)
+        crop = region.cut(image, POINTS_SIZE)[None].astype(np.float32) / 255
+        (raw,) = _invoke(network, crop, (1434,))
+        seen = region.points_in_image(raw.reshape(N_POINTS, 3), POINTS_SIZE)
+        return seen, self.expression_scores(seen)
+
+    def expression_scores(self, points: Float[np.ndarray, "478 3"]) -> Float[np.ndarray, "52"]:
+        """Expression scores (`task_file.SCORE_NAMES`) of points of the newer networks.
+
+        Raises:
+          LandmarkError: made without `face_landmarker.task`.
+        """
+        (scores,) = _invoke(self._newer()[SCORES], points[None, SCORE_INPUTS, :2], (52,))
+        return scores.ravel()
+
+    def _newer(self) -> dict[str, Any]:
+        if self._task is None:
+            raise LandmarkError("these landmark networks were loaded without face_landmarker.task")
+        return self._task
 
     def correct(
         self,

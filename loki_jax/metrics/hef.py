@@ -46,6 +46,20 @@ class HeadExpressionFollow(NamedTuple):
     per_frame: Float[np.ndarray, " n"]
 
 
+class ExpressionMaps(NamedTuple):
+    """Expression offsets in units of their standard deviation (`OFFSET_SCALE`), rendered for each frame.
+
+    Attributes:
+      target: of the target's mesh; 0 on the background.
+      swapped: of the same with the prediction's expression, jaw and eyes.
+      mask: the target's pixels that HEF counts.
+    """
+
+    target: Float[np.ndarray, "n s s 3"]
+    swapped: Float[np.ndarray, "n s s 3"]
+    mask: Bool[np.ndarray, "n s s"]
+
+
 def masked_l1(
     prediction: Float[ArrayLike, "*b h w c"],
     target: Float[ArrayLike, "*b h w c"],
@@ -97,25 +111,38 @@ def offset_distance(
     return masked_l1(swapped_map, target_map, target_mask), bare
 
 
+def _posed(head, identity, target, swapped, camera, integer_box):
+    """Vertices of a frame in the target's crop box, and offsets: the target's, then the swapped mesh's."""
+    vertices = world_vertices(head, identity, target)
+    pixels = project(camera_from_world(vertices, camera), camera)
+    box = crop_box(pixels, integer=integer_box, mask=mesh_render_mask(head))
+    return (
+        ndc_from_world(vertices, camera, box),
+        expression_offsets(head, identity, target),
+        ndc_from_world(world_vertices(head, identity, swapped), camera, box),
+        expression_offsets(head, identity, swapped),
+    )
+
+
 @functools.partial(jax.jit, static_argnames=("size", "integer_box"))
 def _frame_distances(head, identity, target, swapped, camera, size, integer_box):
     """Distances and uncovered shares of frames, one after another to bound the memory."""
     faces, mask = mesh_faces(head), mesh_render_mask(head)
 
     def one(item):
-        target, swapped, camera = item
-        vertices = world_vertices(head, identity, target)
-        pixels = project(camera_from_world(vertices, camera), camera)
-        box = crop_box(pixels, integer=integer_box, mask=mask)
-        return offset_distance(
-            ndc_from_world(vertices, camera, box),
-            expression_offsets(head, identity, target),
-            ndc_from_world(world_vertices(head, identity, swapped), camera, box),
-            expression_offsets(head, identity, swapped),
-            faces,
-            mask,
-            size,
-        )
+        return offset_distance(*_posed(head, identity, *item, integer_box), faces, mask, size)
+
+    return jax.lax.map(one, (target, swapped, camera))
+
+
+@functools.partial(jax.jit, static_argnames="size")
+def _frame_maps(head, identity, target, swapped, camera, size):
+    faces, mask = mesh_faces(head), mesh_render_mask(head)
+
+    def one(item):
+        ndc, offsets, swapped_ndc, swapped_offsets = _posed(head, identity, *item, False)
+        shown, inside = offset_map(ndc, offsets, faces, mask, size)
+        return ExpressionMaps(shown, offset_map(swapped_ndc, swapped_offsets, faces, mask, size)[0], inside)
 
     return jax.lax.map(one, (target, swapped, camera))
 
@@ -147,6 +174,32 @@ def head_expression_follow(
     Raises:
       ValueError: the coefficients do not fit the head.
     """
+    swap = _swap(head, prediction, target, camera, n_frames)
+    if swap is None:
+        return HeadExpressionFollow(None, None, 0, np.zeros(0))
+    distance, bare = _frame_distances(head, *swap, size, integer_box)
+    per_frame = np.asarray(distance, np.float64)
+    return HeadExpressionFollow(float(per_frame.mean()), float(np.mean(bare)), len(per_frame), per_frame)
+
+
+def expression_maps(
+    head: HeadAsset, prediction: Coefficients, target: Coefficients, camera: Camera, size: int = 512
+) -> ExpressionMaps:
+    """The maps that HEF compares, to look at; arguments and errors as `head_expression_follow`.
+
+    HEF of a frame is the mean over its mask of `abs(swapped - target).mean(-1)`.
+
+    Raises:
+      ValueError: also without a common frame.
+    """
+    swap = _swap(head, prediction, target, camera, None)
+    if swap is None:
+        raise ValueError("expression_maps: no frame in both prediction and target")
+    return jax.tree.map(np.asarray, _frame_maps(head, *swap, size))
+
+
+def _swap(head, prediction, target, camera, n_frames):
+    """Identity, target, the target with the prediction's expression, and cameras of the common frames."""
     for name, value in (("prediction", prediction), ("target", target)):
         if value.expression.ndim != 2 or value.expression.shape[1] != head.n_expression:
             raise ValueError(
@@ -156,7 +209,7 @@ def head_expression_follow(
     length = min(len(prediction.expression), len(target.expression))
     length = length if n_frames is None else min(length, n_frames)
     if length == 0:
-        return HeadExpressionFollow(None, None, 0, np.zeros(0))
+        return None
     betas = jnp.asarray(target.betas)
     betas = betas if betas.ndim == 1 else betas[0]
     identity = make_identity(head, betas)
@@ -169,9 +222,7 @@ def head_expression_follow(
         jnp.broadcast_to(_rows(camera.intrinsics, 1, length), (length, 4)),
         jnp.broadcast_to(_rows(camera.extrinsics, 2, length), (length, 4, 4)),
     )
-    distance, bare = _frame_distances(head, identity, target, swapped, camera, size, integer_box)
-    per_frame = np.asarray(distance, np.float64)
-    return HeadExpressionFollow(float(per_frame.mean()), float(np.mean(bare)), length, per_frame)
+    return identity, target, swapped, camera
 
 
 def _rows(value, unbatched_ndim, length):

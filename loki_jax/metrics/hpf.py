@@ -124,3 +124,29 @@ def head_pose_follow(
         n_frames=len(index),
         per_frame=per_frame,
     )
+
+
+def absolute_pose_error(
+    pred_rot: Float[ArrayLike, "n 3"],
+    target_rot: Float[ArrayLike, "m 3"],
+    pred_neck: Float[ArrayLike, "n 3"] | None = None,
+    target_neck: Float[ArrayLike, "m 3"] | None = None,
+    pred_extrinsics: Float[ArrayLike, "*n 4 4"] | None = None,
+    target_extrinsics: Float[ArrayLike, "*m 4 4"] | None = None,
+    valid: Bool[np.ndarray, " k"] | None = None,
+) -> Float[np.ndarray, " k"]:
+    """Angle between both head rotations in each common frame, degrees; arguments as `head_pose_follow`.
+
+    In contrast to HPF it sees constant offsets. `valid`: frames that were tracked in both; others are NaN.
+    """
+    index = np.arange(min(len(pred_rot), len(target_rot)))
+
+    def total(rot, neck, extrinsics):
+        pick = lambda value: None if value is None else np.asarray(value)[index]
+        return _to_camera(extrinsics, index) * head_rotation(pick(rot), pick(neck))
+
+    apart = total(pred_rot, pred_neck, pred_extrinsics).inv() * total(
+        target_rot, target_neck, target_extrinsics
+    )
+    degrees = np.degrees(apart.magnitude())
+    return degrees if valid is None else np.where(valid[: len(index)], degrees, np.nan)

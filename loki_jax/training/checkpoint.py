@@ -36,8 +36,10 @@ from loki_jax.diffusion.loss import check_prediction
 from loki_jax.diffusion.sampler import check_guidance, solver_steps
 from loki_jax.face.asset import load_head
 from loki_jax.networks import build_networks, default_guidance, random_params
+from loki_jax.stores import is_url
 from loki_jax.training.config import CheckpointError, NonFiniteError, config_to_json, read_config
 from loki_jax.training.model_file import Checkpoint, load_model_file
+from loki_jax.training.remote import open_workdir, stored_at
 from loki_jax.training.sharding import path_name, put_global
 from loki_jax.training.state import TrainState, create_state
 
@@ -57,7 +59,7 @@ def open_manager(workdir: Path, retention: ConfigDict) -> ocp.CheckpointManager:
         best = dict(get_metric_fn=by_loss, n=retention.keep_best, keep_checkpoints_without_metrics=False)
         policies.append(preservation.BestN(**best))
     return ocp.CheckpointManager(
-        (workdir / "checkpoints").absolute(),
+        stored_at(workdir) / "checkpoints",
         options=ocp.CheckpointManagerOptions(
             preservation_policy=preservation.AnyPreservationPolicy(policies),
             best_fn=by_loss, best_mode="max",
@@ -138,7 +140,7 @@ def restore_state(manager: ocp.CheckpointManager, abstract: TrainState, iterator
     step = manager.latest_step()
     if step is None:
         raise CheckpointError(f"{manager.directory}: holds no finished checkpoint.")
-    folder = Path(manager.directory) / str(step)
+    folder = manager.directory / str(step)
     trees = {"params": abstract.params, "optimizer": abstract.opt_state}
     if abstract.ema is not None:
         trees["ema"] = abstract.ema
@@ -156,12 +158,12 @@ def restore_state(manager: ocp.CheckpointManager, abstract: TrainState, iterator
     iterator.set_state(restored.data)
     ema = None if abstract.ema is None else restored.ema
     count = put_global(jnp.asarray(step, jnp.int32), abstract.step.sharding)
-    frozen = restore_frozen(Path(manager.directory).parent, abstract.frozen)
+    frozen = restore_frozen(manager.directory.parent, abstract.frozen)
     return TrainState(count, restored.params, ema, restored.optimizer, frozen), restored.run
 
 
 @contextlib.contextmanager
-def _reading(path: Path, remedy: str) -> Iterator[None]:
+def _reading(path: os.PathLike, remedy: str) -> Iterator[None]:
     """Whatever Orbax raises on a folder that is damaged becomes a CheckpointError."""
     try:
         yield
@@ -187,9 +189,9 @@ def start(
     return jax.jit(create, out_shardings=shardings)(trained, frozen)
 
 
-def _stored_shapes(folder: Path):
+def _stored_shapes(folder: os.PathLike):
     """A saved tree with shapes and dtypes in place of its arrays."""
-    return ocp.PyTreeCheckpointHandler().metadata(epath.Path(folder.absolute())).tree
+    return ocp.PyTreeCheckpointHandler().metadata(epath.Path(folder)).tree
 
 
 _finite = jax.jit(lambda leaves: [jnp.isfinite(x).all() for x in leaves])
@@ -281,10 +283,12 @@ def _check_model(checkpoint: Checkpoint, source: str) -> None:
 
 def saved_steps(workdir: Path) -> list[int]:
     """Steps of the whole checkpoints in a workdir, ascending."""
-    folder = workdir / "checkpoints"
+    folder = stored_at(workdir) / "checkpoints"
     if not folder.is_dir():
         return []
-    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit())
+    # In a bucket, where nothing can be renamed, Orbax marks what is whole.
+    whole = lambda path: not is_url(folder) or (path / "commit_success.txt").exists()
+    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit() and whole(path))
 
 
 def save_frozen(workdir: Path, frozen) -> None:
@@ -294,18 +298,18 @@ def save_frozen(workdir: Path, frozen) -> None:
     """
     if jax.tree.leaves(frozen):
         with ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save((workdir / "frozen").absolute(), frozen, force=True)
+            checkpointer.save(stored_at(workdir) / "frozen", frozen, force=True)
 
 
-def restore_frozen(workdir: Path, abstract):
-    """What `save_frozen` wrote, placed as `abstract` (ShapeDtypeStructs with shardings) says.
+def restore_frozen(stored: epath.Path, abstract):
+    """What `save_frozen` wrote into `stored`, placed as `abstract` (ShapeDtypeStructs with shardings) says.
 
     Raises:
       CheckpointError: missing, damaged, or of another architecture.
     """
     if not jax.tree.leaves(abstract):
         return abstract
-    path = (workdir / "frozen").absolute()
+    path = stored / "frozen"
     if not path.is_dir():
         raise CheckpointError(
             f"{path}: missing, but this run has parameters that are not trained. Copy the whole workdir, "
@@ -327,7 +331,12 @@ def load_checkpoint(source: str | os.PathLike, use_ema: bool = True) -> Checkpoi
     if str(source) == "demo":
         with resources.as_file(resources.files("loki_jax") / "assets" / "demo.safetensors") as path:
             return load_model_file(path)
-    path, step = Path(source), None
+    if is_url(source):
+        source, _, number = str(source).partition("/checkpoints/")
+        path = open_workdir(source) / (f"checkpoints/{number}" if number else "")
+    else:
+        path = Path(source)
+    step = None
     if path.suffix == ".safetensors":
         checkpoint = load_model_file(path)
         check_finite(checkpoint.params, str(path))
@@ -342,7 +351,7 @@ def load_checkpoint(source: str | os.PathLike, use_ema: bool = True) -> Checkpoi
         )
     config = read_config(path / "config.json")
     head = load_head(path / "head.npz")
-    folder = path / "checkpoints"
+    folder = stored_at(path) / "checkpoints"
     saved = saved_steps(path)
     if not saved:
         raise CheckpointError(
@@ -356,13 +365,14 @@ def load_checkpoint(source: str | os.PathLike, use_ema: bool = True) -> Checkpoi
     item = "ema" if use_ema and (folder / str(step) / "ema").exists() else "params"
     with _reading(folder / str(step), "Copy the workdir again."):
         # The pixel autoencoder has no parameters, and files keep no empty dict.
-        params = {"autoencoder": {}} | restore_as_numpy((folder / str(step) / item).absolute())
-        if (path / "frozen").is_dir():
-            params |= restore_as_numpy((path / "frozen").absolute())
+        params = {"autoencoder": {}} | restore_as_numpy(folder / str(step) / item)
+        frozen = stored_at(path) / "frozen"
+        if frozen.is_dir():
+            params |= restore_as_numpy(frozen)
     return Checkpoint(config, check_finite(params, str(folder / str(step))), head, step)
 
 
-def restore_as_numpy(path: Path) -> PyTree:
+def restore_as_numpy(path: os.PathLike) -> PyTree:
     """A saved tree without a target, which would want the devices of the training run back."""
     with ocp.PyTreeCheckpointer() as checkpointer:
         tree = _stored_shapes(path)

@@ -22,6 +22,7 @@ from jax.experimental import multihost_utils
 from loki_jax.data.schema import DatasetError
 from loki_jax.training.checkpoint import saved_steps
 from loki_jax.training.logging import log
+from loki_jax.training.remote import stored_at
 
 
 class ExitCode(enum.IntEnum):
@@ -83,7 +84,7 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 
 def explain(error: BaseException, code: ExitCode, workdir: Path, saved: int | None) -> str:
     """One message: what happened, what is saved, what to do."""
-    last = f"The last whole checkpoint is {workdir / 'checkpoints' / str(saved)}."
+    last = f"The last whole checkpoint is {stored_at(workdir) / 'checkpoints' / str(saved)}."
     safe = "No checkpoint was saved yet." if saved is None else last
     first = (str(error).strip() or type(error).__name__).splitlines()[0]
     if code == ExitCode.STORAGE:

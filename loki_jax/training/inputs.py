@@ -44,7 +44,7 @@ def open_inputs(config: ConfigDict, mesh: Mesh) -> Inputs:
             f"x config.grad_accum_steps={config.grad_accum_steps}"
         )
     source = dict(
-        path=config.data.path, window=config.history.frames + config.window,
+        path=dataset.path, window=config.history.frames + config.window,
         batch=config.batch_size, seed=config.seed,
         image_size=config.image_size,
         process_index=batch_part(mesh), process_count=jax.process_count(),

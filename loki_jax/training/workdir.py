@@ -26,6 +26,7 @@ from loki_jax.io import file_sha256, write_json
 from loki_jax.training.checkpoint import saved_steps
 from loki_jax.training.config import CheckpointError, config_differences, config_to_json, read_config
 from loki_jax.training.distributed import wait_for_all
+from loki_jax.training.remote import stored_at
 
 
 def prepare_workdir(workdir: Path, config: ConfigDict, dataset: Dataset, head: HeadAsset) -> None:
@@ -60,7 +61,8 @@ def prepare_workdir(workdir: Path, config: ConfigDict, dataset: Dataset, head: H
             f"{workdir}: this run was trained on other clips than {dataset.path} holds. "
             "Choose another --workdir, or start from its weights with --config.init_from."
         )
-    folder, metrics, events = (workdir / n for n in ("checkpoints", "metrics.jsonl", "events.jsonl"))
+    metrics, events = workdir / "metrics.jsonl", workdir / "events.jsonl"
+    folder = stored_at(workdir) / "checkpoints"
     lost = None
     if metrics.is_file() and metrics.stat().st_size and not folder.is_dir():
         lost = "missing, but metrics.jsonl shows that this run has trained"

@@ -109,8 +109,19 @@ def test_multiprocess_gives_every_process_a_gpu(tmp_path):
         "CUDA_VISIBLE_DEVICES=5",
         "CUDA_VISIBLE_DEVICES=7",
     ]
+    for words in processes_of(done.stdout).values():
+        assert words[2].startswith("XLA_FLAGS=--xla_gpu_enable_latency_hiding_scheduler=true ")
     done = call(script, "-n", 4, "--gpu", "--dry-run", "--", *TRAIN, path=tmp_path)
     assert done.returncode == 69 and "4 processes want a GPU each, found 3" in done.stderr
+
+
+def test_this_xla_knows_the_flags():
+    """It ends a process at a flag that it does not know; what is set outside comes last and counts."""
+    given = "--xla_gpu_enable_latency_hiding_scheduler=false"
+    start = 'source launch/xla_flags.sh; echo "$XLA_FLAGS"; "$0" -c "import jax; jax.devices()"'
+    done = call("bash", "-ec", start, sys.executable, XLA_FLAGS=given, JAX_PLATFORMS="cpu")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("--xla_gpu_") and done.stdout.endswith(f" {given}\n")
 
 
 @pytest.mark.parametrize(
@@ -230,6 +241,7 @@ def test_slurm_dry_run():
     done = call("bash", LAUNCH / "slurm.sbatch", "--dry-run", *TRAIN, LOKI_ROOT=str(ROOT))
     assert done.returncode == 0, done.stderr
     commands = processes_of(done.stdout)
+    assert "XLA_FLAGS=--xla_gpu_" in done.stdout
     assert len(commands) == 2 and all(
         words == [sys.executable, "-m", "loki_jax.train", *TRAIN] for words in commands.values()
     )

@@ -9,7 +9,13 @@ from loki_jax.face.builtin import builtin_head
 from loki_jax.face.camera import camera_from_world, ndc_from_camera, project
 from loki_jax.face.crop import crop_box
 from loki_jax.face.types import Camera, Coefficients
-from loki_jax.metrics.hef import head_expression_follow, masked_l1, offset_distance, offset_map
+from loki_jax.metrics.hef import (
+    expression_maps,
+    head_expression_follow,
+    masked_l1,
+    offset_distance,
+    offset_map,
+)
 from tests.face.public_flame_oracle import PublicFlame, rigid
 
 
@@ -157,3 +163,14 @@ def test_foreign_coefficients_are_named(head):
     target = driving_clip(head)
     with pytest.raises(ValueError, match="prediction has expression"):
         follow(head, target._replace(expression=target.expression[:, :-1]), target)
+
+
+def test_maps_are_what_hef_compares(head):
+    prediction, target = driving_clip(head, mouthSmileLeft=0.5), driving_clip(head, jawOpen=0.8)
+    maps = expression_maps(head, prediction, target, CAMERA, size=64)
+    per_frame = [
+        np.abs(swapped - wanted).mean(-1)[mask].mean() for wanted, swapped, mask in zip(*maps, strict=True)
+    ]
+    np.testing.assert_allclose(per_frame, follow(head, prediction, target).per_frame, rtol=1e-5)
+    with pytest.raises(ValueError, match="no frame"):
+        expression_maps(head, jax.tree.map(lambda x: x[:0], prediction), target, CAMERA, size=64)
