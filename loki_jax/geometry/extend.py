@@ -62,9 +62,9 @@ def keep_border(
     """Displacements that leave the picture's border where it is and never reach beyond it.
 
     At a distance d from a border a displacement m across it becomes m r / (r^4 + m^4)^(1/4) with r = 0.65 d:
-    nearly all of it from 2 m on, and never so much that the picture folds or that its outermost pixels, often
-    a thin frame, are stretched more than threefold. Along the border displacements stay, but at the lower one,
-    where shoulders are cut off.
+    nearly all of it from 2 m on, and never so much that the picture folds. The outermost pixels, often a thin
+    frame, are stretched threefold at most. Along the border displacements stay, but at the lower one, where
+    shoulders are cut off.
 
     Args:
       extent: width and height of the picture.
