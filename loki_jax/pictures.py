@@ -97,7 +97,7 @@ def plot_per_frame(
         axis.legend(fontsize=8)
     axes[-1].set_xlabel("frame")
     figure.suptitle(title)
-    _save(figure, path, 110)
+    save_png(figure, path, 110)
 
 
 def write_report(
@@ -164,7 +164,7 @@ def write_report(
         0, 0.95, format_table(metrics), family="monospace", fontsize=10, va="top", transform=axis.transAxes
     )
     figure.suptitle(title)
-    _save(figure, path, 100)
+    save_png(figure, path, 100)
 
 
 def format_table(metrics: Mapping[str, Any]) -> str:
@@ -181,7 +181,7 @@ def format_table(metrics: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _save(figure: Figure, path: str | os.PathLike, dpi: int) -> None:
+def save_png(figure: Figure, path: str | os.PathLike, dpi: int = 110) -> None:
     """Write a figure as PNG; a reader never sees half a file."""
     FigureCanvasAgg(figure)
     with atomic_path(path) as partial:

@@ -299,7 +299,7 @@ LEVELS = (
     ("loki_jax.sources", "loki_jax.training", "loki_jax.program"),
     ("loki_jax.framing", "loki_jax.pipeline", "loki_jax.evaluation", "loki_jax.planning", "loki_jax.weights"),
     ("loki_jax.geometry", "loki_jax.dump"),
-    ("loki_jax.protocols",),
+    ("loki_jax.protocols", "loki_jax.evidence"),
 )
 
 

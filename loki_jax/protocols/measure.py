@@ -14,12 +14,22 @@ from loki_jax.evaluation import image_scores, measure_following
 from loki_jax.face.asset import HeadAsset
 from loki_jax.face.motion_file import Motion, without_identity, write_motion
 from loki_jax.face.types import Camera, Coefficients
-from loki_jax.fitting.clips import FittedClip, fit_video
+from loki_jax.fitting.clips import fit_video
 from loki_jax.fitting.landmarker import Landmarker
 from loki_jax.fitting.model_files import LandmarkError
 from loki_jax.fitting.problem import FitError
 from loki_jax.fitting.tracking import image_landmarks
+from loki_jax.metrics.blendshapes import (
+    BlendshapeReading,
+    CanonicalFace,
+    blendshape_distance,
+    load_canonical_face,
+    read_blendshapes,
+)
+from loki_jax.metrics.gaze import gaze_error
+from loki_jax.metrics.hpf import head_pose_follow, head_rotation
 from loki_jax.metrics.identity import Embed, cosine_similarity, embedding_distance
+from loki_jax.metrics.temporal import flicker, landmark_jitter, root_mean_square, rotation_jitter
 from loki_jax.pictures import resize_frames
 from loki_jax.protocols.inputs import driver_file, reference_file, true_motion, truth_file
 from loki_jax.protocols.manifest import Manifest, Sample
@@ -39,7 +49,7 @@ class Tools(NamedTuple):
       head, landmarker: the estimator of pose and expression.
       hef_size: edge of HEF's renders in pixels.
       embed: the identity network.
-      expressions: networks with MediaPipe's `face_landmarker.task`, a second estimator of expression.
+      second: networks and face model of MediaPipe's `face_landmarker.task`, a second estimator.
       lpips: distance of two pictures.
       describe: features of a video, for FVD.
     """
@@ -48,7 +58,7 @@ class Tools(NamedTuple):
     landmarker: Landmarker
     hef_size: int = 512
     embed: Embed | None = None
-    expressions: Landmarker | None = None
+    second: tuple[Landmarker, CanonicalFace] | None = None
     lpips: Compare | None = None
     describe: Describe | None = None
 
@@ -59,14 +69,16 @@ class Reading(NamedTuple):
     Attributes:
       coefficients, camera, valid: of the fit, or exact of a rendered driver.
       embeddings: of up to 8 frames that show the face.
-      scores: MediaPipe's expression scores.
+      second: what MediaPipe reads.
+      trembling: root mean square jitter of the landmarks, % of the outer eye distance.
     """
 
     coefficients: Coefficients
     camera: Camera
     valid: Bool[np.ndarray, " n"]
     embeddings: Float[np.ndarray, "k d"] | None
-    scores: Float[np.ndarray, "n 51"] | None
+    second: BlendshapeReading | None
+    trembling: float | None
 
     def motion(self, head: HeadAsset, fps: Any) -> Motion:
         """What a motion file keeps of it."""
@@ -116,10 +128,11 @@ class Judge:
             row |= self._followed(reading, target)
             if reading.embeddings is not None and target.embeddings is not None:
                 row |= self._identity(reading.embeddings, sample, target.embeddings)
-            if reading.scores is not None and target.scores is not None:
-                row["blendshapes"] = blendshape_distance(reading, target)
+            if reading.second is not None and target.second is not None:
+                row |= _second_opinion(reading.second, target.second)
             if motion_file is not None:
                 write_motion(motion_file, tools.head, reading.motion(tools.head, self.manifest.fps))
+        row["flicker"] = _mean(flicker(frames))
         truth = truth_file(self.manifest, self.folder, sample)
         if truth is not None:
             row |= self._compared(frames, LazyFrames(truth))
@@ -140,14 +153,15 @@ class Judge:
             all_shots=True, allow_lost=True, name=name,
         )  # fmt: skip
         found = np.asarray(fitted.track.score) >= 0.5
-        embeddings = scores = None
+        embeddings = second = None
         if tools.embed is not None:
             chosen = _spread(np.flatnonzero(found))
             embeddings = np.stack([tools.embed(fitted.frames[i], fitted.track.points[i]) for i in chosen])
-        if tools.expressions is not None:
-            scores = _expression_scores(tools.expressions, fitted, found)
+        if tools.second is not None:
+            second = read_blendshapes(*tools.second, fitted.frames, fitted.track.points, found)
         valid = np.asarray(fitted.fit.confidence) > 0
-        return Reading(fitted.fit.coefficients, fitted.fit.camera, valid, embeddings, scores)
+        trembling = root_mean_square(landmark_jitter(fitted.track.points, found))
+        return Reading(fitted.fit.coefficients, fitted.fit.camera, valid, embeddings, second, trembling)
 
     def _driver(self, source: str) -> Reading:
         """A driver as the target: read by the same estimators, or exact where it was rendered."""
@@ -173,12 +187,18 @@ class Judge:
         )  # fmt: skip
         pose, expression = following
         seen = np.isfinite(pose.per_frame)
+        length = min(len(reading.valid), len(target.valid))
+        common = reading.valid[:length] & target.valid[:length]
+        turns = head_rotation(reading.coefficients.rot, reading.coefficients.neck)
         hef = np.full(len(seen), np.nan)
         hef[seen] = expression.per_frame
         return following.scores() | {
             "track_rate": pose.track_rate,
             "failed": pose.degrees is None,
             "hef_uncovered": expression.uncovered,
+            "gaze": _mean(gaze_error(reading.coefficients, target.coefficients, common)),
+            "rotation_jitter": root_mean_square(rotation_jitter(turns.as_rotvec(), reading.valid)),
+            "landmark_jitter": reading.trembling,
             "per_frame": {"hpf": _json_numbers(pose.per_frame), "hef": _json_numbers(hef)},
         }
 
@@ -215,24 +235,18 @@ class Judge:
         return self.tools.describe(np.stack(list(LazyFrames(driver_file(self.folder, source)))))
 
 
-def _expression_scores(
-    networks: Landmarker, fitted: FittedClip, found: Bool[np.ndarray, " n"]
-) -> Float[np.ndarray, "n 51"]:
-    """MediaPipe's scores but the first, "neutral"; NaN where there is no face."""
-    scores = np.full((len(found), 51), np.nan)
-    for index in map(int, np.flatnonzero(found)):
-        scores[index] = networks.second_look(fitted.frames[index], fitted.track.points[index])[1][1:]
-    return scores
+def _second_opinion(reading: BlendshapeReading, target: BlendshapeReading) -> dict[str, float | None]:
+    pose = head_pose_follow(
+        reading.rotation, target.rotation, pred_valid=reading.valid, target_valid=target.valid
+    )
+    distance = blendshape_distance(reading.scores, target.scores)
+    return {"blendshapes": _mean(distance), "mediapipe_hpf": pose.degrees}
 
 
-def blendshape_distance(reading: Reading, target: Reading) -> float | None:
-    """Mean absolute difference of MediaPipe's 51 expression scores over the frames seen in both; 0 to 1."""
-    if reading.scores is None or target.scores is None:
-        return None
-    length = min(len(reading.scores), len(target.scores))
-    difference = np.abs(reading.scores[:length] - target.scores[:length]).mean(1)
-    difference = difference[np.isfinite(difference)]
-    return float(difference.mean()) if len(difference) else None
+def _mean(values: Float[np.ndarray, " n"]) -> float | None:
+    """Of the frames that could be judged."""
+    values = values[np.isfinite(values)]
+    return float(values.mean()) if len(values) else None
 
 
 def _spread(indices: np.ndarray) -> Sequence[int]:
@@ -257,7 +271,7 @@ def load_tools(
 
     Args:
       identity: dlib's network, or an ONNX file of ArcFace; False: none.
-      task: MediaPipe's `face_landmarker.task`, for blendshapes.
+      task: MediaPipe's `face_landmarker.task`, for its expression scores and head pose.
       lpips: LPIPS (AlexNet), where truth exists.
       fvd: features of I3D.
 
@@ -278,7 +292,7 @@ def load_tools(
             embed=load_arcface(identity) if isinstance(identity, Path) else load_identity()
         )
     if task is not None:
-        tools = tools._replace(expressions=default_landmarker(task))
+        tools = tools._replace(second=(default_landmarker(task), load_canonical_face(task)))
     if lpips:
         network, compare = load_lpips(), jax.jit(distance)
         tools = tools._replace(lpips=lambda one, other: float(compare(network, one, other)))

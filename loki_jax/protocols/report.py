@@ -9,33 +9,23 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import matplotlib
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import UInt8
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
 from loki_jax.face.asset import HeadAsset
-from loki_jax.face.camera import camera_from_world, ndc_from_world, project
-from loki_jax.face.crop import crop_box
 from loki_jax.face.motion_file import read_motion
-from loki_jax.face.skinning import (
-    expression_offsets,
-    make_identity,
-    mesh_faces,
-    mesh_render_mask,
-    world_vertices,
-)
-from loki_jax.face.types import Camera, Coefficients
+from loki_jax.face.types import Coefficients
 from loki_jax.io import atomic_path
-from loki_jax.metrics.hef import offset_map
+from loki_jax.metrics.hef import expression_maps
 from loki_jax.pictures import resize_frames
 from loki_jax.protocols.inputs import driver_file, reference_file
 from loki_jax.protocols.manifest import Manifest, Sample
-from loki_jax.protocols.summary import COLUMNS, shown_columns
+from loki_jax.protocols.summary import COLUMNS, Column, shown_columns
 from loki_jax.video import LazyFrames, read_image
 
 _TIMES = 6  # frames of each video that are shown
@@ -79,7 +69,9 @@ def write_report(
         "samples; bold is the best value, baselines included.</p>",
     ]
     for protocol, systems in summary.items():
-        parts += [f"<h2>{protocol}</h2>", _table(systems), _spread_plot(rows, protocol)]
+        parts.append(f"<h2>{protocol}</h2>")
+        parts += [_table(systems, columns) for columns in shown_columns(systems)]
+        parts += [_spread_plot(rows, protocol)]
         shown = [sample for sample in manifest.samples if sample.protocol == protocol]
         for sample in shown[: max(1, pictures // len(summary))]:
             parts.append(_sample(sample, manifest, folder, out, videos, rows, head))
@@ -87,8 +79,7 @@ def write_report(
         partial.write_text("\n".join(parts) + "\n</html>\n")
 
 
-def _table(systems: Mapping[str, Any]) -> str:
-    columns = shown_columns(systems)
+def _table(systems: Mapping[str, Any], columns: Sequence[Column]) -> str:
     head = "".join(f"<th>{c.label} {'↓' if c.lower else '↑'}</th>" for c in columns)
     lines = [f"<table><tr><th>system<th>samples<th>failed<th>tracked{head}</tr>"]
     best = {}
@@ -197,39 +188,16 @@ def _expression_maps(
     own, driver = (read_motion(path, head) for path in files)
     at = np.minimum(times, min(len(own.valid), len(driver.valid)) - 1)
     pick = lambda motion: Coefficients(*(jnp.asarray(np.asarray(x)[at]) for x in motion.coefficients))
-    target = pick(driver)
-    swapped = target._replace(**{f: getattr(pick(own), f) for f in ("expression", "jaw", "eyes")})
-    first, second, mask = _maps(head, target, swapped, driver.camera)
-    lengths = np.stack([np.linalg.norm(x, axis=-1) * mask for x in (second, first, second - first)])
+    maps = expression_maps(head, pick(own), pick(driver), driver.camera, _EDGE)
+    lengths = np.stack(
+        [
+            np.linalg.norm(x, axis=-1) * maps.mask
+            for x in (maps.swapped, maps.target, maps.swapped - maps.target)
+        ]
+    )
     shades = matplotlib.colormaps["magma"](np.clip(lengths, 0, 1))[..., :3]
     rows = [np.concatenate(list((255 * row).astype(np.uint8)), axis=1) for row in shades]
     return np.concatenate(rows, axis=0)
-
-
-def _maps(
-    head: HeadAsset, target: Coefficients, swapped: Coefficients, camera: Camera
-) -> tuple[Float[np.ndarray, "n s s 3"], ...]:
-    identity = make_identity(head, jnp.zeros(head.n_shape))
-    faces, mask = mesh_faces(head), mesh_render_mask(head)
-    camera = jax.tree.map(lambda x: jnp.broadcast_to(x, (len(target.rot), *np.shape(x))), camera)
-
-    def one(item):
-        target, swapped, camera = item
-        box = crop_box(
-            project(camera_from_world(world_vertices(head, identity, target), camera), camera), mask=mask
-        )
-        maps = [
-            offset_map(
-                ndc_from_world(world_vertices(head, identity, c), camera, box),
-                expression_offsets(head, identity, c), faces, mask, _EDGE,
-            )
-            for c in (target, swapped)
-        ]  # fmt: skip
-        return maps[0][0], maps[1][0], maps[0][1]
-
-    return tuple(
-        np.asarray(x) for x in jax.jit(lambda items: jax.lax.map(one, items))((target, swapped, camera))
-    )
 
 
 def _thumbnails(frames: Sequence[np.ndarray]) -> UInt8[np.ndarray, "h w 3"]:

