@@ -135,7 +135,11 @@ def finish(command: list[str], env: dict, processes: int) -> None:
         raise RuntimeError(f"a run failed:\n{text[-3000:]}")
 
 
-def measure(folder: Path, modes: list[str], runs: int, kills: int, steps: int, env: dict, log=print) -> dict:
+def log(text: str) -> None:
+    print(text, flush=True)
+
+
+def measure(folder: Path, modes: list[str], runs: int, kills: int, steps: int, env: dict) -> dict:
     """The whole measurement in `folder`; the JSON object."""
     began = time.monotonic()
     config = tiny_config(

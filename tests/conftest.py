@@ -78,10 +78,11 @@ def landmarker():
 
 
 @pytest.fixture(scope="module", autouse=True)
-def no_program_outlives_its_module():
-    """Thousands of programs take gigabytes and more memory maps than Linux grants a process."""
+def few_programs_outlive_their_module():
+    """Thousands of programs take gigabytes and more memory maps than Linux grants a process (65,530)."""
     yield
-    if "jax" in sys.modules:
+    maps = Path("/proc/self/maps")
+    if "jax" in sys.modules and (not maps.exists() or maps.read_bytes().count(b"\n") > 20_000):
         sys.modules["jax"].clear_caches()
 
 

@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from scipy.spatial.transform import Rotation
 
 from loki_jax.evaluation import measure_following
+from loki_jax.evidence.response import make_person
 from loki_jax.face.asset import HeadAsset
 from loki_jax.face.builtin import builtin_head
 from loki_jax.fitting.clips import FittedClip, default_landmarker, fit_video
@@ -30,11 +31,14 @@ from loki_jax.metrics.blendshapes import (
     read_blendshapes,
 )
 from loki_jax.metrics.hpf import head_pose_follow
+from loki_jax.synthetic.appearance import sample_appearance
+from loki_jax.synthetic.clips import clip_crop, render_frames
 from loki_jax.video import LazyFrames
 
 FPS = Fraction(25)
 LAGS = (1, 2, 4, 8)  # frames by which a clip is compared with itself
 HEF_SIZE = 256
+TURNS = np.arange(-30.0, 31.0, 5.0)  # degrees
 _AXES = ("yaw", "pitch", "roll")
 
 
@@ -59,7 +63,8 @@ def compare_estimators(clips: Sequence[Path], task: Path, frames: int = 24) -> d
     Returns:
       {"pairs": rows of "prediction", "target", "lag", "hpf", "hpf_mediapipe", "hef", "blendshapes"; "hpf",
       "expression": `Agreement` of both estimators over all pairs, "hpf_lagged", "expression_lagged" of the
-      pairs within clips; "angles": {axis: `Agreement` of the turn since the first frame, "slope"}}.
+      pairs within clips; "angles": {axis: `Agreement` of the turn since the first frame, "slope" of the
+      second over the first}}.
 
     Raises:
       LandmarkError: another task file, or a clip without a face.
@@ -143,6 +148,36 @@ def _compare_angles(seen: Sequence[_Seen]) -> dict[str, Any]:
         | {"slope": float(np.polyfit(ours[:, k], theirs[:, k], 1)[0])}
         for k, name in enumerate(_AXES)
     }
+
+
+def slopes_on_renders(task: Path, people: int = 3, size: int = 384) -> dict[str, dict[str, Any]]:
+    """Which of both is right: people of the built-in head who turn by known angles about one axis at a time.
+
+    Returns:
+      {axis: {"fit", "mediapipe": slopes of the found over the true angle within 30 degrees, one a person}}.
+    """
+    head, newer, face = builtin_head(), default_landmarker(task), load_canonical_face(task)
+    slopes: dict[str, dict[str, Any]] = {axis: {"fit": [], "mediapipe": []} for axis in _AXES}
+    for seed, (axis, (index, column)) in itertools.product(
+        range(900, 900 + people), zip(_AXES, ((1, 0), (0, 1), (2, 2)), strict=True)
+    ):
+        person = make_person(head, seed, len(TURNS))
+        still = jax.tree.map(np.zeros_like, person.coefficients)
+        rot = np.radians(TURNS)[:, None].astype(np.float32) * np.eye(3, dtype=np.float32)[index]
+        moved = still._replace(
+            betas=person.coefficients.betas, rot=rot, tra=np.repeat(person.coefficients.tra[:1], len(rot), 0)
+        )
+        frames = render_frames(
+            head, moved, person.camera, clip_crop(head, moved, person.camera, 1.6),
+            sample_appearance(seed, head), size,
+        )  # fmt: skip
+        fitted = fit_video(frames, head, fps=FPS, landmarker=default_landmarker(), name=f"person {seed}")
+        found = np.asarray(fitted.track.score) >= 0.5
+        second = read_blendshapes(newer, face, frames, fitted.track.points, found)
+        for name, vectors in (("fit", fitted.fit.coefficients.rot), ("mediapipe", second.rotation)):
+            angles = Rotation.from_rotvec(np.asarray(vectors)[found]).as_euler("YXZ", degrees=True)
+            slopes[axis][name].append(float(np.polyfit(TURNS[found], angles[:, column], 1)[0]))
+    return slopes
 
 
 def draw_estimators(result: dict[str, Any], path: Path) -> None:

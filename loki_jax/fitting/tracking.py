@@ -128,7 +128,7 @@ def image_landmarks(
     faces = landmarker.detect(image)
     if not faces:
         raise LandmarkError(
-            f"{name}: no face found in this {image.shape[1]} x {image.shape[0]} image. Use a picture with an "
+            f"{name}: no face found in this {image.shape[1]} x {image.shape[0]} image. Use a picture with a "
             "visible face; a head in a large scene is found when the picture is cropped to its surroundings."
         )
     if face is None and len(faces) > 1 and faces[1].size > 0.7 * faces[0].size:

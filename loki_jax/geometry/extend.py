@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 _KERNEL = np.array([1.0, 3.0, 3.0, 1.0]) / 8
+_STRETCH = 0.35  # pixels of the picture that a pixel of the result stands for at the border, at least
 
 
 def push_pull(
@@ -60,9 +61,10 @@ def keep_border(
 ) -> Float[Array, "*b 2"]:
     """Displacements that leave the picture's border where it is and never reach beyond it.
 
-    At a distance d from a border a displacement m across it becomes m d / (d^4 + m^4)^(1/4): all of it from
-    2 m on, and never so much that the picture folds. Along the border displacements stay, but at the lower
-    one, where shoulders are cut off.
+    At a distance d from a border a displacement m across it becomes m r / (r^4 + m^4)^(1/4) with r = 0.65 d:
+    nearly all of it from 2 m on, and never so much that the picture folds. The outermost pixels, often a thin
+    frame, are stretched threefold at most. Along the border displacements stay, but at the lower one, where
+    shoulders are cut off.
 
     Args:
       extent: width and height of the picture.
@@ -72,7 +74,7 @@ def keep_border(
     near = jnp.maximum(near, 0.0)
     bottom = jnp.maximum(limit[1] - position[..., 1] - 0.5, 0.0)
     near = near.at[..., 0].min(2 * bottom)
-    return shift * soft_share(near, jnp.abs(shift))
+    return shift * soft_share((1 - _STRETCH) * near, jnp.abs(shift))
 
 
 def soft_share(room: Float[Array, "*b"], amount: Float[Array, "*b"]) -> Float[Array, "*b"]:

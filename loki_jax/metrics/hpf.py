@@ -134,7 +134,7 @@ def absolute_pose_error(
     pred_extrinsics: Float[ArrayLike, "*n 4 4"] | None = None,
     target_extrinsics: Float[ArrayLike, "*m 4 4"] | None = None,
     valid: Bool[np.ndarray, " k"] | None = None,
-) -> Float[np.ndarray, " k"]:
+) -> Float[np.ndarray, " common"]:
     """Angle between both head rotations in each common frame, degrees; arguments as `head_pose_follow`.
 
     In contrast to HPF it sees constant offsets. `valid`: frames that were tracked in both; others are NaN.

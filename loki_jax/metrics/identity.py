@@ -154,11 +154,11 @@ def cosine_similarity(
 ) -> Float[np.ndarray, "*n"]:
     """Cosine of the angle between each embedding and the reference's (CSIM); higher is better."""
     lengths = np.linalg.norm(embeddings, axis=-1) * np.linalg.norm(reference)
-    return embeddings @ reference / lengths
+    return np.asarray(embeddings @ reference / lengths)
 
 
 def embedding_distance(
     embeddings: Float[np.ndarray, "*n d"], reference: Float[np.ndarray, " d"]
 ) -> Float[np.ndarray, "*n"]:
     """Euclidean distance between each embedding and the reference's; dlib's, below 0.6: the same person."""
-    return np.linalg.norm(embeddings - reference, axis=-1)
+    return np.asarray(np.linalg.norm(embeddings - reference, axis=-1))

@@ -168,7 +168,7 @@ def test_small_head_is_rejected(clips, head, networks, tmp_path):
         build_dataset([clips / "good.mp4"], head, tmp_path / "out", lambda: networks, settings, log=len)
 
 
-@pytest.mark.parametrize("photometric, times", [(False, 6), (True, 1)])
+@pytest.mark.parametrize("photometric, times", [(False, 6), pytest.param(True, 1, marks=pytest.mark.slow)])
 def test_a_clip_is_never_in_memory_as_a_whole(photometric, times, head, networks, tmp_path, monkeypatch):
     """Landmarks in a first pass, overlay and crops in others."""
     path = tmp_path / "long.mp4"

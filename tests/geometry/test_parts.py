@@ -102,14 +102,14 @@ def test_extension_keeps_what_is_known_and_fades():
     assert found.max() < 7.01
 
 
-def test_border_stays_and_the_picture_does_not_fold():
+def test_border_stays_and_the_picture_does_neither_fold_nor_stretch():
     x = np.linspace(0.5, 99.5, 400)
     for shift in (-60.0, -5.0, 5.0, 60.0):
         place = jnp.asarray(np.stack([x, np.full(400, 50.0)], -1), jnp.float32)
         moved = np.asarray(keep_border(place, jnp.full((400, 2), shift), (100, 100)))
         source = x + moved[:, 0]
         assert np.isclose(source[0], 0.5, atol=0.01) and np.isclose(source[-1], 99.5, atol=0.01)
-        assert source.min() > 0.49 and source.max() < 99.51 and np.diff(source).min() > -1e-3
+        assert source.min() > 0.49 and source.max() < 99.51 and np.diff(source).min() > 0.33 * (x[1] - x[0])
         if abs(shift) == 5.0:
             assert np.allclose(moved[100:300, 0], shift, rtol=0.01)
 

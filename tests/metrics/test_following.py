@@ -59,8 +59,8 @@ def test_expression_errors_have_names():
 def test_lost_frames_are_failures():
     errors = np.array([1.0, 4, np.nan, 2])
     assert failure_share(errors) == 0.25 and failure_share(errors, asked=5) == pytest.approx(0.4)
-    assert success_rate(errors, 2) == 0.5 and success_rate(errors, 2, asked=8) == 0.25
-    assert mean_with_failures(errors, 9) == 4 and mean_with_failures(errors, 9, asked=5) == 5
+    assert success_rate(errors, 2.0) == 0.5 and success_rate(errors, 2.0, asked=8) == 0.25
+    assert mean_with_failures(errors, 9.0) == 4 and mean_with_failures(errors, 9.0, asked=5) == 5
     assert failure_share(errors, asked=2) == 0
     with pytest.raises(ValueError, match="no frame was asked for"):
         failure_share(np.zeros(0))
