@@ -288,7 +288,7 @@ def sample_windows(
     params: PyTree,
     reference: Features | KeysValues,
     driver: Driver,
-    noise: Float[Array, "b t h w c"],
+    noise: Float[Array, "b n h w c"],
     *,
     solver: str,
     steps: int,
