@@ -61,7 +61,7 @@ def measure_following(
     camera: Camera,
     size: int = 512,
     prediction_valid: Bool[np.ndarray, " n"] | None = None,
-    target_valid: Bool[np.ndarray, " n"] | None = None,
+    target_valid: Bool[np.ndarray, " m"] | None = None,
     prediction_camera: Camera | None = None,
 ) -> Following:
     """HPF and HEF of fitted coefficients against a driver's; frames not tracked in both count in neither.
@@ -69,7 +69,7 @@ def measure_following(
     Args:
       prediction, target: fields (n, ...); `target` is the driver's, and so is `camera`.
       size: edge of HEF's renders in pixels.
-      prediction_valid, target_valid: which frames (n,) were tracked; None: all.
+      prediction_valid, target_valid: which frames were tracked; None: all.
       prediction_camera: the prediction's; None: one whose extrinsics do not turn the world.
     """
     pose = head_pose_follow(

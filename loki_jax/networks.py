@@ -288,7 +288,7 @@ def sample_windows(
     params: PyTree,
     reference: Features | KeysValues,
     driver: Driver,
-    noise: Float[Array, "b t h w c"],
+    noise: Float[Array, "b n h w c"],
     *,
     solver: str,
     steps: int,
@@ -298,7 +298,7 @@ def sample_windows(
     blend: Blend | None = None,
     blended: PyTree = None,
     history: Float[Array, "b k h w c"] | None = None,
-) -> tuple[Float[Array, "b t h w c"], PyTree]:
+) -> tuple[Float[Array, "b n h w c"], PyTree]:
     """Latents of windows that animate references, given by `portrait_keys_values` (or features); traceable.
 
     `noise`, of `initial_noise`, is what sampling starts from; for the other options and the second result

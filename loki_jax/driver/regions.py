@@ -157,7 +157,9 @@ def regions_map(
     return jnp.concatenate([mask * seen, mask], axis=-1).astype(dtype)
 
 
-def perturb_driver(keys: Key[Array, " b"], driver: DriverFrames, strength: float) -> DriverFrames:
+def perturb_driver(
+    keys: Key[Array, " b"], driver: DriverFrames, strength: Float[ArrayLike, ""] | float
+) -> DriverFrames:
     """Frames (B,T,...) as training shows them, each window changed in its own way, alike in all its frames.
 
     Colours, sharpness, place and size of the pixels change, and regions are left out, so that the network

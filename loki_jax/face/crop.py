@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Real, UInt8
 from loki_jax.arrays import ArrayLike
 
 
-@functools.partial(jax.jit, static_argnames=("integer",), inline=True)
+@functools.partial(jax.jit, static_argnames=("scale", "integer"), inline=True)
 def crop_box(
     pixels: Float[ArrayLike, "*b n 2"],
     scale: float = 1.2,

@@ -79,7 +79,7 @@ def rotvec_from_matrix(matrix: Float[ArrayLike, "*b 3 3"]) -> Float[Array, "*b 3
     return v * jnp.where(small, series, 2 * jnp.arctan2(sine, w) / sine)
 
 
-def geodesic_angle(a: Float[ArrayLike, "*b 3 3"], b: Float[ArrayLike, "*b 3 3"]) -> Float[Array, " *b"]:
+def geodesic_angle(a: Float[ArrayLike, "*#b 3 3"], b: Float[ArrayLike, "*#b 3 3"]) -> Float[Array, " *b"]:
     """Angle in radians of the rotation that takes `a` to `b`: 2 arccos |q_a . q_b|.
 
     Computed as an arctangent, since the arccosine loses half the digits near zero. The gradient at

@@ -92,7 +92,7 @@ def make_loss(config: ConfigDict, networks: Networks) -> Callable:
 
     def loss(
         trained: PyTree, frozen: PyTree, batch: Batch, head: HeadAsset, keys: Key[Array, " b"], dropout: bool,
-        lost_history: Float[ArrayLike, ""],
+        lost_history: Float[ArrayLike, ""] | float,
     ):  # fmt: skip
         params = trained | frozen
         keys_of = jax.vmap(lambda key: jax.random.split(key, 4), out_axes=1)(keys)

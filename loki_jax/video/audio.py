@@ -6,6 +6,7 @@ import contextlib
 import warnings
 from collections.abc import Iterator
 from fractions import Fraction
+from numbers import Rational
 from pathlib import Path
 
 import av
@@ -166,6 +167,6 @@ class AudioTrack:
         self._container.close()
 
 
-def _ticks(time: Fraction, time_base: Fraction | None) -> int:
+def _ticks(time: Fraction, time_base: Rational | None) -> int:
     """A time in seconds in units of a clock; 0 where the file names no clock."""
-    return round(time / time_base) if time_base else 0
+    return round(time / Fraction(time_base)) if time_base else 0

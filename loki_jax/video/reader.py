@@ -11,6 +11,7 @@ import dataclasses
 import os
 from collections.abc import Iterable, Iterator
 from fractions import Fraction
+from numbers import Rational
 from pathlib import Path
 from typing import TypeVar
 
@@ -59,9 +60,12 @@ class Video:
     path: Path
 
 
-def seconds(count: int | None, time_base: Fraction | None) -> Fraction | None:
-    """A time stamp or duration of FFmpeg in seconds; None where the file states none."""
-    return None if count is None or time_base is None else count * time_base
+def seconds(count: int | None, time_base: Rational | None) -> Fraction | None:
+    """A time stamp or duration of FFmpeg in seconds; None where the file states none.
+
+    Newer PyAV has a type of its own for rational numbers.
+    """
+    return None if count is None or time_base is None else count * Fraction(time_base)
 
 
 def _frame_rate(stream: av.VideoStream, path: Path) -> Fraction:
@@ -70,7 +74,7 @@ def _frame_rate(stream: av.VideoStream, path: Path) -> Fraction:
         raise MediaError(
             f"{path}: states no frame rate. Write it again with one (`ffmpeg -i IN -r 25 OUT.mp4`)."
         )
-    rate = Fraction(stated.numerator, stated.denominator)  # newer PyAV has a type of its own
+    rate = Fraction(stated)
     if stream.base_rate and abs(rate / stream.base_rate - 1) > Fraction(1, 20):
         return _nominal_rate(stream, path) or rate
     # Containers with coarse time stamps report averages such as 5994000/200001: take the standard

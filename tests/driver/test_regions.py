@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from loki_jax.driver.encoding import DriverInputs
 from loki_jax.driver.map import map_of_mesh
 from loki_jax.driver.regions import (
     REGIONS,
@@ -87,8 +88,9 @@ def test_the_map_shows_eyes_nose_and_mouth_and_nothing_else(people):
     picture = np.asarray(preview_regions(shown))
     assert (picture[mask == 0] == 255).all()
     np.testing.assert_allclose(picture[mask == 1], person.image[mask == 1], atol=1)
+    no_mesh = DriverInputs(*np.zeros((4, 0, 3)))
     with pytest.raises(ValueError, match="'regions' has no driver map of a head"):
-        map_of_mesh(np.zeros((1, 3, 3)), np.ones(3, bool), None, SIZE, "regions")
+        map_of_mesh(np.zeros((1, 3, 3)), np.ones(3, bool), no_mesh, SIZE, "regions")
 
 
 def test_the_driver_takes_the_place_and_size_of_the_face_that_it_drives(people):

@@ -28,7 +28,7 @@ def test_injections_are_what_they_say(person):
 
 def test_a_picture_turns_about_its_middle():
     picture = np.random.default_rng(0).integers(256, size=(40, 40, 3), dtype=np.uint8)
-    np.testing.assert_array_equal(rotate(picture, 90), np.rot90(picture))
+    np.testing.assert_array_equal(rotate(picture, 90.0), np.rot90(picture))
     assert slope([0, 1, 2], [1, 3, 5]) == pytest.approx(2)
 
 

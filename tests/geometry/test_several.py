@@ -6,13 +6,17 @@ import numpy as np
 import pytest
 
 from loki_jax.face.types import Camera, Coefficients
+from loki_jax.geometry.pipeline import GeometryPipeline
 from loki_jax.geometry.several import animate_several
 from loki_jax.pipeline import Window
 from loki_jax.sources import DrivingClip, Portrait
 
 
-class Painter:
-    """An animator whose frames are one grey level, the number of the frame, brighter for the right face."""
+class Painter(GeometryPipeline):
+    """Its frames are one grey level, the number of the frame, brighter for the right face."""
+
+    def __init__(self):
+        pass
 
     def windows(self, portrait, clip):
         for start in range(0, len(clip.valid), 4):

@@ -67,6 +67,6 @@ def test_ten_bit_files_are_read(tmp_path, transfer):
         container.mux(stream.encode(picture.reformat(format="yuv444p10le")))
         container.mux(stream.encode(None))
     frame = read_video(path).frames[0].astype(float)
-    white = srgb(compress(np.array(1.0)))
+    white = srgb(compress(np.ones(3)))
     np.testing.assert_allclose(frame[10, 60], white, atol=4)
     assert (frame[10, 5] < 0.6 * white).all() and read_video(path).fps == Fraction(25)
