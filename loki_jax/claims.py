@@ -3,6 +3,7 @@
     python -m loki_jax.claims arithmetic --out claims
     python -m loki_jax.claims metrics --out claims --clips FOLDER
     python -m loki_jax.claims orthogonality --out claims --clips FOLDER
+    python -m loki_jax.claims estimators --out claims --clips FOLDER --blendshapes face_landmarker.task
     python -m loki_jax.claims all --out claims
 
 Each writes CLAIM.json and CLAIM.png to --out. Rendered people need nothing but the landmark networks;
@@ -20,24 +21,26 @@ from typing import Any, Literal
 
 import tyro
 
-CLAIMS = ("arithmetic", "metrics", "orthogonality")
+CLAIMS = ("arithmetic", "metrics", "orthogonality", "estimators")
 
 
 @dataclasses.dataclass(frozen=True)
 class ClaimsOptions:
-    claim: tyro.conf.Positional[Literal["arithmetic", "metrics", "orthogonality", "all"]]
+    claim: tyro.conf.Positional[Literal["arithmetic", "metrics", "orthogonality", "estimators", "all"]]
     """what is tested"""
     out: Path
     """folder for the results"""
     clips: Path | None = None
     """folder of recordings, each of another person"""
+    blendshapes: Path | None = None
+    """MediaPipe's face_landmarker.task, for the second estimator"""
     people: int | None = None
     """rendered people (default: 3 for metrics, 20 for orthogonality)"""
 
 
 def run_claims(options: ClaimsOptions) -> None:
     """Run the tests and write what they found. Raises the errors of the inputs."""
-    from loki_jax.evidence import arithmetic, orthogonality, response
+    from loki_jax.evidence import arithmetic, estimators, orthogonality, response
     from loki_jax.fitting.clips import default_landmarker
     from loki_jax.io import write_json
     from loki_jax.protocols.inputs import find_sources
@@ -47,8 +50,12 @@ def run_claims(options: ClaimsOptions) -> None:
     clips: list[Path] = []
     if options.clips is not None:
         clips = [options.clips / name for name in find_sources(options.clips)[0]]
+    complete = bool(clips) and options.blendshapes is not None
+    if options.claim == "estimators" and not complete:
+        raise ValueError("estimators needs --clips and --blendshapes: it compares two readings of recordings")
     options.out.mkdir(parents=True, exist_ok=True)
-    for claim in CLAIMS if options.claim == "all" else (options.claim,):
+    wanted = CLAIMS if complete else CLAIMS[:-1]
+    for claim in wanted if options.claim == "all" else (options.claim,):
         began = time.monotonic()
         result: dict[str, Any]
         if claim == "arithmetic":
@@ -58,6 +65,9 @@ def run_claims(options: ClaimsOptions) -> None:
             result["estimated"] = response.estimated_response(default_landmarker(), options.people or 3)
             if clips:
                 result["recorded"] = response.recorded_response(default_landmarker(), clips)
+        elif claim == "estimators" and options.blendshapes is not None:
+            result = estimators.compare_estimators(clips, options.blendshapes)
+            draw = estimators.draw_estimators
         else:
             result, draw = (
                 orthogonality.orthogonality(default_landmarker(), clips, options.people or 20),

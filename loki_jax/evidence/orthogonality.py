@@ -32,7 +32,7 @@ from loki_jax.synthetic.appearance import sample_appearance
 from loki_jax.synthetic.clips import render_frames
 from loki_jax.video import LazyFrames
 
-MAP_SIZE = 64
+MAP_SIZE = 32
 LINEAR_SIZE = 16  # the linear probe sees maps averaged to this size
 CLIPS, FRAMES, PICTURE = 4, 12, 192
 RECORDED_FRAMES, STRIDE = 48, 2
@@ -119,25 +119,25 @@ def probe(head: HeadAsset, corpus: Corpus) -> dict[str, Any]:
     betas = [np.asarray(corpus.clips[k].coefficients.betas)[0] for k in first]
     mean_shape = np.zeros(head.n_shape, np.float32)
     others = (np.arange(people) + people // 2) % people  # who lends the shape
-    maps = {
-        "own map": [own_map(head, clip) for clip in corpus.clips],
-        "swapped map, mean head": [swapped_map(head, clip, mean_shape) for clip in corpus.clips],
-        "swapped map, reference": [
-            swapped_map(head, clip, betas[others[k]])
-            for k, clip in zip(corpus.person, corpus.clips, strict=True)
-        ],
+    shapes = {
+        "own map": None,
+        "swapped map, mean head": [mean_shape] * len(corpus.clips),
+        "swapped map, reference": [betas[others[k]] for k in corpus.person],
     }
     network = None
-    for name, pieces in maps.items():
-        stacked = np.concatenate(pieces)
-        small = _pooled(stacked).reshape(len(stacked), -1)
-        result[f"{name}, linear"] = told(small)
+    for name, shown in shapes.items():
+        if shown is None:
+            maps = np.concatenate([own_map(head, clip) for clip in corpus.clips])
+        else:
+            pairs = zip(corpus.clips, shown, strict=True)
+            maps = np.concatenate([swapped_map(head, clip, shape) for clip, shape in pairs])
+        result[f"{name}, linear"] = told(_pooled(maps).reshape(len(maps), -1))
         if name != "swapped map, reference":
-            trained = train_convolutional(stacked[~test], labels[~test])
-            result[f"{name}, convolutional"] = _accuracy(classify(trained, stacked[test]), labels[test])
+            trained = train_convolutional(maps[~test], labels[~test])
+            result[f"{name}, convolutional"] = _accuracy(classify(trained, maps[test]), labels[test])
             network = trained if name == "own map" else network
         elif network is not None:
-            seen = classify(network, stacked[test])
+            seen = classify(network, maps[test])
             result["own-map network on swapped maps sees the reference"] = _accuracy(
                 seen, others[labels[test]]
             )

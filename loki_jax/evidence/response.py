@@ -31,7 +31,7 @@ from loki_jax.synthetic.motion import synth_motion
 from loki_jax.video import Frames, LazyFrames, write_video
 
 FPS = Fraction(25)
-ANGLES = (0.0, 1.0, 2.0, 4.0, 6.0, 8.0, 10.0)  # degrees
+ANGLES = (0.0, 2.0, 4.0, 8.0, 12.0, 16.0, 20.0)  # degrees at the end of a clip; their mean is half
 MISSING = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)  # share of the expression
 NOISE = (0.0, 0.25, 0.5, 1.0, 2.0)  # degrees a frame
 QUALITY = (10, 20, 28, 35, 40, 45)  # CRF of H.264
@@ -60,14 +60,17 @@ def make_person(head: HeadAsset, seed: int, frames: int, motion_seed: int | None
     return Person(motion, camera, clip_crop(head, motion, camera, 1.6), seed)
 
 
+def ramp(frames: int) -> Float[np.ndarray, " n"]:
+    """From 0 to 1, beginning and ending slowly: jumps would test the smoothness of the fit."""
+    return (1 - np.cos(np.linspace(0, np.pi, frames))) / 2
+
+
 def turned(coefficients: Coefficients, degrees: float, rng: np.random.Generator) -> Coefficients:
-    """All frames but the first turned by an angle about one random axis."""
+    """Turned about one random axis by an angle that grows along `ramp`; its mean is half of `degrees`."""
     axis = rng.standard_normal(3)
-    extra = Rotation.from_rotvec(np.radians(degrees) * axis / np.linalg.norm(axis))
+    extra = np.radians(degrees) * ramp(len(coefficients.rot))[:, None] * axis / np.linalg.norm(axis)
     rot = Rotation.from_rotvec(np.asarray(coefficients.rot, np.float64))
-    rotated = (extra * rot).as_rotvec()
-    rotated[0] = np.asarray(coefficients.rot)[0]
-    return coefficients._replace(rot=rotated.astype(np.float32))
+    return coefficients._replace(rot=(Rotation.from_rotvec(extra) * rot).as_rotvec().astype(np.float32))
 
 
 def muted(coefficients: Coefficients, share: float) -> Coefficients:
@@ -86,8 +89,8 @@ def shaken(coefficients: Coefficients, degrees: float, rng: np.random.Generator)
 
 
 def slope(x: Sequence[float], y: Sequence[float]) -> float:
-    """Of the line of least squares."""
-    return float(np.polyfit(x, y, 1)[0])
+    """Of the line through the origin of least squares: without a change both metrics are 0."""
+    return float(np.dot(x, y) / np.dot(x, x))
 
 
 def exact_response(people: int = 6, frames: int = 24) -> dict[str, Any]:
@@ -97,11 +100,10 @@ def exact_response(people: int = 6, frames: int = 24) -> dict[str, Any]:
     follow = lambda person, wrong: measure_following(
         head, wrong, person.coefficients, person.camera, HEF_SIZE, prediction_camera=person.camera
     )
-    seen = (frames - 1) / frames  # the first frame counts, with 0
     pose, noise, expression = [], [], []
     for angle in ANGLES:
         found = [follow(p, turned(p.coefficients, angle, rng)) for p in persons]
-        pose.append(_pose_row(found) | {"injected": angle * seen})
+        pose.append(_pose_row(found) | {"injected": angle * float(ramp(frames).mean())})
     for sigma in NOISE:
         found = [follow(p, shaken(p.coefficients, sigma, rng)) for p in persons]
         noise.append(_pose_row(found) | {"injected": sigma})
@@ -162,7 +164,7 @@ def compare(head: HeadAsset, shown: Seen, target: Seen) -> Following:
 
 
 def estimated_response(
-    landmarker: Landmarker, people: int = 3, frames: int = 16, size: int = 256
+    landmarker: Landmarker, people: int = 3, frames: int = 24, size: int = 256
 ) -> dict[str, Any]:
     """The same through rendered pictures, landmarks and the fit; and what codec, size and identity do."""
     head = builtin_head()
@@ -182,7 +184,7 @@ def estimated_response(
             compare(head, read(draw(p, turned(p.coefficients, angle, rng)), "turned"), own)
             for p, own in zip(persons, base, strict=True)
         ]
-        pose.append(_pose_row(found) | {"injected": angle * (frames - 1) / frames})
+        pose.append(_pose_row(found) | {"injected": angle * float(ramp(frames).mean())})
     for share in MISSING:
         found = [
             compare(head, read(draw(p, muted(p.coefficients, share)), "muted"), own)
@@ -212,7 +214,7 @@ def estimated_response(
     return {
         "people": people, "frames": frames, "size": size,
         "against_truth": _both(floor), "perfect_animation_of_others": _both(perfect),
-        "pose": pose, "pose_slope": slope([r["injected"] for r in pose[2:]], [r["hpf"] for r in pose[2:]]),
+        "pose": pose, "pose_slope": slope([r["injected"] for r in pose], [r["hpf"] for r in pose]),
         "expression": expression, "codec": codec, "resolution": resolution,
     }  # fmt: skip
 
@@ -238,7 +240,7 @@ def recorded_response(
     frames: int = 12,
     angles: Sequence[float] = (0, 2, 4, 6, 8, 10),
 ) -> dict[str, Any]:
-    """Recordings whose frames, but the first, are rotated in their plane by known angles."""
+    """Recordings whose frames are rotated in their plane by known angles, which grow along `ramp`."""
     head = builtin_head()
     rows: dict[str, list[float]] = {}
     for clip in clips:
@@ -246,15 +248,16 @@ def recorded_response(
         own = read_head(pictures, head, landmarker, clip.name)
         found = []
         for angle in angles:
-            shown = np.stack([pictures[0], *(rotate(frame, angle) for frame in pictures[1:])])
+            turns = zip(pictures, angle * ramp(len(pictures)), strict=True)
+            shown = np.stack([rotate(frame, turn) for frame, turn in turns])
             found.append(compare(head, read_head(shown, head, landmarker, clip.name), own).pose.degrees)
         rows[clip.name] = [float("nan") if value is None else value for value in found]
-    injected = [angle * (frames - 1) / frames for angle in angles]
-    slopes = {name: slope(injected[1:], values[1:]) for name, values in rows.items()}
+    injected = [angle * float(ramp(frames).mean()) for angle in angles]
+    slopes = {name: slope(injected, values) for name, values in rows.items()}
     mean = np.mean(list(rows.values()), axis=0)
     return {
         "frames": frames, "injected": injected, "hpf": rows, "slopes": slopes,
-        "slope": slope(injected[1:], mean[1:].tolist()),
+        "slope": slope(injected, mean.tolist()),
     }  # fmt: skip
 
 

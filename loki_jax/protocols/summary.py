@@ -209,7 +209,10 @@ def _cell(value: Sequence[float] | None, column: Column) -> str:
 
 def _paper_cell(figures: Figures, column: Column) -> str:
     value = dict(zip(("hpf", "hef", "identity_cosine"), figures, strict=True)).get(column.key)
-    return "" if value is None else format(value, column.form)
+    if value is None:
+        return ""
+    # Another network than dlib's, whose cosines are higher.
+    return format(value, column.form) + (" (ArcFace)" if column.key == "identity_cosine" else "")
 
 
 def latex_tables(summary: Mapping[str, Any]) -> str:

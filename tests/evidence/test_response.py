@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.spatial.transform import Rotation
 
-from loki_jax.evidence.response import exact_response, make_person, muted, rotate, shaken, slope, turned
+from loki_jax.evidence.response import exact_response, make_person, muted, ramp, rotate, shaken, slope, turned
 from loki_jax.face.builtin import builtin_head
 
 
@@ -17,7 +17,7 @@ def test_injections_are_what_they_say(person):
     own = Rotation.from_rotvec(person.coefficients.rot)
     other = Rotation.from_rotvec(turned(person.coefficients, 5.0, np.random.default_rng(0)).rot)
     angles = np.degrees((other * own.inv()).magnitude())
-    assert angles[0] < 1e-4 and angles[1:] == pytest.approx(5, abs=1e-4)
+    assert angles == pytest.approx(5 * ramp(6), abs=1e-4) and angles[-1] == pytest.approx(5, abs=1e-4)
     many = person.coefficients._replace(rot=np.zeros((4000, 3), np.float32))
     noise = np.degrees(Rotation.from_rotvec(shaken(many, 2.0, np.random.default_rng(0)).rot).magnitude())
     assert np.sqrt(np.mean(noise**2)) == pytest.approx(2, rel=0.03)
@@ -29,7 +29,7 @@ def test_injections_are_what_they_say(person):
 def test_a_picture_turns_about_its_middle():
     picture = np.random.default_rng(0).integers(256, size=(40, 40, 3), dtype=np.uint8)
     np.testing.assert_array_equal(rotate(picture, 90.0), np.rot90(picture))
-    assert slope([0, 1, 2], [1, 3, 5]) == pytest.approx(2)
+    assert slope([0.0, 1.0, 2.0], [0.0, 2.0, 4.0]) == pytest.approx(2)
 
 
 def test_exact_response(monkeypatch):
