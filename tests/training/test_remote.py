@@ -1,6 +1,6 @@
 """Runs on buckets of real object stores on this machine: shards in either kind, workdirs in gs://.
 
-Needs the packages of the extras `cloud` and `stores`; skips without.
+They need the packages of the extras `cloud` and `stores`.
 """
 
 import shutil
@@ -20,6 +20,8 @@ from loki_jax.training.logging import read_metrics
 from loki_jax.training.remote import open_workdir
 from tests.training.processes import free_port
 from tests.training.tiny_run import tiny_config, write_shards
+
+pytestmark = pytest.mark.slow  # they start servers
 
 
 @pytest.fixture(autouse=True)

@@ -21,10 +21,12 @@ from loki_jax.weights.layouts import diffusers_configs, make_layout, make_networ
 from tests.models.weights import error, quick_jit
 from tests.weights.tiny import save_config, save_null_prompt, tiny_config
 
-pytestmark = pytest.mark.slow  # importing diffusers alone takes longer than most test files
+# Slow, because importing diffusers alone takes longer than most test files.
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(find_spec("diffusers") is None, reason="needs diffusers (the convert extra)"),
+]
 
-if find_spec("diffusers") is None:
-    pytest.skip("needs diffusers (the convert extra)", allow_module_level=True)
 pytest.importorskip("torch")
 
 # diffusers' Flax models have these fixed.

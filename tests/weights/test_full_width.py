@@ -19,10 +19,11 @@ from loki_jax.weights.layouts import diffusers_configs, make_layout, make_networ
 from loki_jax.weights.ldm_names import from_ldm, to_ldm
 from tests.models.weights import error, recipe_weight
 
-pytestmark = pytest.mark.slow
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(find_spec("diffusers") is None, reason="needs diffusers (the convert extra)"),
+]
 
-if find_spec("diffusers") is None:
-    pytest.skip("needs diffusers (the convert extra)", allow_module_level=True)
 torch = pytest.importorskip("torch")
 
 
