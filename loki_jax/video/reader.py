@@ -18,7 +18,7 @@ from typing import TypeVar
 import av
 import numpy as np
 from av.sidedata.sidedata import SideData
-from av.video.reformatter import Colorspace
+from av.video.reformatter import Colorspace, VideoReformatter
 from jaxtyping import Int, UInt8
 
 from loki_jax.video import hdr
@@ -119,24 +119,6 @@ def _quarter_turns(frame: av.VideoFrame) -> tuple[int, bool]:
     return int(turns), bool(mirrored)
 
 
-def _to_rgb(frame: av.VideoFrame, width: int | None = None) -> UInt8[np.ndarray, "H W 3"]:
-    """The picture upright; `width` is that of the stored picture with square pixels, if it has others."""
-    # Untagged video: BT.709 from 720 lines on, BT.601 below, as players assume.
-    untagged = Colorspace.ITU709 if frame.height >= 720 else Colorspace.ITU601
-    matrix = _MATRICES.get(int(frame.colorspace), untagged)
-    has_alpha = any(component.is_alpha for component in frame.format.components)
-    wide = int(frame.color_trc) in (hdr.PQ, hdr.HLG)
-    kind = "rgb48le" if wide else "rgba" if has_alpha else "rgb24"
-    image = frame.to_ndarray(format=kind, src_colorspace=matrix, width=width, height=frame.height)
-    if wide:
-        image = hdr.tone_map(image, int(frame.color_trc))
-    elif has_alpha:
-        image = over_white(image)
-    turns, mirrored = _quarter_turns(frame)
-    image = np.rot90(image, turns)
-    return np.ascontiguousarray(image[:, ::-1] if mirrored else image)
-
-
 def _square_width(stream: av.VideoStream) -> int | None:
     """Width in square pixels of a stream whose pixels are not square; None if they are or unstated."""
     aspect = stream.sample_aspect_ratio or stream.codec_context.sample_aspect_ratio
@@ -230,6 +212,8 @@ class VideoReader:
                 )
             self._stream.thread_type = "AUTO"
             self._width = _square_width(self._stream)
+            self._turns: tuple[int, bool] | None = None  # known with the first picture
+            self._reformatter = VideoReformatter()
             self.source_fps = _frame_rate(self._stream, self.path)
             self.fps = self.source_fps if fps is None else Fraction(fps)
             self.has_audio = len(self._container.streams.audio) > 0
@@ -334,7 +318,27 @@ class VideoReader:
 
     def to_rgb(self, picture: av.VideoFrame) -> UInt8[np.ndarray, "H W 3"]:
         """A picture of this file as a person would see it."""
-        return _to_rgb(picture, self._width)
+        if self._turns is None:
+            # Once a file: a frame that was asked for its side data refers to itself, and its memory is freed
+            # no sooner than the garbage collector comes by.
+            self._turns = _quarter_turns(picture)
+        # Untagged video: BT.709 from 720 lines on, BT.601 below, as players assume.
+        untagged = Colorspace.ITU709 if picture.height >= 720 else Colorspace.ITU601
+        matrix = _MATRICES.get(int(picture.colorspace), untagged)
+        has_alpha = any(component.is_alpha for component in picture.format.components)
+        wide = int(picture.color_trc) in (hdr.PQ, hdr.HLG)
+        kind = "rgb48le" if wide else "rgba" if has_alpha else "rgb24"
+        # One converter a file: one made for each frame starts threads for each frame.
+        image = self._reformatter.reformat(
+            picture, self._width, picture.height, kind, src_colorspace=matrix
+        ).to_ndarray()
+        if wide:
+            image = hdr.tone_map(image, int(picture.color_trc))
+        elif has_alpha:
+            image = over_white(image)
+        turns, mirrored = self._turns
+        image = np.rot90(image, turns)
+        return np.ascontiguousarray(image[:, ::-1] if mirrored else image)
 
 
 def first_picture_time(path: str | os.PathLike) -> Fraction:

@@ -12,7 +12,7 @@ from typing import Any
 
 import av
 import numpy as np
-from av.video.reformatter import Colorspace
+from av.video.reformatter import Colorspace, VideoReformatter
 from av.video.stream import VideoStream
 from jaxtyping import UInt8
 from PIL import Image
@@ -96,6 +96,7 @@ class VideoWriter:
             raise ValueError(f"fps is {fps}, expected a positive rational")
         check_output(self.path, [] if audio_from is None else [audio_from])
         self._crf, self._bit_rate = crf, bit_rate
+        self._reformatter = VideoReformatter()  # one made for each frame starts threads for each frame
         self._shape: tuple[int, ...] | None = None
         self._count = 0
         self._audio: AudioTrack | None = None
@@ -170,7 +171,7 @@ class VideoWriter:
             raise ValueError(f"frame {self._count} has shape {frame.shape}, the first had {self._shape}")
         even = np.pad(frame, ((0, frame.shape[0] % 2), (0, frame.shape[1] % 2), (0, 0)), mode="edge")
         picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(even), format="rgb24")
-        picture = picture.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709)
+        picture = self._reformatter.reformat(picture, format="yuv420p", dst_colorspace=Colorspace.ITU709)
         picture.pts, picture.time_base = self._count, 1 / self.fps
         self._encode(picture)
         self._count += 1

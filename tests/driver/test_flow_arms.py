@@ -65,13 +65,13 @@ def test_maps_hold_the_full_map_and_the_flow(scene):
     assert flow_arm.shape == (2, S, S, 48) and warp_arm.shape == (2, S, S, 51)
     np.testing.assert_allclose(flow_arm[..., :45], draw(scene, moved, "full"), atol=1e-6)
     np.testing.assert_allclose(warp_arm[..., :48], flow_arm, atol=1e-5)
-    flow = jax.jit(
-        lambda c: head_flow(HEAD, identity, reference.coefficients, c, CAMERA, crop, CAMERA, crop, S)
-    )(moved)
+    run = jax.jit(lambda c, r: head_flow(HEAD, identity, r.coefficients, c, CAMERA, crop, CAMERA, crop, S))
+    flow = run(moved, reference)
     places = normalise_positions(flow.position, crop)
     np.testing.assert_allclose(flow_arm[..., 45:47] * FLOW_SCALE, places - pixel_positions(S), atol=1e-5)
-    # Steep where a surface hides another one by millimetres: rounding of depths shows.
-    np.testing.assert_allclose(flow_arm[..., 47], flow.visibility, atol=1e-4)
+    # Hidden within 3 mm: one unit in the last place of a depth of 0.7 m (6e-8 m) moves visibility by 3e-5.
+    error = np.abs(flow_arm[..., 47] - flow.visibility)
+    assert error.max() < 6e-5 and np.mean(error > 1e-5) < 1e-3
     background = (flow_arm[..., :45] == 0).all(-1)
     assert 0.2 < background.mean() < 0.9 and not flow_arm[background].any()
 

@@ -18,7 +18,8 @@ def test_draws_equal_those_of_one_program():
     assert jax.tree.map(np.shape, drawn) == jax.tree.map(np.shape, shapes)
 
     reference = jax.jit(lambda key: random_params(networks, key)["reference"])(key)
-    jax.tree.map(np.testing.assert_array_equal, drawn["reference"], reference)
+    # Two programs may round the last bit differently, as a processor's instructions allow.
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), drawn["reference"], reference)
 
     some = draw_params(networks, key, given=("reference", "null_prompt"))
     assert some.keys() == shapes.keys() - {"reference", "null_prompt"}

@@ -10,7 +10,8 @@ import numpy as np
 from loki_jax.video import write_video
 
 PROGRAM = """
-import resource, sys
+import gc, resource, sys
+gc.disable()  # pictures that refer to themselves would be freed at some time, or not
 from loki_jax.video import LazyFrames, frames as module
 module._KEPT_BYTES = 20 * 2**20
 frames = LazyFrames(sys.argv[1])
