@@ -1,6 +1,7 @@
 """A tiny model of random parameters, for tests of programs and pipelines."""
 
 import jax
+import numpy as np
 
 from configs.demo import get_config
 from loki_jax.face.builtin import builtin_head
@@ -14,7 +15,6 @@ def random_model(**changes) -> Checkpoint:
     config.update_from_flattened_dict({"model.unet.attention_levels": ()} | changes)
     params = draw_params(build_networks(config, head), jax.random.key(0))
     # Output layers start at zero, which would make every frame alike.
-    leaves, structure = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    noisy = [x + 0.05 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
-    return Checkpoint(config, jax.tree.unflatten(structure, noisy), head, 0)
+    rng = np.random.default_rng(1)
+    noisy = jax.tree.map(lambda x: x + 0.05 * rng.standard_normal(x.shape, np.float32), params)
+    return Checkpoint(config, noisy, head, 0)

@@ -29,6 +29,8 @@ S = 64
 HEAD = builtin_head()
 CAMERA = Camera(jnp.array([500.0, 500.0, 200.0, 200.0]), jnp.eye(4))
 
+pytestmark = pytest.mark.usefixtures("few_optimizations")
+
 
 def turned(yaw, frames=()):
     zeros = lambda n: jnp.zeros((*frames, n))

@@ -36,7 +36,7 @@ ERRORS = """
 import jax, json
 import jax.numpy as jnp
 import numpy as np
-from loki_jax.networks import build_networks, random_params
+from loki_jax.networks import build_networks, draw_params
 from loki_jax.training.inputs import open_inputs
 from loki_jax.training.sharding import global_batch, make_mesh
 from loki_jax.training.state import TrainState
@@ -45,7 +45,7 @@ alone = make_mesh(1, 1, jax.devices()[:1])
 inputs = open_inputs(config, alone)
 head = inputs.dataset.head()
 networks = build_networks(config, head)
-params = jax.tree.map(lambda x: x + 0.05, random_params(networks, jax.random.key(0)))
+params = jax.tree.map(lambda x: x + 0.05, draw_params(networks, jax.random.key(0)))
 frozen = {"autoencoder": params.pop("autoencoder")}
 state = TrainState(jnp.asarray(7, jnp.int32), params, None, None, frozen)
 def gradients(mesh, steps, dtype):

@@ -14,7 +14,7 @@ import pytest
 
 from loki_jax.data.schema import DatasetError
 from loki_jax.face.builtin import builtin_head
-from loki_jax.networks import build_networks, random_params
+from loki_jax.networks import build_networks, draw_params
 from loki_jax.train import train
 from loki_jax.training.checkpoint import load_checkpoint, restore_as_numpy, saved_steps
 from loki_jax.training.config import CheckpointError, NonFiniteError
@@ -230,7 +230,7 @@ def test_two_processes_share_frozen_parameters_and_resume_from_the_workdir(shard
         model__reference__driver=False, model__reference__context_dim=8, sharding_min_size=64,
     )  # fmt: skip
     config = tiny_config(shards, **options)
-    params = random_params(build_networks(config, builtin_head()), jax.random.key(7))
+    params = draw_params(build_networks(config, builtin_head()), jax.random.key(7))
     backbone = {key: params[key] for key in ("reference", "autoencoder", "null_prompt")}
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "sd", backbone)
