@@ -88,7 +88,7 @@ def random_params(networks: Networks, key: PRNGKeyArray) -> PyTree:
 
 
 def draw_params(networks: Networks, key: PRNGKeyArray, given: Collection[str] = ()) -> PyTree:
-    """`random_params` without the networks `given`: the same numbers, array by array.
+    """`random_params` without the networks `given`: the same numbers up to their last bit, array by array.
 
     Of the traced function only what the parameters need is run, one small compiled program for each kind
     and shape of operation. Compiling all draws as one program takes most of a minute on a GPU.

@@ -29,7 +29,7 @@ from tests.fitting.known_face import (
 from tests.synthetic.synthetic_clips import write_clips
 from tests.video.live_frames import LiveFrames
 
-FRAMES = 8
+FRAMES = 12
 
 
 @pytest.fixture(scope="module")

@@ -31,7 +31,7 @@ def assert_equal_up_to_rounding(a, b):
     assert np.abs(a.astype(int) - b).max() <= 1 and (a != b).mean() < 1e-3
 
 
-@pytest.mark.parametrize("overlap, together", [(0, 1), (1, 2)])
+@pytest.mark.parametrize("overlap, together", [(0, 1), (2, 1), (1, 2)])
 def test_every_length_gives_its_frames(pipeline, inputs, overlap, together):
     portrait, clip = inputs
     options = {"steps": 2, "overlap": overlap, "windows_at_once": together}

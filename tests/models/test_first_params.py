@@ -1,4 +1,4 @@
-"""Parameters drawn array by array are those of the whole program."""
+"""Parameters drawn array by array are those of the whole program, up to rounding."""
 
 import jax
 import numpy as np

@@ -29,10 +29,14 @@ def shards(tmp_path_factory):
 
 
 def run_config(shards, steps, sample=False):
-    """As the demo is trained: with the driver maps of the driver and of the portrait."""
+    """As the demo is trained: with the driver maps of the driver and of the portrait.
+
+    The switches of docs/svp.md that need no pairs are on.
+    """
     return tiny_config(
         shards, steps=steps, validation__every=2, sample__every=4 if sample else 0, driver__arm="full",
-        model__reference__driver=True,
+        model__reference__driver=True, model__unet__attention_modes=("full",),
+        history__frames=1, history__real_share=0.5, sample__fusion=(2.0, 2.5, 1.0),
     )  # fmt: skip
 
 
@@ -233,10 +237,7 @@ def test_a_run_on_pairs_resumes_bit_identical(tmp_path):
 
     def run(workdir, steps):
         config = run_config(tmp_path / "pairs", steps)
-        config.driver.arm, config.data.cross_share, config.sample.every = "regions", 1.0, 3
-        config.model.unet.attention_modes = ("full",)
-        config.history.update(frames=1, real_share=1.0)
-        config.sample.fusion = (2.0, 2.5, 1.0)
+        config.driver.arm, config.data.cross_share, config.history.real_share = "regions", 1.0, 1.0
         return train(config, workdir)
 
     assert np.isfinite(run(tmp_path / "straight", 3))
